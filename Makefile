@@ -1,0 +1,84 @@
+# Each target makes its virtual environment and installs what it needs the first time, and only then.
+
+PYTHON ?= python3
+# Another Python has another environment, so that going back and forth installs nothing anew.
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
+# What `make parity` installs of torch, before all else. The default wheel of Linux brings CUDA along: to do
+# without, put a CPU wheel of this version where pip finds it, or give pip's words for one:
+# make parity TORCH="torch --index-url ADDRESS-OF-THE-CPU-WHEELS"
+TORCH ?= torch==2.13.0
+# More for pytest: make test ARGS="-k merge"
+ARGS ?=
+
+BIN := $(VENV)/bin
+# Where configs/quickstart.yaml reads from and writes to.
+DEMO_MODEL := examples/fennel-2m
+DEMO := outputs/quickstart
+PROMPT ?= How do I boil an egg?
+
+export JAX_PLATFORMS ?= cpu
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test parity check format clean
+
+help: ## Show this list.
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo "  With another Python: make test PYTHON=python3.12"
+
+demo: $(VENV)/.installed ## Train the shipped model on the shipped rows, merge, and show a prompt before and after.
+	$(BIN)/python train.py configs/quickstart.yaml --overwrite
+	$(BIN)/python merge.py --adapter $(DEMO)/adapter --output $(DEMO)/merged
+	@echo "Before:"
+	@$(BIN)/lora-jax generate --model.path $(DEMO_MODEL) --prompt "$(PROMPT)" --temperature 0
+	@echo "After:"
+	@$(BIN)/lora-jax generate --model.path $(DEMO)/merged --prompt "$(PROMPT)" --temperature 0
+
+test: $(VENV)/.installed-test ## Run the tests that need no torch.
+	$(BIN)/python -m pytest --ignore=tests/parity $(ARGS)
+
+parity: $(VENV)/.installed-parity ## Run the tests beside torch, transformers and peft.
+	$(BIN)/python -m pytest tests/parity $(ARGS)
+
+check: $(VENV)/.installed-dev ## Lint, check the formatting, the layers of imports and the types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-dev ## Mend what ruff can mend.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environments, the caches and what the demo wrote.
+	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis $(DEMO)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A shim of pyenv answers for the versions that are switched on, and for others once they are named.
+$(BIN)/python:
+	@set -e; name='import sys; print(sys.executable)'; \
+	python=$$($(PYTHON) -c "$$name" 2>/dev/null) \
+	    || python=$$(PYENV_VERSION=$(patsubst python%,%,$(notdir $(PYTHON))) $(PYTHON) -c "$$name" 2>/dev/null) \
+	    || { echo "$(PYTHON): no such Python here; give one with make $(MAKECMDGOALS) PYTHON=..." >&2; exit 2; }; \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "$(PYTHON): older than 3.11; give a newer one with PYTHON=python3.12" >&2; exit 2; }; \
+	echo "Making $(VENV) with $$python"; \
+	"$$python" -m venv --clear $(VENV)
+
+# A stamp for each set of extras, older than pyproject.toml where something may have to be installed.
+install = @echo 'Installing $(1) into $(VENV): minutes the first time'; $(BIN)/python -m pip install -qq $(1)
+
+$(VENV)/.installed: pyproject.toml $(BIN)/python
+	$(call install,-e .)
+	@touch $@
+
+$(VENV)/.installed-parity: pyproject.toml $(BIN)/python
+	$(call install,$(TORCH))
+	$(call install,-e ".[test$(comma)parity]")
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml $(BIN)/python
+	$(call install,-e ".[$*]")
+	@touch $@
+
+comma := ,

@@ -1,0 +1,1 @@
+"""Adapters as transforms of trees: who is adapted, init, PEFT files, merging."""

@@ -1,0 +1,55 @@
+"""Training on from an adapter: its own r, alpha, targets, patterns, rsLoRA and bias hold."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lora_jax.adapters.targets import make_plan
+from lora_jax.errors import UserError
+from lora_jax.hub.adapter_files import AdapterConfig
+from lora_jax.models.names import Module
+
+FIXED = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
+    "bias",
+    "use_rslora",
+)
+
+
+def continued_config(
+    asked: AdapterConfig, stored: AdapterConfig, typed: Collection[str], modules: Sequence[Module]
+) -> AdapterConfig:
+    """Return the stored adapter's config for going on with it; base, revision and dropout are the run's.
+
+    `typed` names the options the user gave, such as lora.r. Raises UserError where one of them would change
+    what is trained or its scale; a default never does. Dropout is the adapter's unless it was typed.
+    """
+    plan = make_plan(stored, modules, strict=False)
+    for name in FIXED:
+        new, old = getattr(asked, name), getattr(stored, name)
+        if (
+            f"lora.{name}" in typed
+            and make_plan(replace(stored, **{name: new}), modules, strict=False) != plan
+        ):
+            raise UserError(
+                f"--lora.{name} {_shown(new)}: the adapter of --lora.init_from has {_shown(old)}; "
+                f"leave --lora.{name} out, or start a new adapter without --lora.init_from"
+            )
+    dropout = asked.lora_dropout if "lora.lora_dropout" in typed else stored.lora_dropout
+    base, revision = asked.base_model_name_or_path, asked.revision
+    return replace(stored, lora_dropout=dropout, base_model_name_or_path=base, revision=revision)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,78 @@
+"""Merging an adapter into its base, streaming over the checkpoint's tensors in torch's layout.
+
+    W' = W + scaling * B A            (a Linear, [out, in])
+    E' = E + scaling * (B A)^T        (an Embedding, [vocab, embed])
+
+Sums are float32 and rounded once, to the dtype asked for. A head tied to the embedding stays tied where only
+token rows were trained; where the embedding or the head was adapted or trained on its own the two are
+written apart and config.json says `tie_word_embeddings: false`, or the head would be lost on loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters.peft import TOKEN_ROWS
+from lora_jax.adapters.targets import Plan
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.models.config import ModelConfig
+from lora_jax.models.load import grown
+from lora_jax.models.names import EMBED_TOKENS, LM_HEAD, name_table
+
+EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def merged_config(config: ModelConfig, plan: Plan) -> ModelConfig:
+    """Return the merged model's config: untied where embedding and head no longer agree."""
+    touched = {module.path for module in (*plan.saved, *(target.module for target in plan.targets))}
+    tied = config.tie_word_embeddings and not touched & {EMBED_TOKENS, LM_HEAD}
+    return replace(config, tie_word_embeddings=tied)
+
+
+def merged_tensors(
+    base: Checkpoint, config: ModelConfig, plan: Plan, tensors: Mapping[str, np.ndarray], dtype: str = "auto"
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield every tensor of the merged model by name, in dtype (auto: as the base stores it).
+
+    `config` is the base's; its vocab_size may be larger than the checkpoint's where rows were added.
+    """
+    deltas = {f"{target.module.name}.weight": target for target in plan.targets}
+    biases = {
+        f"{module.name}.bias": name
+        for module in plan.biases
+        for name in _bias_names(module.name)
+        if name in tensors
+    }
+    for entry in name_table(merged_config(config, plan)):
+        source = EMBEDDING_NAME if entry.name == HEAD_NAME and config.tie_word_embeddings else entry.name
+        stored = base.dtype(source)
+        target_dtype = stored if dtype == "auto" else jnp.dtype(dtype)
+        whole = tensors.get(entry.name, tensors.get(biases.get(entry.name, "")))
+        if whole is not None:
+            yield entry.name, whole.astype(target_dtype)
+            continue
+        value = base.tensor(source)
+        if value.shape[0] < entry.shape[0]:
+            value = grown(value, entry.shape[0])
+        if entry.name in deltas:
+            target = deltas[entry.name]
+            value = value.astype(np.float32) + _delta(target.module.name, target.scaling, tensors)
+        if plan.token_indices and source == EMBEDDING_NAME:
+            value = value.astype(np.float32)
+            value[list(plan.token_indices)] = tensors[TOKEN_ROWS]
+        yield entry.name, value.astype(target_dtype)
+
+
+def _delta(name: str, scaling: float, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    if f"{name}.lora_embedding_A" in tensors:
+        a, b = tensors[f"{name}.lora_embedding_A"], tensors[f"{name}.lora_embedding_B"]
+        return np.float32(scaling) * (a.T @ b.T)
+    return np.float32(scaling) * (tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"])
+
+
+def _bias_names(name: str) -> tuple[str, str]:
+    return f"{name}.bias", f"{name}.base_layer.bias"

@@ -1,0 +1,182 @@
+"""PEFT's tensors <-> the trainable tree, by one table of the tensors that a plan has.
+
+Torch layout at the border: lora_A [r, in], lora_B [out, r]; an embedding's lora_embedding_A [r, vocab] and
+lora_embedding_B [embed, r]; modules_to_save under their plain name; the bias of an adapted module under
+`base_layer`. Files hold true ranks; the tree may be padded (see `init.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lora_jax.adapters.targets import Plan, compact_targets
+from lora_jax.config import ALL_LINEAR, LoraOptions, expand_targets, names_or_regex
+from lora_jax.errors import UserError, listing
+from lora_jax.hub.adapter_files import AdapterConfig
+from lora_jax.models.names import Module, Path
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class AdapterTensor:
+    """One tensor of an adapter file: name (without PEFT's prefix), leaf, layer, stored shape, layout."""
+
+    name: str
+    path: Path
+    layer: int | None
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+def adapter_config(options: LoraOptions, base: str, revision: str | None) -> AdapterConfig:
+    """Return the adapter config that the options ask for, presets and regexes resolved."""
+    return AdapterConfig(
+        base_model_name_or_path=base,
+        revision=revision,
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=expand_targets(options.target_modules),
+        exclude_modules=names_or_regex(options.exclude_modules),
+        layers_to_transform=options.layers_to_transform,
+        layers_pattern=options.layers_pattern,
+        rank_pattern=dict(options.rank_pattern),
+        alpha_pattern=dict(options.alpha_pattern),
+        modules_to_save=options.modules_to_save,
+        trainable_token_indices=options.trainable_token_indices,
+        bias=options.bias,
+        use_rslora=options.use_rslora,
+        init_lora_weights=True if options.init_lora_weights == "true" else options.init_lora_weights,
+    )
+
+
+def saved_config(config: AdapterConfig, plan: Plan) -> AdapterConfig:
+    """Return the config to write: "all-linear" as the list of names it stands for."""
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+        return replace(config, target_modules=compact_targets(plan.targets))
+    return config
+
+
+def adapter_table(plan: Plan) -> tuple[AdapterTensor, ...]:
+    """Return every tensor that an adapter file of this plan holds."""
+    table: list[AdapterTensor] = []
+    for target in plan.targets:
+        inputs, outputs = target.module.sizes
+        stem, suffix = ("lora_embedding_", "") if target.module.kind == "embedding" else ("lora_", ".weight")
+        for factor, shape in (("A", (target.r, inputs)), ("B", (outputs, target.r))):
+            name = f"{target.module.name}.{stem}{factor}{suffix}"
+            path = (*target.module.path, f"lora_{factor}")
+            table.append(AdapterTensor(name, path, target.module.layer, shape, transposed=True))
+    for module in plan.saved:
+        linear = module.kind == "linear"
+        shape = module.sizes[::-1] if linear else module.sizes
+        table.append(_whole(module, f"{module.name}.weight", module.leaf, shape, linear))
+        if module.bias:
+            table.append(_whole(module, f"{module.name}.bias", "bias", module.sizes[-1:], False))
+    adapted = {target.module.name for target in plan.targets}
+    for module in plan.biases:
+        stem = f"{module.name}.base_layer" if module.name in adapted else module.name
+        table.append(_whole(module, f"{stem}.bias", "bias", module.sizes[-1:], False))
+    if plan.token_indices:
+        shape = (len(plan.token_indices), plan.embedding.sizes[1])
+        table.append(AdapterTensor(TOKEN_ROWS, ("embed_tokens", "token_rows"), None, shape, False))
+    return tuple(table)
+
+
+TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+def export_tensors(trainable: Mapping[str, Any], plan: Plan) -> Tensors:
+    """Return the adapter's tensors by name, float32, contiguous, true ranks."""
+    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten_dict(dict(trainable)).items()}
+    tensors: Tensors = {}
+    for entry in adapter_table(plan):
+        value = leaves[entry.path] if entry.layer is None else leaves[entry.path][entry.layer]
+        value = value.T if entry.transposed else value
+        tensors[entry.name] = np.ascontiguousarray(value[tuple(map(slice, entry.shape))])
+    return tensors
+
+
+def import_tensors(
+    tensors: Mapping[str, np.ndarray], trainable: Mapping[str, Any], plan: Plan, where: object
+) -> Any:
+    """Return the trainable tree with its leaves taken from an adapter's tensors, padded where the tree is.
+
+    Raises UserError, naming `where`, that lists all missing, extra and misshapen tensors.
+    """
+    check_tensors(tensors, plan, where)
+    leaves = {path: np.array(leaf) for path, leaf in flatten_dict(dict(trainable)).items()}
+    for entry in adapter_table(plan):
+        value = np.asarray(tensors[entry.name], np.float32)
+        value = value.T if entry.transposed else value
+        place = leaves[entry.path] if entry.layer is None else leaves[entry.path][entry.layer]
+        place[...] = np.pad(
+            value, [(0, whole - part) for whole, part in zip(place.shape, value.shape, strict=True)]
+        )
+    return unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
+
+
+def check_tensors(tensors: Mapping[str, np.ndarray], plan: Plan, where: object) -> None:
+    """Raise one UserError that lists all missing, extra and misshapen tensors of an adapter."""
+    table = {entry.name: entry for entry in adapter_table(plan)}
+    misshapen = [
+        f"{name} {list(tensors[name].shape)} instead of {list(entry.shape)}"
+        for name, entry in table.items()
+        if name in tensors and tensors[name].shape != entry.shape
+    ]
+    kinds = {
+        "missing": [name for name in table if name not in tensors],
+        "unexpected": sorted(set(tensors) - set(table)),
+        "misshapen": misshapen,
+    }
+    problems = [f"{len(names)} {kind} ({listing(names, 4)})" for kind, names in kinds.items() if names]
+    if problems:
+        raise UserError(
+            f"adapter does not fit the base model: {where}: {'; '.join(problems)}; "
+            "give the base that the adapter was trained on, or mend its adapter_config.json"
+        )
+
+
+def fold_for_vllm(
+    config: AdapterConfig, tensors: Mapping[str, np.ndarray], plan: Plan
+) -> tuple[AdapterConfig, Tensors]:
+    """Return an equal adapter of one rank and scale 1: scales folded into B, A and B padded with zeros.
+
+    vLLM takes r and lora_alpha from the config for all modules alike and reads neither rank_pattern nor
+    alpha_pattern. Raises UserError for what vLLM cannot serve.
+    """
+    unserved = [
+        ("modules_to_save", bool(plan.saved)),
+        ("trainable_token_indices", bool(plan.token_indices)),
+        ("bias", bool(plan.biases)),
+        (
+            "a target_modules entry that is an embedding",
+            any(t.module.kind == "embedding" for t in plan.targets),
+        ),
+    ]
+    for what, present in unserved:
+        if present:
+            raise UserError(
+                f"--for vllm: the adapter uses {what}, which vLLM does not serve; merge it into the base instead"
+            )
+    width = max(target.r for target in plan.targets)
+    folded: Tensors = {}
+    for target in plan.targets:
+        name_a, name_b = (f"{target.module.name}.lora_{factor}.weight" for factor in "AB")
+        rest = width - target.r
+        folded[name_a] = np.pad(tensors[name_a], ((0, rest), (0, 0)))
+        folded[name_b] = np.pad(tensors[name_b] * np.float32(target.scaling), ((0, 0), (0, rest)))
+    return replace(
+        config, r=width, lora_alpha=width, rank_pattern={}, alpha_pattern={}, use_rslora=False
+    ), folded
+
+
+def _whole(module: Module, name: str, leaf: str, shape: tuple[int, ...], transposed: bool) -> AdapterTensor:
+    return AdapterTensor(name, (*module.path, leaf), module.layer, shape, transposed)

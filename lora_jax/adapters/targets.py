@@ -1,0 +1,196 @@
+"""Who is adapted, and with what rank and scale: PEFT's matching rules over our module list.
+
+A list entry matches a whole dotted name or its end at a dot; a string is a regex that must match the
+whole name; "all-linear" is every linear layer but the head. Excluded modules win, then modules to
+save, then targets. In `rank_pattern` and `alpha_pattern` the first key that matches the end of the
+name, as a regex from a dot on, decides. Rules observed in peft 0.21's `tuners_utils` and `utils.other`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_jax.config import ALL_LINEAR
+from lora_jax.errors import UserError, listing, nearest
+from lora_jax.hub.adapter_files import AdapterConfig
+from lora_jax.models.names import LM_HEAD, Module
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted module with its own rank, alpha and scaling (alpha/r, or alpha/sqrt(r) for rsLoRA)."""
+
+    module: Module
+    r: int
+    lora_alpha: float
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is trained: low-rank targets, modules trained whole, single biases, single token rows."""
+
+    embedding: Module
+    targets: tuple[Target, ...]
+    saved: tuple[Module, ...] = ()
+    biases: tuple[Module, ...] = ()
+    token_indices: tuple[int, ...] = ()
+
+
+def make_plan(config: AdapterConfig, modules: Sequence[Module], *, strict: bool = True) -> Plan:
+    """Return the plan of an adapter config over a model's modules.
+
+    Raises UserError where nothing matches or a norm is targeted; with `strict` also for any single
+    name or pattern that matches nothing (an adapter file may hold names that its model lacks).
+    """
+    saved = tuple(module for module in modules if _saved(module.name, config.modules_to_save))
+    saved_names = {module.name for module in saved}
+    candidates = [module for module in modules if module.name not in saved_names]
+    matched = [module for module in candidates if _targeted(module, config)]
+    _check_matches(config, modules, matched, strict)
+    targets = tuple(_target(module, config) for module in matched)
+    if strict:
+        _check_patterns(config, matched)
+    if config.bias == "all":
+        biased = [module for module in candidates if module.bias]
+    else:
+        biased = [module for module in matched if module.bias] if config.bias == "lora_only" else []
+    return Plan(modules[0], targets, saved, tuple(biased), _token_indices(config, modules, saved_names))
+
+
+def compact_targets(targets: Iterable[Target]) -> tuple[str, ...]:
+    """Return the targets' last names, sorted: the list that "all-linear" is saved as."""
+    return tuple(sorted({target.module.name.rpartition(".")[2] for target in targets}))
+
+
+def _saved(name: str, modules_to_save: Sequence[str]) -> bool:
+    parts = name.split(".")
+    parents = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(parent.endswith(key) for parent in parents for key in modules_to_save)
+
+
+def _listed(name: str, entries: str | Sequence[str]) -> bool:
+    if isinstance(entries, str):
+        return bool(re.fullmatch(entries, name))
+    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+
+
+def _targeted(module: Module, config: AdapterConfig) -> bool:
+    if config.exclude_modules and _listed(module.name, config.exclude_modules):
+        return False
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        chosen = module.kind == "linear" and module.path != LM_HEAD
+    else:
+        chosen = _listed(module.name, targets)
+    if not chosen or not config.layers_to_transform or module.name in targets:
+        return chosen
+    return _layer_index(module.name, config.layers_pattern) in config.layers_to_transform
+
+
+def _layer_index(name: str, patterns: Sequence[str]) -> int | None:
+    if not patterns:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        return int(found[1]) if found else None
+    for pattern in patterns:
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(found[1])
+    return None
+
+
+def _pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _target(module: Module, config: AdapterConfig) -> Target:
+    if module.kind == "norm":
+        raise UserError(
+            f"target_modules: {module.name} is a norm, which has no low-rank form; "
+            "train it whole with --lora.modules_to_save"
+        )
+    r = int(_pattern(config.rank_pattern, module.name, config.r))
+    alpha = _pattern(config.alpha_pattern, module.name, config.lora_alpha)
+    return Target(module, r, alpha, alpha / (math.sqrt(r) if config.use_rslora else r))
+
+
+def _token_indices(config: AdapterConfig, modules: Sequence[Module], saved: set[str]) -> tuple[int, ...]:
+    """Return the token ids in the file's order, which the rows of the saved tensor follow."""
+    given, embedding = config.trainable_token_indices, modules[0]
+    if isinstance(given, Mapping):
+        others = [name for name in given if name.rpartition(".")[2] != "embed_tokens"]
+        if others:
+            raise UserError(f"trainable_token_indices: {others[0]} is not supported; only embed_tokens is")
+        given = next(iter(given.values()), ())
+    indices = tuple(dict.fromkeys(given))
+    if indices and embedding.name in saved:
+        raise UserError(
+            "trainable_token_indices: embed_tokens is in modules_to_save already; give one of the two"
+        )
+    wrong = [index for index in indices if not 0 <= index < embedding.sizes[0]]
+    if wrong:
+        raise UserError(
+            f"trainable_token_indices {wrong[0]}: the model's vocabulary has {embedding.sizes[0]} rows; "
+            "give ids of the tokenizer, with --model.resize_vocab True for tokens that were added"
+        )
+    return indices
+
+
+def _check_matches(
+    config: AdapterConfig, modules: Sequence[Module], matched: list[Module], strict: bool
+) -> None:
+    linear = sorted({module.name.rpartition(".")[2] for module in modules if module.kind == "linear"})
+    checks: list[tuple[str, str | Sequence[str], bool]] = [
+        ("target_modules", config.target_modules, strict or not matched),
+        ("exclude_modules", config.exclude_modules, strict),
+    ]
+    for option, entries, wanted in checks:
+        for entry in (entries,) if isinstance(entries, str) else entries:
+            regex = isinstance(entries, str)
+            if not wanted or (entry.lower() == ALL_LINEAR and regex):
+                continue
+            if not any(_listed(module.name, entry if regex else (entry,)) for module in modules):
+                raise UserError(
+                    f'{option}: "{entry}" matches no module of this model;{nearest(entry, linear)} '
+                    f"Linear modules: {', '.join(linear)}"
+                )
+    for name in config.modules_to_save if strict else ():
+        if not any(_saved(module.name, (name,)) for module in modules):
+            known = sorted({module.name.rpartition(".")[2] for module in modules})
+            raise UserError(
+                f'modules_to_save: "{name}" matches no module of this model;{nearest(name, known)} '
+                f"Modules: {', '.join(known)}"
+            )
+    layers = 1 + max((module.layer or 0) for module in modules)
+    beyond = [layer for layer in config.layers_to_transform if not 0 <= layer < layers]
+    if beyond:
+        raise UserError(f"layers_to_transform {beyond[0]}: this model has layers 0 to {layers - 1}")
+    if (
+        config.layers_to_transform
+        and isinstance(config.target_modules, str)
+        and config.target_modules != ALL_LINEAR
+    ):
+        raise UserError(
+            "layers_to_transform: goes with a list of target_modules, not with a regex; "
+            "put the layers into the regex, or list the modules"
+        )
+    if config.layers_pattern and not config.layers_to_transform:
+        raise UserError("layers_pattern: has no effect without layers_to_transform; give both or neither")
+    if not matched and not config.modules_to_save and not config.trainable_token_indices:
+        raise UserError("target_modules: everything it matches is excluded; nothing would be trained")
+
+
+def _check_patterns(config: AdapterConfig, matched: list[Module]) -> None:
+    names = [module.name for module in matched]
+    known = sorted({name.rpartition(".")[2] for name in names})
+    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in patterns:
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+                raise UserError(
+                    f'{option}: "{key}" matches no adapted module;{nearest(key, known)} Adapted: {listing(known)}'
+                )

@@ -1,0 +1,108 @@
+"""The command line, `lora-jax COMMAND …`, which train.py and merge.py call too."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lora_jax.errors import EXIT_CODE, UserError, nearest
+
+USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
+
+  train      fine-tune a Hugging Face checkpoint with LoRA
+  merge      merge an adapter into its base, as a Hugging Face folder
+  generate   complete a prompt with a model, and an adapter if given
+  export     rewrite an adapter for another program (--for vllm)
+  inspect    show the data as the model is trained on it (inspect data), or an adapter (inspect adapter)
+
+lora-jax COMMAND --help lists the options of a command.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0, 2 for what the user can mend, 130 when interrupted, 141 unread."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if given else EXIT_CODE
+    try:
+        command = COMMANDS.get(given[0])
+        if command is None:
+            raise UserError(
+                f"{given[0]}: no such command;{nearest(given[0], COMMANDS)} lora-jax --help lists them"
+            )
+        _without_absent_tpu()
+        return command(given[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # what reads the output has gone, as in --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from lora_jax.config import RunConfig
+    from lora_jax.options import parse
+
+    config, typed = parse(RunConfig, arguments, program="train.py")
+    from lora_jax.train.run import train
+
+    return train(config, typed)
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    from lora_jax.commands.merge import MergeOptions, merge
+    from lora_jax.options import parse
+
+    return merge(parse(MergeOptions, arguments, program="merge.py")[0])
+
+
+def _export(arguments: Sequence[str]) -> int:
+    from lora_jax.commands.export import ExportOptions, export
+    from lora_jax.options import parse
+
+    return export(parse(ExportOptions, arguments, program="lora-jax export")[0])
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    from lora_jax.commands.generate import GenerateOptions, generate
+    from lora_jax.options import parse
+
+    return generate(parse(GenerateOptions, arguments, program="lora-jax generate")[0])
+
+
+def _inspect(arguments: Sequence[str]) -> int:
+    from lora_jax.commands.inspect import inspect
+
+    return inspect(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": _train,
+    "merge": _merge,
+    "generate": _generate,
+    "export": _export,
+    "inspect": _inspect,
+}
+
+
+def _without_absent_tpu() -> None:
+    """Choose the CPU where libtpu is installed for compiling but the machine has no accelerator.
+
+    JAX would otherwise look for a TPU and print the errors of its search.
+    """
+    if "JAX_PLATFORMS" in os.environ:
+        return
+    from importlib.util import find_spec
+
+    devices = (
+        any(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists() or any(Path("/dev").glob("nvidia*"))
+    )
+    if find_spec("libtpu") is not None and not devices:
+        os.environ["JAX_PLATFORMS"] = "cpu"

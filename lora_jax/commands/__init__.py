@@ -1,0 +1,1 @@
+"""The commands beside train, one a file: options and stages."""

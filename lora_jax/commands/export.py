@@ -1,0 +1,55 @@
+"""`lora-jax export`: the same adapter in the form another program needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from lora_jax.adapters.peft import fold_for_vllm, saved_config
+from lora_jax.adapters.read import base_of, open_adapter
+from lora_jax.commands.merge import check_apart
+from lora_jax.errors import UserError
+from lora_jax.hub.adapter_files import read_adapter_config, write_adapter
+from lora_jax.hub.atomic import whole_folder
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.resolve import resolve
+from lora_jax.hub.tokenizer import copy_tokenizer
+from lora_jax.models.families import read_config
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Rewrite an adapter for another program."""
+
+    adapter: str = ""
+    """Folder of the adapter."""
+    output: str = ""
+    """Folder to write to."""
+    for_: Annotated[Literal["vllm"], tyro.conf.arg(name="for")] = "vllm"
+    """Program that will serve the adapter: vllm reads one rank and one alpha for all modules."""
+    base: str | None = None
+    """Base model: a folder or a Hub id; unset is the one that the adapter names."""
+    overwrite: bool = False
+    """Replace what output holds."""
+
+
+def export(options: ExportOptions, console: Console | None = None) -> int:
+    """Rewrite the adapter; return the exit code. Raises UserError before anything is written."""
+    console = console or Console()
+    if not options.adapter or not options.output:
+        raise UserError("export: needs --adapter and --output; give both folders")
+    folder = Path(options.adapter).expanduser()
+    config = read_adapter_config(folder)
+    base = Checkpoint.open(resolve(base_of(folder, config, options.base), config.revision, option="--base"))
+    check_apart(options.output, folder, base.folder)
+    adapter = open_adapter(folder, read_config(base.config, base.folder))
+    folded, tensors = fold_for_vllm(saved_config(config, adapter.plan), adapter.tensors, adapter.plan)
+    with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:
+        write_adapter(aside, folded, tensors)
+        copy_tokenizer(folder, aside)
+    console.print(f"wrote {options.output}, rank {folded.r} and scale 1 in all modules", soft_wrap=True)
+    return 0

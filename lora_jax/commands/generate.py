@@ -1,0 +1,122 @@
+"""`lora-jax generate`: a model, and an adapter if given, completes prompts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_jax.config import ModelOptions
+from lora_jax.errors import UserError
+from lora_jax.generate.decode import complete, stream
+from lora_jax.generate.load import Loaded, load_for_inference
+from lora_jax.generate.prompt import encode_prompt, end_ids
+from lora_jax.generate.sampling import Sampling
+from lora_jax.generate.text import TextStream, decoded
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Complete prompts with a model, and an adapter if given."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    adapter: str | None = None
+    """Folder of an adapter, or its id on the Hub; without model.path its base is the one that it names."""
+    prompt: tuple[str, ...] = ()
+    """What to complete; several are completed together. Each is a user's turn where there is a chat template."""
+    raw: bool = False
+    """Take the prompt as it is, without the chat template."""
+    system: str | None = None
+    """System message that goes before the prompt."""
+    max_new_tokens: int = 256
+    """Greatest number of tokens to write; an end token stops earlier."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token; above it tokens are drawn, the more evenly the higher it is."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Draw from this many likeliest tokens; 0 draws from all."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens that have occurred less likely; unset takes generation_config.json's, else 1."""
+    seed: int = 42
+    """Seed of the draws."""
+
+
+def generate(options: GenerateOptions) -> int:
+    """Print the completion of each prompt on standard output; return the exit code.
+
+    A single one is printed as it comes; several each follow their prompt, quoted with "> ". Raises UserError
+    before anything is printed.
+    """
+    _check(options)
+    loaded = load_for_inference(options.model, options.adapter)
+    _note_other_base(options, loaded)
+    chat = bool(loaded.tokenizer.chat_template) and not options.raw
+    if options.system is not None and not chat:
+        raise UserError(
+            "--system: goes with a chat template, which --raw or this tokenizer leaves out; drop it"
+        )
+    prompts = [
+        encode_prompt(prompt, loaded.tokenizer, chat=chat, system=options.system) for prompt in options.prompt
+    ]
+    _check_vocabulary(prompts, loaded)
+    how: dict[str, Any] = {
+        "max_new_tokens": options.max_new_tokens,
+        "end_ids": end_ids(loaded.settings, loaded.checkpoint.config, loaded.tokenizer, chat=chat),
+        "sampling": _sampling(options, loaded),
+        "seed": options.seed,
+    }
+    if len(prompts) == 1:
+        _print_as_it_comes(loaded, prompts, how)
+        return 0
+    completions = complete(loaded.model, loaded.variables, prompts, **how)
+    for prompt, tokens in zip(options.prompt, completions, strict=True):
+        quoted = "\n".join(f"> {line}" for line in prompt.splitlines())
+        print(f"{quoted}\n{decoded(tokens, loaded.tokenizer)}\n")
+    return 0
+
+
+def _print_as_it_comes(loaded: Loaded, prompts: Sequence[Sequence[int]], how: dict[str, Any]) -> None:
+    text = TextStream(loaded.tokenizer)
+    for tokens in stream(loaded.model, loaded.variables, prompts, **how):
+        print(text.add(int(tokens[0])), end="", flush=True)
+    print(text.end())
+
+
+def _sampling(options: GenerateOptions, loaded: Loaded) -> Sampling:
+    penalty = options.repetition_penalty
+    if penalty is None:
+        penalty = float(loaded.settings.get("repetition_penalty") or 1.0)
+    return Sampling(options.temperature, options.top_k, options.top_p, penalty)
+
+
+def _note_other_base(options: GenerateOptions, loaded: Loaded) -> None:
+    named = loaded.adapter.config.base_model_name_or_path if loaded.adapter else None
+    if options.model.path and named not in (None, options.model.path):
+        print(f"note: the adapter names {named} as its base", file=sys.stderr)
+
+
+def _check(options: GenerateOptions) -> None:
+    penalty = options.repetition_penalty
+    checks = (
+        ("prompt", bool(options.prompt), "needed: write what to complete, in quotes"),
+        ("max_new_tokens", options.max_new_tokens > 0, "must be positive"),
+        ("temperature", options.temperature >= 0, "must not be negative; 0 is greedy"),
+        ("top_p", 0 < options.top_p <= 1, "must be in (0, 1]"),
+        ("top_k", options.top_k >= 0, "must not be negative; 0 draws from all tokens"),
+        ("repetition_penalty", penalty is None or penalty > 0, "must be positive; 1 changes nothing"),
+    )
+    for name, holds, remedy in checks:
+        if not holds:
+            value = getattr(options, name)
+            raise UserError(f"--{name}{f' {value}' if value != () else ''}: {remedy}")
+
+
+def _check_vocabulary(prompts: Collection[Sequence[int]], loaded: Loaded) -> None:
+    largest = max(max(prompt) for prompt in prompts)
+    if largest >= loaded.config.vocab_size:
+        raise UserError(
+            f"--prompt: token {largest} ({loaded.tokenizer.convert_ids_to_tokens(largest)!r}) is beyond the "
+            f"model's vocabulary of {loaded.config.vocab_size}; give the tokenizer that belongs to the model"
+        )

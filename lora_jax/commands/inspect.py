@@ -1,0 +1,88 @@
+"""`lora-jax inspect data | adapter`: what the model is trained on, and what an adapter holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lora_jax.config import DataOptions, ModelOptions
+from lora_jax.errors import UserError
+from lora_jax.options import parse
+
+
+@dataclass(frozen=True)
+class InspectDataOptions:
+    """Show rows as tokens, the trained ones in colour; takes the model and data options of train."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    limit: int = 3
+    """Rows to show."""
+
+
+@dataclass(frozen=True)
+class InspectAdapterOptions:
+    """Show what an adapter holds."""
+
+    adapter: str = ""
+    """Folder of the adapter."""
+
+
+def inspect(arguments: Sequence[str]) -> int:
+    """Run `inspect data` or `inspect adapter`; return the exit code. Raises UserError for bad options."""
+    what, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if what in ("-h", "--help"):
+        print("usage: lora-jax inspect data [--option value …]\n       lora-jax inspect adapter --adapter DIR")
+        return 0
+    if what == "data":
+        return inspect_data(parse(InspectDataOptions, rest, program="lora-jax inspect data")[0])
+    if what == "adapter":
+        return inspect_adapter(parse(InspectAdapterOptions, rest, program="lora-jax inspect adapter")[0])
+    raise UserError(f"inspect {what}: say what to show: lora-jax inspect data … or lora-jax inspect adapter …")
+
+
+def inspect_data(options: InspectDataOptions, console: Console | None = None) -> int:
+    """Print the first rows as tokens with what is trained; return the exit code."""
+    from lora_jax.data.dataset import load_examples
+    from lora_jax.data.inspect import render
+    from lora_jax.hub.resolve import resolve
+    from lora_jax.hub.tokenizer import load_tokenizer
+
+    if not options.model.path or not options.data.path:
+        raise UserError("inspect data: needs --model.path (for its tokenizer) and --data.path")
+    console = console or Console()
+    tokenizer = load_tokenizer(resolve(options.model.path, options.model.revision))
+    rows = load_examples(options.data, tokenizer, options.data.path, options.data.split, None)
+    marks = not console.is_terminal or console.no_color
+    console.print(render(rows, tokenizer, options.limit, marks=marks), soft_wrap=True)
+    return 0
+
+
+def inspect_adapter(options: InspectAdapterOptions, console: Console | None = None) -> int:
+    """Print an adapter's config and the norm of each kind of module's tensors; return the exit code."""
+    import numpy as np
+
+    from lora_jax.hub.adapter_files import read_adapter
+
+    if not options.adapter:
+        raise UserError("inspect adapter: needs --adapter, the folder")
+    console = console or Console()
+    config, tensors = read_adapter(Path(options.adapter).expanduser())
+    console.print(
+        f"r {config.r}, lora_alpha {config.lora_alpha:g}, base {config.base_model_name_or_path}", soft_wrap=True
+    )
+    kinds: dict[str, list[np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        kinds.setdefault(kind, []).append(tensor)
+    table = Table("tensors", "number", "shapes", "Frobenius norm")
+    for kind, group in kinds.items():
+        shapes = sorted({"x".join(map(str, tensor.shape)) for tensor in group})
+        norm = np.sqrt(sum(float(np.sum(np.square(tensor, dtype=np.float64))) for tensor in group))
+        table.add_row(kind, str(len(group)), ", ".join(shapes), f"{norm:.4g}")
+    console.print(table)
+    return 0

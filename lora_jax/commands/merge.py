@@ -1,0 +1,92 @@
+"""`lora-jax merge`: an adapter and its base become one Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from rich.console import Console
+
+from lora_jax.adapters.merge import merged_config, merged_tensors
+from lora_jax.adapters.read import base_of, open_adapter
+from lora_jax.errors import UserError
+from lora_jax.hub.adapter_files import read_adapter_config
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.resolve import resolve
+from lora_jax.hub.writer import parse_size
+from lora_jax.models.families import read_config
+from lora_jax.models.load import check_names
+from lora_jax.models.save import save_model
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """Merge an adapter into its base."""
+
+    adapter: str = ""
+    """Folder of the adapter."""
+    output: str = ""
+    """Folder to write the merged model to."""
+    base: str | None = None
+    """Base model: a folder or a Hub id; unset is the one that the adapter names."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype to write; auto is the base's."""
+    max_shard_size: str = "5GB"
+    """Greatest size of one safetensors file."""
+    overwrite: bool = False
+    """Replace what output holds."""
+
+
+def check_apart(output: str, *sources: Path) -> None:
+    """Raise UserError where the folder to write is, or holds, one of those read from: overwriting would lose it."""
+    target = Path(output).expanduser().resolve()
+    for source in sources:
+        if source.resolve().is_relative_to(target):
+            raise UserError(f"--output {output}: is or holds {source}, which is read from; give another folder")
+
+
+def merge(options: MergeOptions, console: Console | None = None) -> int:
+    """Merge as the options say; return the exit code. Raises UserError before anything is written."""
+    console = console or Console()
+    if not options.adapter or not options.output:
+        raise UserError("merge: needs --adapter and --output; give both folders")
+    parse_size(options.max_shard_size)
+    folder = Path(options.adapter).expanduser()
+    config = read_adapter_config(folder)
+    base_path = resolve(
+        base_of(folder, config, options.base), None if options.base else config.revision, option="--base"
+    )
+    check_apart(options.output, folder, base_path)
+    base = Checkpoint.open(base_path)
+    model_config = read_config(base.config, base.folder)
+    check_names(base, model_config)
+    adapter = open_adapter(folder, model_config)
+    if options.base and config.base_model_name_or_path not in (None, options.base):
+        console.print(f"note: the adapter names {config.base_model_name_or_path} as its base", soft_wrap=True)
+    merged = merged_config(adapter.model_config, adapter.plan)
+    changes: dict[str, Any] = {
+        "tie_word_embeddings": merged.tie_word_embeddings,
+        "vocab_size": merged.vocab_size,
+        "dtype": options.dtype,
+    }
+    if options.dtype == "auto":
+        changes["dtype"] = str(jnp.dtype(base.dtype(base.names[0])))
+    tokenizer = folder if (folder / "tokenizer.json").exists() else None
+    tensors = merged_tensors(base, adapter.model_config, adapter.plan, adapter.tensors, options.dtype)
+    save_model(
+        Path(options.output),
+        base,
+        tensors,
+        changes,
+        tokenizer=tokenizer,
+        max_shard_size=options.max_shard_size,
+        overwrite=options.overwrite,
+    )
+    if model_config.tie_word_embeddings and not merged.tie_word_embeddings:
+        console.print(
+            "note: embedding and head differ now; config.json says tie_word_embeddings false", soft_wrap=True
+        )
+    console.print(f"merged {len(adapter.plan.targets)} modules into {options.output}", soft_wrap=True)
+    return 0

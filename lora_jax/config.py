@@ -1,0 +1,249 @@
+"""Every option of a training run: frozen dataclasses whose field docstrings are the help text.
+
+One default an option, written here and nowhere else. Names are those of PEFT's LoraConfig and of
+transformers' TrainingArguments wherever an option of the same meaning exists there. `check` raises
+what is wrong on its own; what depends on the model or the data is checked where those are known.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lora_jax.errors import UserError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DataFormat = Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"]
+
+TARGET_PRESETS: dict[str, tuple[str, ...]] = {
+    "minimal": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The base model."""
+
+    path: str = ""
+    """Folder of a Hugging Face checkpoint, or its id on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    dtype: Dtype = "auto"
+    """Storage dtype of the base weights; auto keeps what the checkpoint has."""
+    compute_dtype: Dtype = "auto"
+    """Dtype of the matrix products; auto is float32 on a CPU or where dtype is float32, else bfloat16."""
+    resize_vocab: bool = False
+    """Add embedding rows for tokens the tokenizer has beyond the checkpoint's vocabulary."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The adapter, in the words of PEFT's LoraConfig."""
+
+    r: int = 16
+    """Rank of the update."""
+    lora_alpha: float = 32
+    """Numerator of the scale: alpha/r, or alpha/sqrt(r) with use_rslora."""
+    lora_dropout: float = 0.05
+    """Probability of dropping an element of the adapter's input while training."""
+    target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    """Module names, one regex (full match), all-linear, or the presets minimal (q, v) and attention (q, k, v, o)."""
+    exclude_modules: tuple[str, ...] = ()
+    """Module names or one regex (full match) never to adapt; wins over target_modules."""
+    layers_to_transform: tuple[int, ...] = ()
+    """Indices of the layers to adapt; empty adapts all. Goes with a list of target_modules."""
+    layers_pattern: tuple[str, ...] = ()
+    """Names of the list of layers that layers_to_transform counts in, where it is not the usual one."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of single modules: name or regex, then r."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """lora_alpha of single modules: name or regex, then the value."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained in full and saved with the adapter, such as lm_head or embed_tokens."""
+    trainable_token_indices: tuple[int, ...] = ()
+    """Token ids whose embedding rows are trained and saved with the adapter."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases to train: none, all, or those of adapted modules."""
+    use_rslora: bool = False
+    """Scale by alpha/sqrt(r) instead of alpha/r."""
+    init_lora_weights: Literal["true", "gaussian", "orthogonal"] = "true"
+    """How A starts (true: Kaiming-uniform as in PEFT); the update starts at zero in each case."""
+    init_from: str | None = None
+    """Folder of an adapter to go on training; its r, alpha, targets, patterns, rsLoRA and bias hold."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The rows and how they become tokens."""
+
+    path: str = ""
+    """JSON, JSONL, CSV or Parquet file, or a data set's id on the Hub."""
+    split: str = "train"
+    """Split to read, slices included: train[:200]."""
+    format: DataFormat = "auto"
+    """Form of a row; auto recognises it by the columns."""
+    eval_path: str | None = None
+    """Rows to evaluate on; a file or a Hub id, like path."""
+    eval_split: str | None = None
+    """Split of eval_path; unset means data.split for a Hub id and all rows of a file."""
+    eval_fraction: float = 0.0
+    """Share of the rows of path held out for evaluation where eval_path is not given."""
+    max_length: int = 1024
+    """Longest sequence in tokens; longer rows are cut at the end."""
+    text_field: str = "text"
+    """Column that holds the text in the format text."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The optimisation, in the words of transformers' TrainingArguments."""
+
+    num_train_epochs: float = 3.0
+    """Passes over the training rows."""
+    max_steps: int = -1
+    """Optimiser steps; a positive number overrides num_train_epochs."""
+    per_device_train_batch_size: int = 4
+    """Rows a device in one forward and backward pass."""
+    per_device_eval_batch_size: int | None = None
+    """Rows a device in evaluation; unset is the training batch size."""
+    gradient_accumulation_steps: int = 4
+    """Passes whose gradients are added before one optimiser step."""
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    min_lr_ratio: float = 0.0
+    """Floor of a decaying schedule, as a share of learning_rate."""
+    warmup_ratio: float = 0.03
+    """Share of the steps that warm up linearly; constant has no warm-up."""
+    warmup_steps: int = 0
+    """Warm-up steps; a positive number overrides warmup_ratio."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; biases and norms are never decayed."""
+    adam_beta1: float = 0.9
+    """First moment's decay (adamw and lion)."""
+    adam_beta2: float = 0.999
+    """Second moment's decay (adamw; lion uses it for its update)."""
+    adam_epsilon: float = 1e-8
+    """Term in AdamW's denominator."""
+    max_grad_norm: float = 0.3
+    """Global norm that gradients are clipped to; 0 does not clip."""
+    optim: Literal["adamw", "sgd", "lion", "adafactor"] = "adamw"
+    """Optimiser."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass to save memory."""
+    logging_steps: int = 10
+    """Steps between lines of metrics.jsonl; the first and the last step are always logged."""
+    eval_steps: int = 0
+    """Steps between evaluations; 0 evaluates before the first step and after the last one only."""
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    """When checkpoints are written; steps and epoch also keep the last step."""
+    save_steps: int = 500
+    """Steps between checkpoints."""
+    save_total_limit: int | None = 2
+    """Checkpoints kept; None keeps all."""
+    seed: int = 42
+    """Seed of initialisation, data order and dropout."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    output_dir: str = ""
+    """Folder for the adapter, metrics.jsonl, config.yaml and checkpoints."""
+    method: Literal["lora", "full"] = "lora"
+    """lora trains an adapter; full trains every parameter and writes a whole checkpoint."""
+    resume: bool = False
+    """Go on from the last checkpoint of output_dir."""
+    overwrite: bool = False
+    """Replace the run that output_dir holds."""
+
+
+def check(config: RunConfig) -> None:
+    """Raise UserError for the first option of a run that is wrong whatever the model and the data."""
+    lora, data, train = config.lora, config.data, config.train
+    for name, value in (("--model.path", config.model.path), ("--data.path", data.path)):
+        _require(bool(value), name, value, "needed: give a folder, a file or a Hub id")
+    _require(
+        bool(config.output_dir), "--output_dir", config.output_dir, "needed: give the folder to write to"
+    )
+    _require(
+        not (config.resume and config.overwrite),
+        "--resume",
+        True,
+        "excludes --overwrite; give one of the two",
+    )
+    _require(lora.r > 0, "--lora.r", lora.r, "the rank must be a positive integer, such as 16")
+    _require(lora.lora_alpha > 0, "--lora.lora_alpha", lora.lora_alpha, "must be positive, such as 2 * r")
+    _require(0 <= lora.lora_dropout < 1, "--lora.lora_dropout", lora.lora_dropout, "must be in [0, 1)")
+    for name, value in lora.rank_pattern.items():
+        _require(value > 0, f"--lora.rank_pattern {name}", value, "the rank must be a positive integer")
+    for name, value in lora.alpha_pattern.items():
+        _require(value > 0, f"--lora.alpha_pattern {name}", value, "must be positive")
+    _require(bool(lora.target_modules), "--lora.target_modules", "", f"name modules, or use {ALL_LINEAR}")
+    _require(data.max_length > 1, "--data.max_length", data.max_length, "must be at least 2 tokens")
+    _require(0 <= data.eval_fraction < 1, "--data.eval_fraction", data.eval_fraction, "must be in [0, 1)")
+    _require(
+        not (data.eval_path and data.eval_fraction),
+        "--data.eval_fraction",
+        data.eval_fraction,
+        "excludes --data.eval_path; give one of the two",
+    )
+    _check_train(train)
+
+
+def _check_train(train: TrainOptions) -> None:
+    positive = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "logging_steps",
+    )
+    for name in positive:
+        _require(getattr(train, name) > 0, f"--train.{name}", getattr(train, name), "must be positive")
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "eval_steps"):
+        _require(getattr(train, name) >= 0, f"--train.{name}", getattr(train, name), "must not be negative")
+    for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
+        _require(0 <= getattr(train, name) < 1, f"--train.{name}", getattr(train, name), "must be in [0, 1)")
+    _require(0 <= train.min_lr_ratio <= 1, "--train.min_lr_ratio", train.min_lr_ratio, "must be in [0, 1]")
+    _require(train.adam_epsilon > 0, "--train.adam_epsilon", train.adam_epsilon, "must be positive")
+    _require(train.save_steps > 0, "--train.save_steps", train.save_steps, "must be positive")
+    _require(
+        train.max_steps > 0 or train.num_train_epochs > 0,
+        "--train.num_train_epochs",
+        train.num_train_epochs,
+        "must be positive where --train.max_steps is not given",
+    )
+    for name in ("per_device_eval_batch_size", "save_total_limit"):
+        value = getattr(train, name)
+        _require(value is None or value > 0, f"--train.{name}", value, "must be positive, or None")
+
+
+def _require(holds: bool, option: str, value: object, remedy: str) -> None:
+    if not holds:
+        shown = f" {value}" if value not in ("", True) else ""
+        raise UserError(f"{option}{shown}: {remedy}")
+
+
+def expand_targets(option: tuple[str, ...]) -> str | tuple[str, ...]:
+    """Return what PEFT would be given for `target_modules`: a list of names, a regex, or "all-linear"."""
+    if len(option) == 1 and option[0].lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    if len(option) == 1 and option[0] in TARGET_PRESETS:
+        return TARGET_PRESETS[option[0]]
+    return names_or_regex(option)
+
+
+def names_or_regex(option: tuple[str, ...]) -> str | tuple[str, ...]:
+    """Return a lone string as the regex that it is, unless it is a name (letters, digits, "_", "."): a list of one."""
+    if len(option) != 1 or re.fullmatch(r"[\w.]+", option[0]):
+        return option
+    return option[0]

@@ -1,0 +1,106 @@
+"""Rows as the model sees them, for a reader: every token, and which of them are trained."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from lora_jax.data.dataset import TokenDataset
+from lora_jax.data.tokens import Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+OPEN, CLOSE, BOUNDARY = "⟦", "⟧", "·"
+
+_TRAINED = ("bold black on green", "bold black on bright_green")
+_CONTEXT = ("default", "dim")
+_UNDECODED = "\ufffd"
+_LONGEST_CHARACTER = 4
+
+
+def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerFast, limit: int, *, marks: bool) -> Text:
+    """Return the first rows of a dataset as tokens, under a line of counts and a legend.
+
+    Args:
+        dataset: the rows.
+        tokenizer: the one that made them.
+        limit: greatest number of rows to show.
+        marks: mark trained tokens by brackets and boundaries by dots, for output without colour; else
+            trained tokens have a green background and neighbouring tokens differ in shade.
+    """
+    shown = Text(dataset.summary() + "\n")
+    if marks:
+        shown.append(f"{OPEN}trained{CLOSE} the rest is only read; {BOUNDARY} parts two tokens\n")
+    else:
+        shown.append("trained", _TRAINED[0]).append(" ").append("tokens", _TRAINED[1])
+        shown.append(" and the rest, which is only read; the shade changes from token to token\n")
+    for index, example in enumerate(islice(dataset, limit)):
+        cut = f", cut at {dataset.max_length}" if example.truncated else ""
+        heading = f"{dataset.where(index)}: {len(example)} tokens, {int(example.trained.sum())} trained{cut}"
+        shown.append(f"\n{heading}\n", "bold")
+        shown.append_text(_row(example, tokenizer, marks))
+        shown.append("\n")
+    left = len(dataset) - limit
+    if left > 0:
+        shown.append(f"\n{left:,} more\n")
+    return shown
+
+
+def _row(example: Tokens, tokenizer: PreTrainedTokenizerFast, marks: bool) -> Text:
+    line = Text()
+    before = False
+    for number, (piece, trained) in enumerate(pieces(example, tokenizer)):
+        if not marks:
+            line.append(piece, (_TRAINED if trained else _CONTEXT)[number % 2])
+            continue
+        if trained != before:
+            line.append(OPEN if trained else CLOSE)
+        elif number:
+            line.append(BOUNDARY)
+        line.append(piece)
+        before = trained
+    return line.append(CLOSE) if before else line
+
+
+def pieces(example: Tokens, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:
+    """Return each token's text and whether it is trained; tokens that share a character are one piece."""
+    found: list[tuple[str, bool]] = []
+    ids = example.input_ids.tolist()
+    start = 0
+    while start < len(ids):
+        end = start + 1
+        piece = _decoded(ids, start, end, tokenizer)
+        while _UNDECODED in piece and end < min(start + _LONGEST_CHARACTER, len(ids)):
+            end += 1
+            piece = _decoded(ids, start, end, tokenizer)
+        if (
+            _UNDECODED in piece
+        ):  # not a character in pieces but one that the text itself holds, or bytes cut off
+            end = start + 1
+            piece = _decoded(ids, start, end, tokenizer)
+        found.append((_printable(piece), bool(example.trained[end - 1])))
+        start = end
+    return found
+
+
+def _decoded(ids: list[int], start: int, end: int, tokenizer: PreTrainedTokenizerFast) -> str:
+    # Decoded behind its neighbour, as many tokenizers drop the space of a first token.
+    context = max(start - 1, 0)
+    before = _decode(ids[context:start], tokenizer)
+    return _decode(ids[context:end], tokenizer)[len(before) :]
+
+
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text if isinstance(text, str) else "".join(text)
+
+
+def _printable(piece: str) -> str:
+    """Return text that a terminal shows and never obeys: control characters escaped, line ends as ↵."""
+    return "".join(
+        "↵\n" if char == "\n" else char if char.isprintable() or char == " " else ascii(char)[1:-1]
+        for char in piece
+    )

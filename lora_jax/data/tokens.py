@@ -1,0 +1,136 @@
+"""Examples as tokens, each with whether it is trained.
+
+What is trained, and where the EOS token comes from:
+
+- text: every token; EOS is appended if the text does not end with it.
+- prompt and completion: the tokens after those that the prompt and the whole have in common, and EOS,
+  appended likewise.
+- messages: the assistant's turns with their end tokens, as `turns` finds them. The template writes the end
+  token; only where it writes none after a closing turn is EOS appended, since nothing else would teach the
+  model to stop.
+
+A BOS token is what the tokenizer adds to plain text and what the template writes into a conversation,
+never both: a conversation is tokenised as transformers' `apply_chat_template` does, without additions, and
+text that starts with a written-out BOS gets no second one. A token that holds a character of a span belongs
+to the span. The first token is never trained: there is nothing to predict it from. Whether a token is
+trained never depends on its id, so a padding token that is also EOS changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_jax.data.formats import ChatExample, CompletionExample, Example
+from lora_jax.data.turns import Span, render_turns, shared_prefix
+from lora_jax.errors import UserError
+from lora_jax.hub.tokenizer import end_token_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no equality of one truth value
+class Tokens:
+    """One row as tokens."""
+
+    input_ids: np.ndarray
+    """int32 [length]"""
+    trained: np.ndarray
+    """bool [length]: the token is a target of the loss."""
+    row: int
+    """1-based number of the row, or the line, that it comes from."""
+    truncated: bool
+    """Tokens beyond the greatest length were cut off."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def tokenise(
+    example: Example, tokenizer: PreTrainedTokenizerFast, max_length: int, where: str, *, row: int = 0
+) -> Tokens:
+    """Return an example as tokens, cut at the end to max_length.
+
+    Args:
+        example: what the row holds.
+        tokenizer: the model's; messages need its chat template.
+        max_length: greatest number of tokens.
+        where: the row's place, for messages.
+        row: the row's number, to be kept with its tokens.
+
+    Raises:
+        UserError: the tokenizer lacks what the example needs, or its template hides what is the assistant's.
+    """
+    if isinstance(example, ChatExample):
+        ids, trained = _chat(example, tokenizer, where)
+    elif isinstance(example, CompletionExample):
+        prompt = _plain(example.prompt, tokenizer)
+        ids = _ended(_plain(example.prompt + example.completion, tokenizer), tokenizer)
+        trained = np.arange(len(ids)) >= shared_prefix(prompt, ids)
+    else:
+        ids = _ended(_plain(example.text, tokenizer), tokenizer)
+        trained = np.full(len(ids), bool(example.text.strip()))
+    trained[:1] = False
+    return Tokens(
+        np.asarray(ids[:max_length], np.int32), trained[:max_length], row=row, truncated=len(ids) > max_length
+    )
+
+
+def _plain(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the tokens of text taken as it is, with what the tokenizer adds to every text."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def _ended(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    end = end_token_id(tokenizer)
+    return ids if ids and ids[-1] == end else [*ids, end]
+
+
+def _chat(chat: ChatExample, tokenizer: PreTrainedTokenizerFast, where: str) -> tuple[list[int], np.ndarray]:
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{where}: the tokenizer does not tell where in the text its tokens lie; give the model a "
+            "tokenizer.json"
+        )
+    text, spans = render_turns(chat, tokenizer, where)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
+    offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    trained = within(offsets, spans)
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids, trained = ids[1:], trained[1:]
+    if spans and spans[-1].end == len(text) and not spans[-1].closed:
+        closed = _ended(ids, tokenizer)
+        trained = np.append(trained, np.ones(len(closed) - len(ids), bool))
+        ids = closed
+    return ids, trained
+
+
+def within(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
+    """Return which tokens hold a character of a span.
+
+    Args:
+        offsets: int [length, 2], the characters of each token, from start to before end.
+        spans: stretches of characters, in order.
+
+    Returns:
+        bool [length].
+    """
+    for (_, end), (start, _) in pairwise((span.start, span.end) for span in spans):
+        if start < end:
+            raise ValueError("spans overlap")
+    # Some tokenizers trim spaces off their offsets, so a token reaches back to where the one before ended.
+    ends = offsets[:, 1]
+    before = np.concatenate(([0], np.maximum.accumulate(ends)[:-1])) if len(ends) else ends
+    starts = np.minimum(offsets[:, 0], before)
+    trained = np.zeros(len(offsets), bool)
+    for span in spans:
+        trained |= (ends > span.start) & (starts < span.end)
+    return trained

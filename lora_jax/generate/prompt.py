@@ -1,0 +1,79 @@
+"""From what a user types to tokens, and the tokens at which a completion ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from lora_jax.data.formats import ChatExample
+from lora_jax.data.tokens import tokenise
+from lora_jax.errors import UserError
+from lora_jax.hub.tokenizer import end_token_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+_LONGEST_TURN = 2**16
+
+
+def encode_prompt(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool, system: str | None = None
+) -> list[int]:
+    """Return a prompt's tokens: as a user's turn, the assistant's asked for, or as it is.
+
+    With `chat` the template writes BOS if it wants one; otherwise the tokenizer adds what it adds to every
+    text. Never are there two. Raises UserError where the template refuses the messages or no token comes out.
+    """
+    text = _asked(prompt, tokenizer, system) if chat else prompt
+    ids: list[int] = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+    bos = tokenizer.bos_token_id
+    ids = ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+    if not ids:
+        raise UserError("--prompt: holds no token; write some text")
+    return ids
+
+
+def end_ids(
+    settings: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any, *, chat: bool
+) -> frozenset[int]:
+    """Return the tokens that end a completion.
+
+    They are `eos_token_id`, one id or several, of generation_config.json (`settings`), else of config.json,
+    as in transformers; the tokenizer's own end token; and in a chat the one that closes the assistant's turn
+    in the template, since a base model's files do not name what it was fine-tuned to stop at.
+    """
+    named = settings.get("eos_token_id")
+    named = config.get("eos_token_id") if named is None else named
+    found = [*named] if isinstance(named, list) else [named]
+    if tokenizer.eos_token_id is not None:
+        found.append(end_token_id(tokenizer))
+    if chat:
+        found.append(_turn_end(tokenizer))
+    return frozenset(token for token in found if isinstance(token, int))
+
+
+def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase, system: str | None) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # pyright: ignore[reportReturnType]
+    except _TEMPLATE_ERRORS as error:
+        raise UserError(
+            f"--prompt: the chat template refuses it ({error}); leave --system out, or give --raw"
+        ) from error
+
+
+def _turn_end(tokenizer: Any) -> int | None:
+    """Return the special token that training teaches to end a turn with; None where it cannot be told."""
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+    try:
+        tokens = tokenise(ChatExample(messages), tokenizer, _LONGEST_TURN, "--prompt")
+    except UserError:
+        return None  # a template that cannot be trained with may still be good to generate with
+    last = int(tokens.input_ids[tokens.trained][-1]) if tokens.trained.any() else -1
+    added = tokenizer.added_tokens_decoder.get(last)
+    return last if added is not None and added.special else None

@@ -1,0 +1,38 @@
+"""Tokens to text, while they come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_INCOMPLETE = "\ufffd"
+
+
+def decoded(tokens: list[int], tokenizer: Any) -> str:
+    """Return the text of tokens without the special ones."""
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class TextStream:
+    """Text in pieces whose sum is the text of all tokens: a character is held back until its last byte is there."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._given = ""
+
+    def add(self, token: int) -> str:
+        """Return what can be shown now that a token has come; maybe nothing."""
+        self._tokens.append(token)
+        text = decoded(self._tokens, self._tokenizer)
+        return self._rest(text.rstrip(_INCOMPLETE))
+
+    def end(self) -> str:
+        """Return what was held back."""
+        return self._rest(decoded(self._tokens, self._tokenizer))
+
+    def _rest(self, text: str) -> str:
+        if not text.startswith(self._given):
+            return ""  # what was shown is not taken back
+        rest = text[len(self._given) :]
+        self._given = text
+        return rest

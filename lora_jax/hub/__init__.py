@@ -1,0 +1,1 @@
+"""What a Hugging Face folder is: weights, configuration, tokenizer and adapter files, read and written."""

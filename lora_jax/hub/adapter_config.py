@@ -1,0 +1,253 @@
+"""adapter_config.json as PEFT reads and writes it for LoRA.
+
+Writing: the keys that every PEFT knows are always there; a newer one only where it is not at its default,
+because PEFT up to 0.13 refuses keys that it does not know. Reading: a key that changes the adapter's maths
+and is not known here is an error, not a warning.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from lora_jax.errors import UserError, listing
+from lora_jax.hub.json_file import read_json_object
+
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+
+BIAS_MODES = ("none", "all", "lora_only")
+# Inits that leave the base weights as they are, so that A and B say all there is to know.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# Keys without a say in what the saved tensors mean: notes, and options of inits.
+_NOTES = {
+    "auto_mapping", "inference_mode", "peft_version", "runtime_config", "megatron_core", "qalora_group_size",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+}  # fmt: skip
+_FIELDS = {
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
+    "alpha_pattern", "modules_to_save", "bias", "use_rslora", "init_lora_weights", "trainable_token_indices",
+    "fan_in_fan_out", "ensure_weight_tying",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A LoRA adapter's configuration, in the words of PEFT's LoraConfig; an empty tuple is PEFT's null."""
+
+    r: int
+    lora_alpha: float
+    target_modules: str | tuple[str, ...]
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = "CAUSAL_LM"
+    lora_dropout: float = 0.0
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
+    fan_in_fan_out: bool = False
+    ensure_weight_tying: bool = False
+
+    def to_json(self) -> str:
+        """Return the text of adapter_config.json; equal configurations give equal texts.
+
+        The keys are sorted, names too; patterns keep their order, because the first that matches a module
+        holds, and so do token indices, which the rows of the saved tensor follow.
+        """
+        content: dict[str, Any] = {
+            "alpha_pattern": {name: _whole(alpha) for name, alpha in self.alpha_pattern.items()},
+            "auto_mapping": None,
+            "base_model_name_or_path": self.base_model_name_or_path,
+            "bias": self.bias,
+            "fan_in_fan_out": self.fan_in_fan_out,
+            "inference_mode": True,
+            "init_lora_weights": self.init_lora_weights,
+            "layers_pattern": sorted(self.layers_pattern) or None,
+            "layers_to_transform": sorted(self.layers_to_transform) or None,
+            "lora_alpha": _whole(self.lora_alpha),
+            "lora_dropout": self.lora_dropout,
+            "modules_to_save": sorted(self.modules_to_save) or None,
+            "peft_type": "LORA",
+            "r": self.r,
+            "rank_pattern": dict(self.rank_pattern),
+            "revision": self.revision,
+            "target_modules": _names_or_regex(self.target_modules),
+            "task_type": self.task_type,
+        }
+        if self.exclude_modules:
+            content["exclude_modules"] = _names_or_regex(self.exclude_modules)
+        if self.trainable_token_indices:
+            tokens = self.trainable_token_indices
+            named = isinstance(tokens, Mapping)
+            content["trainable_token_indices"] = (
+                {k: list(v) for k, v in tokens.items()} if named else list(tokens)
+            )
+        content |= {name: True for name in ("use_rslora", "ensure_weight_tying") if getattr(self, name)}
+        return json.dumps({key: content[key] for key in sorted(content)}, indent=2) + "\n"
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read a folder's adapter_config.json, whoever wrote it.
+
+    Raises UserError where it is absent or malformed, is not of a LoRA adapter for causal language models,
+    lacks the rank, alpha or targets (PEFT would guess them), or has a key that changes the maths and is not
+    supported.
+    """
+    path = folder / ADAPTER_CONFIG_FILE
+    if not path.exists():
+        raise UserError(f"no {ADAPTER_CONFIG_FILE} in {folder}; {_hint(folder)}")
+    return _Reader(path, read_json_object(path, "write the adapter again")).config()
+
+
+class _Reader:
+    """The keys of one file, with errors that say which key of which file is wrong."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path = path
+        self.content = content
+
+    def config(self) -> AdapterConfig:
+        self._check_supported()
+        rank, alpha = self._needed("r"), self._needed("lora_alpha")
+        target_modules = self._names_or_regex("target_modules")
+        if target_modules == () and self.content.get("target_modules") is None:
+            raise self._error("target_modules is missing, and PEFT would guess it from the model", "add it")
+        return AdapterConfig(
+            r=rank if _is_rank(rank) else self._malformed("r", "a positive integer"),
+            lora_alpha=alpha if _is_number(alpha) else self._malformed("lora_alpha", "a number"),
+            target_modules=target_modules,
+            base_model_name_or_path=self._text("base_model_name_or_path"),
+            revision=self._text("revision"),
+            task_type=self._text("task_type"),
+            lora_dropout=self._number("lora_dropout", 0.0),
+            exclude_modules=self._names_or_regex("exclude_modules"),
+            layers_to_transform=self._integers("layers_to_transform"),
+            layers_pattern=self._names("layers_pattern"),
+            rank_pattern=self._pattern("rank_pattern"),
+            alpha_pattern=self._pattern("alpha_pattern"),
+            modules_to_save=self._names("modules_to_save"),
+            bias=self._bias(),
+            use_rslora=self._flag("use_rslora"),
+            init_lora_weights=self.content.get("init_lora_weights", True),
+            trainable_token_indices=self._token_indices(),
+            fan_in_fan_out=self._flag("fan_in_fan_out"),
+            ensure_weight_tying=self._flag("ensure_weight_tying"),
+        )
+
+    def _check_supported(self) -> None:
+        peft_type = self._needed("peft_type")
+        if peft_type != "LORA":
+            raise self._error(f"peft_type {peft_type} is not supported", "only LORA is; train a LoRA adapter")
+        task_type = self.content.get("task_type")
+        if task_type not in (None, "CAUSAL_LM"):
+            raise self._error(f"task_type {task_type} is not supported", "only CAUSAL_LM is")
+        strange = sorted(key for key in self.content.keys() - _FIELDS - _NOTES if self.content[key])
+        if strange:
+            raise self._error(
+                f"{listing(strange)} changes the adapter's maths and is not supported",
+                "train the adapter without it, or load it with PEFT and merge it there",
+            )
+        init = self.content.get("init_lora_weights", True)
+        if init not in _PLAIN_INITS:
+            raise self._error(
+                f"init_lora_weights {init!r} changed the base weights, which the adapter's files do not tell",
+                "save it in PEFT with path_initial_model_for_weight_conversion",
+            )
+
+    def _needed(self, key: str) -> Any:
+        if self.content.get(key) is None:
+            raise self._error(f"{key} is missing", "add it: nothing else tells it")
+        return self.content[key]
+
+    def _text(self, key: str) -> str | None:
+        value = self.content.get(key)
+        return value if value is None or isinstance(value, str) else self._malformed(key, "a string")
+
+    def _flag(self, key: str) -> bool:
+        value = self.content.get(key) or False
+        return value if isinstance(value, bool) else self._malformed(key, "true or false")
+
+    def _number(self, key: str, default: float) -> float:
+        value = self.content.get(key)
+        return default if value is None else value if _is_number(value) else self._malformed(key, "a number")
+
+    def _names(self, key: str) -> tuple[str, ...]:
+        value = self.content.get(key) or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            return self._malformed(key, "a list of names")
+        return tuple(value)
+
+    def _names_or_regex(self, key: str) -> str | tuple[str, ...]:
+        value = self.content.get(key)
+        return value if isinstance(value, str) and value else self._names(key)
+
+    def _integers(self, key: str) -> tuple[int, ...]:
+        value = self.content.get(key)
+        return () if value is None else self._integer_list(key, [value] if _is_integer(value) else value)
+
+    def _integer_list(self, key: str, value: Any) -> tuple[int, ...]:
+        if not isinstance(value, list) or not all(_is_integer(item) and item >= 0 for item in value):
+            return self._malformed(key, "a list of integers")
+        return tuple(value)
+
+    def _token_indices(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+        key = "trainable_token_indices"
+        value = self.content.get(key)
+        if isinstance(value, dict):
+            return {name: self._integer_list(key, tokens) for name, tokens in value.items()}
+        return () if value is None else self._integer_list(key, value)
+
+    def _pattern(self, key: str) -> dict[str, Any]:
+        value = self.content.get(key) or {}
+        legal = _is_rank if key == "rank_pattern" else _is_number
+        if not isinstance(value, dict) or not all(legal(item) for item in value.values()):
+            return self._malformed(key, "an object of name and positive number")
+        return value
+
+    def _bias(self) -> str:
+        value = self.content.get("bias") or "none"
+        return value if value in BIAS_MODES else self._malformed("bias", f"one of {', '.join(BIAS_MODES)}")
+
+    def _malformed(self, key: str, wanted: str) -> Any:
+        raise self._error(f"{key} is {json.dumps(self.content[key])[:80]}", f"it must be {wanted}")
+
+    def _error(self, what: str, remedy: str) -> UserError:
+        return UserError(f"{what}: {self.path}; {remedy}")
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_rank(value: object) -> TypeGuard[int]:
+    return _is_integer(value) and value > 0
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else number
+
+
+def _names_or_regex(value: str | tuple[str, ...]) -> str | list[str]:
+    return value if isinstance(value, str) else sorted(value)
+
+
+def _hint(folder: Path) -> str:
+    inside = sorted(child.parent.name for child in folder.glob(f"*/{ADAPTER_CONFIG_FILE}"))
+    if inside:
+        return f"perhaps you meant a folder inside it: {listing(inside)}"
+    if (folder / "config.json").exists():
+        return "it is a base model; give the folder of an adapter"
+    return "give the folder of an adapter, such as OUTPUT_DIR/adapter"

@@ -1,0 +1,85 @@
+"""The two files of a LoRA adapter, as PEFT reads and writes them.
+
+They are adapter_config.json and adapter_model.safetensors. Tensors keep PEFT's layout (lora_A [rank, in],
+lora_B [out, rank]); inside, names go without `base_model.model.`:
+
+    model.layers.0.self_attn.q_proj.lora_A.weight       model.embed_tokens.lora_embedding_A
+    lm_head.weight (modules_to_save)                    model.layers.0.self_attn.q_proj.base_layer.bias (bias)
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from lora_jax.errors import UserError
+from lora_jax.hub.adapter_config import ADAPTER_CONFIG_FILE, AdapterConfig, read_adapter_config
+from lora_jax.hub.atomic import write_text
+from lora_jax.hub.safetensors_file import SafetensorsFile, save_tensors
+
+__all__ = [
+    "ADAPTER_CONFIG_FILE",
+    "ADAPTER_WEIGHTS_FILE",
+    "AdapterConfig",
+    "read_adapter",
+    "read_adapter_config",
+    "write_adapter",
+]
+
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# PEFT adds the frozen base table of an adapted embedding to the file; it is in the base model anyway.
+_COPIES_OF_THE_BASE = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
+
+
+def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
+    """Read an adapter's configuration and its tensors in float32.
+
+    Raises UserError as `read_adapter_config` does, and where the tensors are absent, in the pickle format,
+    truncated, of another dtype, or named twice.
+    """
+    config = read_adapter_config(folder)
+    path = folder / ADAPTER_WEIGHTS_FILE
+    if not path.exists():
+        raise _no_weights(folder)
+    file = SafetensorsFile(path)
+    tensors: dict[str, np.ndarray] = {}
+    for stored in file.names:
+        name = _plain_name(stored)
+        if name.endswith(_COPIES_OF_THE_BASE):
+            continue
+        if name in tensors:
+            raise UserError(
+                f"two tensors are both {name}: {path}; save the adapter again with one adapter name"
+            )
+        tensors[name] = file.tensor(stored).astype(np.float32, copy=False)
+    return config, tensors
+
+
+def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write an adapter that PEFT loads; each file appears whole or not at all, the configuration last.
+
+    `tensors` are named as `read_adapter` names them and are written in the dtype they have. Raises
+    UserError where the system refuses to write.
+    """
+    save_tensors(folder / ADAPTER_WEIGHTS_FILE, {_PREFIX + name: array for name, array in tensors.items()})
+    write_text(folder / ADAPTER_CONFIG_FILE, config.to_json())
+
+
+def _plain_name(stored: str) -> str:
+    """Return a name without PEFT's prefix and without the adapter's name, which old versions left in."""
+    name = stored.removeprefix(_PREFIX)
+    if ".default." in name or name.endswith(".default"):
+        name = (
+            name.replace(".modules_to_save.default.", ".").replace(".default.", ".").removesuffix(".default")
+        )
+    return name
+
+
+def _no_weights(folder: Path) -> UserError:
+    if (folder / "adapter_model.bin").exists():
+        return UserError(
+            f"the adapter is a pickle, which can run code when loaded: {folder}/adapter_model.bin; convert "
+            "it to safetensors: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
+        )
+    return UserError(f"no {ADAPTER_WEIGHTS_FILE} in {folder}; copy it there, beside {ADAPTER_CONFIG_FILE}")

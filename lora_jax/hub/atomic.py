@@ -1,0 +1,126 @@
+"""Files and folders that appear whole or not at all: written aside, then renamed.
+
+The temporary name is in the same folder, so that the rename stays within one file system.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from lora_jax.errors import UserError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "free some space or choose another disk",
+    errno.EFBIG: "choose a disk that takes files of this size",
+    errno.EROFS: "choose a folder that you may write to",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+}
+
+
+def write_failure(path: Path, error: OSError) -> UserError:
+    """Return the error for a path that the system would not let be written."""
+    remedy = _REMEDIES.get(error.errno or 0, "choose another place to write to")
+    return UserError(f"cannot write {path}: {error.strerror or error}; {remedy}")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; what was written there becomes `path` on leaving.
+
+    Folders above `path` are made. The file gets the permissions that an ordinary new file gets. On any
+    failure nothing is left and an older `path` stays. Raises UserError for an OSError.
+    """
+    aside = _aside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch(exist_ok=False)
+        mode = aside.stat().st_mode
+        yield aside
+        # A library that replaces the file by one of its own may have left it private to the user.
+        aside.chmod(mode)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise write_failure(path, error) from error
+    finally:
+        with suppress(OSError):
+            aside.unlink()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; raises UserError where the system refuses."""
+    with whole_file(path) as aside:
+        aside.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as UTF-8, whole or not at all; raises UserError where the system refuses."""
+    write_bytes(path, text.encode())
+
+
+@contextmanager
+def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give an empty temporary folder beside `path`, which becomes `path` on leaving.
+
+    On any failure, an interrupt included, nothing is left and an older `path` stays as it was. With
+    `overwrite` the older one goes away at the very end. Raises UserError where `path` is a file, holds
+    something and `overwrite` is not given, or cannot be written.
+    """
+    path = Path(os.path.realpath(path.expanduser()))
+    _check_free(path, overwrite)
+    aside = _aside(path)
+    try:
+        _make_folder(aside)
+        yield aside
+        _check_free(path, overwrite)
+        _replace_folder(aside, path)
+    except OSError as error:
+        if error.errno not in _REMEDIES:  # not about writing: for the caller to explain
+            raise
+        raise write_failure(path, error) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.is_mount():
+        raise UserError(f"{path} is a mount point, which cannot be replaced whole; name a folder inside it")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; name a folder to write to")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UserError(
+            f"{path} exists and is not empty; choose another folder, or pass --overwrite to replace it"
+        )
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise write_failure(path.parent, error) from error
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    older = _aside(target)
+    try:
+        if target.exists():
+            target.rename(older)
+        source.rename(target)
+    except OSError as error:
+        raise write_failure(target, error) from error
+    finally:
+        if older.exists():
+            if not target.exists():
+                older.rename(target)
+            shutil.rmtree(older, ignore_errors=True)

@@ -1,0 +1,27 @@
+"""Reading a JSON file that somebody else wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lora_jax.errors import UserError
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises UserError with `remedy` where the file cannot be read, is not JSON or holds something else
+    than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        place = f"{path}, line {error.lineno} column {error.colno}"
+        raise UserError(f"{path.name} is not valid JSON: {place}: {error.msg}; {remedy}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path.name} is not UTF-8 text: {path}; {remedy}") from error
+    except OSError as error:
+        raise UserError(f"{path.name} cannot be read: {path} ({error.strerror}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path.name} holds a JSON {type(value).__name__}, not an object: {path}; {remedy}")
+    return value

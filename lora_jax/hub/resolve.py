@@ -1,0 +1,121 @@
+"""From what a user calls a model, a folder path or an id on the Hub, to a local folder.
+
+huggingface_hub does the downloading and honours HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN, which it
+reads when it is imported.
+"""
+
+import re
+from pathlib import Path
+
+from lora_jax.errors import UserError, nearest
+
+# Weights as safetensors, configuration and tokenizer; no code, no pictures, no other frameworks' weights.
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+# Weights that transformers does not read: Mistral's second copy, precision variants, other parts of a
+# pipeline.
+_UNWANTED = [
+    "consolidated*.safetensors",
+    "*.fp16*.safetensors",
+    "*/*.safetensors",
+    "*/*.json",
+    "*/*.txt",
+    "*/*.model",
+]
+
+
+def looks_like_id(text: str) -> bool:
+    """Tell whether a text could be a Hub id, `name` or `owner/name`, by its form alone."""
+    part = r"\w(?:[\w.-]{0,94}\w)?"
+    return re.fullmatch(f"{part}(?:/{part})?", text, re.ASCII) is not None and not re.search(r"--|\.\.", text)
+
+
+def resolve(path_or_id: str, revision: str | None = None, *, option: str = "--model.path") -> Path:
+    """Return the folder that a path or a Hub id stands for, downloading it where needed.
+
+    `option` is what the user typed it for and goes into the messages; `revision` is a branch, tag or commit
+    of a Hub id. Raises UserError for a path that is not there, a repository or revision that does not exist
+    or is closed to the user, and where the Hub cannot be reached.
+    """
+    if not path_or_id.strip():
+        raise UserError(f"{option}: empty; give a folder or a Hub id")
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise UserError(
+                f"{option} {path_or_id}: revision {revision} needs a Hub id, and this is a folder; drop it"
+            )
+        return folder
+    if folder.exists():
+        raise UserError(f"{option} {path_or_id}: a file; give the folder that holds it")
+    if not looks_like_id(path_or_id):
+        raise UserError(
+            f"{option} {path_or_id}: no such folder; check the path, or give a Hub id.{_similar(folder)}"
+        )
+    return _download(path_or_id, revision, option)
+
+
+def _similar(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return ""
+    return nearest(folder.name, (child.name for child in folder.parent.iterdir() if child.is_dir()))
+
+
+def _download(repo_id: str, revision: str | None, option: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            repo_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+        )
+    except Exception as error:
+        # The HTTP library beneath huggingface_hub raises errors of its own (a bad proxy, a broken
+        # connection), and has changed with huggingface_hub's major versions.
+        raise UserError(f"{option} {repo_id}: {_reason(error, repo_id, revision)}") from error
+    return Path(folder)
+
+
+def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
+    from huggingface_hub import constants, errors
+
+    hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    log_in = "set HF_TOKEN or run `hf auth login`"
+    if isinstance(error.__cause__, errors.HfHubHTTPError):  # the Hub was reached: what it said tells more
+        error = error.__cause__
+    match error:
+        case errors.HFValidationError():
+            return "neither a folder here nor a legal Hub id; check its spelling"
+        case errors.GatedRepoError():
+            return f"the repository is gated; ask for access at {hub}/{repo_id}, then {log_in}"
+        case errors.RepositoryNotFoundError():
+            similar = _similar(Path(repo_id))
+            return (
+                f"no such folder here, and no such repository at {hub}; check its spelling, or, if it is "
+                f"private, {log_in}.{similar}"
+            )
+        case errors.RevisionNotFoundError():
+            return f"{hub} has no revision {revision!r} of it; name a branch, tag or commit"
+        case errors.HfHubHTTPError() if error.response is not None:
+            answer = f"{error.response.status_code} {error.response.reason_phrase}".strip()
+            return f"{hub} answered {answer}; try again later, or give a local folder"
+        case OSError(errno=int(), strerror=str()):  # a full disk, a closed cache
+            return f"the download to {cache} failed ({error.strerror}); mend that, or set HF_HOME"
+        case OSError() if constants.HF_HUB_OFFLINE:
+            return (
+                f"no such folder here, not (or not wholly) in the cache {cache}, and HF_HUB_OFFLINE is set; "
+                f"unset it, or run `hf download {repo_id}` first"
+            )
+        case OSError():
+            return (
+                f"no such folder here, and {hub} cannot be reached ({_cause(error)}); check the network, proxy "
+                "and HF_ENDPOINT, or give a local folder"
+            )
+        case _:
+            return (
+                f"the download from {hub} failed ({type(error).__name__}: {_cause(error)}); try again, it goes "
+                "on where it stopped, or give a local folder"
+            )
+
+
+def _cause(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return str(cause).strip().split("\n")[0][:160] or type(cause).__name__

@@ -1,0 +1,53 @@
+"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) under a causal, segmented, windowed mask."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Mask = Bool[Array, "batch length keys"]
+
+
+def attention_mask(
+    query_segments: Int[Array, "batch length"],
+    key_segments: Int[Array, "batch keys"],
+    query_slots: Int[Array, " length"],
+    key_slots: Int[Array, " keys"],
+) -> Bool[Array, "batch length keys"]:
+    """Return which keys each query sees: those of its own segment that stand no later than itself.
+
+    Slots are places in the sequence (not positions, which restart with a segment); segment 0 is padding.
+    """
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    return same & (key_slots[None, :] <= query_slots[:, None]) & (key_segments != 0)[:, None, :]
+
+
+def within_window(
+    mask: Mask, query_slots: Int[Array, " length"], key_slots: Int[Array, " keys"], window: Int[Array, ""]
+) -> Mask:
+    """Return the mask less the keys `window` or more places before the query."""
+    return mask & (query_slots[:, None] - key_slots[None, :] < window)
+
+
+def attend(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads head_dim"],
+    mask: Mask,
+) -> Float[Array, "batch length heads head_dim"]:
+    """Return softmax(query · key / sqrt(head_dim)) · value, heads in groups over the kv_heads.
+
+    Scores and softmax are float32. A query that sees no key (padding) gets a finite, meaningless row.
+    """
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        "btkgd,bskd->bkgts", grouped, key, precision=precision, preferred_element_type=jnp.float32
+    )
+    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bkgts,bskd->btkgd", probabilities, value, precision=precision)
+    return mixed.reshape(batch, length, heads, head_dim)

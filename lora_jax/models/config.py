@@ -1,0 +1,97 @@
+"""What the decoder needs to know of a model, read from a Hugging Face config.json.
+
+Field names are those of transformers' configs. Defaults for keys that a config.json leaves out are
+transformers' own: its config class of the family fills them in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: theta and the scaling of its frequencies (rope_type as in transformers)."""
+
+    rope_type: str
+    rope_theta: float
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer with pre-norm, rotary positions, grouped-query attention and a gated MLP."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    rope: Rope
+    sliding_windows: tuple[int | None, ...]
+    """Per layer: how many positions a query sees, itself included; None is all."""
+    tie_word_embeddings: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def windows(self) -> np.ndarray | None:
+        """Sliding windows as int32 [layer], a full layer's larger than any length; None where all are full."""
+        if all(window is None for window in self.sliding_windows):
+            return None
+        largest = np.iinfo(np.int32).max
+        return np.array([largest if window is None else window for window in self.sliding_windows], np.int32)
+
+
+def decoder_config(config: Any, **fields: Any) -> ModelConfig:
+    """Return the ModelConfig of a transformers config; `fields` are what the family's own names decide."""
+    layers = config.num_hidden_layers
+    given: dict[str, Any] = {
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads or config.num_attention_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "hidden_act": config.hidden_act,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope": _rope(config),
+        "sliding_windows": (None,) * layers,
+        "tie_word_embeddings": bool(config.tie_word_embeddings),
+    }
+    return ModelConfig(**(given | fields))
+
+
+def windows_of_layer_types(config: Any) -> tuple[int | None, ...]:
+    """Return the window of each layer from transformers' `layer_types` (Qwen2, Qwen3)."""
+    return tuple(
+        config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types
+    )
+
+
+def _rope(config: Any) -> Rope:
+    parameters = config.rope_parameters
+    original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    return Rope(
+        rope_type=parameters.get("rope_type", "default"),
+        rope_theta=float(parameters["rope_theta"]),
+        factor=float(parameters.get("factor", 1.0)),
+        low_freq_factor=float(parameters.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(parameters.get("high_freq_factor", 4.0)),
+        original_max_position_embeddings=int(original),
+    )

@@ -1,0 +1,181 @@
+"""One decoder-only transformer for every family, its layers scanned.
+
+    hidden = model.apply({"params": frozen, "lora": trainable, "adapter": adapter}, tokens, positions, segments)
+    logits = model.apply(variables, hidden, method="logits")
+
+`trainable` may be empty: an un-adapted model is the same code. Dropout is on where a "dropout" rng is
+given. With a `Cache` the call appends to it and attends over it (generation).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from lora_jax.models.attention import Mask, attend, attention_mask, within_window
+from lora_jax.models.config import ModelConfig
+from lora_jax.models.layers import ADAPTER, FROZEN, TRAINABLE, Embedding, Linear, RMSNorm
+from lora_jax.models.rope import angles, rotate
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, for generation.
+
+    `used` is how many slots are filled, the same for all rows; rows of unequal length are padded on
+    the left, with segment 0.
+    """
+
+    key: Float[Array, "layer batch keys kv_heads head_dim"]
+    value: Float[Array, "layer batch keys kv_heads head_dim"]
+    segments: Int[Array, "batch keys"]
+    used: Int[Array, ""]
+
+
+class Sight(NamedTuple):
+    """What every layer's attention shares: rotations, mask, and the slots of queries and keys."""
+
+    cosine: Array
+    sine: Array
+    mask: Mask
+    query_slots: Array
+    key_slots: Array
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions and optional head norms."""
+
+    config: ModelConfig
+    lora_dropout: float
+
+    def setup(self) -> None:
+        self.q_proj, self.k_proj = Linear(self.lora_dropout), Linear(self.lora_dropout)
+        self.v_proj, self.o_proj = Linear(self.lora_dropout), Linear(self.lora_dropout)
+        if self.config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(self.config.rms_norm_eps), RMSNorm(self.config.rms_norm_eps)
+
+    def __call__(self, x: Array, sight: Sight, window: Array | None, cache: Any) -> tuple[Array, Any]:
+        batch, length, _ = x.shape
+        heads = (batch, length, -1, self.config.head_dim)
+        query, key, value = (
+            self.q_proj(x).reshape(heads),
+            self.k_proj(x).reshape(heads),
+            self.v_proj(x).reshape(heads),
+        )
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, sight.cosine, sight.sine), rotate(key, sight.cosine, sight.sine)
+        if cache is not None:
+            start = (0, sight.query_slots[0], 0, 0)
+            key = jax.lax.dynamic_update_slice(cache[0], key.astype(cache[0].dtype), start)
+            value = jax.lax.dynamic_update_slice(cache[1], value.astype(cache[1].dtype), start)
+            cache = (key, value)
+        mask = sight.mask
+        if window is not None:
+            mask = within_window(mask, sight.query_slots, sight.key_slots, window)
+        mixed = attend(query, key.astype(query.dtype), value.astype(query.dtype), mask)
+        return self.o_proj(mixed.reshape(batch, length, -1)), cache
+
+
+class MLP(nn.Module):
+    """Gated MLP: down(act(gate(x)) * up(x))."""
+
+    config: ModelConfig
+    lora_dropout: float
+
+    def setup(self) -> None:
+        self.gate_proj, self.up_proj = Linear(self.lora_dropout), Linear(self.lora_dropout)
+        self.down_proj = Linear(self.lora_dropout)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One pre-norm block; called by the scan over layers."""
+
+    config: ModelConfig
+    lora_dropout: float
+
+    def setup(self) -> None:
+        self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.self_attn = Attention(self.config, self.lora_dropout)
+        self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.mlp = MLP(self.config, self.lora_dropout)
+
+    def __call__(self, x: Array, sight: Sight, window: Array | None, cache: Any) -> tuple[Array, Any]:
+        mixed, cache = self.self_attn(self.input_layernorm(x), sight, window, cache)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Decoder(nn.Module):
+    """The whole model: embedding, scanned layers, final norm, head."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    lora_dropout: float = 0.0
+    gradient_checkpointing: bool = False
+
+    def setup(self) -> None:
+        layer = nn.remat(Layer, prevent_cse=False) if self.gradient_checkpointing else Layer
+        windowed = self.config.windows is not None
+        scanned = nn.scan(
+            layer,
+            variable_axes={FROZEN: 0, TRAINABLE: 0, ADAPTER: 0},
+            split_rngs={"dropout": True},
+            in_axes=(nn.broadcast, 0 if windowed else nn.broadcast, 0),
+            length=self.config.num_hidden_layers,
+        )
+        self.embed_tokens = Embedding(self.dtype)
+        self.layers = scanned(self.config, self.lora_dropout)
+        self.norm = RMSNorm(self.config.rms_norm_eps)
+        self.lm_head = Linear(self.lora_dropout)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"],
+        segments: Int[Array, "batch length"],
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], Cache | None]:
+        """Return the hidden states after the final norm, in the compute dtype, and the cache grown."""
+        slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        key_slots, key_segments, layers_cache = slots, segments, None
+        if cache is not None:
+            slots = slots + cache.used
+            key_slots = jnp.arange(cache.segments.shape[1], dtype=jnp.int32)
+            key_segments = jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.used))
+            layers_cache = (cache.key, cache.value)
+        cosine, sine = angles(self.config.rope, self.config.head_dim, positions, self.dtype)
+        mask = attention_mask(segments, key_segments, slots, key_slots)
+        sight = Sight(cosine, sine, mask, slots, key_slots)
+        windows = self.config.windows
+        x, grown = self.layers(
+            self.embed_tokens(tokens), sight, None if windows is None else jnp.asarray(windows), layers_cache
+        )
+        if cache is not None:
+            cache = Cache(*grown, key_segments, cache.used + tokens.shape[1])
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
+        """Return the head's float32 logits of hidden states."""
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(hidden).astype(jnp.float32)
+        logits = self.lm_head(hidden, self.embed_tokens.tied_table().T)
+        return self.embed_tokens.tied_rows(hidden, logits).astype(jnp.float32)
+
+
+def positions_of(segments: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """Return positions that count each row's real tokens from 0, wherever its padding stands."""
+    return jnp.maximum(jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1, 0)

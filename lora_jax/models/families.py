@@ -1,0 +1,76 @@
+"""The model families: how each one's config.json becomes a ModelConfig.
+
+Llama 1 to 3.x, Mistral, Qwen2/2.5 and Qwen3 share one table of tensor names (`names.py`); they
+differ in biases, head norms and windows, which is all that stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lora_jax.errors import UserError, listing
+from lora_jax.models.config import ModelConfig, decoder_config, windows_of_layer_types
+from lora_jax.models.rope import ROPE_TYPES
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+
+
+def llama(config: Any) -> ModelConfig:
+    """Llama 1 to 3.x: `attention_bias` covers q, k, v and o alike."""
+    bias = bool(config.attention_bias)
+    return decoder_config(config, qkv_bias=bias, output_bias=bias, mlp_bias=bool(config.mlp_bias))
+
+
+def mistral(config: Any) -> ModelConfig:
+    """Mistral: one sliding window for all layers, or none."""
+    return decoder_config(config, sliding_windows=(config.sliding_window,) * config.num_hidden_layers)
+
+
+def qwen2(config: Any) -> ModelConfig:
+    """Qwen2 and Qwen2.5: biases on q, k and v."""
+    return decoder_config(config, qkv_bias=True, sliding_windows=windows_of_layer_types(config))
+
+
+def qwen3(config: Any) -> ModelConfig:
+    """Qwen3: RMS norms on each head of q and k; `attention_bias` covers q, k, v and o alike."""
+    bias, windows = bool(config.attention_bias), windows_of_layer_types(config)
+    return decoder_config(config, qkv_bias=bias, output_bias=bias, qk_norm=True, sliding_windows=windows)
+
+
+FAMILIES: dict[str, Callable[[Any], ModelConfig]] = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+}
+
+
+def read_config(config: Mapping[str, Any], where: object) -> ModelConfig:
+    """Return the ModelConfig of a parsed config.json; `where` names it in errors.
+
+    Raises UserError for a model_type, rope type or activation that is not supported, and for values
+    that transformers refuses.
+    """
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"model_type {model_type!r} is not supported: {where}; supported: {listing(FAMILIES)}"
+        )
+    if config.get("quantization_config"):
+        raise UserError(
+            f"quantization_config: {where} holds quantised weights; give the 16- or 32-bit checkpoint"
+        )
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        model = FAMILIES[model_type](CONFIG_MAPPING[model_type].from_dict(dict(config)))
+    except Exception as error:  # transformers raises many types for a bad value; all are the file's fault
+        raise UserError(
+            f"config.json: {where} is not a valid {model_type} config ({error}); mend the file"
+        ) from error
+    if model.rope.rope_type not in ROPE_TYPES:
+        raise UserError(f"rope_type {model.rope.rope_type!r}: {where}; supported: {listing(ROPE_TYPES)}")
+    if model.hidden_act not in ACTIVATIONS:
+        raise UserError(f"hidden_act {model.hidden_act!r}: {where}; supported: {listing(ACTIVATIONS)}")
+    return model

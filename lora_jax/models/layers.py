@@ -1,0 +1,124 @@
+"""The layers that adapters touch, and the norm.
+
+Every layer reads its leaves through `Leaves.leaf`: a leaf in the `lora` collection replaces the base
+leaf of the same name in `params`, on the layers that the `adapter` collection's mask names. `Linear`
+and `Embedding` add the low-rank term where `lora_A` and `lora_B` stand under their own path. Nothing is
+initialised here: parameters come from files, adapters from `lora_jax.adapters`.
+
+    Linear:     y = x W + b + scaling * (dropout(x) A) B      (Hu et al. 2021, arXiv:2106.09685, eq. 3)
+    Embedding:  y = E[t] + scaling * A[t] B
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+FROZEN, TRAINABLE, ADAPTER = "params", "lora", "adapter"
+
+
+class Leaves(nn.Module):
+    """A module that reads its leaves from the frozen, trainable and adapter collections."""
+
+    def leaf(self, name: str) -> Any:
+        """Return the trained leaf where there is one, else the frozen one, else None."""
+        base = self.get_variable(FROZEN, name)
+        trained = self.get_variable(TRAINABLE, name)
+        if trained is None:
+            return base
+        mask = self.get_variable(ADAPTER, f"{name}_mask")
+        return trained if mask is None or base is None else jnp.where(mask, trained, base)
+
+    def low_rank(self) -> tuple[Array, Array, Array] | None:
+        """Return (A, B, scaling), or None where the module is not adapted."""
+        a = self.get_variable(TRAINABLE, "lora_A")
+        if a is None:
+            return None
+        return a, self.get_variable(TRAINABLE, "lora_B"), self.get_variable(ADAPTER, "scaling")
+
+
+def matmul(x: Array, kernel: Array) -> Array:
+    """Return x · kernel in x's dtype, true float32 where that is it, else accumulated in float32."""
+    if x.dtype == jnp.float32:
+        return jnp.matmul(x, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def drop(x: Array, rate: float, key: Array) -> Array:
+    """Return x with each element zeroed with probability `rate` (to 1/65536) and the rest scaled up."""
+    cut = round(rate * 65536)
+    keep = jax.random.bits(key, x.shape, jnp.uint16) >= cut
+    return jnp.where(keep, x * (65536 / (65536 - cut)), jnp.zeros_like(x))
+
+
+class Linear(Leaves):
+    """y = x W + b, with the low-rank term where the module is adapted."""
+
+    lora_dropout: float = 0.0
+
+    def __call__(
+        self, x: Float[Array, "*batch in"], tied_kernel: Array | None = None
+    ) -> Float[Array, "*batch out"]:
+        """Apply the layer; `tied_kernel` [in, out] stands in where the module has no kernel of its own."""
+        kernel = self.leaf("kernel")
+        y = matmul(x, tied_kernel if kernel is None else kernel)
+        adapted = self.low_rank()
+        if adapted is not None:
+            a, b, scaling = adapted
+            if self.lora_dropout and self.has_rng("dropout"):
+                x = drop(x, self.lora_dropout, self.make_rng("dropout"))
+            y = y + matmul(matmul(x, a) * scaling.astype(x.dtype), b)
+        bias = self.leaf("bias")
+        return y if bias is None else y + bias.astype(y.dtype)
+
+
+class Embedding(Leaves):
+    """Token embedding; the head reads the same table where the two are tied."""
+
+    dtype: Any = jnp.float32
+
+    def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
+        """Look the tokens up."""
+        x = self.leaf("embedding")[tokens].astype(self.dtype)
+        rows, indices = self._token_rows()
+        if rows is not None:
+            matches = tokens[..., None] == indices
+            x = jnp.where(matches.any(-1, keepdims=True), rows.astype(self.dtype)[matches.argmax(-1)], x)
+        adapted = self.low_rank()
+        if adapted is not None:
+            a, b, scaling = adapted
+            x = x + matmul(a[tokens].astype(self.dtype) * scaling.astype(self.dtype), b)
+        return x
+
+    def tied_table(self) -> Float[Array, "vocab embed"]:
+        """Return the table that a tied head multiplies with.
+
+        As in PEFT, a head tied to the embedding keeps the base table when the embedding alone is
+        trained or adapted; only trained token rows reach it (see `tied_rows`).
+        """
+        base = self.get_variable(FROZEN, "embedding")
+        return self.get_variable(TRAINABLE, "embedding") if base is None else base
+
+    def tied_rows(self, x: Float[Array, "*batch embed"], logits: Array) -> Float[Array, "*batch vocab"]:
+        """Return the logits of a tied head with those of trained token rows in place of the base's."""
+        rows, indices = self._token_rows()
+        return logits if rows is None else logits.at[..., indices].set(matmul(x, rows.T))
+
+    def _token_rows(self) -> tuple[Any, Any]:
+        return self.get_variable(TRAINABLE, "token_rows"), self.get_variable(ADAPTER, "token_indices")
+
+
+class RMSNorm(Leaves):
+    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467), computed in float32."""
+
+    epsilon: float = 1e-6
+
+    def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        """Normalise over the last axis."""
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return self.leaf("weight").astype(x.dtype) * (wide * scale).astype(x.dtype)

@@ -1,0 +1,85 @@
+"""Writing a whole model as a Hugging Face folder, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from lora_jax.errors import UserError, listing
+from lora_jax.hub.atomic import whole_folder, write_text
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.tokenizer import copy_config_files, copy_tokenizer
+from lora_jax.hub.writer import ShardWriter, parse_size
+from lora_jax.models.config import ModelConfig
+from lora_jax.models.names import name_table
+
+NamedTensors = Iterable[tuple[str, np.ndarray]]
+
+
+def save_model(
+    folder: Path,
+    source: Checkpoint,
+    tensors: NamedTensors,
+    changes: Mapping[str, Any],
+    *,
+    tokenizer: Path | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Write tensors, in the dtype they come in, beside the source's config (with changes) and tokenizer.
+
+    The folder appears whole or not at all. Tensors are written as they come: at most two shards are in
+    memory. A few of them are read back and compared before the folder takes its name.
+
+    Raises UserError where the folder is in use or cannot be written.
+    """
+    limit = parse_size(max_shard_size)
+    with whole_folder(folder, overwrite=overwrite) as aside:
+        writer = ShardWriter(aside, limit)
+        kept: dict[str, np.ndarray] = {}
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+            if len(kept) < 3 or tensor.ndim == 1:
+                kept = dict([*kept.items(), (name, tensor)][-3:])
+        writer.close()
+        write_text(
+            aside / "config.json",
+            json.dumps(_changed(source.config, changes), indent=2, sort_keys=True) + "\n",
+        )
+        copy_config_files(source.folder, aside)
+        copy_tokenizer(tokenizer or source.folder, aside)
+        _read_back(aside, kept)
+
+
+def tree_tensors(
+    params: Mapping[str, Any], config: ModelConfig, dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the checkpoint tensors of a parameter tree in torch's layout, converted to dtype."""
+    leaves = flatten_dict(dict(params))
+    for entry in name_table(config):
+        leaf = leaves[entry.path]
+        value = np.asarray(leaf if entry.layer is None else leaf[entry.layer])
+        yield (
+            entry.name,
+            np.ascontiguousarray(value.T if entry.transposed else value).astype(jnp.dtype(dtype)),
+        )
+
+
+def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    changed = dict(config) | dict(changes)
+    if "torch_dtype" in changed and "dtype" in changes:
+        changed["torch_dtype"] = changed.pop("dtype")
+    return changed
+
+
+def _read_back(folder: Path, kept: Mapping[str, np.ndarray]) -> None:
+    written = Checkpoint.open(folder)
+    wrong = [name for name, tensor in kept.items() if not np.array_equal(written.tensor(name), tensor)]
+    if wrong:
+        raise UserError(f"{folder}: {listing(wrong)} read back differently than written; check the disk")

@@ -1,0 +1,45 @@
+"""What a finished run leaves: an adapter folder as PEFT writes it, or a whole model after full training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax.adapters.peft import export_tensors, saved_config
+from lora_jax.adapters.read import NOTES_FILE
+from lora_jax.hub.adapter_files import write_adapter
+from lora_jax.hub.atomic import whole_folder, write_text
+from lora_jax.hub.model_card import TrainingFacts, adapter_card
+from lora_jax.hub.tokenizer import copy_tokenizer
+from lora_jax.models.save import save_model, tree_tensors
+from lora_jax.train.output import ADAPTER, MODEL
+from lora_jax.train.setup import Run
+
+
+
+
+def export_adapter(run: Run, trainable: Any, folder: Path, facts: TrainingFacts) -> Path:
+    """Write adapter_config.json, adapter_model.safetensors, README.md and the tokenizer; return the folder."""
+    assert run.plan is not None and run.adapter_config is not None
+    target = folder / ADAPTER
+    config = saved_config(run.adapter_config, run.plan)
+    with whole_folder(target, overwrite=True) as aside:
+        write_adapter(aside, config, export_tensors(trainable, run.plan))
+        copy_tokenizer(run.checkpoint.folder, aside)
+        write_text(aside / NOTES_FILE, json.dumps({"vocab_size": run.model_config.vocab_size}) + "\n")
+        card = adapter_card(config, facts, base_is_local=Path(run.config.model.path).exists())
+        write_text(aside / "README.md", card)
+    return target
+
+
+def export_model(run: Run, trainable: Any, folder: Path) -> Path:
+    """Write the fully trained model as a Hugging Face folder in the base's storage dtype; return the folder."""
+    dtype = run.storage_dtype
+    target = folder / MODEL
+    tensors = tree_tensors(trainable, run.model_config, jnp.dtype(dtype))
+    changes = {"dtype": str(dtype), "vocab_size": run.model_config.vocab_size}
+    save_model(target, run.checkpoint, tensors, changes, overwrite=True)
+    return target

@@ -1,0 +1,201 @@
+"""The loop: steps, logging, evaluation, checkpoints, and stopping when asked to."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.config import TrainOptions
+from lora_jax.data.batches import Batch, eval_batches, padded_length, step_batch, steps_per_epoch
+from lora_jax.hub.tokenizer import padding_token_id
+from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.train.optim import make_optimizer, schedule
+from lora_jax.train.output import MetricsLog
+from lora_jax.train.report import Reporter
+from lora_jax.train.setup import Run
+from lora_jax.train.step import StepMetrics, TrainState, make_eval_step, make_train_step
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The static sizes of a run: its shapes never change, so that its step is compiled once."""
+
+    length: int
+    rows_per_step: int
+    steps_per_epoch: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended: the last state, eval loss before and after, and the signal that stopped it early."""
+
+    state: TrainState
+    eval_before: float | None
+    eval_after: float | None
+    stopped_by: int | None
+
+
+def run_sizes(run: Run) -> Sizes:
+    """Return the padded length, rows a step and number of steps of a run."""
+    train, rows = run.config.train, len(run.train_rows)
+    longest = max(run.train_rows.longest, run.eval_rows.longest if run.eval_rows else 0)
+    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    epoch = steps_per_epoch(rows, per_step)
+    steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * epoch)
+    return Sizes(padded_length(longest, run.config.data.max_length), per_step, epoch, steps)
+
+
+class Loop:
+    """One run's loop over its steps."""
+
+    def __init__(
+        self, run: Run, sizes: Sizes, log: MetricsLog, checkpoints: Checkpoints, reporter: Reporter
+    ) -> None:
+        self.run, self.sizes, self.log, self.checkpoints, self.reporter = (
+            run,
+            sizes,
+            log,
+            checkpoints,
+            reporter,
+        )
+        self.options: TrainOptions = run.config.train
+        self.train_step = make_train_step(run.model, make_optimizer(self.options, sizes.steps))
+        self.eval_step = make_eval_step(run.model)
+        self.rate = schedule(self.options, sizes.steps)
+        self.padding_id = padding_token_id(run.tokenizer)
+
+    def train(self, state: TrainState) -> Outcome:
+        """Run from the state's step to the last one, or until SIGINT or SIGTERM; save what is asked for."""
+        first = int(state.step)
+        before = self._evaluate(state) if first == 0 else None
+        if before is not None:
+            self._write({"step": 0, "epoch": 0.0, "num_tokens": 0, "eval_loss": before})
+        window = _Window(self._tokens_before(first))
+        after = before
+        with _signals() as received:
+            for step in range(first + 1, self.sizes.steps + 1):
+                batch = self.batch(step)
+                state, metrics = self.train_step(state, self.run.frozen, self.run.adapter, batch)
+                window.add(batch, metrics)
+                last = step == self.sizes.steps
+                self.reporter.at(step)
+                evaluates = self._evaluates(step)
+                if evaluates or self._logs(step):
+                    entry = self._entry(step, window)  # before the evaluation, whose time is not a step's
+                    if evaluates and (loss := self._evaluate(state)) is not None:
+                        after = entry["eval_loss"] = loss
+                    self._write(entry)
+                    window.restart()
+                if received or self._saves(step) or (last and self.options.save_strategy != "no"):
+                    self.checkpoints.save(state)
+                if received:
+                    break
+        jax.block_until_ready(state)
+        return Outcome(
+            state, before, after, received[0] if received and int(state.step) < self.sizes.steps else None
+        )
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step counted from 1."""
+        options = self.options
+        return step_batch(
+            self.run.train_rows, step - 1, seed=options.seed, batch=options.per_device_train_batch_size,
+            accumulation=options.gradient_accumulation_steps, length=self.sizes.length, padding_id=self.padding_id,
+        )  # fmt: skip
+
+    def _evaluate(self, state: TrainState) -> float | None:
+        rows = self.run.eval_rows
+        if rows is None:
+            return None
+        size = self.options.per_device_eval_batch_size or self.options.per_device_train_batch_size
+        total, weight = 0.0, 0.0
+        for batch in eval_batches(rows, size, self.sizes.length, self.padding_id):
+            loss, counted = self.eval_step(state.trainable, self.run.frozen, self.run.adapter, batch)
+            total, weight = total + float(loss), weight + float(counted)
+        return total / weight
+
+    def _entry(self, step: int, window: _Window) -> dict[str, Any]:
+        return {
+            "step": step,
+            "epoch": round(step / self.sizes.steps_per_epoch, 4),
+            **window.figures(),
+            "learning_rate": float(self.rate(step - 1)),
+        }
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self.log.write(entry)
+        self.reporter.logged(entry)
+
+    def _logs(self, step: int) -> bool:
+        return step % self.options.logging_steps == 0 or step in (1, self.sizes.steps)
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.options.eval_steps
+        return step == self.sizes.steps or (every > 0 and step % every == 0)
+
+    def _saves(self, step: int) -> bool:
+        every = {"no": 0, "steps": self.options.save_steps, "epoch": self.sizes.steps_per_epoch}[
+            self.options.save_strategy
+        ]
+        return every > 0 and step % every == 0
+
+    def _tokens_before(self, step: int) -> int:
+        return sum(int(np.count_nonzero(self.batch(past).segment_ids)) for past in range(1, step + 1))
+
+
+class _Window:
+    """The steps since the last logged one: mean loss over their trained tokens, time and tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.restart()
+
+    def restart(self) -> None:
+        self.pending: list[tuple[StepMetrics, int]] = []
+        self.started = time.perf_counter()
+
+    def add(self, batch: Batch, metrics: StepMetrics) -> None:
+        self.tokens += int(np.count_nonzero(batch.segment_ids))
+        self.pending.append((metrics, int(np.count_nonzero(batch.segment_ids))))
+
+    def figures(self) -> dict[str, Any]:
+        trained = [int(metrics.trained_tokens) for metrics, _ in self.pending]
+        losses = [float(metrics.loss) for metrics, _ in self.pending]  # waits for the steps
+        seconds = time.perf_counter() - self.started
+        return {
+            "loss": sum(loss * count for loss, count in zip(losses, trained, strict=True))
+            / max(1, sum(trained)),
+            "grad_norm": float(self.pending[-1][0].grad_norm),
+            "num_tokens": self.tokens,
+            "tokens_per_second": sum(tokens for _, tokens in self.pending) / seconds,
+            "step_seconds": seconds / len(self.pending),
+        }
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM until the step under way is done; a second one ends the program at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, note) for number in handled]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(handled, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,120 @@
+"""Next-token cross-entropy, computed for trained positions alone and never on all logits at once.
+
+The head is the widest product of a step and only positions with a weight need it. They are sorted to the front and
+taken a chunk at a time, for as many chunks as there are trained positions; a chunk's logits are gone before the next
+begins. The forward pass already forms the gradients with respect to the hidden states and to whatever is trained in
+the head, so the backward pass repeats no product: two head-sized products a trained token in all, and no residual of
+the size of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lora_jax.models.decoder import Decoder
+
+HEAD_MODULES = ("embed_tokens", "lm_head")
+CHUNK = 128
+
+
+def token_losses(
+    logits: Float[Array, "tokens vocab"], targets: Int[Array, " tokens"]
+) -> Float[Array, " tokens"]:
+    """Return -log softmax(logits)[target] of each token, nats."""
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def head_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of each collection that the head reads."""
+    return {
+        collection: {name: tree[name] for name in HEAD_MODULES if name in tree}
+        for collection, tree in variables.items()
+    }
+
+
+def summed_loss(
+    model: Decoder,
+    trainable: Any,
+    constant: Any,
+    hidden: Float[Array, "batch length embed"],
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
+    key: Array | None,
+) -> Float[Array, ""]:
+    """Return the weighted sum of the token losses, differentiable in `trainable` and `hidden`.
+
+    `trainable` is the head's part of the `lora` collection, `constant` the dict of its other collections,
+    `key` the dropout key or None.
+    """
+    tokens = hidden.shape[0] * hidden.shape[1]
+    chunk = min(CHUNK, tokens)
+    flat = hidden.reshape(tokens, -1)
+    order = jnp.argsort(weights.reshape(tokens) == 0, stable=True)
+    order = jnp.pad(
+        order, (0, -tokens % chunk), constant_values=tokens
+    )  # out of range: dropped, and read as 0
+    labels, scale = targets.reshape(tokens), weights.reshape(tokens)
+    chunks = (jnp.count_nonzero(scale) + chunk - 1) // chunk
+
+    def chunk_loss(
+        trainable: Any, rows: Array, constant: Any, hidden_rows: Array, labels: Array, scale: Array, key: Any
+    ) -> Array:
+        variables = {**constant, "lora": trainable}
+        rngs = None if key is None else {"dropout": jax.random.fold_in(key, rows[0])}
+        logits = model.apply(variables, hidden_rows, method="logits", rngs=rngs)
+        losses = token_losses(logits, labels.at[rows].get(mode="fill", fill_value=0))
+        return jnp.sum(losses * scale.at[rows].get(mode="fill", fill_value=0))
+
+    @jax.custom_vjp
+    def total(
+        trainable: Any,
+        flat: Array,
+        constant: Any,
+        order: Array,
+        chunks: Array,
+        labels: Array,
+        scale: Array,
+        key: Any,
+    ) -> Array:
+        def body(index: Array, loss: Array) -> Array:
+            rows = jax.lax.dynamic_slice_in_dim(order, index * chunk, chunk)
+            picked = flat.at[rows].get(mode="fill", fill_value=0)
+            return loss + chunk_loss(trainable, rows, constant, picked, labels, scale, key)
+
+        return jax.lax.fori_loop(0, chunks, body, jnp.float32(0))
+
+    def forward(
+        trainable: Any,
+        flat: Array,
+        constant: Any,
+        order: Array,
+        chunks: Array,
+        labels: Array,
+        scale: Array,
+        key: Any,
+    ) -> Any:
+        def body(index: Array, carry: Any) -> Any:
+            loss, d_trainable, d_flat = carry
+            rows = jax.lax.dynamic_slice_in_dim(order, index * chunk, chunk)
+            picked = flat.at[rows].get(mode="fill", fill_value=0)
+            value, (d_head, d_rows) = jax.value_and_grad(chunk_loss, argnums=(0, 3))(
+                trainable, rows, constant, picked, labels, scale, key
+            )
+            d_trainable = jax.tree.map(jnp.add, d_trainable, d_head)
+            return loss + value, d_trainable, d_flat.at[rows].set(d_rows, mode="drop")
+
+        start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable), jnp.zeros_like(flat))
+        loss, d_trainable, d_flat = jax.lax.fori_loop(0, chunks, body, start)
+        return loss, (d_trainable, d_flat)
+
+    def backward(residuals: Any, cotangent: Array) -> Any:
+        d_trainable, d_flat = jax.tree.map(lambda leaf: leaf * cotangent.astype(leaf.dtype), residuals)
+        return d_trainable, d_flat, None, None, None, None, None, None
+
+    total.defvjp(forward, backward)
+    return total(trainable, flat, constant, order, chunks, labels, scale, key)

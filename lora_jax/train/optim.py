@@ -1,0 +1,68 @@
+"""Optimisers and schedules in the words of transformers' TrainingArguments, by optax."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.config import TrainOptions
+
+DECAYED = frozenset({"lora_A", "lora_B", "kernel", "embedding", "token_rows"})
+
+
+def warmup_steps(train: TrainOptions, steps: int) -> int:
+    """Return how many of `steps` warm up."""
+    if train.lr_scheduler_type == "constant":
+        return 0
+    return train.warmup_steps or math.ceil(train.warmup_ratio * steps)
+
+
+def schedule(train: TrainOptions, steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the step's index from 0, as transformers' schedulers give it.
+
+    Linear warm-up from 0, then constant, linear or half-cosine decay to `min_lr_ratio` of the peak.
+    """
+    warm, peak, floor = warmup_steps(train, steps), train.learning_rate, train.min_lr_ratio
+
+    def rate(count: jax.typing.ArrayLike) -> jax.Array:
+        index = jnp.asarray(count, jnp.float32)
+        done = jnp.clip((index - warm) / max(1, steps - warm), 0.0, 1.0)
+        if train.lr_scheduler_type == "cosine":
+            decayed = 0.5 * (1 + jnp.cos(jnp.pi * done))
+        elif train.lr_scheduler_type == "linear":
+            decayed = 1 - done
+        else:
+            decayed = jnp.ones_like(done)
+        return peak * jnp.where(index < warm, index / max(1, warm), floor + (1 - floor) * decayed)
+
+    return rate
+
+
+def decay_mask(tree: Any) -> Any:
+    """Return True for the leaves that weight decay applies to: matrices, not biases or norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, tree)
+
+
+def make_optimizer(train: TrainOptions, steps: int) -> optax.GradientTransformation:
+    """Return the optimiser over the trainable tree, gradients clipped by their global norm first."""
+    rate, decay = schedule(train, steps), train.weight_decay
+    betas = {"b1": train.adam_beta1, "b2": train.adam_beta2}
+    if train.optim == "adamw":
+        update = optax.adamw(rate, **betas, eps=train.adam_epsilon, weight_decay=decay, mask=decay_mask)
+    elif train.optim == "lion":
+        update = optax.lion(rate, **betas, weight_decay=decay, mask=decay_mask)
+    elif train.optim == "adafactor":
+        update = optax.adafactor(
+            rate,
+            multiply_by_parameter_scale=False,
+            weight_decay_rate=decay or None,
+            weight_decay_mask=decay_mask,
+        )
+    else:
+        update = optax.chain(optax.add_decayed_weights(decay, decay_mask), optax.sgd(rate))
+    clip = optax.clip_by_global_norm(train.max_grad_norm) if train.max_grad_norm else optax.identity()
+    return optax.chain(clip, update)

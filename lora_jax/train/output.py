@@ -1,0 +1,103 @@
+"""The output folder: who may use it, config.yaml, and metrics.jsonl, which grows line by line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_jax.config import RunConfig
+from lora_jax.errors import UserError
+from lora_jax.hub.atomic import write_text
+
+METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL = (
+    "metrics.jsonl",
+    "config.yaml",
+    "checkpoints",
+    "adapter",
+    "model",
+)
+OURS = (METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL)
+
+
+def check_output(config: RunConfig) -> None:
+    """Raise UserError where output_dir cannot take this run; writes nothing."""
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: is a file; give a folder")
+    used = folder.is_dir() and any((folder / name).exists() for name in OURS)
+    if used and not (config.resume or config.overwrite):
+        raise UserError(
+            f"--output_dir {folder}: holds a run already; add --resume, --overwrite, or give another folder"
+        )
+
+
+def open_output(config: RunConfig) -> Path:
+    """Make output_dir, emptied of an earlier run with overwrite, and write config.yaml; return the folder.
+
+    Only files that a run writes are removed.
+    """
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in OURS if config.overwrite else ():
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        write_text(folder / CONFIG, config_yaml(config))
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder}: cannot be written ({error.strerror}); give another folder"
+        ) from error
+    return folder
+
+
+def config_yaml(config: RunConfig) -> str:
+    """Return all options as resolved, as a YAML file that train takes."""
+    options = _plain(asdict(config))
+    for switch in ("resume", "overwrite"):
+        options.pop(switch)
+    return yaml.safe_dump(options, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+class MetricsLog:
+    """metrics.jsonl: one object a logged step, flushed as it is written."""
+
+    def __init__(self, path: Path, keep_to: int | None = None) -> None:
+        """Open the file; on resuming, lines past the step `keep_to` are cut first."""
+        self.path = path
+        kept = []
+        if keep_to is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if (entry := _parsed(line)) is not None and entry["step"] <= keep_to:
+                    kept.append(json.dumps(entry))
+        write_text(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one object."""
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # the last line of a run that was killed while writing
+        return None

@@ -1,0 +1,94 @@
+"""What a run tells the user: the facts before the first step, a progress bar or lines, what was written."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from lora_jax.adapters.count import trainable_line
+from lora_jax.train.setup import Run
+
+
+def size_text(count: float) -> str:
+    """Return bytes as text in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def tree_bytes(tree: Any) -> int:
+    """Return the bytes of a tree's arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def print_facts(console: Console, run: Run, opt_state: Any, *, length: int, steps: int) -> None:
+    """Print PEFT's line of parameters, then devices, bytes, tokens a step, steps and where the output goes."""
+    train = run.config.train
+    console.print(trainable_line(*run.parameters), highlight=False)
+    devices = jax.devices()
+    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    table = Table.grid(padding=(0, 2))
+    facts = {
+        "devices": f"{len(devices)} x {devices[0].device_kind}, computing in {run.model.dtype}",
+        "base": f"{run.model_config.model_type}, {size_text(tree_bytes(run.frozen or run.trainable))}",
+        "trained": f"{size_text(tree_bytes(run.trainable))}, optimiser {size_text(tree_bytes(opt_state))} ({train.optim})",
+        "train": run.train_rows.summary(),
+        "eval": run.eval_rows.summary() if run.eval_rows else "none (data.eval_path or data.eval_fraction)",
+        "a step": f"{rows} rows padded to {length} tokens: {rows * length:,} ({train.gradient_accumulation_steps} passes)",
+        "steps": f"{steps:,} ({steps / math.ceil(len(run.train_rows) / rows):.2f} epochs)",
+        "output": run.config.output_dir,
+    }
+    for name, fact in facts.items():
+        table.add_row(f"[dim]{name}[/dim]", fact)
+    console.print(table, highlight=False)
+
+
+class Reporter:
+    """A progress bar with loss, tokens/s and time left on a terminal; a line a logged step elsewhere."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.console, self.steps = console, steps
+        self.progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self.task = self.progress.add_task("train", total=steps, figures="compiling")
+
+    def __enter__(self) -> Reporter:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def at(self, step: int) -> None:
+        """Move the bar."""
+        self.progress.update(self.task, completed=step)
+
+    def logged(self, entry: dict[str, Any]) -> None:
+        """Show a line of metrics.jsonl."""
+        parts = [f"step {entry['step']}/{self.steps}"]
+        if "loss" in entry:
+            figures = f"loss {entry['loss']:.4f}  {entry['tokens_per_second']:,.0f} tokens/s"
+            self.progress.update(self.task, completed=entry["step"], figures=figures)
+            parts += [f"loss {entry['loss']:.4f}", f"lr {entry['learning_rate']:.2e}"]
+            parts += [f"grad_norm {entry['grad_norm']:.3f}", f"{entry['tokens_per_second']:,.0f} tokens/s"]
+        if "eval_loss" in entry:
+            parts.append(f"eval_loss {entry['eval_loss']:.4f}")
+        if "eval_loss" in entry or not self.console.is_terminal:
+            self.console.print("  ".join(parts), highlight=False)

@@ -1,0 +1,151 @@
+"""Everything a run needs before its first step, checked in the order of cost; nothing is written here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.continued import continued_config
+from lora_jax.adapters.count import trainable_parameters
+from lora_jax.adapters.init import init_adapter
+from lora_jax.adapters.peft import adapter_config, check_tensors, import_tensors
+from lora_jax.adapters.targets import Plan, make_plan
+from lora_jax.config import ModelOptions, RunConfig
+from lora_jax.data.dataset import TokenDataset, hold_out, load_examples
+from lora_jax.errors import UserError
+from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.resolve import resolve
+from lora_jax.hub.tokenizer import load_tokenizer
+from lora_jax.models.config import ModelConfig
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.families import read_config
+from lora_jax.models.load import check_names, load_params
+from lora_jax.models.names import Module, modules, name_table
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's model, data and adapter, as they stand before the first step."""
+
+    config: RunConfig
+    checkpoint: Checkpoint
+    model_config: ModelConfig
+    model: Decoder
+    tokenizer: Any
+    train_rows: TokenDataset
+    eval_rows: TokenDataset | None
+    frozen: Any
+    trainable: Any
+    adapter: Any
+    plan: Plan | None
+    adapter_config: AdapterConfig | None
+    key: jax.Array
+
+    @property
+    def storage_dtype(self) -> Any:
+        """Dtype that a whole model is written in."""
+        return storage_dtype(self.checkpoint, self.model_config, self.config.model)
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Return (trainable, all) parameters as PEFT counts them."""
+        if self.plan is None:
+            whole = sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
+            return whole, whole
+        return trainable_parameters(self.plan, self.model_config)
+
+
+def prepare(config: RunConfig, typed: Collection[str]) -> Run:
+    """Read model, data and adapter of a run; `typed` names the options that the user gave.
+
+    Raises UserError for whatever in them is wrong.
+    """
+    checkpoint = Checkpoint.open(resolve(config.model.path, config.model.revision))
+    model_config = read_config(checkpoint.config, checkpoint.folder)
+    check_names(checkpoint, model_config)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    if config.model.resize_vocab and len(tokenizer) > model_config.vocab_size:
+        model_config = replace(model_config, vocab_size=len(tokenizer))
+    plan, lora_config, tensors = None, None, None
+    if config.method == "lora":
+        lora_config, tensors = _adapter(config, typed, modules(model_config))
+        plan = make_plan(lora_config, modules(model_config), strict=tensors is None)
+        if tensors is not None:
+            check_tensors(tensors, plan, config.lora.init_from)
+        _check_resized(checkpoint, model_config, plan)
+    train_rows, eval_rows = _rows(config, tokenizer, model_config.vocab_size)
+    params = load_params(checkpoint, model_config, config.model.dtype)
+    key = jax.random.key(config.train.seed)
+    init_key, run_key = jax.random.split(key)
+    if plan is None or lora_config is None:
+        frozen, adapter = {}, {}
+        trainable = jax.tree.map(partial(jnp.array, dtype=jnp.float32), params)
+    else:
+        frozen, layers = params, model_config.num_hidden_layers
+        trainable, adapter = init_adapter(init_key, plan, frozen, layers, config.lora.init_lora_weights)
+        if tensors is not None:
+            trainable = import_tensors(tensors, trainable, plan, config.lora.init_from)
+    model = Decoder(
+        model_config,
+        dtype=compute_dtype(config.model, storage_dtype(checkpoint, model_config, config.model)),
+        lora_dropout=lora_config.lora_dropout if lora_config else 0.0,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+    )
+    return Run(
+        config, checkpoint, model_config, model, tokenizer, train_rows, eval_rows, frozen, trainable, adapter, plan,
+        lora_config, run_key,
+    )  # fmt: skip
+
+
+def storage_dtype(checkpoint: Checkpoint, config: ModelConfig, options: ModelOptions) -> Any:
+    """Return the dtype of the base's matrices: as asked for, or as the first one is stored."""
+    if options.dtype != "auto":
+        return jnp.dtype(options.dtype)
+    return jnp.dtype(checkpoint.dtype(name_table(config)[0].name))
+
+
+def compute_dtype(options: ModelOptions, stored: Any) -> Any:
+    """Return the dtype of the matrix products: auto is float32 on a CPU or with float32 weights, else bfloat16."""
+    if options.compute_dtype != "auto":
+        return jnp.dtype(options.compute_dtype)
+    wide = jax.default_backend() == "cpu" or stored == jnp.float32
+    return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
+
+
+def _adapter(config: RunConfig, typed: Collection[str], known: Sequence[Module]) -> tuple[AdapterConfig, Any]:
+    asked = adapter_config(config.lora, config.model.path, config.model.revision)
+    if config.lora.init_from is None:
+        return asked, None
+    stored, tensors = read_adapter(Path(config.lora.init_from))
+    return continued_config(asked, stored, typed, known), tensors
+
+
+def _rows(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[TokenDataset, TokenDataset | None]:
+    data = config.data
+    train_rows = load_examples(data, tokenizer, data.path, data.split, vocab_size)
+    if data.eval_path:
+        local = Path(data.eval_path).exists()
+        split = data.eval_split or ("train" if local else data.split)
+        return train_rows, load_examples(data, tokenizer, data.eval_path, split, vocab_size)
+    if data.eval_fraction:
+        return hold_out(train_rows, data.eval_fraction, config.train.seed)
+    return train_rows, None
+
+
+def _check_resized(checkpoint: Checkpoint, config: ModelConfig, plan: Plan) -> None:
+    stored = checkpoint.shape(name_table(config)[0].name)[0]
+    added = range(stored, config.vocab_size)
+    saved = {module.name for module in plan.saved}
+    if not added or set(added) <= set(plan.token_indices) or {"model.embed_tokens", "lm_head"} <= saved:
+        return
+    raise UserError(
+        f"--model.resize_vocab: {len(added)} rows are added ({added[0]} to {added[-1]}), which the adapter must hold; "
+        "add --lora.modules_to_save embed_tokens lm_head, or --lora.trainable_token_indices with those ids"
+    )

@@ -1,0 +1,106 @@
+"""The step: a pure function (state, frozen, adapter, batch) -> (state, metrics), compiled once.
+
+The loss is the sum over the trained tokens of the whole global batch divided by their number, so it depends
+neither on how the batch is cut into accumulation steps nor on padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.data.batches import Batch
+from lora_jax.models.decoder import Decoder
+from lora_jax.train.losses import head_variables, summed_loss
+
+Tree = Any
+
+
+class TrainState(NamedTuple):
+    """All that a step changes, and the key that its randomness is folded from."""
+
+    step: jax.Array
+    trainable: Tree
+    opt_state: Tree
+    key: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step: mean loss in nats a trained token, gradient norm before clipping, tokens."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    trained_tokens: jax.Array
+    real_tokens: jax.Array
+
+
+def init_state(trainable: Tree, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """Return the state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
+
+
+def batch_loss(
+    model: Decoder, trainable: Tree, frozen: Tree, adapter: Tree, batch: Batch, key: jax.Array | None
+) -> jax.Array:
+    """Return the summed loss of one [batch, length] batch, with dropout where a key is given."""
+    variables = {"params": frozen, "lora": trainable, "adapter": adapter}
+    body_key, head_key = (None, None) if key is None else jax.random.split(key)
+    rngs = None if body_key is None else {"dropout": body_key}
+    hidden, _ = model.apply(variables, batch.tokens, batch.positions, batch.segment_ids, rngs=rngs)
+    head = head_variables(variables)
+    return summed_loss(model, head.pop("lora"), head, hidden, batch.targets, batch.weights, head_key)
+
+
+def make_train_step(
+    model: Decoder, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Tree, Tree, Batch], tuple[TrainState, StepMetrics]]:
+    """Return the jitted step for batches [accumulation, batch, length]; it consumes the state given to it."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(
+        state: TrainState, frozen: Tree, adapter: Tree, batch: Batch
+    ) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        passes = batch.tokens.shape[0]
+
+        def one_pass(index: Any, micro: Batch) -> tuple[jax.Array, Tree]:
+            dropout = jax.random.fold_in(key, index) if model.lora_dropout else None
+            return jax.value_and_grad(partial(batch_loss, model))(
+                state.trainable, frozen, adapter, micro, dropout
+            )
+
+        if passes == 1:
+            loss, grads = one_pass(0, jax.tree.map(lambda leaf: leaf[0], batch))
+        else:
+
+            def add(carry: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, carry, one_pass(*micro)), None
+
+            start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
+            (loss, grads), _ = jax.lax.scan(add, start, (jnp.arange(passes), batch))
+        trained = jnp.count_nonzero(batch.weights)
+        total = jnp.maximum(jnp.sum(batch.weights), 1.0)
+        grads = jax.tree.map(lambda leaf: leaf / total, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = StepMetrics(
+            loss / total, optax.global_norm(grads), trained, jnp.count_nonzero(batch.segment_ids)
+        )
+        return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
+
+    return train_step
+
+
+def make_eval_step(model: Decoder) -> Callable[[Tree, Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:
+    """Return the jitted evaluation of one batch: (summed loss, sum of weights), without dropout."""
+
+    @jax.jit
+    def eval_step(trainable: Tree, frozen: Tree, adapter: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return batch_loss(model, trainable, frozen, adapter, batch, None), jnp.sum(batch.weights)
+
+    return eval_step

@@ -1,0 +1,138 @@
+"""Rows of every form, and rows that fit none."""
+
+import pytest
+
+from lora_jax.config import DataOptions
+from lora_jax.data.formats import (
+    ChatExample,
+    CompletionExample,
+    TextExample,
+    alpaca_prompt,
+    recognise,
+    to_example,
+)
+from lora_jax.errors import UserError
+
+MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+
+
+def example(row, *, chat=True, form="auto", text_field="text"):
+    options = DataOptions(format=form, text_field=text_field)
+    found = recognise(row, options, "rows.jsonl line 3")
+    return to_example(row, found, "rows.jsonl line 3", text_field=text_field, chat=chat)
+
+
+@pytest.mark.parametrize(
+    ("columns", "form"),
+    [
+        ("messages", "messages"),
+        ("prompt prompt_id messages", "messages"),
+        ("conversations", "messages"),
+        ("prompt completion", "prompt_completion"),
+        ("instruction output", "instruction"),
+        ("instruction input output text", "instruction"),
+        ("question answer", "question_answer"),
+        ("id text", "text"),
+    ],
+)
+def test_columns_tell_the_format(columns, form):
+    assert recognise(columns.split(), DataOptions(), "here") == form
+
+
+def test_naming_the_column_of_text_or_the_format_decides():
+    columns = ["instruction", "output", "body"]
+    assert recognise(columns, DataOptions(text_field="body"), "here") == "text"
+    assert recognise(columns, DataOptions(format="question_answer"), "here") == "question_answer"
+    assert example({"text": "a", "body": "b"}, text_field="body") == TextExample("b")
+
+
+def test_columns_that_fit_no_format_are_listed():
+    with pytest.raises(
+        UserError, match=r"line 3: the columns query, reply fit no format.*question and answer"
+    ):
+        example({"query": "a", "reply": "b"})
+
+
+def test_strings_are_taken_as_they_are():
+    assert example({"text": " a\n"}) == TextExample(" a\n")
+    assert example({"prompt": "a ", "completion": " b"}) == CompletionExample("a ", " b")
+
+
+def test_instruction_and_question_become_messages_where_there_is_a_template():
+    row = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
+    assert example(row) == ChatExample(
+        [{"role": "user", "content": "Add.\n\n2 and 3"}, {"role": "assistant", "content": "5"}]
+    )
+    without = ChatExample([{"role": "user", "content": "Add."}, {"role": "assistant", "content": "5"}])
+    for empty in ({}, {"input": ""}, {"input": None}):
+        assert example({"instruction": "Add.", "output": "5", **empty}) == without
+    assert example({"question": "Add.", "answer": "5"}) == without
+
+
+def test_instruction_and_question_take_alpacas_layout_where_there_is_no_template():
+    row = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
+    prompt = "### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n### Response:\n"
+    assert example(row, chat=False) == CompletionExample(prompt, "5")
+    assert example({"question": "Add.", "answer": "5"}, chat=False) == CompletionExample(
+        alpaca_prompt("Add."), "5"
+    )
+    assert "Input" not in alpaca_prompt("Add.")
+
+
+def test_sharegpt_rows_become_messages():
+    row = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day"}]}
+    assert example(row) == ChatExample(MESSAGES)
+    with pytest.raises(UserError, match=r"message 1 of conversations is from 'robot'; use one of: human"):
+        example({"conversations": [{"from": "robot", "value": "Hello"}]})
+
+
+def test_messages_may_be_prompt_and_completion_or_come_as_json_text_or_in_parts():
+    assert example({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}) == ChatExample(MESSAGES, 1)
+    as_text = '[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]'
+    assert example({"messages": as_text}) == ChatExample(MESSAGES)
+    parts = [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]
+    assert example({"messages": [MESSAGES[0], {"role": "assistant", "content": parts}]}) == ChatExample(
+        MESSAGES
+    )
+
+
+def test_columns_that_arrow_filled_with_nulls_do_not_reach_the_template():
+    filled = [{**message, "tool_calls": None, "name": None} for message in MESSAGES]
+    assert example({"messages": filled, "tools": None}) == ChatExample(MESSAGES)
+
+
+def test_tools_go_along_with_the_messages():
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    assert example({"messages": MESSAGES, "tools": tools}).tools == tools
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "message"),
+    [
+        (
+            {"prompt": "a", "reply": "b"},
+            "prompt_completion",
+            r"no column 'completion', only prompt, reply; add it",
+        ),
+        ({"body": "b"}, "text", r"no column 'text', only body"),
+        ({"question": "a", "answer": None}, "auto", r"column answer is null where a string is needed"),
+        ({"question": "a", "answer": 4}, "auto", r"column answer is a number where a string is needed"),
+        ({"text": ["a"]}, "auto", r"column text is a list where a string is needed"),
+        ({"text": "a\ud800"}, "auto", r"column text has half a surrogate pair, character 2"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "auto", r"column input is a number"),
+        ({"prompt": "a", "completion": MESSAGES[1:]}, "auto", r"prompt is a string and completion is a list"),
+        ({"prompt": 1, "completion": 2}, "auto", r"column prompt is a number; give a list of messages"),
+        ({"messages": None}, "auto", r"column messages is null; give a list of messages"),
+        ({"messages": "Hello"}, "auto", r"column messages is a string; give a list"),
+        ({"messages": []}, "auto", r"column messages is an empty list"),
+        ({"messages": ["a"]}, "auto", r"message 1 of messages is a string"),
+        ({"messages": [{"content": "a"}]}, "auto", r"message 1 of messages has no role; it has content"),
+        ({"messages": [{"role": "user"}]}, "auto", r"message 1 of messages: its content is null"),
+        ({"messages": [*MESSAGES, {"role": "user", "content": 3}]}, "auto", r"message 3 of .* is a number"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "auto", r"its content is a list"),
+        ({"messages": MESSAGES, "tools": "add"}, "auto", r"column tools is a string"),
+    ],
+)
+def test_row_that_does_not_fit_is_one_clear_error_with_its_place(row, form, message):
+    with pytest.raises(UserError, match=r"^rows\.jsonl line 3: .*" + message):
+        example(row, form=form)

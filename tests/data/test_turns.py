@@ -1,0 +1,169 @@
+"""Which tokens of a conversation are trained, for templates of all habits."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_jax.data.formats import ChatExample
+from lora_jax.data.tokens import tokenise
+from lora_jax.errors import UserError
+
+TURNS = ("What is 2 + 3?", "The sum is 5.", "Hello", "Good day 🙂")
+TWO_TURNS = {
+    "chatml": "The sum is 5.<|im_end|>Good day 🙂<|im_end|>",
+    "llama3": "The sum is 5.<|eot_id|>Good day 🙂<|eot_id|>",
+    "mistral": " The sum is 5.</s> Good day 🙂</s>",
+    "gemma": "The sum is 5.<end_of_turn>Good day 🙂<end_of_turn>",
+    "marked": "The sum is 5.<|im_end|>Good day 🙂<|im_end|>",
+    "forgetful": "The sum is 5.<|im_end|><think>\n\n</think>\n\nGood day 🙂<|im_end|>",
+    "opening": "The sum is 5.<|im_end|>\n</think>\n\nGood day 🙂<|im_end|>",
+    "moving": " The sum is 5.</s> Good day 🙂</s>",
+    # " The" is one token, so the space that asks for the turn is trained with it; EOS is appended.
+    "endless": " The sum is 5.\nGood day 🙂\n</s>",
+}
+
+
+def chat(*turns: str, system: str | None = None, prompt_messages: int = 0) -> ChatExample:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return ChatExample(head + messages, prompt_messages)
+
+
+def trained_text(example: ChatExample, tokenizer, max_length: int = 512) -> str:
+    tokens = tokenise(example, tokenizer, max_length, "rows.jsonl line 7")
+    return tokenizer.decode(tokens.input_ids[tokens.trained], clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("form", ["bytes", "trimmed"])
+@pytest.mark.parametrize("template", TWO_TURNS)
+def test_every_assistant_turn_is_trained_with_its_end_token(make_tokenizer, template, form):
+    assert trained_text(chat(*TURNS), make_tokenizer(template, form=form)) == TWO_TURNS[template]
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "mistral", "gemma", "endless"])
+def test_tokens_are_those_of_the_rendered_conversation(make_tokenizer, template):
+    tokenizer = make_tokenizer(template, add_bos=True)
+    messages = chat(*TURNS).messages
+    tokens = tokenise(chat(*TURNS), tokenizer, 512, "here")
+    expected = tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
+    if template == "endless":
+        expected = [*expected, tokenizer.eos_token_id]
+    assert tokens.input_ids.tolist() == expected
+
+
+@pytest.mark.parametrize("template", ["chatml", "mistral"])
+def test_words_of_a_tokenizer_with_metaspace_are_assigned_whole(make_tokenizer, template):
+    tokenizer = make_tokenizer(template, form="metaspace")
+    tokens = tokenise(chat("a good day", "the old mill"), tokenizer, 512, "here")
+    words = tokenizer.decode(tokens.input_ids[tokens.trained]).replace(" ", "")
+    assert words in ("theoldmill<|im_end|>", "theoldmill</s>")
+
+
+@pytest.mark.parametrize("template", ["chatml", "marked", "forgetful"])
+def test_of_messages_as_prompt_and_completion_only_the_completion_is_trained(make_tokenizer, template):
+    found = trained_text(chat(*TURNS, prompt_messages=3), make_tokenizer(template))
+    assert found.endswith("Good day 🙂<|im_end|>")
+    assert "sum" not in found
+
+
+def test_reasoning_that_the_template_drops_from_earlier_turns_is_not_trained(make_tokenizer):
+    example = chat("Hello", "<think>\na\n</think>\n\nday", "Hello", "<think>\nb\n</think>\n\nyes")
+    assert (
+        trained_text(example, make_tokenizer("forgetful"))
+        == "day<|im_end|><think>\nb\n</think>\n\nyes<|im_end|>"
+    )
+    assert trained_text(example, make_tokenizer("opening")) == "day<|im_end|>b\n</think>\n\nyes<|im_end|>"
+
+
+def test_words_of_the_header_in_a_turn_do_not_shift_its_start(make_tokenizer):
+    example = chat("Hello", "<a", "Hello", "yes")
+    assert trained_text(example, make_tokenizer("opening")).startswith("<a<|im_end|>")
+
+
+def test_system_message_that_moves_is_not_trained(make_tokenizer):
+    found = trained_text(chat(*TURNS, system="Be short."), make_tokenizer("moving"))
+    assert found.replace(" ", "") == "Thesumis5.</s>Goodday🙂</s>"
+
+
+def test_end_token_inside_a_turn_does_not_end_it(make_tokenizer):
+    example = chat("Hello", "a <|im_end|> b", "Hello", "yes")
+    for template in ("chatml", "forgetful"):
+        assert trained_text(example, make_tokenizer(template)).startswith("a <|im_end|> b<|im_end|>")
+
+
+def test_spaces_around_a_turn_that_the_template_trims_are_no_hindrance(make_tokenizer):
+    found = trained_text(chat("Hello", "  yes \n", "Hello", " no "), make_tokenizer("llama3"))
+    assert found == "yes<|eot_id|>no<|eot_id|>"
+
+
+def test_conversation_that_the_assistant_opens_is_trained_from_its_first_turn(make_tokenizer):
+    example = ChatExample([{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "day"}])
+    assert trained_text(example, make_tokenizer("chatml")) == "Hello<|im_end|>"
+
+
+def test_opening_turn_whose_reasoning_is_dropped_starts_after_its_header(make_tokenizer):
+    opened = {"role": "assistant", "content": "<think>\na\n</think>\n\nHello"}
+    example = ChatExample([opened, *chat("day", "yes").messages])
+    found = trained_text(example, make_tokenizer("forgetful"))
+    assert found == "Hello<|im_end|><think>\n\n</think>\n\nyes<|im_end|>"
+
+
+def test_words_of_the_user_after_the_last_turn_are_not_trained(make_tokenizer):
+    assert trained_text(chat("Hello", "day", "bye"), make_tokenizer("chatml")) == "day<|im_end|>"
+
+
+def test_conversation_without_the_assistant_has_nothing_to_train_on(make_tokenizer):
+    for template in ("chatml", "marked"):
+        assert trained_text(chat("Hello"), make_tokenizer(template)) == ""
+
+
+def test_template_that_hides_whose_the_words_are_is_one_clear_error(make_tokenizer):
+    with pytest.raises(
+        UserError, match=r"line 7: message 2: the chat template rewrites earlier turns.*cut the"
+    ):
+        trained_text(chat(*TURNS), make_tokenizer("censor"))
+
+
+def test_messages_that_the_template_refuses_are_one_clear_error(make_tokenizer):
+    example = ChatExample([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+    with pytest.raises(UserError, match=r"line 7: the chat template refuses.*roles must alternate"):
+        trained_text(example, make_tokenizer("gemma"))
+
+
+def test_tokenizer_without_a_template_is_one_clear_error(make_tokenizer):
+    with pytest.raises(UserError, match=r"line 7: the tokenizer has no chat template"):
+        trained_text(chat(*TURNS), make_tokenizer())
+
+
+def test_marks_that_cover_no_turn_are_one_clear_error(make_tokenizer):
+    tokenizer = make_tokenizer("marked")
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.role == 'assistant'", "m.role == 'nobody'")
+    with pytest.raises(UserError, match="generation marks cover no assistant turn"):
+        trained_text(chat(*TURNS), tokenizer)
+
+
+def test_cut_conversation_loses_its_end(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    whole = tokenise(chat(*TURNS), tokenizer, 512, "here")
+    cut = tokenise(chat(*TURNS), tokenizer, len(whole) - 4, "here")
+    assert cut.truncated
+    np.testing.assert_array_equal(cut.trained, whole.trained[:-4])
+
+
+_WORDS = st.text(alphabet="the answer é🙂\n<|>:[]", min_size=1, max_size=20)
+# A leading line end would share a token with that of the header.
+_ANSWERS = _WORDS.filter(lambda text: not text[0].isspace())
+
+
+@pytest.mark.parametrize("template", ["chatml", "mistral", "marked", "forgetful", "opening", "moving"])
+@given(turns=st.lists(st.tuples(_WORDS, _ANSWERS), min_size=1, max_size=3))
+def test_trained_text_is_that_of_the_assistant_whatever_is_said(make_tokenizer, template, turns):
+    tokenizer = make_tokenizer(template)
+    example = chat(*(text for turn in turns for text in turn))
+    found = trained_text(example, tokenizer)
+    ending = "</s>" if template in ("mistral", "moving") else "<|im_end|>"
+    for thought in ("<think>\n\n</think>\n\n", "\n</think>\n\n"):
+        found = found.replace(thought, "")
+    space = " " if template in ("mistral", "moving") else ""
+    assert found == "".join(space + answer + ending for _, answer in turns)

@@ -1,0 +1,165 @@
+"""Files and folders appear whole or not at all."""
+
+import os
+import subprocess
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from lora_jax.errors import UserError
+from lora_jax.hub.atomic import whole_file, whole_folder, write_bytes, write_text
+
+
+def everything(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def fail_midway(writing: AbstractContextManager[Path], error: BaseException) -> None:
+    with writing as aside:
+        (aside / "a" if aside.is_dir() else aside).write_text("half")
+        raise error
+
+
+def test_text_is_written_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "on" / "the way" / "a.txt"
+    write_text(path, "erst: ä")
+    write_bytes(path, b"then")
+    assert everything(tmp_path) == {"made/on/the way/a.txt": "then"}
+
+
+def test_failing_in_the_middle_of_a_file_leaves_the_older_one(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "older")
+    with pytest.raises(KeyboardInterrupt):
+        fail_midway(whole_file(tmp_path / "a.txt"), KeyboardInterrupt())
+    assert everything(tmp_path) == {"a.txt": "older"}
+
+
+def test_file_gets_the_permissions_of_an_ordinary_file(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    with whole_file(tmp_path / "a") as aside:
+        aside.write_text("")
+        aside.chmod(0o600)
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_full_disk_is_one_clear_error_and_leaves_the_older_file(tmp_path: Path) -> None:
+    # A limit on the size of files stands for the full disk: write() fails in the middle of the file.
+    program = """
+import resource, sys
+from pathlib import Path
+from lora_jax.errors import UserError
+from lora_jax.hub.atomic import write_text
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_text(Path(sys.argv[1]), "x" * 5000)
+except UserError as error:
+    print(error)
+"""
+    (tmp_path / "a.txt").write_text("older")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a.txt")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(f"cannot write {tmp_path}/a.txt: File too large; ")
+    assert everything(tmp_path) == {"a.txt": "older"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_closed_folder_is_one_clear_error(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied; choose a folder that you may write to"):
+        write_text(tmp_path / "a.txt", "")
+    with pytest.raises(UserError, match="Permission denied; choose"), whole_folder(tmp_path / "out"):
+        pass
+
+
+def test_path_below_a_file_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^cannot write .*; choose another place to write to"):
+        write_text(tmp_path / "file" / "a.txt", "")
+    with pytest.raises(UserError, match=r"^cannot write .*"), whole_folder(tmp_path / "file" / "a"):
+        pass
+
+
+def test_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "above" / "out"
+    with whole_folder(target) as aside:
+        (aside / "a").write_text("1")
+        assert not target.exists()
+        assert aside.parent == target.parent
+    assert everything(tmp_path) == {"above/out/a": "1"}
+
+
+def test_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with whole_folder(tmp_path / "out") as aside:
+        (aside / "a").write_text("1")
+    assert everything(tmp_path) == {"out/a": "1"}
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, FileNotFoundError])
+def test_failing_midway_leaves_no_folder(tmp_path: Path, failure: type[BaseException]) -> None:
+    with pytest.raises(failure):
+        fail_midway(whole_folder(tmp_path / "out"), failure())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_in_use_is_one_clear_error_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("older")
+    with pytest.raises(UserError, match="is not empty; choose another folder, or pass --overwrite"):  # noqa: SIM117
+        with whole_folder(tmp_path / "out"):
+            pytest.fail("the work began")
+    assert everything(tmp_path) == {"out/a": "older"}
+
+
+def test_overwriting_replaces_everything_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("older")
+    with whole_folder(tmp_path / "out", overwrite=True) as aside:
+        (aside / "b").write_text("newer")
+        assert (tmp_path / "out" / "a").read_text() == "older"
+    assert everything(tmp_path) == {"out/b": "newer"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_failing_while_overwriting_keeps_the_older_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("older")
+    with pytest.raises(ValueError, match="midway"):
+        fail_midway(whole_folder(tmp_path / "out", overwrite=True), ValueError("midway"))
+    assert everything(tmp_path) == {"out/a": "older"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_folder_filled_by_somebody_else_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not empty"), whole_folder(tmp_path / "out"):
+        write_text(tmp_path / "out" / "a", "theirs")
+    assert everything(tmp_path) == {"out/a": "theirs"}
+
+
+def test_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with whole_folder(tmp_path / "out") as aside:
+        (aside / "a").write_text("1")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "a").read_text() == "1"
+
+
+def test_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with (
+        pytest.raises(UserError, match="is a file; name a folder"),
+        whole_folder(tmp_path / "out", overwrite=True),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="no mount point is known")
+def test_mount_point_is_an_error() -> None:
+    with pytest.raises(UserError, match="is a mount point"), whole_folder(Path("/proc"), overwrite=True):
+        pass

@@ -1,0 +1,95 @@
+"""The model card: legal metadata, true facts, and snippets that name what there is."""
+
+from dataclasses import replace
+
+import yaml
+
+from lora_jax.hub.adapter_files import AdapterConfig
+from lora_jax.hub.model_card import TrainingFacts, adapter_card
+
+CONFIG = AdapterConfig(
+    r=16, lora_alpha=32, target_modules=("v_proj", "q_proj"), base_model_name_or_path="owner/base"
+)
+FACTS = TrainingFacts(
+    data="rows.jsonl",
+    steps=1200,
+    trainable_parameters=1_234_567,
+    learning_rate=2e-4,
+    eval_loss_before=2.34567,
+    eval_loss_after=1.2,
+    version="0.1",
+)
+
+
+def metadata(card: str) -> dict[str, object]:
+    start, block, _ = card.split("---\n", 2)
+    assert start == ""
+    return yaml.safe_load(block)
+
+
+def test_metadata_names_the_base_model_on_the_hub() -> None:
+    assert metadata(adapter_card(CONFIG, FACTS)) == {
+        "base_model": "owner/base",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lora_jax"],
+    }
+
+
+def test_folder_is_no_base_model_in_the_metadata_but_is_told_in_the_text() -> None:
+    for base in ("/data/models/base", "../base", None):
+        card = adapter_card(replace(CONFIG, base_model_name_or_path=base))
+        assert "base_model" not in metadata(card)
+        assert base is None or f"| base model | `{base}` (a local folder) |" in card
+    card = adapter_card(CONFIG, base_is_local=True)  # a relative path in the form of an id
+    assert "base_model" not in metadata(card)
+
+
+def test_what_was_trained_is_told_and_what_is_unknown_is_not() -> None:
+    card = adapter_card(CONFIG, FACTS)
+    for row in (
+        "| rank (r) | 16 |",
+        "| lora_alpha | 32 (scale alpha / r) |",
+        "| target modules | q_proj, v_proj |",
+        "| trainable parameters | 1,234,567 |",
+        "| data | rows.jsonl |",
+        "| optimiser steps | 1,200 |",
+        "| learning rate | 0.0002 |",
+        "| evaluation loss before | 2.3457 |",
+        "| evaluation loss after | 1.2000 |",
+        "| trained with | lora_jax 0.1 |",
+    ):
+        assert row in card
+    blank = adapter_card(CONFIG)
+    assert "None" not in blank
+    assert "evaluation loss" not in blank
+    assert "trained tokens" not in blank
+
+
+def test_rarer_settings_are_told() -> None:
+    config = replace(
+        CONFIG,
+        target_modules=r".*\.(q|v)_proj",
+        use_rslora=True,
+        rank_pattern={"q_proj": 8},
+        modules_to_save=("lm_head",),
+        bias="lora_only",
+        trainable_token_indices=(5, 3),
+    )
+    card = adapter_card(config)
+    for row in (
+        "| lora_alpha | 32 (scale alpha / sqrt(r)) |",
+        r"| target modules | `.*\.(q\|v)_proj` |",
+        '| rank_pattern | `{"q_proj": 8}` |',
+        "| trained in full | lm_head |",
+        "| trained biases | lora_only |",
+        "| trained tokens | `[5, 3]` |",
+    ):
+        assert row in card
+
+
+def test_snippets_load_this_base_and_quote_it() -> None:
+    card = adapter_card(replace(CONFIG, base_model_name_or_path='/my "models"/base'))
+    assert r'AutoModelForCausalLM.from_pretrained("/my \"models\"/base")' in card
+    assert "lora-jax merge --adapter . --base '/my \"models\"/base' --output merged" in card
+    assert "lora-jax generate --model.path '/my \"models\"/base' --adapter . --prompt" in card

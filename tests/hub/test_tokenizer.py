@@ -1,0 +1,182 @@
+"""Tokenizers load offline, without torch and its advertisement, and are never changed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from lora_jax.errors import UserError
+from lora_jax.hub.tokenizer import (
+    copy_config_files,
+    copy_tokenizer,
+    end_token_id,
+    load_tokenizer,
+    padding_token_id,
+)
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+def write_tokenizer(folder: Path, *special: str, **config: str) -> Path:
+    """Write a tokenizer of three words, then the special tokens."""
+    folder.mkdir(exist_ok=True)
+    tokenizer = Tokenizer(models.WordLevel({"one": 0, "two": 1, "three": 2}, unk_token="one"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, **config})
+    )
+    return folder
+
+
+def run(program: str, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout + done.stderr
+
+
+def test_tokenizer_reads_words_and_chat_template(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, "<e>", eos_token="<e>"))
+    assert tokenizer("three one<e>")["input_ids"] == [2, 0, 3]
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "one two "
+
+
+def test_tokenizer_json_is_taken_as_it_is_whatever_class_is_named(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, tokenizer_class="LlamaTokenizer"))
+    assert tokenizer("two  three")["input_ids"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("special", "config", "expected"),
+    [
+        (("<e>", "<p>"), {"eos_token": "<e>", "pad_token": "<p>"}, 4),
+        (("<e>",), {"eos_token": "<e>", "pad_token": "<e>"}, 3),
+        (("<e>", "<|finetune_right_pad_id|>"), {"eos_token": "<e>"}, 4),
+        (("<e>", "<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"), {"eos_token": "<e>"}, 5),
+        (("<e>", "<|reserved_special_token_0|>"), {"eos_token": "<e>"}, 4),
+        (("<e>",), {"eos_token": "<e>"}, 3),
+        ((), {}, 0),
+    ],
+    ids=["pad", "pad is eos", "llama 3.1", "made for padding first", "llama 3", "eos", "nothing"],
+)
+def test_padding_needs_nothing_from_the_user(
+    tmp_path: Path, special: tuple[str, ...], config: dict[str, str], expected: int
+) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, *special, **config))
+    before = (tokenizer.pad_token, len(tokenizer), (tmp_path / "tokenizer_config.json").read_bytes())
+    assert padding_token_id(tokenizer) == expected
+    assert (tokenizer.pad_token, len(tokenizer), (tmp_path / "tokenizer_config.json").read_bytes()) == before
+
+
+def test_end_token_is_found(tmp_path: Path) -> None:
+    assert end_token_id(load_tokenizer(write_tokenizer(tmp_path, "<b>", "<e>", eos_token="<e>"))) == 4
+
+
+def test_no_end_token_is_one_clear_error(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    with pytest.raises(UserError, match=rf"^the tokenizer has no end token: {tmp_path}; set eos_token"):
+        end_token_id(tokenizer)
+
+
+def test_no_tokenizer_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^no tokenizer in .*: none of tokenizer\.json, .*; copy"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", '{"version": "1.0", "model": {"type": "Unheard"}}'),
+        ("tokenizer.json", "[]"),
+        ("tokenizer_config.json", '{"eos_token": '),
+    ],
+)
+def test_malformed_tokenizer_is_one_clear_error(tmp_path: Path, name: str, content: str) -> None:
+    (write_tokenizer(tmp_path) / name).write_text(content)
+    with pytest.raises(UserError, match=r"^the tokenizer cannot be read: .*; download tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_loading_imports_no_torch_and_the_module_no_transformers(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from lora_jax.hub.tokenizer import load_tokenizer
+assert "transformers" not in sys.modules
+load_tokenizer(Path(sys.argv[1]))
+print(*sorted({"torch", "jax"} & set(sys.modules)))
+"""
+    assert run(program, str(write_tokenizer(tmp_path))).split() == []
+
+
+def test_loading_where_there_is_no_torch_prints_no_advice(tmp_path: Path) -> None:
+    hide = "import sys; sys.modules['torch'] = None\n"
+    load = """
+import os
+from pathlib import Path
+from lora_jax.hub.tokenizer import load_tokenizer
+load_tokenizer(Path(sys.argv[1]))
+assert "TRANSFORMERS_NO_ADVISORY_WARNINGS" not in os.environ
+"""
+    assert run(hide + load, str(write_tokenizer(tmp_path))) == ""
+    assert "PyTorch" in run(hide + "import transformers")  # else this test would show nothing
+
+
+def test_tokenizer_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
+    source = write_tokenizer(tmp_path / "source", "<e>")
+    (tmp_path / "blob").write_bytes(b"\x00\xffmodel")
+    (source / "tokenizer.model").symlink_to(tmp_path / "blob")  # as in the Hub's cache
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    for name in (
+        "chat_template.jinja",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+    ):
+        (source / name).write_text(f" {name}\r\n")
+    copied = set(copy_tokenizer(source, tmp_path / "target"))
+    assert copied == {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    for name in copied:
+        assert (tmp_path / "target" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "target" / "tokenizer.model").is_symlink()
+
+
+def test_what_is_not_of_the_tokenizer_is_not_copied(tmp_path: Path) -> None:
+    source = write_tokenizer(tmp_path / "source")
+    for name in ("config.json", "generation_config.json", "model.safetensors", "modeling.py", "README.md"):
+        (source / name).write_text("{}")
+    assert copy_tokenizer(source, tmp_path / "target") == ("tokenizer.json", "tokenizer_config.json")
+    assert copy_config_files(source, tmp_path / "target") == ("generation_config.json",)
+    assert copy_config_files(tmp_path / "blank", tmp_path / "target") == ()
+
+
+def test_real_tokenizer_reads_as_transformers_reads_it(real_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours, theirs = (
+        load_tokenizer(real_model),
+        AutoTokenizer.from_pretrained(real_model, local_files_only=True),
+    )
+    messages = [
+        {"role": "user", "content": "Wie geht's? 1234567 \n\n\t x  = [ ] "},
+        {"role": "assistant", "content": "ok 👍"},
+    ]
+    for text in (
+        "def f(x):\n    return x ** 2  # ñ 日本語",
+        ours.apply_chat_template(messages, tokenize=False),
+    ):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert ours.apply_chat_template(messages, tokenize=False) == theirs.apply_chat_template(
+        messages, tokenize=False
+    )
+    assert (len(ours), ours.eos_token_id) == (len(theirs), theirs.eos_token_id)

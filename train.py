@@ -1,0 +1,11 @@
+"""Fine-tune a Hugging Face checkpoint: python train.py [CONFIG.yaml] [--option value …]; --help lists all.
+
+The stages are in lora_jax/train/run.py; this is `lora-jax train`.
+"""
+
+import sys
+
+from lora_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
