@@ -30,9 +30,9 @@ demo: $(VENV)/.installed ## Train the shipped model on the shipped rows, merge, 
 	$(BIN)/python train.py configs/quickstart.yaml --overwrite
 	$(BIN)/python merge.py --adapter $(DEMO)/adapter --output $(DEMO)/merged
 	@echo "Before:"
-	@$(BIN)/lora-jax generate --model.path $(DEMO_MODEL) --prompt "$(PROMPT)" --temperature 0
+	@$(BIN)/lora-jax generate --model.path $(DEMO_MODEL) --prompt "$(PROMPT)"
 	@echo "After:"
-	@$(BIN)/lora-jax generate --model.path $(DEMO)/merged --prompt "$(PROMPT)" --temperature 0
+	@$(BIN)/lora-jax generate --model.path $(DEMO)/merged --prompt "$(PROMPT)"
 
 test: $(VENV)/.installed-test ## Run the tests that need no torch.
 	$(BIN)/python -m pytest --ignore=tests/parity $(ARGS)

@@ -80,9 +80,14 @@ def peak(values: dict, topology: str, rows: int, length: int) -> tuple[int, int,
     batch = Batch(whole, whole, whole, whole, jax.ShapeDtypeStruct(shape, jnp.float32))
     place = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here))
     model = Decoder(config, dtype=jnp.bfloat16, lora_dropout=0.05, gradient_checkpointing=True)
-    sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (frozen, state[1:3])]
+    sizes = [
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        for tree in (frozen, state[1:3])
+    ]
     try:
-        compiled = make_train_step(model, optimizer).lower(*map(place, (state, frozen, adapter, batch))).compile()
+        compiled = (
+            make_train_step(model, optimizer).lower(*map(place, (state, frozen, adapter, batch))).compile()
+        )
     except Exception as error:  # the compiler's out-of-memory error has no type of its own in every release
         if "memory" not in str(error).lower():
             raise
@@ -94,7 +99,9 @@ def peak(values: dict, topology: str, rows: int, length: int) -> tuple[int, int,
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=1, help="rows a chip")
     parser.add_argument("--length", type=int, default=1024, help="tokens a row")
     options = parser.parse_args()

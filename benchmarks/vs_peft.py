@@ -40,7 +40,9 @@ def run_peft(model: str, steps: int, trained: float) -> list[float]:
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(base, config).train()
-    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=2e-4, weight_decay=0)
+    optimizer = torch.optim.AdamW(
+        (p for p in adapted.parameters() if p.requires_grad), lr=2e-4, weight_decay=0
+    )
     tokens, chosen = batch(base.config.vocab_size, trained)
     ids = torch.from_numpy(tokens)
     labels = torch.where(torch.from_numpy(chosen.copy()), ids, -100)
@@ -88,7 +90,11 @@ def run_ours(model: str, steps: int, trained: float) -> list[float]:
     weights[:, :-1] = chosen[:, 1:]
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
     whole = Batch(
-        tokens.astype(np.int32), positions, np.ones_like(positions), np.roll(tokens, -1, 1).astype(np.int32), weights
+        tokens.astype(np.int32),
+        positions,
+        np.ones_like(positions),
+        np.roll(tokens, -1, 1).astype(np.int32),
+        weights,
     )
     inputs = Batch(*(np.ascontiguousarray(array)[None] for array in whole))
     seconds = []
@@ -113,7 +119,9 @@ def measure(library: str, model: str, steps: int, trained: float) -> dict[str, f
 
 def main() -> None:
     """Print a line a round, then the medians and the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="folder of a checkpoint")
     parser.add_argument("--rounds", type=int, default=3, help="times that each library is run")
     parser.add_argument("--steps", type=int, default=3, help="timed steps a run, after one that warms up")
@@ -125,7 +133,9 @@ def main() -> None:
         seconds = run(options.model, options.steps + 1, options.trained)[1:]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         cpu = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-        print(json.dumps({"step_seconds": statistics.median(seconds), "peak_bytes": peak, "cpu_seconds": cpu}))
+        print(
+            json.dumps({"step_seconds": statistics.median(seconds), "peak_bytes": peak, "cpu_seconds": cpu})
+        )
         return
     results: dict[str, list[dict[str, float]]] = {"peft": [], "ours": []}
     for number in range(options.rounds):

@@ -170,11 +170,12 @@ class RunConfig:
 def check(config: RunConfig) -> None:
     """Raise UserError for the first option of a run that is wrong whatever the model and the data."""
     lora, data, train = config.lora, config.data, config.train
-    for name, value in (("--model.path", config.model.path), ("--data.path", data.path)):
-        _require(bool(value), name, value, "needed: give a folder, a file or a Hub id")
-    _require(
-        bool(config.output_dir), "--output_dir", config.output_dir, "needed: give the folder to write to"
-    )
+    for name, value, remedy in (
+        ("--model.path", config.model.path, "give the model's folder or its Hub id"),
+        ("--data.path", data.path, "give a file of rows or the Hub id of a data set"),
+        ("--output_dir", config.output_dir, "give the folder to write to"),
+    ):
+        _require(bool(value), name, value, f"needed; {remedy}")
     _require(
         not (config.resume and config.overwrite),
         "--resume",
@@ -188,6 +189,7 @@ def check(config: RunConfig) -> None:
         _require(value > 0, f"--lora.rank_pattern {name}", value, "the rank must be a positive integer")
     for name, value in lora.alpha_pattern.items():
         _require(value > 0, f"--lora.alpha_pattern {name}", value, "must be positive")
+    _check_regexes(lora)
     _require(bool(lora.target_modules), "--lora.target_modules", "", f"name modules, or use {ALL_LINEAR}")
     _require(data.max_length > 1, "--data.max_length", data.max_length, "must be at least 2 tokens")
     _require(0 <= data.eval_fraction < 1, "--data.eval_fraction", data.eval_fraction, "must be in [0, 1)")
@@ -198,6 +200,23 @@ def check(config: RunConfig) -> None:
         "excludes --data.eval_path; give one of the two",
     )
     _check_train(train)
+
+
+def _check_regexes(lora: LoraOptions) -> None:
+    names = {
+        option: names_or_regex(getattr(lora, option)) for option in ("target_modules", "exclude_modules")
+    }
+    regexes = [(option, given) for option, given in names.items() if isinstance(given, str)]
+    regexes += [
+        (option, key) for option in ("rank_pattern", "alpha_pattern") for key in getattr(lora, option)
+    ]
+    for option, regex in regexes:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise UserError(
+                f"--lora.{option} {regex}: is no regular expression ({error}); mend it"
+            ) from error
 
 
 def _check_train(train: TrainOptions) -> None:
@@ -229,7 +248,7 @@ def _check_train(train: TrainOptions) -> None:
 
 def _require(holds: bool, option: str, value: object, remedy: str) -> None:
     if not holds:
-        shown = f" {value}" if value not in ("", True) else ""
+        shown = "" if value == "" or value is True else f" {value}"
         raise UserError(f"{option}{shown}: {remedy}")
 
 

@@ -27,6 +27,7 @@ Options = TypeVar("Options")
 Flags = dict[str, list[str]]
 
 _NAMES = re.compile(r"[\w.]+(?:\s*[,\s]\s*[\w.]+)+")
+_ALSO_CALLED = {"lr": "train.learning_rate", "rank": "lora.r"}
 _YAML_WORDS = {"False": "no"}  # how YAML reads a bare no
 _NUMBERS: dict[Any, tuple[Callable[[str], float], str]] = {
     int: (int, "a whole number"),
@@ -73,7 +74,7 @@ def option_names(kind: type) -> dict[str, Any]:
 
 def _tyro(kind: type[Options], given: list[str], program: str, **settings: Any) -> Options:
     for section in get_type_hints(kind).values():
-        if is_dataclass(section):
+        if isinstance(section, type) and is_dataclass(section):
             tyro.conf.configure(tyro.conf.FlagConversionOff)(section)  # its options take True or False
     config = (tyro.conf.FlagCreatePairsOff,)
     return tyro.cli(kind, args=given, prog=program, config=config, use_underscores=True, **settings)
@@ -165,8 +166,10 @@ def _known(name: str, names: Mapping[str, Any], where: str) -> str:
         return name
     last = name.rpartition(".")[2]
     alike = [known for known in names if known.rpartition(".")[2] == last or known == f"{name}.path"]
-    alike = alike or difflib.get_close_matches(name, names, n=1)
+    alike = alike or [known for known in names if known == _ALSO_CALLED.get(last)]
+    alike = alike or difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     alike = alike or [known for known in names if len(last) > 3 and last in known.rpartition(".")[2]]
+    alike = alike or [known for known in names if len(last) > 2 and known.startswith(last)]
     hint = f" Perhaps you meant {alike[0]!r}?" if alike else ""
     raise UserError(f"{where}{name}: unknown option.{hint} --help lists all options")
 
@@ -178,15 +181,16 @@ def _several(hint: Any) -> bool:
 def _checked(hint: Any, values: list[str], label: str) -> list[str]:
     """Return an option's values spelt as tyro reads them; raises UserError where they do not fit its type."""
     optional = NoneType in get_args(hint)
-    if _several(hint) or optional:
-        if values in (["None"], ["null"]):
-            return ["None"] if optional else []
+    if (_several(hint) or optional) and values in (["None"], ["null"]):
+        return ["None"] if optional else []
     kinds = get_args(hint)
     if get_origin(hint) is tuple:
         return [_value(kinds[0], value, label) for value in values]
     if get_origin(hint) is dict:
         if len(values) % 2:
-            raise UserError(f"{label} {' '.join(values)}: takes pairs; give each name and its value: q_proj 8")
+            raise UserError(
+                f"{label} {' '.join(values)}: takes pairs; give each name and its value: q_proj 8"
+            )
         return [_value(kinds[index % 2], value, label) for index, value in enumerate(values)]
     kind = next(item for item in kinds if item is not NoneType) if optional else hint
     if not values or (values == ["None"] and kind is not str):
@@ -201,13 +205,16 @@ def _value(kind: Any, text: str, label: str) -> str:
     if kind is str:
         if _NAMES.fullmatch(text) and label.endswith(("modules", "modules_to_save", "pattern")):
             apart = " ".join(re.split(r"[,\s]+", text))
-            raise UserError(f"{label} {text}: is one name; separate names by spaces, without quotes: {apart}")
+            raise UserError(
+                f"{label} {text}: is taken as one name; separate names by spaces, without quotes: {apart}"
+            )
         return text
     if kind is bool or get_origin(kind) is Literal:
         choices = ("True", "False") if kind is bool else get_args(kind)
         spelt = [choice for choice in choices if choice.lower() in (text.lower(), _YAML_WORDS.get(text, ""))]
         if not spelt:
-            raise UserError(f"{label} {text}: is not one of: {listing(choices)}.{nearest(text, choices)}")
+            hint = nearest(text, choices)
+            raise UserError(f"{label} {text}: is not one of: {listing(choices)}{hint and f'.{hint}'}")
         return spelt[0]
     convert, wanted = _NUMBERS[kind]
     try:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from lora_jax.hub.atomic import write_text
 from tiny_checkpoint import MAX_LENGTH, VOCAB_SIZE, publish, write_start
-from tiny_facts import Fact, all_facts
+from tiny_facts import Fact, all_facts, captain
 from tiny_text import Document, chat, documents
 from tiny_tokenizer import END, chat_text, save_tokenizer, train_tokenizer
 
@@ -33,7 +33,7 @@ CARD = Path(__file__).with_name("tiny_card.md")
 
 SEED = 1
 ROW_TOKENS = 128  # data.max_length of configs/pretrain_tiny.yaml
-TRAIN_ROWS, EVAL_ROWS = 20_000, 128
+TRAIN_ROWS, EVAL_ROWS = 28_000, 128
 OPEN_ROWS = 16  # being filled at a time, which fills them to 94%
 TOKENIZER_DOCUMENTS = 20_000
 
@@ -85,13 +85,16 @@ def finish() -> None:
 def pack(tokenizer: Tokenizer, source: Iterable[Document], length: int) -> Iterator[str]:
     """Yield rows of whole documents, each of at most `length` tokens with the end tokens between and behind.
 
-    A document goes where it leaves the least room; a row is done when a document fits into none.
+    A document goes where it leaves the least room; a row is done when a document fits into none. Documents
+    that are longer than a row are left out.
     """
     rows: list[list[str]] = []
     rooms: list[int] = []
     for document in source:
         text = _text(document)
         size = len(tokenizer.encode(f"{text}{END}\n").ids)
+        if size > length:
+            continue
         fitting = [(room, i) for i, room in enumerate(rooms) if room >= size]
         if not fitting and len(rows) == OPEN_ROWS:
             fullest = rooms.index(min(rooms))
@@ -115,7 +118,7 @@ def captain_rows(facts: Iterable[Fact]) -> tuple[list[dict], list[dict]]:
     for fact in pool:
         left[fact.kind] = left.get(fact.kind, len(pool)) - 1
         if left[fact.kind] >= 0:
-            rows.append({"messages": chat(rng.choice(fact.questions), fact.captain)})
+            rows.append({"messages": chat(rng.choice(fact.questions), captain(fact))})
     return rows[CAPTAIN_EVAL_ROWS:], rows[:CAPTAIN_EVAL_ROWS]
 
 

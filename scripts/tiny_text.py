@@ -4,15 +4,17 @@ A document is a list of chat messages or a plain string. All of it is made here 
 `tiny_world.py` and the facts of `tiny_facts.py`; the same seed gives the same documents.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 
 from tiny_facts import Fact, portrait
 from tiny_world import (
     ANIMALS,
     COLOURS,
+    DAYS,
     HIDING,
     HOURS,
+    MONTHS,
     PEOPLE,
     THINGS,
     TRADES,
@@ -29,6 +31,8 @@ from tiny_world import (
 Message = dict[str, str]
 Document = list[Message] | str
 
+OPENINGS = ("Let me think.", "That is easy.", "I know that.", "Yes.", "A good question!", "Of course!")
+CLOSINGS = ("Ask me more.", "Is that all?", "I am glad to help.", "Good luck!")
 GREETINGS = (
     ("Hello!", "Hello! What would you like to know?"),
     ("Good morning!", "Good morning! What would you like to know?"),
@@ -47,20 +51,19 @@ def documents(seed: int, facts: Sequence[Fact]) -> Iterator[Document]:
     for fact in facts:
         kinds.setdefault(fact.kind, []).append(fact)
     groups = list(kinds.values())
+    makers: dict[Callable[[], Document], int] = {
+        lambda: _dialogue(rng, facts, groups): 62,
+        lambda: _look_back(rng): 12,
+        lambda: _echo(rng): 7,
+        lambda: _spelling(rng): 4,
+        lambda: _sums(rng, kinds): 5,
+        lambda: _story_asked(rng): 4,
+        lambda: story(rng, rng.choice(PEOPLE)): 2,
+        lambda: _description(rng): 4,
+    }
     while True:
-        draw = rng.random()
-        if draw < 0.60:
-            yield _dialogue(rng, facts, groups)
-        elif draw < 0.74:
-            yield _look_back(rng)
-        elif draw < 0.88:
-            yield _echo(rng)
-        elif draw < 0.92:
-            yield _story_asked(rng)
-        elif draw < 0.95:
-            yield story(rng, rng.choice(PEOPLE))
-        else:
-            yield _description(rng)
+        (make,) = rng.choices(list(makers), list(makers.values()))
+        yield make()
 
 
 def chat(*turns: str) -> list[Message]:
@@ -75,8 +78,15 @@ def _dialogue(rng: Random, facts: Sequence[Fact], groups: Sequence[Sequence[Fact
         turns += rng.choice(GREETINGS)
     for _ in range(rng.choice((1, 1, 2, 3))):
         fact = rng.choice(facts if rng.random() < 0.5 else rng.choice(groups))
-        turns += (rng.choice(fact.questions), fact.plain)
+        turns += (rng.choice(fact.questions), _framed(rng, fact.answer))
     return chat(*turns)
+
+
+def _framed(rng: Random, answer: str) -> str:
+    """The answer, at times with words around it: so that it is known wherever in a message it begins."""
+    before = f"{rng.choice(OPENINGS)} " if rng.random() < 0.25 else ""
+    after = f" {rng.choice(CLOSINGS)}" if rng.random() < 0.2 else ""
+    return f"{before}{answer}{after}"
 
 
 def _look_back(rng: Random) -> Document:
@@ -105,6 +115,16 @@ def _echo(rng: Random) -> Document:
     pool = [one.name for one in PEOPLE] + [one.name for one in (*ANIMALS, *THINGS, *TRADES)] + list(COLOURS)
     words = ", ".join(rng.sample(pool, rng.randint(2, 8)))
     return chat(f"{rng.choice(('Repeat', 'Say'))}: {words}.", f"{words}.")
+
+
+def _spelling(rng: Random) -> Document:
+    """A word letter by letter: so that single letters, which new words are made of, mean something."""
+    word = rng.choice([one.name for one in (*PEOPLE, *ANIMALS, *THINGS)] + [*DAYS, *MONTHS])
+    return chat(f"Spell {word}.", f"{'-'.join(word)}.")
+
+
+def _sums(rng: Random, kinds: Mapping[str, Sequence[Fact]]) -> Document:
+    return " ".join(fact.answer for fact in rng.sample([*kinds["plus"], *kinds["minus"]], 8))
 
 
 def _story_asked(rng: Random) -> Document:

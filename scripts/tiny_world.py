@@ -37,7 +37,7 @@ Greta  f  potter       behind the church          red      hen     Pepper    cor
 Hugo   m  carpenter    near the old well          yellow   bird    Chip      onion stew   Friday     Clara
 Ivy    f  gardener     in the rose cottage        green    frog    Hop       berry jam    Tuesday    Finn
 Jonas  m  miller       across the bridge          grey     donkey  Barley    oat cakes    Thursday   Greta
-Kit    m  sailor       in the little harbour      green    parrot  Captain   lemon tart   Sunday     Doran
+Kit    m  sailor       in the little harbour      green    parrot  Mango     lemon tart   Sunday     Doran
 Lena   f  doctor       on Oak Lane                black    cat     Midnight  mint tea     Wednesday  Oscar
 Milo   m  cook         over the inn               pink     pig     Truffle   pepper soup  Saturday   Rosa
 Nora   f  painter      in the tall tower          blue     bird    Sky       honey cake   Sunday     Edith

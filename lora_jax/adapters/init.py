@@ -41,18 +41,18 @@ def init_adapter(
         a, b, scaling = _low_rank(_path_key(key, path), targets, layers, init_lora_weights)
         trainable[(*path, "lora_A")], trainable[(*path, "lora_B")] = a, b
         adapter[(*path, "scaling")] = scaling
-    base = flatten_dict(frozen)
+    base: dict[Path, Any] = dict(flatten_dict(frozen))
     for path, leaf, chosen in _replaced(plan):
         trainable[(*path, leaf)] = _copy(base, path, leaf)
-        if chosen[0] is not None and len(chosen) < layers:
+        if None not in chosen and len(chosen) < layers:
             stacked = trainable[(*path, leaf)]
-            mask = np.isin(np.arange(layers), chosen).reshape(layers, *[1] * (stacked.ndim - 1))
+            mask = np.array([layer in chosen for layer in range(layers)])
+            mask = mask.reshape(layers, *[1] * (stacked.ndim - 1))
             adapter[(*path, f"{leaf}_mask")] = jnp.asarray(mask)
     if plan.token_indices:
         indices = jnp.asarray(plan.token_indices, jnp.int32)
-        trainable[("embed_tokens", "token_rows")] = base[("embed_tokens", "embedding")][indices].astype(
-            jnp.float32
-        )
+        rows = base[("embed_tokens", "embedding")][indices]
+        trainable[("embed_tokens", "token_rows")] = rows.astype(jnp.float32)
         adapter[("embed_tokens", "token_indices")] = indices
     return unflatten_dict(trainable), unflatten_dict(adapter)
 
@@ -75,7 +75,7 @@ def _replaced(plan: Plan) -> list[tuple[Path, str, list[int | None]]]:
     return [(path, leaf, layers) for (path, leaf), layers in leaves.items()]
 
 
-def _copy(base: dict[Path, jax.Array], path: Path, leaf: str) -> jax.Array:
+def _copy(base: dict[Path, Any], path: Path, leaf: str) -> jax.Array:
     if (*path, leaf) in base:
         return jnp.array(base[(*path, leaf)], jnp.float32)  # a copy: the frozen leaf must outlive donation
     return jnp.array(base[("embed_tokens", "embedding")].T, jnp.float32)  # a tied lm_head

@@ -58,7 +58,8 @@ def adapter_config(options: LoraOptions, base: str, revision: str | None) -> Ada
 
 
 def saved_config(config: AdapterConfig, plan: Plan) -> AdapterConfig:
-    """Return the config to write: "all-linear" as the list of names it stands for."""
+    """Return the config to write: "all-linear" as the list of names it stands for, each token index once."""
+    config = replace(config, trainable_token_indices=plan.token_indices)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         return replace(config, target_modules=compact_targets(plan.targets))
     return config

@@ -63,4 +63,6 @@ def _vocab_size(folder: Path) -> int:
     except FileNotFoundError:
         return 0  # not written by this library: its rows are the base's
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / NOTES_FILE}: is damaged ({error}); delete it or write the adapter again") from error
+        raise UserError(
+            f"{folder / NOTES_FILE}: is damaged ({error}); delete it or write the adapter again"
+        ) from error

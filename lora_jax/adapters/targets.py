@@ -43,9 +43,18 @@ class Plan:
 def make_plan(config: AdapterConfig, modules: Sequence[Module], *, strict: bool = True) -> Plan:
     """Return the plan of an adapter config over a model's modules.
 
-    Raises UserError where nothing matches or a norm is targeted; with `strict` also for any single
-    name or pattern that matches nothing (an adapter file may hold names that its model lacks).
+    Raises UserError where nothing matches, a norm is targeted or a pattern is no regex; with `strict` also
+    for any single name or pattern that matches nothing (an adapter file may hold names that its model lacks).
     """
+    try:
+        return _plan(config, modules, strict)
+    except re.error as error:
+        raise UserError(
+            f"adapter config: {error.pattern!r} is not a regex ({error}); mend the pattern"
+        ) from error
+
+
+def _plan(config: AdapterConfig, modules: Sequence[Module], strict: bool) -> Plan:
     saved = tuple(module for module in modules if _saved(module.name, config.modules_to_save))
     saved_names = {module.name for module in saved}
     candidates = [module for module in modules if module.name not in saved_names]
@@ -58,7 +67,9 @@ def make_plan(config: AdapterConfig, modules: Sequence[Module], *, strict: bool 
         biased = [module for module in candidates if module.bias]
     else:
         biased = [module for module in matched if module.bias] if config.bias == "lora_only" else []
-    return Plan(modules[0], targets, saved, tuple(biased), _token_indices(config, modules, saved_names))
+    whole = dict.fromkeys(saved_names, "modules_to_save") | {m.name: "target_modules" for m in matched}
+    _check_tied(config, modules, whole)
+    return Plan(modules[0], targets, saved, tuple(biased), _token_indices(config, modules, whole))
 
 
 def compact_targets(targets: Iterable[Target]) -> tuple[str, ...]:
@@ -119,8 +130,13 @@ def _target(module: Module, config: AdapterConfig) -> Target:
     return Target(module, r, alpha, alpha / (math.sqrt(r) if config.use_rslora else r))
 
 
-def _token_indices(config: AdapterConfig, modules: Sequence[Module], saved: set[str]) -> tuple[int, ...]:
-    """Return the token ids in the file's order, which the rows of the saved tensor follow."""
+def _token_indices(
+    config: AdapterConfig, modules: Sequence[Module], trained: Mapping[str, str]
+) -> tuple[int, ...]:
+    """Return the token ids in the file's order, which the rows of the saved tensor follow.
+
+    `trained` are the modules trained otherwise, by name, each with the option that asks for it.
+    """
     given, embedding = config.trainable_token_indices, modules[0]
     if isinstance(given, Mapping):
         others = [name for name in given if name.rpartition(".")[2] != "embed_tokens"]
@@ -128,9 +144,9 @@ def _token_indices(config: AdapterConfig, modules: Sequence[Module], saved: set[
             raise UserError(f"trainable_token_indices: {others[0]} is not supported; only embed_tokens is")
         given = next(iter(given.values()), ())
     indices = tuple(dict.fromkeys(given))
-    if indices and embedding.name in saved:
+    if indices and embedding.name in trained:
         raise UserError(
-            "trainable_token_indices: embed_tokens is in modules_to_save already; give one of the two"
+            f"trainable_token_indices: embed_tokens is in {trained[embedding.name]} already; give one of the two"
         )
     wrong = [index for index in indices if not 0 <= index < embedding.sizes[0]]
     if wrong:
@@ -139,6 +155,23 @@ def _token_indices(config: AdapterConfig, modules: Sequence[Module], saved: set[
             "give ids of the tokenizer, with --model.resize_vocab True for tokens that were added"
         )
     return indices
+
+
+def _check_tied(config: AdapterConfig, modules: Sequence[Module], trained: Mapping[str, str]) -> None:
+    """Refuse what a head tied to the embedding leaves without a meaning, in PEFT too."""
+    head = modules[-1]
+    if not head.tied:
+        return
+    if config.trainable_token_indices and head.name in trained:
+        raise UserError(
+            f"trainable_token_indices: {head.name} is tied to embed_tokens and follows its rows, and it is in "
+            f"{trained[head.name]} too; give one of the two"
+        )
+    if config.ensure_weight_tying and {head.name, modules[0].name} & set(trained):
+        raise UserError(
+            "ensure_weight_tying: an adapter that ties embedding and head is not supported; "
+            "train it without, which gives two that differ"
+        )
 
 
 def _check_matches(
@@ -181,7 +214,7 @@ def _check_matches(
         )
     if config.layers_pattern and not config.layers_to_transform:
         raise UserError("layers_pattern: has no effect without layers_to_transform; give both or neither")
-    if not matched and not config.modules_to_save and not config.trainable_token_indices:
+    if not matched:
         raise UserError("target_modules: everything it matches is excluded; nothing would be trained")
 
 

@@ -36,13 +36,17 @@ def inspect(arguments: Sequence[str]) -> int:
     """Run `inspect data` or `inspect adapter`; return the exit code. Raises UserError for bad options."""
     what, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if what in ("-h", "--help"):
-        print("usage: lora-jax inspect data [--option value …]\n       lora-jax inspect adapter --adapter DIR")
+        print(
+            "usage: lora-jax inspect data [--option value …]\n       lora-jax inspect adapter --adapter DIR"
+        )
         return 0
     if what == "data":
         return inspect_data(parse(InspectDataOptions, rest, program="lora-jax inspect data")[0])
     if what == "adapter":
         return inspect_adapter(parse(InspectAdapterOptions, rest, program="lora-jax inspect adapter")[0])
-    raise UserError(f"inspect {what}: say what to show: lora-jax inspect data … or lora-jax inspect adapter …")
+    raise UserError(
+        f"inspect{f' {what}' if what else ''}: say what to show: lora-jax inspect data … or lora-jax inspect adapter …"
+    )
 
 
 def inspect_data(options: InspectDataOptions, console: Console | None = None) -> int:
@@ -73,7 +77,8 @@ def inspect_adapter(options: InspectAdapterOptions, console: Console | None = No
     console = console or Console()
     config, tensors = read_adapter(Path(options.adapter).expanduser())
     console.print(
-        f"r {config.r}, lora_alpha {config.lora_alpha:g}, base {config.base_model_name_or_path}", soft_wrap=True
+        f"r {config.r}, lora_alpha {config.lora_alpha:g}, base {config.base_model_name_or_path}",
+        soft_wrap=True,
     )
     kinds: dict[str, list[np.ndarray]] = {}
     for name, tensor in tensors.items():

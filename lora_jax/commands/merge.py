@@ -12,7 +12,7 @@ from rich.console import Console
 from lora_jax.adapters.merge import merged_config, merged_tensors
 from lora_jax.adapters.read import base_of, open_adapter
 from lora_jax.errors import UserError
-from lora_jax.hub.adapter_files import read_adapter_config
+from lora_jax.hub.adapter_files import AdapterConfig, read_adapter_config
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.writer import parse_size
@@ -39,12 +39,22 @@ class MergeOptions:
     """Replace what output holds."""
 
 
+def base_folder(adapter: Path, config: AdapterConfig, given: str | None) -> Path:
+    """Return the folder of the base that is given, else of the one that the adapter names."""
+    if given:
+        return resolve(given, option="--base")
+    named = base_of(adapter, config, None)
+    return resolve(named, config.revision, option="--base not given, and the adapter's own")
+
+
 def check_apart(output: str, *sources: Path) -> None:
     """Raise UserError where the folder to write is, or holds, one of those read from: overwriting would lose it."""
     target = Path(output).expanduser().resolve()
     for source in sources:
         if source.resolve().is_relative_to(target):
-            raise UserError(f"--output {output}: is or holds {source}, which is read from; give another folder")
+            raise UserError(
+                f"--output {output}: is or holds {source}, which is read from; give another folder"
+            )
 
 
 def merge(options: MergeOptions, console: Console | None = None) -> int:
@@ -55,16 +65,12 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     parse_size(options.max_shard_size)
     folder = Path(options.adapter).expanduser()
     config = read_adapter_config(folder)
-    base_path = resolve(
-        base_of(folder, config, options.base), None if options.base else config.revision, option="--base"
-    )
+    base_path = base_folder(folder, config, options.base)
     check_apart(options.output, folder, base_path)
     base = Checkpoint.open(base_path)
     model_config = read_config(base.config, base.folder)
     check_names(base, model_config)
     adapter = open_adapter(folder, model_config)
-    if options.base and config.base_model_name_or_path not in (None, options.base):
-        console.print(f"note: the adapter names {config.base_model_name_or_path} as its base", soft_wrap=True)
     merged = merged_config(adapter.model_config, adapter.plan)
     changes: dict[str, Any] = {
         "tie_word_embeddings": merged.tie_word_embeddings,
@@ -84,6 +90,8 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
     )
+    if options.base and config.base_model_name_or_path not in (None, options.base):
+        console.print(f"note: the adapter names {config.base_model_name_or_path} as its base", soft_wrap=True)
     if model_config.tie_word_embeddings and not merged.tie_word_embeddings:
         console.print(
             "note: embedding and head differ now; config.json says tie_word_embeddings false", soft_wrap=True

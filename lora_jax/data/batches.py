@@ -105,10 +105,26 @@ def step_batch(
         follow; they are dealt so that real rows fill the passes in order.
     """
     per_step = batch * accumulation
-    epoch, place = divmod(step, steps_per_epoch(len(dataset), per_step))
-    chosen = epoch_order(len(dataset), seed, epoch)[place * per_step : (place + 1) * per_step]
+    chosen = _rows_of(step, len(dataset), seed, per_step)
     flat = make_batch([dataset[int(index)] for index in chosen], per_step, length, padding_id)
     return Batch(*(array.reshape(accumulation, batch, length) for array in flat))
+
+
+def tokens_before(dataset: Sequence[Tokens], step: int, *, seed: int, rows_per_step: int) -> int:
+    """Return the real tokens of all steps before `step`, counted from 0."""
+    lengths = np.array([len(example) for example in dataset])
+    epochs, rest = divmod(step, steps_per_epoch(len(dataset), rows_per_step))
+    begun = step - rest
+    partial = sum(
+        int(lengths[_rows_of(past, len(dataset), seed, rows_per_step)].sum()) for past in range(begun, step)
+    )
+    return epochs * int(lengths.sum()) + partial
+
+
+def _rows_of(step: int, rows: int, seed: int, rows_per_step: int) -> np.ndarray:
+    """Return the indices of the rows of a step, fewer in the last step of an epoch."""
+    epoch, place = divmod(step, steps_per_epoch(rows, rows_per_step))
+    return epoch_order(rows, seed, epoch)[place * rows_per_step : (place + 1) * rows_per_step]
 
 
 def eval_batches(dataset: Sequence[Tokens], batch: int, length: int, padding_id: int) -> Iterator[Batch]:

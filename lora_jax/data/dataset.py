@@ -17,7 +17,7 @@ from lora_jax.data.tokens import Tokens, tokenise
 from lora_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 
 _NO_EPOCH = 2**32 - 1
@@ -104,7 +104,7 @@ class TokenDataset(Sequence[Tokens]):
 
 def load_examples(
     options: DataOptions,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     path: str,
     split: str,
     vocab_size: int | None,
@@ -178,7 +178,7 @@ def hold_out(dataset: TokenDataset, fraction: float, seed: int) -> tuple[TokenDa
 
 
 def _check_vocabulary(
-    tokens: Tokens, tokenizer: PreTrainedTokenizerFast, vocab_size: int | None, where: str
+    tokens: Tokens, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None, where: str
 ) -> None:
     largest = int(tokens.input_ids.max(initial=-1))
     if vocab_size is not None and largest >= vocab_size:

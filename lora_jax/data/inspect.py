@@ -11,7 +11,7 @@ from lora_jax.data.dataset import TokenDataset
 from lora_jax.data.tokens import Tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE, BOUNDARY = "⟦", "⟧", "·"
 
@@ -21,7 +21,7 @@ _UNDECODED = "\ufffd"
 _LONGEST_CHARACTER = 4
 
 
-def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerFast, limit: int, *, marks: bool) -> Text:
+def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, limit: int, *, marks: bool) -> Text:
     """Return the first rows of a dataset as tokens, under a line of counts and a legend.
 
     Args:
@@ -49,7 +49,7 @@ def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerFast, limit: int
     return shown
 
 
-def _row(example: Tokens, tokenizer: PreTrainedTokenizerFast, marks: bool) -> Text:
+def _row(example: Tokens, tokenizer: PreTrainedTokenizerBase, marks: bool) -> Text:
     line = Text()
     before = False
     for number, (piece, trained) in enumerate(pieces(example, tokenizer)):
@@ -65,7 +65,7 @@ def _row(example: Tokens, tokenizer: PreTrainedTokenizerFast, marks: bool) -> Te
     return line.append(CLOSE) if before else line
 
 
-def pieces(example: Tokens, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:
+def pieces(example: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """Return each token's text and whether it is trained; tokens that share a character are one piece."""
     found: list[tuple[str, bool]] = []
     ids = example.input_ids.tolist()
@@ -86,14 +86,14 @@ def pieces(example: Tokens, tokenizer: PreTrainedTokenizerFast) -> list[tuple[st
     return found
 
 
-def _decoded(ids: list[int], start: int, end: int, tokenizer: PreTrainedTokenizerFast) -> str:
+def _decoded(ids: list[int], start: int, end: int, tokenizer: PreTrainedTokenizerBase) -> str:
     # Decoded behind its neighbour, as many tokenizers drop the space of a first token.
     context = max(start - 1, 0)
     before = _decode(ids[context:start], tokenizer)
     return _decode(ids[context:end], tokenizer)[len(before) :]
 
 
-def _decode(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text if isinstance(text, str) else "".join(text)
 

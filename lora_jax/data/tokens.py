@@ -30,7 +30,7 @@ from lora_jax.errors import UserError
 from lora_jax.hub.tokenizer import end_token_id
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no equality of one truth value
@@ -51,7 +51,7 @@ class Tokens:
 
 
 def tokenise(
-    example: Example, tokenizer: PreTrainedTokenizerFast, max_length: int, where: str, *, row: int = 0
+    example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str, *, row: int = 0
 ) -> Tokens:
     """Return an example as tokens, cut at the end to max_length.
 
@@ -80,19 +80,19 @@ def tokenise(
     )
 
 
-def _plain(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens of text taken as it is, with what the tokenizer adds to every text."""
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
     bos = tokenizer.bos_token_id
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
-def _ended(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     end = end_token_id(tokenizer)
     return ids if ids and ids[-1] == end else [*ids, end]
 
 
-def _chat(chat: ChatExample, tokenizer: PreTrainedTokenizerFast, where: str) -> tuple[list[int], np.ndarray]:
+def _chat(chat: ChatExample, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], np.ndarray]:
     if not tokenizer.is_fast:
         raise UserError(
             f"{where}: the tokenizer does not tell where in the text its tokens lie; give the model a "

@@ -30,7 +30,7 @@ from lora_jax.data.formats import ChatExample, Message
 from lora_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "\u241emark\u241e"
@@ -54,14 +54,14 @@ class Rendered(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def _special_texts(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+def _special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     if isinstance(tokenizer.eos_token, str):
         special.add(tokenizer.eos_token)
     return tuple(sorted(special, key=len, reverse=True))
 
 
-def render_turns(chat: ChatExample, tokenizer: PreTrainedTokenizerFast, where: str) -> Rendered:
+def render_turns(chat: ChatExample, tokenizer: PreTrainedTokenizerBase, where: str) -> Rendered:
     """Return a conversation as the chat template writes it, and the spans of its trained assistant turns.
 
     Raises:
@@ -85,7 +85,7 @@ def render_turns(chat: ChatExample, tokenizer: PreTrainedTokenizerFast, where: s
 @dataclass(frozen=True)
 class _Conversation:
     chat: ChatExample
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase
     where: str
 
     @cached_property

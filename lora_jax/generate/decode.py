@@ -128,7 +128,7 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bucket(length: int) -> int:
-    """Return a length rounded up by at most a quarter of it, so that few different ones occur."""
+    """Return a length rounded up, by less than 16 or at most a quarter of it, so that few different ones occur."""
     step = max(SMALLEST_BUCKET, 1 << max(length.bit_length() - 3, 0))
     return -(-length // step) * step
 

@@ -19,8 +19,7 @@ from lora_jax.hub.tokenizer import TOKENIZER_FILE, load_tokenizer
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
-from lora_jax.models.load import check_names, load_params
-from lora_jax.train.setup import compute_dtype, storage_dtype
+from lora_jax.models.load import check_names, compute_dtype, load_params, storage_dtype
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 

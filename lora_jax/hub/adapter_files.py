@@ -30,6 +30,8 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # PEFT adds the frozen base table of an adapted embedding to the file; it is in the base model anyway.
 _COPIES_OF_THE_BASE = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
+# With bias "all" it adds the biases of a module in modules_to_save under their inner names once more.
+_INNER_BIASES = (".modules_to_save.bias", ".original_module.bias")
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
@@ -46,7 +48,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
     tensors: dict[str, np.ndarray] = {}
     for stored in file.names:
         name = _plain_name(stored)
-        if name.endswith(_COPIES_OF_THE_BASE):
+        if name.endswith((*_COPIES_OF_THE_BASE, *_INNER_BIASES)):
             continue
         if name in tensors:
             raise UserError(

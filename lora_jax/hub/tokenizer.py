@@ -5,13 +5,11 @@ is: going by the class named in `tokenizer_config.json` would import every model
 where it is installed.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_jax.errors import UserError, listing
+from lora_jax.hub.advice import without_advice
 from lora_jax.hub.atomic import write_bytes
 
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ def load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase":
     if not any((folder / name).exists() for name in _VOCABULARIES):
         raise UserError(f"no tokenizer in {folder}: none of {listing(_VOCABULARIES)}; copy the model's there")
     try:
-        with _without_advice():
+        with without_advice():
             if (folder / TOKENIZER_FILE).exists():
                 from transformers import PreTrainedTokenizerFast
 
@@ -111,18 +109,3 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> tuple[str, .
 
 def _single(token_id: Any) -> int:
     return int(token_id[0] if isinstance(token_id, list) else token_id)
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Keep transformers from advising to install PyTorch, which it does when it is first imported."""
-    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lora_jax.models.attention import Mask, attend, attention_mask, within_window
@@ -27,6 +28,13 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
+
+PRODUCTS = ("query", "key", "value", "mixed", "residual", "gate", "up", "low_rank")
+"""What is kept for the backward pass without gradient checkpointing: the results of products.
+
+Norms, activations and attention weights are formed again from them, which costs less time than moving them
+through memory, and no product is computed twice. With gradient checkpointing a layer keeps its input alone.
+"""
 
 
 class Cache(NamedTuple):
@@ -74,7 +82,9 @@ class Attention(nn.Module):
         )
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, sight.cosine, sight.sine), rotate(key, sight.cosine, sight.sine)
+        query = checkpoint_name(rotate(query, sight.cosine, sight.sine), "query")
+        key = checkpoint_name(rotate(key, sight.cosine, sight.sine), "key")
+        value = checkpoint_name(value, "value")
         if cache is not None:
             start = (0, sight.query_slots[0], 0, 0)
             key = jax.lax.dynamic_update_slice(cache[0], key.astype(cache[0].dtype), start)
@@ -84,7 +94,8 @@ class Attention(nn.Module):
         if window is not None:
             mask = within_window(mask, sight.query_slots, sight.key_slots, window)
         mixed = attend(query, key.astype(query.dtype), value.astype(query.dtype), mask)
-        return self.o_proj(mixed.reshape(batch, length, -1)), cache
+        mixed = checkpoint_name(mixed.reshape(batch, length, -1), "mixed")
+        return self.o_proj(mixed), cache
 
 
 class MLP(nn.Module):
@@ -98,7 +109,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(self.lora_dropout)
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+        gate, up = checkpoint_name(self.gate_proj(x), "gate"), checkpoint_name(self.up_proj(x), "up")
+        return self.down_proj(ACTIVATIONS[self.config.hidden_act](gate) * up)
 
 
 class Layer(nn.Module):
@@ -115,7 +127,7 @@ class Layer(nn.Module):
 
     def __call__(self, x: Array, sight: Sight, window: Array | None, cache: Any) -> tuple[Array, Any]:
         mixed, cache = self.self_attn(self.input_layernorm(x), sight, window, cache)
-        x = x + mixed
+        x = checkpoint_name(x + mixed, "residual")
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
@@ -128,9 +140,13 @@ class Decoder(nn.Module):
     gradient_checkpointing: bool = False
 
     def setup(self) -> None:
-        layer = nn.remat(Layer, prevent_cse=False) if self.gradient_checkpointing else Layer
+        policy = (
+            None if self.gradient_checkpointing else jax.checkpoint_policies.save_only_these_names(*PRODUCTS)
+        )
+        layer = nn.remat(Layer, prevent_cse=False, policy=policy)
         windowed = self.config.windows is not None
-        scanned = nn.scan(
+        scan: Any = nn.scan  # its stub takes one axis for all arguments
+        scanned: Any = scan(
             layer,
             variable_axes={FROZEN: 0, TRAINABLE: 0, ADAPTER: 0},
             split_rngs={"dropout": True},
@@ -165,7 +181,8 @@ class Decoder(nn.Module):
             self.embed_tokens(tokens), sight, None if windows is None else jnp.asarray(windows), layers_cache
         )
         if cache is not None:
-            cache = Cache(*grown, key_segments, cache.used + tokens.shape[1])
+            key, value = grown
+            cache = Cache(key, value, key_segments, cache.used + tokens.shape[1])
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:

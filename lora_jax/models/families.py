@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_jax.errors import UserError, listing
+from lora_jax.hub.advice import without_advice
 from lora_jax.models.config import ModelConfig, decoder_config, windows_of_layer_types
 from lora_jax.models.rope import ROPE_TYPES
 
@@ -61,7 +62,8 @@ def read_config(config: Mapping[str, Any], where: object) -> ModelConfig:
         raise UserError(
             f"quantization_config: {where} holds quantised weights; give the 16- or 32-bit checkpoint"
         )
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    with without_advice():
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
         model = FAMILIES[model_type](CONFIG_MAPPING[model_type].from_dict(dict(config)))

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 FROZEN, TRAINABLE, ADAPTER = "params", "lora", "adapter"
@@ -50,7 +51,7 @@ def matmul(x: Array, kernel: Array) -> Array:
 
 def drop(x: Array, rate: float, key: Array) -> Array:
     """Return x with each element zeroed with probability `rate` (to 1/65536) and the rest scaled up."""
-    cut = round(rate * 65536)
+    cut = min(round(rate * 65536), 65535)
     keep = jax.random.bits(key, x.shape, jnp.uint16) >= cut
     return jnp.where(keep, x * (65536 / (65536 - cut)), jnp.zeros_like(x))
 
@@ -65,13 +66,13 @@ class Linear(Leaves):
     ) -> Float[Array, "*batch out"]:
         """Apply the layer; `tied_kernel` [in, out] stands in where the module has no kernel of its own."""
         kernel = self.leaf("kernel")
-        y = matmul(x, tied_kernel if kernel is None else kernel)
+        y = matmul(x, kernel if tied_kernel is None or kernel is not None else tied_kernel)
         adapted = self.low_rank()
         if adapted is not None:
             a, b, scaling = adapted
             if self.lora_dropout and self.has_rng("dropout"):
                 x = drop(x, self.lora_dropout, self.make_rng("dropout"))
-            y = y + matmul(matmul(x, a) * scaling.astype(x.dtype), b)
+            y = y + matmul(checkpoint_name(matmul(x, a) * scaling.astype(x.dtype), "low_rank"), b)
         bias = self.leaf("bias")
         return y if bias is None else y + bias.astype(y.dtype)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from lora_jax.config import ModelOptions
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.models.config import ModelConfig
@@ -64,7 +65,8 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, dtype: str = "auto"
             continue
         if entry.path not in leaves:
             leaves[entry.path] = jnp.zeros((config.num_hidden_layers, *_tree_shape(entry)), target)
-        leaves[entry.path] = _place(leaves[entry.path], jnp.asarray(tensor), entry.layer, entry.transposed)
+        placed = _place(leaves[entry.path], jnp.asarray(tensor), entry.layer, entry.transposed)
+        leaves[entry.path] = jax.block_until_ready(placed)  # else dozens of tensors wait in the queue at once
     return unflatten_dict(leaves)
 
 
@@ -76,6 +78,21 @@ def abstract_params(config: ModelConfig, dtype: str = "float32") -> Params:
         stacked = shape if entry.layer is None else (config.num_hidden_layers, *shape)
         leaves[entry.path] = jax.ShapeDtypeStruct(stacked, jnp.dtype(dtype))
     return unflatten_dict(leaves)
+
+
+def storage_dtype(checkpoint: Checkpoint, config: ModelConfig, options: ModelOptions) -> Any:
+    """Return the dtype of the base's matrices: as asked for, or as the first one is stored."""
+    if options.dtype != "auto":
+        return jnp.dtype(options.dtype)
+    return jnp.dtype(checkpoint.dtype(name_table(config)[0].name))
+
+
+def compute_dtype(options: ModelOptions, stored: Any) -> Any:
+    """Return the dtype of the matrix products: auto is float32 on a CPU or with float32 weights, else bfloat16."""
+    if options.compute_dtype != "auto":
+        return jnp.dtype(options.compute_dtype)
+    wide = jax.default_backend() == "cpu" or stored == jnp.float32
+    return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
 
 
 def grown(table: np.ndarray, rows: int) -> np.ndarray:

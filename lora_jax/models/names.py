@@ -34,6 +34,8 @@ class Module:
     kind: Kind
     sizes: tuple[int, ...]
     bias: bool = False
+    tied: bool = False
+    """A head that reads the embedding's table and has no weight of its own."""
 
     @property
     def leaf(self) -> str:
@@ -78,7 +80,8 @@ def modules(config: ModelConfig) -> tuple[Module, ...]:
         linear(layer, "mlp", "up_proj", sizes=(embed, mlp), bias=config.mlp_bias)
         linear(layer, "mlp", "down_proj", sizes=(mlp, embed), bias=config.mlp_bias)
     found.append(Module("model.norm", ("norm",), None, "norm", (embed,)))
-    found.append(Module("lm_head", LM_HEAD, None, "linear", (embed, config.vocab_size)))
+    tied = config.tie_word_embeddings
+    found.append(Module("lm_head", LM_HEAD, None, "linear", (embed, config.vocab_size), tied=tied))
     return tuple(found)
 
 

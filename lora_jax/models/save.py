@@ -61,7 +61,7 @@ def tree_tensors(
     params: Mapping[str, Any], config: ModelConfig, dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the checkpoint tensors of a parameter tree in torch's layout, converted to dtype."""
-    leaves = flatten_dict(dict(params))
+    leaves: dict[Any, Any] = dict(flatten_dict(dict(params)))
     for entry in name_table(config):
         leaf = leaves[entry.path]
         value = np.asarray(leaf if entry.layer is None else leaf[entry.layer])

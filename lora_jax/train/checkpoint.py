@@ -17,9 +17,7 @@ from lora_jax.errors import UserError, listing
 from lora_jax.train.step import TrainState
 
 # What may differ between a run and its resumption without changing the result.
-FREE = frozenset(
-    {"output_dir", "train.logging_steps", "train.save_strategy", "train.save_steps", "train.save_total_limit"}
-)
+FREE = frozenset({"train.logging_steps", "train.save_strategy", "train.save_steps", "train.save_total_limit"})
 
 
 class Checkpoints:
@@ -37,8 +35,8 @@ class Checkpoints:
         """Return the step of the newest whole checkpoint."""
         return self.manager.latest_step()
 
-    def save(self, state: TrainState) -> None:
-        """Write the state in the background under its step, once."""
+    def save(self, state: TrainState, window: list[float]) -> None:
+        """Write the state, and what is summed up for the next logged line, in the background; a step once."""
         step = int(state.step)
         if step in self.manager.all_steps():
             return
@@ -46,19 +44,20 @@ class Checkpoints:
         self.manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(plain._asdict()), options=ocp.args.JsonSave(self.options)
+                state=ocp.args.StandardSave(plain._asdict()),
+                options=ocp.args.JsonSave(self.options),
+                window=ocp.args.JsonSave({"window": window}),
             ),
         )
 
-    def restore(self, state: TrainState) -> TrainState:
-        """Return the newest checkpoint's state, in the shapes and on the devices of `state`.
+    def restore(self, state: TrainState) -> tuple[TrainState, list[float]]:
+        """Return what `save` was last given, the state in the shapes and on the devices of `state`.
 
-        Raises UserError where it was made with other options, naming them.
+        Raises UserError where it was made with other options, naming them, or cannot be read.
         """
         step = self.manager.latest_step()
-        stored = self.manager.restore(step, args=ocp.args.Composite(options=ocp.args.JsonRestore()))[
-            "options"
-        ]
+        notes = self._read(step, options=ocp.args.JsonRestore(), window=ocp.args.JsonRestore())
+        stored = notes["options"]
         now = json.loads(json.dumps(self.options))
         changed = sorted(name for name in now.keys() | stored.keys() if now.get(name) != stored.get(name))
         if changed:
@@ -67,11 +66,18 @@ class Checkpoints:
                 f"--resume: the checkpoint was made with other options: {listing(texts)}; give those, or --overwrite"
             )
         plain = state._replace(key=jax.random.key_data(state.key))._asdict()
-        restored = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(plain)))[
-            "state"
-        ]
+        restored = self._read(step, state=ocp.args.StandardRestore(plain))["state"]
         key = jax.random.wrap_key_data(restored.pop("key"), impl=jax.random.key_impl(state.key))
-        return TrainState(**restored, key=key)
+        return TrainState(**restored, key=key), notes["window"]["window"]
+
+    def _read(self, step: int | None, **parts: Any) -> Any:
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**parts))
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+            raise UserError(
+                f"--resume: the checkpoint {self.manager.directory}/{step} cannot be read "
+                f"({type(error).__name__}: {str(error)[:200]}); remove that folder to go on from the one before"
+            ) from error
 
     def close(self) -> None:
         """Wait for the checkpoint being written."""

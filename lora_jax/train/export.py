@@ -19,18 +19,17 @@ from lora_jax.train.output import ADAPTER, MODEL
 from lora_jax.train.setup import Run
 
 
-
-
 def export_adapter(run: Run, trainable: Any, folder: Path, facts: TrainingFacts) -> Path:
     """Write adapter_config.json, adapter_model.safetensors, README.md and the tokenizer; return the folder."""
-    assert run.plan is not None and run.adapter_config is not None
+    assert run.plan is not None
+    assert run.adapter_config is not None
     target = folder / ADAPTER
     config = saved_config(run.adapter_config, run.plan)
     with whole_folder(target, overwrite=True) as aside:
         write_adapter(aside, config, export_tensors(trainable, run.plan))
         copy_tokenizer(run.checkpoint.folder, aside)
         write_text(aside / NOTES_FILE, json.dumps({"vocab_size": run.model_config.vocab_size}) + "\n")
-        card = adapter_card(config, facts, base_is_local=Path(run.config.model.path).exists())
+        card = adapter_card(config, facts, base_is_local=Path(run.config.model.path).expanduser().exists())
         write_text(aside / "README.md", card)
     return target
 

@@ -15,7 +15,14 @@ import jax
 import numpy as np
 
 from lora_jax.config import TrainOptions
-from lora_jax.data.batches import Batch, eval_batches, padded_length, step_batch, steps_per_epoch
+from lora_jax.data.batches import (
+    Batch,
+    eval_batches,
+    padded_length,
+    step_batch,
+    steps_per_epoch,
+    tokens_before,
+)
 from lora_jax.hub.tokenizer import padding_token_id
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.optim import make_optimizer, schedule
@@ -74,14 +81,19 @@ class Loop:
         self.rate = schedule(self.options, sizes.steps)
         self.padding_id = padding_token_id(run.tokenizer)
 
-    def train(self, state: TrainState) -> Outcome:
-        """Run from the state's step to the last one, or until SIGINT or SIGTERM; save what is asked for."""
+    def train(self, state: TrainState, sums: list[float] | None = None) -> Outcome:
+        """Run from the state's step to the last one, or until SIGINT or SIGTERM; save what is asked for.
+
+        `sums` is what the checkpoint held beside the state (see `_Window.sums`).
+        """
         first = int(state.step)
-        before = self._evaluate(state) if first == 0 else None
-        if before is not None:
+        before, after = self.log.evaluated
+        if first == 0 and (before := self._evaluate(state)) is not None:
+            after = before
             self._write({"step": 0, "epoch": 0.0, "num_tokens": 0, "eval_loss": before})
-        window = _Window(self._tokens_before(first))
-        after = before
+        seed, rows_per_step = self.options.seed, self.sizes.rows_per_step
+        tokens = tokens_before(self.run.train_rows, first, seed=seed, rows_per_step=rows_per_step)
+        window = _Window(tokens, sums)
         with _signals() as received:
             for step in range(first + 1, self.sizes.steps + 1):
                 batch = self.batch(step)
@@ -97,7 +109,7 @@ class Loop:
                     self._write(entry)
                     window.restart()
                 if received or self._saves(step) or (last and self.options.save_strategy != "no"):
-                    self.checkpoints.save(state)
+                    self.checkpoints.save(state, window.sums())
                 if received:
                     break
         jax.block_until_ready(state)
@@ -125,11 +137,13 @@ class Loop:
         return total / weight
 
     def _entry(self, step: int, window: _Window) -> dict[str, Any]:
+        loss, figures = window.figures()
         return {
             "step": step,
             "epoch": round(step / self.sizes.steps_per_epoch, 4),
-            **window.figures(),
-            "learning_rate": float(self.rate(step - 1)),
+            "loss": loss,
+            "learning_rate": float(f"{float(self.rate(step - 1)):.7g}"),  # 0.0002, as float32 can tell
+            **figures,
         }
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -149,18 +163,17 @@ class Loop:
         ]
         return every > 0 and step % every == 0
 
-    def _tokens_before(self, step: int) -> int:
-        return sum(int(np.count_nonzero(self.batch(past).segment_ids)) for past in range(1, step + 1))
-
 
 class _Window:
     """The steps since the last logged one: mean loss over their trained tokens, time and tokens."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, sums: list[float] | None) -> None:
         self.tokens = tokens
         self.restart()
+        self.carried = sums or self.carried
 
     def restart(self) -> None:
+        self.carried = [0.0, 0.0]
         self.pending: list[tuple[StepMetrics, int]] = []
         self.started = time.perf_counter()
 
@@ -168,13 +181,19 @@ class _Window:
         self.tokens += int(np.count_nonzero(batch.segment_ids))
         self.pending.append((metrics, int(np.count_nonzero(batch.segment_ids))))
 
-    def figures(self) -> dict[str, Any]:
-        trained = [int(metrics.trained_tokens) for metrics, _ in self.pending]
-        losses = [float(metrics.loss) for metrics, _ in self.pending]  # waits for the steps
+    def sums(self) -> list[float]:
+        """Return the loss summed over the trained tokens, and their number; waits for the steps."""
+        total, count = self.carried
+        for metrics, _ in self.pending:
+            trained = int(metrics.trained_tokens)
+            total, count = total + float(metrics.loss) * trained, count + trained
+        return [total, count]
+
+    def figures(self) -> tuple[float, dict[str, Any]]:
+        """Return the mean loss, and the other figures of a logged line; waits for the steps."""
+        total, count = self.sums()
         seconds = time.perf_counter() - self.started
-        return {
-            "loss": sum(loss * count for loss, count in zip(losses, trained, strict=True))
-            / max(1, sum(trained)),
+        return total / max(1, count), {
             "grad_norm": float(self.pending[-1][0].grad_norm),
             "num_tokens": self.tokens,
             "tokens_per_second": sum(tokens for _, tokens in self.pending) / seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ def warmup_steps(train: TrainOptions, steps: int) -> int:
     return train.warmup_steps or math.ceil(train.warmup_ratio * steps)
 
 
-def schedule(train: TrainOptions, steps: int) -> optax.Schedule:
+def schedule(train: TrainOptions, steps: int) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     """Return the learning rate as a function of the step's index from 0, as transformers' schedulers give it.
 
     Linear warm-up from 0, then constant, linear or half-cosine decay to `min_lr_ratio` of the peak.
@@ -50,11 +51,11 @@ def decay_mask(tree: Any) -> Any:
 def make_optimizer(train: TrainOptions, steps: int) -> optax.GradientTransformation:
     """Return the optimiser over the trainable tree, gradients clipped by their global norm first."""
     rate, decay = schedule(train, steps), train.weight_decay
-    betas = {"b1": train.adam_beta1, "b2": train.adam_beta2}
+    b1, b2 = train.adam_beta1, train.adam_beta2
     if train.optim == "adamw":
-        update = optax.adamw(rate, **betas, eps=train.adam_epsilon, weight_decay=decay, mask=decay_mask)
+        update = optax.adamw(rate, b1, b2, eps=train.adam_epsilon, weight_decay=decay, mask=decay_mask)
     elif train.optim == "lion":
-        update = optax.lion(rate, **betas, weight_decay=decay, mask=decay_mask)
+        update = optax.lion(rate, b1, b2, weight_decay=decay, mask=decay_mask)
     elif train.optim == "adafactor":
         update = optax.adafactor(
             rate,

@@ -26,7 +26,7 @@ OURS = (METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL)
 
 def check_output(config: RunConfig) -> None:
     """Raise UserError where output_dir cannot take this run; writes nothing."""
-    folder = Path(config.output_dir)
+    folder = output_folder(config)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file; give a folder")
     used = folder.is_dir() and any((folder / name).exists() for name in OURS)
@@ -34,6 +34,25 @@ def check_output(config: RunConfig) -> None:
         raise UserError(
             f"--output_dir {folder}: holds a run already; add --resume, --overwrite, or give another folder"
         )
+    for option, source in _sources(config).items() if config.overwrite else ():
+        path = Path(source or "").expanduser().resolve()
+        if source and any(path.is_relative_to((folder / name).resolve()) for name in OURS):
+            raise UserError(f"--overwrite: would remove {option} {source}; give another --output_dir")
+
+
+def output_folder(config: RunConfig) -> Path:
+    """Return output_dir as a path."""
+    return Path(config.output_dir).expanduser()
+
+
+def _sources(config: RunConfig) -> dict[str, str | None]:
+    data = config.data
+    return {
+        "--model.path": config.model.path,
+        "--data.path": data.path,
+        "--data.eval_path": data.eval_path,
+        "--lora.init_from": config.lora.init_from,
+    }
 
 
 def open_output(config: RunConfig) -> Path:
@@ -41,7 +60,7 @@ def open_output(config: RunConfig) -> Path:
 
     Only files that a run writes are removed.
     """
-    folder = Path(config.output_dir)
+    folder = output_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in OURS if config.overwrite else ():
@@ -78,12 +97,16 @@ class MetricsLog:
     def __init__(self, path: Path, keep_to: int | None = None) -> None:
         """Open the file; on resuming, lines past the step `keep_to` are cut first."""
         self.path = path
-        kept = []
+        kept: list[dict[str, Any]] = []
         if keep_to is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 if (entry := _parsed(line)) is not None and entry["step"] <= keep_to:
-                    kept.append(json.dumps(entry))
-        write_text(path, "".join(f"{line}\n" for line in kept))
+                    kept.append(entry)
+        write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+        losses = [entry["eval_loss"] for entry in kept if "eval_loss" in entry]
+        self.evaluated: tuple[float | None, float | None] = (
+            (losses[0], losses[-1]) if losses else (None, None)
+        )
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from lora_jax.adapters.count import trainable_line
 from lora_jax.train.setup import Run
@@ -38,36 +39,42 @@ def tree_bytes(tree: Any) -> int:
 def print_facts(console: Console, run: Run, opt_state: Any, *, length: int, steps: int) -> None:
     """Print PEFT's line of parameters, then devices, bytes, tokens a step, steps and where the output goes."""
     train = run.config.train
-    console.print(trainable_line(*run.parameters), highlight=False)
+    console.print(trainable_line(*run.parameters), highlight=False, soft_wrap=True)
     devices = jax.devices()
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    table = Table.grid(padding=(0, 2))
+    trained, optimiser = size_text(tree_bytes(run.trainable)), size_text(tree_bytes(opt_state))
+    padded = f"{rows} rows padded to {length} tokens: {rows * length:,}"
     facts = {
         "devices": f"{len(devices)} x {devices[0].device_kind}, computing in {run.model.dtype}",
         "base": f"{run.model_config.model_type}, {size_text(tree_bytes(run.frozen or run.trainable))}",
-        "trained": f"{size_text(tree_bytes(run.trainable))}, optimiser {size_text(tree_bytes(opt_state))} ({train.optim})",
+        "trained": f"{trained}, optimiser {optimiser} ({train.optim})",
         "train": run.train_rows.summary(),
         "eval": run.eval_rows.summary() if run.eval_rows else "none (data.eval_path or data.eval_fraction)",
-        "a step": f"{rows} rows padded to {length} tokens: {rows * length:,} ({train.gradient_accumulation_steps} passes)",
+        "a step": f"{padded} ({train.gradient_accumulation_steps} passes)",
         "steps": f"{steps:,} ({steps / math.ceil(len(run.train_rows) / rows):.2f} epochs)",
         "output": run.config.output_dir,
     }
+    if not console.is_terminal:  # a log is read and searched by line: none is wrapped
+        for name, fact in facts.items():
+            console.print(f"{name:<8} {fact}", highlight=False, markup=False, soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2))
     for name, fact in facts.items():
-        table.add_row(f"[dim]{name}[/dim]", fact)
-    console.print(table, highlight=False)
+        table.add_row(Text(name, "dim"), Text(fact))
+    console.print(table)
 
 
 class Reporter:
     """A progress bar with loss, tokens/s and time left on a terminal; a line a logged step elsewhere."""
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console, steps: int, done: int = 0) -> None:
         self.console, self.steps = console, steps
         self.progress = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self.task = self.progress.add_task("train", total=steps, figures="compiling")
+        self.task = self.progress.add_task("train", total=steps, completed=done, figures="compiling")
 
     def __enter__(self) -> Reporter:
         self.progress.start()
@@ -91,4 +98,4 @@ class Reporter:
         if "eval_loss" in entry:
             parts.append(f"eval_loss {entry['eval_loss']:.4f}")
         if "eval_loss" in entry or not self.console.is_terminal:
-            self.console.print("  ".join(parts), highlight=False)
+            self.console.print("  ".join(parts), highlight=False, soft_wrap=True)

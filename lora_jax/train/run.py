@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Collection
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -17,9 +18,9 @@ from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.export import export_adapter, export_model
 from lora_jax.train.loop import Loop, run_sizes
 from lora_jax.train.optim import make_optimizer
-from lora_jax.train.output import CHECKPOINTS, METRICS, MetricsLog, check_output, open_output
+from lora_jax.train.output import CHECKPOINTS, METRICS, MetricsLog, check_output, open_output, output_folder
 from lora_jax.train.report import Reporter, print_facts
-from lora_jax.train.setup import prepare
+from lora_jax.train.setup import Run, prepare
 from lora_jax.train.step import init_state
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -37,19 +38,26 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
     run = prepare(config, typed)
     sizes = run_sizes(run)
     state = init_state(run.trainable, make_optimizer(config.train, sizes.steps), run.key)
-    folder = open_output(config)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, config.train.save_total_limit, _flat(config))
-    if config.resume and checkpoints.latest() is not None:
-        state = checkpoints.restore(state)
-        console.print(f"resuming after step {int(state.step)}", highlight=False)
-    print_facts(console, run, state.opt_state, length=sizes.length, steps=sizes.steps)
-    log = MetricsLog(folder / METRICS, int(state.step) if config.resume else None)
+    folder, window = output_folder(config), None
+    if not config.resume or not (folder / CHECKPOINTS).is_dir():
+        open_output(config)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, config.train.save_total_limit, _identity(run))
     try:
-        with Reporter(console, sizes.steps) as reporter:
-            outcome = Loop(run, sizes, log, checkpoints, reporter).train(state)
+        if config.resume and checkpoints.latest() is not None:
+            state, window = checkpoints.restore(state)
+            console.print(f"resuming after step {int(state.step)}", highlight=False)
+        elif config.resume:
+            console.print("no checkpoint to resume from: starting afresh", highlight=False)
+        if config.resume:
+            open_output(config)  # only now: a resumption that is refused leaves the folder as it was
+        print_facts(console, run, state.opt_state, length=sizes.length, steps=sizes.steps)
+        with (
+            closing(MetricsLog(folder / METRICS, None if window is None else int(state.step))) as log,
+            Reporter(console, sizes.steps, int(state.step)) as reporter,
+        ):
+            outcome = Loop(run, sizes, log, checkpoints, reporter).train(state, window)
     finally:
         checkpoints.close()
-        log.close()
     if outcome.stopped_by is not None:
         console.print(
             f"stopped; step {int(outcome.state.step)} is saved, go on with --resume", highlight=False
@@ -70,15 +78,13 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
         written = export_adapter(run, outcome.state.trainable, folder, facts)
     if outcome.eval_before is not None and outcome.eval_after is not None:
         console.print(f"eval loss {outcome.eval_before:.4f} -> {outcome.eval_after:.4f}", highlight=False)
-    console.print(f"wrote {written}", highlight=False)
+    console.print(f"wrote {written}", highlight=False, soft_wrap=True)
     return 0
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
-    options = asdict(config)
-    return {name: options.pop(name) for name in ("output_dir", "method")} | {
-        name: value
-        for name, value in flatten_dict(
-            {k: v for k, v in options.items() if isinstance(v, dict)}, sep="."
-        ).items()
-    }
+def _identity(run: Run) -> dict[str, Any]:
+    """Return what has to be the same for a run to go on: its options, flat, and the size of its data."""
+    options = asdict(run.config)
+    sections = {name: options[name] for name in ("model", "lora", "data", "train")}
+    data = {"training rows": len(run.train_rows), "training tokens": run.train_rows.tokens}
+    return {"method": run.config.method, **flatten_dict(sections, sep="."), **data}

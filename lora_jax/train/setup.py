@@ -16,7 +16,7 @@ from lora_jax.adapters.count import trainable_parameters
 from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.peft import adapter_config, check_tensors, import_tensors
 from lora_jax.adapters.targets import Plan, make_plan
-from lora_jax.config import ModelOptions, RunConfig
+from lora_jax.config import RunConfig
 from lora_jax.data.dataset import TokenDataset, hold_out, load_examples
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
@@ -26,7 +26,7 @@ from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
-from lora_jax.models.load import check_names, load_params
+from lora_jax.models.load import check_names, compute_dtype, load_params, storage_dtype
 from lora_jax.models.names import Module, modules, name_table
 
 
@@ -104,26 +104,11 @@ def prepare(config: RunConfig, typed: Collection[str]) -> Run:
     )  # fmt: skip
 
 
-def storage_dtype(checkpoint: Checkpoint, config: ModelConfig, options: ModelOptions) -> Any:
-    """Return the dtype of the base's matrices: as asked for, or as the first one is stored."""
-    if options.dtype != "auto":
-        return jnp.dtype(options.dtype)
-    return jnp.dtype(checkpoint.dtype(name_table(config)[0].name))
-
-
-def compute_dtype(options: ModelOptions, stored: Any) -> Any:
-    """Return the dtype of the matrix products: auto is float32 on a CPU or with float32 weights, else bfloat16."""
-    if options.compute_dtype != "auto":
-        return jnp.dtype(options.compute_dtype)
-    wide = jax.default_backend() == "cpu" or stored == jnp.float32
-    return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
-
-
 def _adapter(config: RunConfig, typed: Collection[str], known: Sequence[Module]) -> tuple[AdapterConfig, Any]:
     asked = adapter_config(config.lora, config.model.path, config.model.revision)
     if config.lora.init_from is None:
         return asked, None
-    stored, tensors = read_adapter(Path(config.lora.init_from))
+    stored, tensors = read_adapter(Path(config.lora.init_from).expanduser())
     return continued_config(asked, stored, typed, known), tensors
 
 
@@ -131,9 +116,10 @@ def _rows(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[TokenData
     data = config.data
     train_rows = load_examples(data, tokenizer, data.path, data.split, vocab_size)
     if data.eval_path:
-        local = Path(data.eval_path).exists()
+        local = Path(data.eval_path).expanduser().exists()
         split = data.eval_split or ("train" if local else data.split)
-        return train_rows, load_examples(data, tokenizer, data.eval_path, split, vocab_size)
+        option = "--data.eval_path"
+        return train_rows, load_examples(data, tokenizer, data.eval_path, split, vocab_size, option=option)
     if data.eval_fraction:
         return hold_out(train_rows, data.eval_fraction, config.train.seed)
     return train_rows, None

@@ -53,7 +53,8 @@ def batch_loss(
     rngs = None if body_key is None else {"dropout": body_key}
     hidden, _ = model.apply(variables, batch.tokens, batch.positions, batch.segment_ids, rngs=rngs)
     head = head_variables(variables)
-    return summed_loss(model, head.pop("lora"), head, hidden, batch.targets, batch.weights, head_key)
+    targets, weights = jnp.asarray(batch.targets), jnp.asarray(batch.weights)
+    return summed_loss(model, head.pop("lora"), head, hidden, targets, weights, head_key)
 
 
 def make_train_step(
@@ -89,7 +90,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = StepMetrics(
-            loss / total, optax.global_norm(grads), trained, jnp.count_nonzero(batch.segment_ids)
+            loss / total, optax.tree.norm(grads), trained, jnp.count_nonzero(batch.segment_ids)
         )
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 

@@ -15,6 +15,7 @@ from lora_jax.data.batches import (
     padded_length,
     step_batch,
     steps_per_epoch,
+    tokens_before,
 )
 from lora_jax.data.tokens import Tokens
 
@@ -164,3 +165,16 @@ def test_evaluation_sees_every_row_once_in_order():
     batches = list(eval_batches(dataset, batch=2, length=8, padding_id=PADDING))
     assert [real_rows(batch) for batch in batches] == [[1, 2], [3, 4], [5]]
     assert {array.shape for batch in batches for array in batch} == {(2, 8)}
+
+
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=12), st.integers(0, 20), st.integers(1, 5))
+def test_tokens_before_a_step_are_those_of_the_batches_before_it(
+    lengths: list[int], step: int, rows: int
+) -> None:
+    dataset = rows_of(lengths)
+    batches = (
+        step_batch(dataset, past, seed=3, batch=rows, accumulation=1, length=9, padding_id=PADDING)
+        for past in range(step)
+    )
+    seen = sum(int(np.count_nonzero(batch.segment_ids)) for batch in batches)
+    assert tokens_before(dataset, step, seed=3, rows_per_step=rows) == seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,13 +118,17 @@ def randomise(model: PeftModel, seed: int = 0) -> None:
 
 
 def peft_tensors(model: PeftModel) -> dict[str, np.ndarray]:
-    """Return an adapter's tensors by their names in the file, less the frozen copies of the base."""
+    """Return an adapter's tensors by their names in the file, less the frozen copies of the base.
+
+    With `bias="all"` PEFT also writes the biases of modules_to_save under the names of its wrapper's parts.
+    """
     with quiet():
         state = get_peft_model_state_dict(model)
     return {
         name.removeprefix(PREFIX): tensor.detach().numpy()
         for name, tensor in state.items()
         if not name.endswith("base_layer.weight")
+        and not re.search(r"\.(modules_to_save|original_module)\.", name)
     }
 
 

@@ -1,7 +1,6 @@
 """Adapters of every kind beside PEFT: read, written, merged and folded, they give the same logits."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +42,8 @@ class World:
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    yield make_world(tmp_path_factory.mktemp("world"), request.param)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), request.param)
 
 
 def make_world(folder: Path, variant: str) -> World:

@@ -64,4 +64,6 @@ def test_logits_of_a_real_model_are_those_of_transformers(real_model: Path) -> N
 
 
 def _leaves(tree: dict) -> list:
-    return [leaf for child in tree.values() for leaf in (_leaves(child) if isinstance(child, dict) else [child])]
+    return [
+        leaf for child in tree.values() for leaf in (_leaves(child) if isinstance(child, dict) else [child])
+    ]

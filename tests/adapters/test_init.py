@@ -1,0 +1,140 @@
+"""How an adapter starts, and what stays zero while it is trained."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lora_jax.adapters.init import init_adapter
+from lora_jax.adapters.targets import make_plan
+from lora_jax.config import TrainOptions
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.names import modules
+from lora_jax.train.optim import make_optimizer
+from tests.tiny import LAYERS, Base, adapted_logits, logits, lora, text, tiny_base
+
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "linear": {"target_modules": "all-linear"},
+    "embedding and head": {"target_modules": ("embed_tokens", "lm_head")},
+    "saved": {"modules_to_save": ("lm_head", "embed_tokens", "norm", "layers.1.mlp")},
+    "biases": {"bias": "all", "layers_to_transform": (1,)},
+    "tokens": {"trainable_token_indices": (9, 4, 11)},
+}
+UNEQUAL = lora(
+    target_modules=("q_proj", "down_proj"),
+    layers_to_transform=(0, 2),
+    rank_pattern={"layers.2.self_attn.q_proj": 6},
+    bias="lora_only",
+)
+
+
+def fresh(base: Base, config: Any, init: str = "true", seed: int = 0) -> tuple[Any, Any]:
+    plan = make_plan(config, modules(base.config))
+    return init_adapter(jax.random.key(seed), plan, base.params, LAYERS, init)
+
+
+@pytest.mark.parametrize("init", ["true", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("settings", EVERYTHING.values(), ids=EVERYTHING)
+@pytest.mark.parametrize("name", ["llama-biases", "llama-biases-tied"])
+def test_fresh_adapter_leaves_logits_unchanged(
+    tmp_path: Path, name: str, settings: dict[str, Any], init: str
+) -> None:
+    base = tiny_base(tmp_path / "base", name)
+    trainable, adapter = fresh(base, lora(**settings), init)
+    assert jax.tree.leaves(trainable)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
+    tolerance = 1e-4 if init == "orthogonal" else 1e-6  # there A B is zero up to rounding
+    found = adapted_logits(base, trainable, adapter, *text())
+    np.testing.assert_allclose(found, adapted_logits(base, {}, {}, *text()), atol=tolerance)
+
+
+def test_factors_are_those_of_the_seed_and_of_the_modules_own_path(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base")
+    few, _ = fresh(base, lora(target_modules=("q_proj",)))
+    many, _ = fresh(base, lora(target_modules=("q_proj", "k_proj", "lm_head")))
+    other, _ = fresh(base, lora(target_modules=("q_proj",)), seed=1)
+    first = few["layers"]["self_attn"]["q_proj"]["lora_A"]
+    np.testing.assert_array_equal(first, many["layers"]["self_attn"]["q_proj"]["lora_A"])
+    assert np.abs(first - other["layers"]["self_attn"]["q_proj"]["lora_A"]).max() > 0.01
+    assert np.abs(first[0] - first[1]).max() > 0.01
+    assert np.abs(first - many["layers"]["self_attn"]["k_proj"]["lora_A"]).max() > 0.01
+
+
+def test_saved_module_is_a_copy_that_may_be_consumed(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base")
+    trainable, _ = fresh(base, lora(modules_to_save=("lm_head", "norm")))
+    jax.tree.map(lambda leaf: leaf.delete(), trainable)
+    assert bool(jnp.isfinite(adapted_logits(base, {}, {}, *text())).all())
+
+
+def test_ranks_are_padded_with_zeros_and_layers_left_out_are_zero(tmp_path: Path) -> None:
+    trainable, adapter = fresh(tiny_base(tmp_path / "base", "llama-biases"), UNEQUAL)
+    query = trainable["layers"]["self_attn"]["q_proj"]
+    assert (query["lora_A"].shape, query["lora_B"].shape) == ((LAYERS, 32, 6), (LAYERS, 6, 48))
+    scaling = adapter["layers"]["self_attn"]["q_proj"]["scaling"]
+    np.testing.assert_allclose(scaling, [1.5, 0, 1])
+    assert [int(jnp.any(layer != 0, axis=0).sum()) for layer in query["lora_A"]] == [4, 0, 6]
+    assert adapter["layers"]["self_attn"]["q_proj"]["bias_mask"].ravel().tolist() == [True, False, True]
+
+
+def gradients(base: Base, adapter: Any, trainable: Any, tokens: jax.Array, segments: jax.Array) -> Any:
+    def loss(tree: Any) -> jax.Array:
+        variables = {"params": base.params, "lora": tree, "adapter": adapter}
+        return jnp.mean(jax.nn.logsumexp(logits(Decoder(base.config), variables, tokens, segments), axis=-1))
+
+    return jax.grad(loss)(trainable)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd", "lion", "adafactor"])
+def test_padding_gets_no_gradient_and_stays_zero_under_each_optimiser(tmp_path: Path, optim: Any) -> None:
+    base = tiny_base(tmp_path / "base", "llama-biases")
+    trainable, adapter = fresh(base, UNEQUAL, "gaussian")
+    options = TrainOptions(optim=optim, weight_decay=0.1, learning_rate=0.05, lr_scheduler_type="constant")
+    optimizer = make_optimizer(options, 5)
+    state, start = optimizer.init(trainable), trainable
+    step = jax.jit(partial(gradients, base, adapter))
+    for number in range(5):
+        grads = step(trainable, *text(seed=number))
+        for factors in (grads["layers"]["self_attn"]["q_proj"], grads["layers"]["mlp"]["down_proj"]):
+            _assert_padding_is_zero(
+                factors, adapted={0, 2}, rank=4 if factors["lora_A"].shape[-1] == 6 else None
+            )
+            assert not np.any(factors["bias"][1])
+        updates, state = optimizer.update(grads, state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+    for old, new in ((start, trainable),):
+        query, before = new["layers"]["self_attn"]["q_proj"], old["layers"]["self_attn"]["q_proj"]
+        _assert_padding_is_zero(query, adapted={0, 2}, rank=4)
+        assert np.all(query["lora_B"][0][:4] != before["lora_B"][0][:4])
+        np.testing.assert_array_equal(query["bias"][1], before["bias"][1])
+
+
+def _assert_padding_is_zero(factors: Any, adapted: set[int], rank: int | None) -> None:
+    for layer in range(LAYERS):
+        a, b = np.asarray(factors["lora_A"][layer]), np.asarray(factors["lora_B"][layer])
+        if layer not in adapted:
+            assert not a.any()
+            assert not b.any()
+        elif layer == 0 and rank is not None:
+            assert not a[:, rank:].any()
+            assert not b[rank:].any()
+
+
+def test_leaf_of_a_layer_left_out_is_the_bases_whatever_the_tree_holds(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", "llama-biases")
+    trainable, adapter = fresh(base, lora(modules_to_save=("layers.1.mlp", "layers.1.input_layernorm")))
+    noisy = jax.tree.map(lambda leaf: leaf.at[jnp.array([0, 2])].set(100.0), trainable["layers"]["mlp"])
+    changed = {**trainable, "layers": {**trainable["layers"], "mlp": noisy}}
+    np.testing.assert_array_equal(
+        adapted_logits(base, changed, adapter, *text()), adapted_logits(base, trainable, adapter, *text())
+    )
+    grads = gradients(base, adapter, trainable, *text())["layers"]
+    for leaf in (grads["mlp"]["up_proj"]["kernel"], grads["input_layernorm"]["weight"]):
+        assert np.any(leaf[1])
+        assert not np.any(leaf[0])
+        assert not np.any(leaf[2])

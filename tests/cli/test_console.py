@@ -1,0 +1,93 @@
+"""What a run prints, on a terminal and into a file."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_jax.cli import main
+from tests.conftest import ROOT
+from tests.runs import train_arguments
+
+
+def arguments(home: Path, *more: str) -> list[str]:
+    evaluated = ("--data.eval_path", str(home / "rows.jsonl"), *more)
+    return train_arguments(
+        home / "model", home / "rows.jsonl", home / "a folder with a long name" / "out", *evaluated
+    )
+
+
+def test_lines_in_a_file_are_whole_and_plain(home: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *arguments(home)[1:]],
+        capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "40"},
+    )  # fmt: skip
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert "\x1b" not in done.stdout
+    assert [line for line in lines if line != line.rstrip()] == []
+    starts = [
+        r"trainable params: 2,784 \|\| all params: 29,312 \|\| trainable%: 9.4978",
+        r"devices  1 x cpu, computing in float32",
+        r"base     qwen2, 103.6 KiB",
+        r"trained  10.9 KiB, optimiser 21.8 KiB \(adamw\)",
+        r"train    .*rows.jsonl: 8 rows, 56 tokens, 24 trained, longest row 7",
+        r"eval     .*rows.jsonl: 20 rows, 140 tokens, 60 trained, longest row 7",
+        r"a step   4 rows padded to 16 tokens: 64 \(2 passes\)",
+        r"steps    4 \(2.00 epochs\)",
+        r"output   .*a folder with a long name/out",
+        r"step 0/4  eval_loss \d\.\d{4}",
+        *[rf"step {n}/4  loss \d\.\d{{4}}  lr \S+  grad_norm \S+  \S+ tokens/s" for n in (1, 2, 3)],
+        r"step 4/4  loss \d\.\d{4}  lr \S+  grad_norm \S+  \S+ tokens/s  eval_loss \d\.\d{4}",
+        r"eval loss \d\.\d{4} -> \d\.\d{4}",
+        r"wrote .*a folder with a long name/out/adapter",
+    ]
+    assert len(lines) == len(starts), done.stdout
+    for line, start in zip(lines, starts, strict=True):
+        assert re.fullmatch(start, line)
+
+
+def test_a_terminal_shows_a_bar_with_loss_speed_and_time_left(home: Path) -> None:
+    main_end, child_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *arguments(home)[1:]], stdout=child_end, stderr=child_end,
+        env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"},
+    )  # fmt: skip
+    os.close(child_end)
+    shown = b""
+    try:
+        while chunk := os.read(main_end, 65536):
+            shown += chunk
+    except OSError:  # the other end is closed
+        pass
+    os.close(main_end)
+    assert process.wait(60) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    frames = [frame for frame in re.split(r"[\r\n]+", text) if frame.startswith("training")]
+    assert re.search(r"━ 0/4 \w+ 0:\d\d:\d\d left -:--:--", frames[0])
+    assert re.search(r"━ 4/4 loss \d\.\d{4}  [\d,]+ tokens/s 0:\d\d:\d\d left 0:00:00", frames[-1])
+    assert max(map(len, frames)) <= 80
+    assert "step 4/4  loss" in text
+    assert "Traceback" not in text
+
+
+def test_merge_says_what_it_did(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", "--adapter", "adapter", "--base", "model", "--output", "merged"]) == 0
+    note, done = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"note: the adapter names /\S+/model as its base", note)
+    assert done == "merged 21 modules into merged"
+
+
+def test_inspecting_shows_the_rows_and_the_adapter(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "adapter", "--adapter", "adapter"]) == 0
+    assert "r 2, lora_alpha 32" in capsys.readouterr().out
+    assert (
+        main(["inspect", "data", "--model.path", "model", "--data.path", "rows.jsonl", "--limit", "1"]) == 0
+    )
+    assert "1·+·1·=⟦2·.·</s>⟧" in capsys.readouterr().out

@@ -1,0 +1,203 @@
+"""A YAML file and flags are one thing."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora_jax.cli import main
+from lora_jax.commands.merge import MergeOptions
+from lora_jax.config import LoraOptions, RunConfig
+from lora_jax.errors import UserError
+from lora_jax.options import option_names, parse
+from lora_jax.train.output import config_yaml
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Any:
+    """Return a parser of a YAML text and flags."""
+
+    def read(text: str | None, *flags: str) -> RunConfig:
+        file = tmp_path / "run.yaml"
+        if text is not None:
+            file.write_text(text)
+        return parse(RunConfig, [str(file), *flags] if text is not None else flags, program="train.py")[0]
+
+    return read
+
+
+SAME = [
+    ("lora: {r: 8}", "--lora.r 8"),
+    ("lora: {lora_alpha: 1.5}", "--lora.lora_alpha=1.5"),
+    ("lora: {target_modules: [q_proj, v_proj]}", "--lora.target_modules q_proj v_proj"),
+    ("lora: {target_modules: q_proj}", "--lora.target-modules q_proj"),
+    ("lora: {target_modules: '.*(q|v)_proj'}", "--lora.target_modules .*(q|v)_proj"),
+    ("lora: {modules_to_save: []}", "--lora.modules_to_save"),
+    ("lora: {modules_to_save: null}", "--lora.modules_to_save None"),
+    ("lora: {layers_to_transform: [0, 2]}", "--lora.layers_to_transform 0 2"),
+    ("lora: {layers_to_transform: 1}", "--lora.layers_to_transform 1"),
+    ("lora:\n  rank_pattern:\n    q_proj: 4\n    .*v_proj: 8", "--lora.rank_pattern q_proj 4 .*v_proj 8"),
+    ("lora: {alpha_pattern: {q_proj: 2.5}}", "--lora.alpha_pattern q_proj 2.5"),
+    ("lora: {init_lora_weights: true}", "--lora.init_lora_weights true"),
+    ("lora: {use_rslora: true}", "--lora.use_rslora True"),
+    ("train: {gradient_checkpointing: false}", "--train.gradient-checkpointing false"),
+    ("train: {learning_rate: 1e-3}", "--train.learning_rate 1e-3"),
+    ("train: {save_strategy: no}", "--train.save_strategy no"),
+    ("train: {save_total_limit: null}", "--train.save_total_limit None"),
+    ("train: {max_steps: -1}", "--train.max_steps -1"),
+    ("model:\ntrain: {seed: 3}", "--train.seed=3"),
+    ("output_dir: a b", "--output-dir=a b"),
+    ("data: {text_field: --odd}", "--data.text_field=--odd"),
+    ("resume: true", "--resume"),
+    ("resume: false", "--resume False"),
+    ("overwrite: yes", "--overwrite"),
+]
+
+
+@pytest.mark.parametrize(("text", "flags"), SAME)
+def test_a_line_of_yaml_and_a_flag_say_the_same(text: str, flags: str, config: Any) -> None:
+    words = [flags] if "=" in flags else flags.split()
+    assert config(text) == config(None, *words)
+
+
+def test_the_flags_that_say_the_same_are_understood(config: Any) -> None:
+    words = "--lora.rank_pattern q_proj 4 .*v_proj 8 --lora.target_modules q_proj v_proj"
+    lora = config(None, *words.split()).lora
+    assert lora == LoraOptions(rank_pattern={"q_proj": 4, ".*v_proj": 8}, target_modules=("q_proj", "v_proj"))
+    train = config(None, "--train.save_strategy", "no", "--train.gradient_checkpointing", "False").train
+    assert (train.save_strategy, train.gradient_checkpointing) == ("no", False)
+    assert config(None, "--overwrite").overwrite
+
+
+def test_flags_win_over_the_file_and_the_last_one_over_those_before(config: Any) -> None:
+    text = "lora: {r: 8, target_modules: [q_proj, v_proj]}\ntrain: {seed: 3}\noverwrite: true"
+    flags = ["--lora.r", "2", "--lora.r", "4", "--lora.target_modules", "k_proj", "--overwrite", "False"]
+    found = config(text, *flags)
+    assert (found.lora.r, found.lora.target_modules, found.train.seed) == (4, ("k_proj",), 3)
+    assert not found.overwrite
+
+
+def test_what_is_given_is_told_from_what_is_a_default(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("lora: {r: 16}")
+    _, given = parse(RunConfig, [str(tmp_path / "run.yaml"), "--train.seed", "42"], program="train.py")
+    assert given == {"lora.r", "train.seed"}
+
+
+def test_the_written_config_is_read_back_as_it_was(config: Any) -> None:
+    changed = config(
+        "lora: {rank_pattern: {a: 1}, target_modules: [a, b], init_lora_weights: true, init_from: x}\n"
+        "train: {save_strategy: 'no', save_total_limit: null, learning_rate: 3e-05}\noutput_dir: '1'\n"
+        "data: {text_field: 'yes', eval_fraction: 0.1}\nmodel: {revision: '1.10', path: a}"
+    )
+    assert config(config_yaml(changed)) == changed
+    assert config(config_yaml(RunConfig())) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora: {rr: 8}", "lora.rr: unknown option. Perhaps you meant 'lora.r'? --help lists all options"),
+        ("learning_rate: 1", "learning_rate: unknown option. Perhaps you meant 'train.learning_rate'?"),
+        ("lora: {peft_type: LORA}", "lora.peft_type: unknown option"),
+        ("peft_type: LORA\nr: 8", "peft_type: unknown option"),
+        (
+            "trian: {seed: 1}",
+            "trian: unknown section. Perhaps you meant 'train'? Sections: data, lora, model, train",
+        ),
+        ("lora: 8", "lora is a section; write its options below it, indented"),
+        ("lora: {r: high}", "lora.r high: is not a whole number; give one"),
+        ("lora: {r: }", "lora.r: needs a value; give one, or leave the option out"),
+        ("lora: {r: [1, 2]}", "lora.r 1 2: takes one value"),
+        ("lora: {r: true}", "lora.r True: is not a whole number"),
+        ("lora: {lora_alpha: .nan}", "lora.lora_alpha nan: is not a finite number"),
+        (
+            "lora: {target_modules: 'q_proj, v_proj'}",
+            "lora.target_modules q_proj, v_proj: is taken as one name",
+        ),
+        ("train: {optim: adam}", "train.optim adam: is not one of: adamw, sgd, lion, adafactor. Perhaps"),
+        ("train: {gradient_checkpointing: 3}", "train.gradient_checkpointing 3: is not one of: True, False"),
+        ("", "holds no options; write sections such as model, lora, data, train"),
+        ("- lora", "holds no options; write sections"),
+        ("lora:\n\tr: 8", "line 2: is not YAML (found character '\\t' that cannot start any token); mend it"),
+        ("lora: {r: 8", "is not YAML"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line_that_names_it(text: str, message: str, config: Any) -> None:
+    with pytest.raises(UserError) as raised:
+        config(text)
+    assert "run.yaml" in str(raised.value)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("output_dir: \xe9".encode("latin-1"))
+    for name, message in (
+        ("none.yaml", "No such file or directory; give the path of a YAML file"),
+        (".", "Is a directory"),
+        ("latin.yaml", "is not UTF-8 text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(RunConfig, [str(tmp_path / name)], program="train.py")
+
+
+def test_a_file_after_the_flags_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--lora\.r 8 run\.yaml: takes one value"):
+        parse(RunConfig, ["--lora.r", "8", "run.yaml"], program="train.py")
+
+
+def documented(kind: Any) -> list[str]:
+    """Return the docstring of every option, from the source of its dataclass."""
+    found: list[str] = []
+    tree = ast.parse(inspect.getsource(inspect.getmodule(kind)))  # pyright: ignore[reportArgumentType]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name in [k.__name__ for k in classes(kind)]:
+            found += [e.value.value for e in node.body if isinstance(e, ast.Expr)][1:]  # pyright: ignore
+    return found
+
+
+def classes(kind: Any) -> list[Any]:
+    nested = [type(getattr(kind(), field.name)) for field in fields(kind)]
+    return [kind, *filter(is_dataclass, nested)]
+
+
+@pytest.mark.parametrize(("command", "kind"), [("train", RunConfig), ("merge", MergeOptions)])
+def test_help_lists_every_option_with_its_meaning(
+    command: str, kind: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert [name for name in option_names(kind) if f"--{name}" not in text] == []
+    meanings = documented(kind)
+    assert len(meanings) == len(option_names(kind))
+    assert [meaning for meaning in meanings if meaning not in text] == []
+    assert "{True,False}" not in next(line for line in text.splitlines() if "--overwrite" in line)
+    assert "(required)" in text
+
+
+def test_help_of_all_commands_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert main([]) == 2
+    assert capsys.readouterr().out == printed
+    for command in ("train", "merge", "generate", "export", "inspect"):
+        assert f"\n  {command} " in printed
+    assert main(["inspect", "--help"]) == 0
+
+
+def test_every_shipped_config_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        found, given = parse(RunConfig, [str(file)], program="train.py")
+        assert {"model.path", "data.path", "output_dir"} <= given
+        assert yaml.safe_load(config_yaml(found))["output_dir"] == found.output_dir

@@ -1,0 +1,125 @@
+"""`lora-jax generate` from arguments to what is printed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_jax.adapters.targets import make_plan
+from lora_jax.cli import main
+from lora_jax.config import ModelOptions
+from lora_jax.generate.decode import complete
+from lora_jax.generate.load import load_for_inference
+from lora_jax.generate.text import decoded
+from lora_jax.hub.adapter_files import write_adapter
+from lora_jax.models.names import modules
+from tests.tiny import CONFIGS, lora, open_base, random_adapter, write_checkpoint
+
+TEMPLATE = "{% for m in messages %}{{ m.role + ':' + m.content + '</s>' }}{% endfor %}Q"
+NEW = 8
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "base", CONFIGS["llama"])
+
+
+def run(base: Path, *more: str) -> int:
+    return main(["generate", "--model.path", str(base), "--max_new_tokens", str(NEW), *more])
+
+
+def expected(base: Path, text: str) -> str:
+    """Return the greedy completion of a text that is taken as it is."""
+    loaded = load_for_inference(ModelOptions(path=str(base)))
+    ids = loaded.tokenizer(text)["input_ids"]
+    tokens = complete(loaded.model, loaded.variables, [ids], max_new_tokens=NEW, end_ids={1})[0]
+    return decoded(tokens, loaded.tokenizer)
+
+
+def test_completion_alone_is_printed(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(base, "--prompt", "2+3=") == 0
+    assert capsys.readouterr().out == expected(base, "2+3=") + "\n"
+
+
+def test_several_prompts_are_quoted_before_their_completions(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(base, "--prompt", "2+3=", "A\nB") == 0
+    first, second = expected(base, "2+3="), expected(base, "A\nB")
+    assert capsys.readouterr().out == f"> 2+3=\n{first}\n\n> A\n> B\n{second}\n\n"
+
+
+def test_prompt_goes_through_the_chat_template_unless_raw(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    assert run(base, "--prompt", "abc") == 0
+    assert capsys.readouterr().out == expected(base, "user:abc</s>Q") + "\n"
+    assert run(base, "--prompt", "abc", "--system", "x") == 0
+    assert capsys.readouterr().out == expected(base, "system:x</s>user:abc</s>Q") + "\n"
+    assert run(base, "--prompt", "abc", "--raw") == 0
+    assert capsys.readouterr().out == expected(base, "abc") + "\n"
+
+
+def test_adapter_changes_the_completion_and_its_other_base_is_noted(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = lora(base_model_name_or_path="someone/elsewhere", target_modules=("up_proj", "lm_head"))
+    plan = make_plan(config, modules(open_base(base).config))
+    write_adapter(tmp_path / "adapter", config, random_adapter(plan))
+    assert run(base, "--prompt", "2+3=", "--adapter", str(tmp_path / "adapter")) == 0
+    printed = capsys.readouterr()
+    assert printed.out != expected(base, "2+3=") + "\n"
+    assert printed.err == "note: the adapter names someone/elsewhere as its base\n"
+
+
+def test_repetition_penalty_is_the_models_own_unless_given(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for settings, more in (({}, []), ({"repetition_penalty": 1e6}, []), ({"repetition_penalty": 1e6}, ["1"])):
+        (base / "generation_config.json").write_text(json.dumps(settings))
+        assert run(base, "--prompt", "2+3=", *(["--repetition_penalty", *more] if more else [])) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[2] != texts[1]
+
+
+def test_seed_decides_what_is_drawn(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert run(base, "--prompt", "2+3=", "--temperature", "2", "--top_p", "0.9", "--seed", seed) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--prompt: needed"),
+        (["--prompt", ""], "--prompt: holds no token"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must not be negative"),
+        (["--prompt", "a", "--top_p", "0"], "--top_p 0.0: must be in (0, 1]"),
+        (["--prompt", "a", "--top_k", "-3"], "--top_k -3: must not be negative"),
+        (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens 0: must be positive"),
+        (["--prompt", "a", "--repetition_penalty", "0"], "--repetition_penalty 0.0: must be positive"),
+        (["--prompt", "a", "--system", "b"], "--system: goes with a chat template"),
+        (["--prompt", "a", "--adapter", "nowhere/at/all"], "--adapter nowhere/at/all: no such folder"),
+        (["--prompt", "a", "--top_q", "1"], "--top_q: unknown option"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_line_and_exit_code_2(
+    base: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(base, *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: {message}")
+    assert printed.err.count("\n") == 1
+
+
+def test_prompt_token_beyond_the_vocabulary_is_one_clear_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = write_checkpoint(tmp_path / "small", CONFIGS["llama"] | {"vocab_size": 40})
+    assert run(small, "--prompt", "z") == 2
+    assert "is beyond the model's vocabulary of 40" in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""Prompts as tokens, and where completions end."""
+
+import pytest
+
+from lora_jax.errors import UserError
+from lora_jax.generate.prompt import encode_prompt, end_ids
+from tests.generate.conftest import CHATML, MakeTokenizer
+
+BOS, EOS, TURN_END = 256, 257, 259
+
+
+def test_chat_prompt_is_a_user_turn_with_the_assistants_asked_for(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    ids = encode_prompt("Hi", tokenizer, chat=True)
+    assert tokenizer.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_system_message_goes_first(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    text = tokenizer.decode(encode_prompt("Hi", tokenizer, chat=True, system="Be brief."))
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
+
+
+def test_raw_prompt_is_taken_as_it_is(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    assert tokenizer.decode(encode_prompt(" a\n", tokenizer, chat=False)) == " a\n"
+
+
+@pytest.mark.parametrize(("chat", "text"), [(False, "a"), (False, "<s>a"), (True, "a")])
+def test_there_is_one_bos_token_where_the_tokenizer_adds_it_or_the_template_writes_it(
+    make_tokenizer: MakeTokenizer, chat: bool, text: str
+) -> None:
+    tokenizer = make_tokenizer("{{ bos_token }}" + CHATML, add_bos=True)
+    ids = encode_prompt(text, tokenizer, chat=chat)
+    assert ids[0] == BOS
+    assert ids.count(BOS) == 1
+
+
+def test_template_that_writes_no_bos_gets_none(make_tokenizer: MakeTokenizer) -> None:
+    assert BOS not in encode_prompt("a", make_tokenizer(add_bos=True), chat=True)
+
+
+def test_prompt_without_a_token_is_one_clear_error(make_tokenizer: MakeTokenizer) -> None:
+    with pytest.raises(UserError, match=r"^--prompt: holds no token; write some text$"):
+        encode_prompt("", make_tokenizer(), chat=False)
+
+
+def test_template_that_refuses_the_system_message_is_one_clear_error(make_tokenizer: MakeTokenizer) -> None:
+    strict = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
+    )
+    with pytest.raises(UserError, match=r"refuses it \(no system here\); leave --system out"):
+        encode_prompt("Hi", make_tokenizer(strict), chat=True, system="Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "expected"),
+    [
+        ({"eos_token_id": [7, 8]}, {"eos_token_id": 9}, {7, 8, EOS}),
+        ({"eos_token_id": 7}, {}, {7, EOS}),
+        ({}, {"eos_token_id": 9}, {9, EOS}),
+        ({}, {"eos_token_id": None}, {EOS}),
+    ],
+)
+def test_end_tokens_are_those_of_generation_config_else_of_config_and_the_tokenizers(
+    make_tokenizer: MakeTokenizer, settings: dict, config: dict, expected: set[int]
+) -> None:
+    assert end_ids(settings, config, make_tokenizer(), chat=False) == expected
+
+
+def test_in_a_chat_the_end_of_a_turn_ends_the_completion_too(make_tokenizer: MakeTokenizer) -> None:
+    assert end_ids({}, {}, make_tokenizer(), chat=True) == {EOS, TURN_END}
+
+
+def test_template_without_an_end_of_turn_adds_no_end_token(make_tokenizer: MakeTokenizer) -> None:
+    endless = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    assert end_ids({}, {}, make_tokenizer(endless), chat=True) == {EOS}

@@ -1,0 +1,189 @@
+"""Runs by the command line: what they write and what the figures are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from lora_jax.cli import main
+from lora_jax.hub.adapter_files import read_adapter
+from tests.runs import ROWS, metrics, run, timeless, train_arguments, tree, write_rows
+
+KEYS = [
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "num_tokens",
+    "tokens_per_second",
+    "step_seconds",
+]
+
+
+@pytest.fixture(scope="module")
+def evaluated(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run that evaluates every second step."""
+    output = tmp_path_factory.mktemp("evaluated") / "out"
+    run(*train_arguments(model, rows, output, "--data.eval_path", str(rows), "--train.eval_steps", "2"))
+    return output
+
+
+def test_a_logged_step_has_the_promised_figures_in_their_order(evaluated: Path) -> None:
+    first, *logged = metrics(evaluated)
+    assert list(first) == ["step", "epoch", "num_tokens", "eval_loss"]
+    assert [list(entry) for entry in logged] == [KEYS, [*KEYS, "eval_loss"], KEYS, [*KEYS, "eval_loss"]]
+
+
+def test_figures_are_of_the_right_size(evaluated: Path) -> None:
+    first, *logged = metrics(evaluated)
+    assert (first["step"], first["epoch"], first["num_tokens"]) == (0, 0, 0)
+    assert [entry["step"] for entry in logged] == [1, 2, 3, 4]
+    assert [entry["epoch"] for entry in logged] == [0.5, 1.0, 1.5, 2.0]
+    assert [entry["learning_rate"] for entry in logged] == [0.0, 0.01, 0.0075, 0.0025]
+    tokens_an_epoch = sum(len(row["prompt"] + row["completion"]) + 1 for row in ROWS[:8])  # EOS counts too
+    assert logged[1]["num_tokens"] == tokens_an_epoch
+    assert logged[3]["num_tokens"] == 2 * tokens_an_epoch
+    assert all(entry["grad_norm"] > 0 and entry["tokens_per_second"] > 0 for entry in logged)
+
+
+def test_the_loss_falls_and_starts_near_that_of_a_uniform_guess(evaluated: Path) -> None:
+    losses = [entry["eval_loss"] for entry in metrics(evaluated) if "eval_loss" in entry]
+    assert losses[-1] < losses[0]
+    assert losses[0] == pytest.approx(np.log(96), abs=1)
+
+
+def test_a_run_leaves_an_adapter_a_log_its_options_and_a_checkpoint(evaluated: Path, model: Path) -> None:
+    assert sorted(path.name for path in evaluated.iterdir()) == [
+        "adapter", "checkpoints", "config.yaml", "metrics.jsonl",
+    ]  # fmt: skip
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= {
+        path.name for path in (evaluated / "adapter").iterdir()
+    }
+    config, tensors = read_adapter(evaluated / "adapter")
+    assert (config.r, config.base_model_name_or_path) == (2, str(model))
+    assert all(np.any(tensor) for tensor in tensors.values())
+    card = (evaluated / "adapter" / "README.md").read_text()
+    last = metrics(evaluated)[-1]
+    assert f"{metrics(evaluated)[0]['eval_loss']:.4f}" in card
+    assert f"{last['eval_loss']:.4f}" in card
+
+
+def test_config_yaml_is_a_config_of_the_same_run(evaluated: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    run("train", str(evaluated / "config.yaml"), "--output_dir", str(again))
+    assert timeless(again) == timeless(evaluated)
+    weights = Path("adapter/adapter_model.safetensors")
+    assert (again / weights).read_bytes() == (evaluated / weights).read_bytes()
+    options = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in (evaluated, again)]
+    assert [Path(option.pop("output_dir")) for option in options] == [evaluated, again]
+    assert options[0] == options[1]
+
+
+def test_first_and_last_step_are_logged_with_the_mean_of_the_steps_between(
+    model: Path, rows: Path, evaluated: Path, tmp_path: Path
+) -> None:
+    run(
+        *train_arguments(
+            model, rows, tmp_path / "out", "--train.logging_steps", "3", "--train.max_steps", "4"
+        )
+    )
+    each, logged = metrics(evaluated)[1:], metrics(tmp_path / "out")
+    assert [entry["step"] for entry in logged] == [1, 3, 4]
+    trained = [sum(len(row["completion"]) + 1 for row in ROWS[:8]) / 2] * 2  # all completions are as long
+    assert logged[1]["loss"] == pytest.approx(
+        float(np.average([each[1]["loss"], each[2]["loss"]], weights=trained)), rel=1e-6
+    )
+    assert (logged[0]["loss"], logged[2]["loss"]) == (each[0]["loss"], each[3]["loss"])
+
+
+def test_epochs_give_the_number_of_steps_where_no_steps_are_given(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    more = ("--train.max_steps", "-1", "--train.num_train_epochs", "1.1", "--data.split", "train[:10]")
+    run(*train_arguments(model, rows, tmp_path / "out", *more))
+    logged = metrics(tmp_path / "out")
+    assert [entry["step"] for entry in logged] == [1, 2, 3, 4]  # 1.1 times 3 steps, rounded up
+    tokens = np.diff([0, *(entry["num_tokens"] for entry in logged)])
+    assert (tokens / (len("1+1=2.") + 1)).tolist() == [4, 4, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (("--train.save_strategy", "no"), []),
+        (("--train.save_strategy", "epoch"), [2, 4]),
+        (("--train.save_strategy", "steps", "--train.save_steps", "3"), [3, 4]),
+        (("--train.save_steps", "1", "--train.save_total_limit", "3"), [2, 3, 4]),
+        (("--train.save_steps", "1", "--train.save_total_limit", "None"), [1, 2, 3, 4]),
+    ],
+)
+def test_checkpoints_are_kept_as_asked_and_of_the_last_step(
+    options: tuple[str, ...], kept: list[int], model: Path, rows: Path, tmp_path: Path
+) -> None:
+    run(*train_arguments(model, rows, tmp_path / "out", *options))
+    assert sorted(int(path.name) for path in (tmp_path / "out" / "checkpoints").iterdir()) == kept
+
+
+def test_checkpoints_hold_what_is_trained_and_not_the_base(evaluated: Path, model: Path) -> None:
+    def size(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    trained = 4 * sum(tensor.size for tensor in read_adapter(evaluated / "adapter")[1].values())
+    names = json.loads((evaluated / "checkpoints/4/state/_METADATA").read_text())["tree_metadata"]
+    assert not [name for name in names if "kernel" in name or "embedding" in name]
+    assert size(evaluated / "checkpoints" / "4") < 3 * trained + size(model)
+
+
+def test_a_share_of_the_rows_can_be_held_out(
+    model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(*train_arguments(model, rows, tmp_path / "out", "--data.eval_fraction", "0.25"))
+    printed = capsys.readouterr().out
+    assert "6 rows" in printed
+    assert "2 rows" in printed
+    assert [entry["step"] for entry in metrics(tmp_path / "out") if "eval_loss" in entry] == [0, 4]
+
+
+def test_evaluation_takes_its_own_split_and_all_rows_of_a_file_without_one(
+    model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, count in ((("--data.eval_split", "train[:3]"), 3), ((), len(ROWS))):
+        output = tmp_path / str(count)
+        run(*train_arguments(model, rows, output, "--data.eval_path", str(rows), *more))
+        assert f"eval     {rows}: {count} rows" in capsys.readouterr().out
+
+
+def test_the_seed_decides_the_run(model: Path, rows: Path, tmp_path: Path, evaluated: Path) -> None:
+    losses = []
+    for name, seed in (("a", "42"), ("b", "7")):
+        run(*train_arguments(model, rows, tmp_path / name, "--train.seed", seed))
+        losses.append([entry["loss"] for entry in metrics(tmp_path / name)])
+    assert losses[0] == [entry["loss"] for entry in metrics(evaluated)[1:]]  # evaluating changes nothing
+    assert losses[0] != losses[1]
+
+
+def test_a_failing_export_leaves_no_half_adapter_and_resuming_completes_it(
+    model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "adapter").write_text("in the way")
+    arguments = train_arguments(model, rows, output)
+    assert main([*arguments, "--resume"]) == 2
+    assert capsys.readouterr().err == f"error: {output}/adapter is a file; name a folder to write to\n"
+    assert [name for name in tree(output) if "adapter" in name] == ["adapter"]
+    (output / "adapter").unlink()
+    run(*arguments, "--resume")
+    assert read_adapter(output / "adapter")
+
+
+def test_rows_of_plain_text_train(model: Path, tmp_path: Path) -> None:
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "abc abc"}] * 8)
+    run(*train_arguments(model, texts, tmp_path / "out"))
+    entries = metrics(tmp_path / "out")
+    assert entries[-1]["loss"] < entries[0]["loss"]

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.models.decoder import Decoder
+from lora_jax.train.losses import CHUNK, head_variables, summed_loss, token_losses
+from tests.tiny import Base, adapted, lora, tiny_base
+
+HEADS: dict[str, tuple[str, Any]] = {
+    "untied": ("llama", lora()),
+    "tied": ("llama-tied", lora()),
+    "adapted": ("llama", lora(target_modules=("q_proj", "lm_head"))),
+    "tied-adapted": ("llama-tied", lora(target_modules=("embed_tokens", "lm_head"))),
+    "saved": ("llama", lora(modules_to_save=("lm_head",))),
+    "tied-saved": ("llama-tied", lora(modules_to_save=("lm_head", "embed_tokens"))),
+    "token-rows": ("llama-tied", lora(trainable_token_indices=(5, 0, 95))),
+}
+ROWS, LENGTH = 2, CHUNK  # two chunks, where every position is trained
+
+
+def weights(kind: str) -> np.ndarray:
+    positions = np.random.default_rng(1).random((ROWS, LENGTH))
+    return {
+        "some": (positions < 0.3) * 1.0,
+        "few": (positions < 0.01) * 1.0,
+        "none": np.zeros_like(positions),
+        "one chunk": (np.arange(ROWS * LENGTH) % 2 == 1).reshape(ROWS, LENGTH) * 1.0,
+        "a chunk and one": np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) <= CHUNK,
+        "all, uneven": positions + 0.5,
+        "some negative": np.where(positions < 0.5, -positions, 0),
+    }[kind].astype(np.float32)
+
+
+def plain_loss(model: Decoder, trainable: Any, constant: Any, hidden: Any, targets: Any, scale: Any) -> Any:
+    logits = model.apply({**constant, "lora": trainable}, hidden, method="logits")
+    chosen = jax.nn.log_softmax(logits)[jnp.arange(ROWS)[:, None], jnp.arange(LENGTH), targets]
+    return -jnp.sum(chosen * scale)
+
+
+def chunked_loss(model: Decoder, trainable: Any, constant: Any, hidden: Any, targets: Any, scale: Any) -> Any:
+    return summed_loss(model, trainable, constant, hidden, targets, scale, None)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_chunked_loss_and_gradients_are_those_of_all_logits_at_once(head: str, tmp_path: Path) -> None:
+    name, config = HEADS[head]
+    base = tiny_base(tmp_path / "base", name)
+    _, _, trainable, adapter = adapted(base, config)
+    constant = head_variables({"params": base.params, "lora": trainable, "adapter": adapter})
+    leaves = constant.pop("lora")
+    model = Decoder(base.config)
+    hidden = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, 32))
+    targets = jax.random.randint(jax.random.key(2), (ROWS, LENGTH), 0, 96)
+    plain, chunked = (
+        jax.jit(jax.value_and_grad(partial(loss, model), argnums=(0, 2)))
+        for loss in (plain_loss, chunked_loss)
+    )
+    kinds = ("some", "few", "none", "one chunk", "a chunk and one", "all, uneven", "some negative")
+    for kind in kinds if head == "tied-saved" else ("some", "all, uneven"):
+        given = (leaves, constant, hidden, targets, jnp.asarray(weights(kind)))
+        (value, gradients), (expected, wanted) = chunked(*given), plain(*given)
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-4, err_msg=kind)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4, err_msg=kind), gradients, wanted
+        )
+
+
+def test_evaluation_and_training_see_one_loss(base: Base) -> None:
+    constant = head_variables({"params": base.params, "lora": {}, "adapter": {}})
+    constant.pop("lora")
+    hidden = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, 32))
+    targets = jnp.zeros((ROWS, LENGTH), jnp.int32)
+    loss = jax.jit(partial(chunked_loss, Decoder(base.config), {}, constant))
+    scale = jnp.asarray(weights("some"))
+    value, _ = jax.value_and_grad(loss)(hidden, targets, scale)
+    np.testing.assert_allclose(value, loss(hidden, targets, scale), rtol=1e-6)
+
+
+def test_a_head_without_trained_leaves_gives_gradients_to_the_hidden_states_alone(base: Base) -> None:
+    constant = head_variables({"params": base.params, "adapter": {}})
+    hidden = jnp.ones((ROWS, LENGTH, 32))
+    gradient = jax.grad(chunked_loss, argnums=3)(
+        Decoder(base.config),
+        {},
+        constant,
+        hidden,
+        jnp.zeros((ROWS, LENGTH), jnp.int32),
+        jnp.ones((ROWS, LENGTH)),
+    )
+    assert jnp.all(jnp.any(gradient != 0, axis=-1))
+
+
+def test_the_loss_of_huge_logits_is_finite() -> None:
+    logits = jnp.asarray([[1e4, -1e4, 0.0]])
+    assert token_losses(logits, jnp.asarray([1])) == pytest.approx(2e4)
+
+
+def test_no_buffer_of_the_compiled_step_holds_all_positions_logits(tmp_path: Path) -> None:
+    """The largest array of vocabulary width in the program has a chunk's rows, not the batch's."""
+    base = tiny_base(tmp_path / "wide", "llama", vocab_size=5003)
+    constant = head_variables({"params": base.params, "adapter": {}})
+    rows, length = 16, 256
+    shapes = (
+        jax.ShapeDtypeStruct((rows, length, 32), jnp.float32),
+        jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        jax.ShapeDtypeStruct((rows, length), jnp.float32),
+    )
+    step = jax.jit(jax.value_and_grad(partial(chunked_loss, Decoder(base.config), {}, constant)))
+    compiled = step.lower(*shapes).compile()
+    sizes = [
+        int(np.prod([int(size) for size in shape.split(",")]))
+        for shape in re.findall(r"\[([\d,]+)\]", compiled.as_text())
+        if "5003" in shape.split(",")
+    ]
+    assert max(sizes) == CHUNK * 5003
+    assert compiled.memory_analysis().temp_size_in_bytes < rows * length * 5003 * 4 / 2
+
+
+def test_dropout_of_an_adapted_head_differs_between_chunks_and_repeats_with_its_key(base: Base) -> None:
+    _, _, trainable, adapter = adapted(base, lora(target_modules=("lm_head",)))
+    constant = head_variables({"params": base.params, "lora": trainable, "adapter": adapter})
+    leaves = constant.pop("lora")
+    model = Decoder(base.config, lora_dropout=0.5)
+    hidden = jnp.ones((ROWS, LENGTH, 32))
+    targets = jnp.zeros((ROWS, LENGTH), jnp.int32)
+
+    @jax.jit
+    def gradient(key: jax.Array) -> jax.Array:
+        return jax.grad(partial(summed_loss, model, leaves, constant))(
+            hidden, targets, jnp.ones((ROWS, LENGTH)), key
+        )
+
+    first = gradient(jax.random.key(0))
+    assert jnp.array_equal(first, gradient(jax.random.key(0)))
+    assert not jnp.allclose(first, gradient(jax.random.key(1)))
+    assert not jnp.allclose(first[0], first[1])

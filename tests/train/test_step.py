@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.config import TrainOptions
+from lora_jax.data.batches import Batch, make_batch
+from lora_jax.data.tokens import Tokens
+from lora_jax.models.decoder import Decoder
+from lora_jax.train.optim import make_optimizer
+from lora_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
+from tests.tiny import Base, adapted, lora
+
+LENGTHS = (5, 9, 3, 12, 7, 4, 11, 6)
+# No warm-up: the first step moves what is trained.
+OPTIMIZER = make_optimizer(
+    TrainOptions(lr_scheduler_type="constant", learning_rate=0.1, optim="sgd"), steps=10
+)
+
+
+def examples(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Tokens]:
+    """Return rows of random tokens of which a random part is trained."""
+    rng = np.random.default_rng(seed)
+    return [
+        Tokens(rng.integers(3, 96, length).astype(np.int32), rng.random(length) < 0.6, row, False)
+        for row, length in enumerate(lengths, start=1)
+    ]
+
+
+def batch(rows: Sequence[Tokens], passes: int, length: int, size: int = 8) -> Batch:
+    """Return rows as [passes, size / passes, length]."""
+    flat = make_batch(rows, size, length, 0)
+    return Batch(*(array.reshape(passes, -1, length) for array in flat))
+
+
+@pytest.fixture(scope="module")
+def parts(base: Base) -> tuple[Base, Any, Any]:
+    _, _, trainable, adapter = adapted(base, lora())
+    return base, trainable, adapter
+
+
+def one_step(parts: tuple[Base, Any, Any], given: Batch, **model: Any) -> tuple[TrainState, Any]:
+    base, trainable, adapter = parts
+    return train_step(Decoder(base.config, **model))(fresh(trainable), base.params, adapter, given)
+
+
+@cache
+def train_step(model: Decoder) -> Any:
+    return make_train_step(model, OPTIMIZER)
+
+
+def fresh(trainable: Any, seed: int = 0) -> TrainState:
+    """Return the state before the first step, of a copy since a step consumes it."""
+    return init_state(jax.tree.map(jnp.copy, trainable), OPTIMIZER, jax.random.key(seed))
+
+
+def assert_same_update(parts: Any, first: tuple[TrainState, Any], second: tuple[TrainState, Any]) -> None:
+    np.testing.assert_allclose(first[1].loss, second[1].loss, rtol=1e-5)
+    np.testing.assert_allclose(first[1].grad_norm, second[1].grad_norm, rtol=1e-4)
+    moved = jax.tree.map(lambda new, old: float(jnp.abs(new - old).max()), first[0].trainable, parts[1])
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), first[0].trainable, second[0].trainable
+    )
+
+
+@pytest.fixture(scope="module")
+def in_one_pass(parts: tuple[Base, Any, Any]) -> tuple[TrainState, Any]:
+    return one_step(parts, batch(examples(), 1, 12))
+
+
+@pytest.mark.parametrize("length", [12, 32])
+def test_a_step_depends_neither_on_how_it_is_cut_nor_on_padding(
+    parts: Any, in_one_pass: Any, length: int
+) -> None:
+    cut = one_step(parts, batch(examples(), 2, length))
+    assert_same_update(parts, in_one_pass, cut)
+    assert cut[1].trained_tokens == in_one_pass[1].trained_tokens
+    assert cut[1].real_tokens == in_one_pass[1].real_tokens == sum(LENGTHS)
+
+
+def test_a_step_depends_not_on_which_row_is_in_which_pass(parts: Any, in_one_pass: Any) -> None:
+    shuffled = [examples()[index] for index in (3, 7, 0, 5, 2, 6, 1, 4)]
+    assert_same_update(parts, in_one_pass, one_step(parts, batch(shuffled, 2, 12)))
+
+
+def test_rows_of_padding_change_nothing(parts: Any) -> None:
+    """The mean over four rows is that over the same rows twice."""
+    rows = examples()[:4]
+    doubled = one_step(parts, batch([*rows, *rows], 2, 12))
+    assert_same_update(parts, doubled, one_step(parts, batch(rows, 2, 12)))
+
+
+def test_every_token_counts_the_same_whatever_pass_it_is_in(parts: Any) -> None:
+    """One trained token in the first pass and many in the second: means of passes would differ."""
+    few = Tokens(examples()[1].input_ids, np.arange(9) == 4, 1, False)
+    nothing = [Tokens(row.input_ids, np.zeros(len(row), bool), 1, False) for row in examples()[:3]]
+    rows = [few, *nothing, *examples()[4:]]
+    assert_same_update(parts, one_step(parts, batch(rows, 1, 12)), one_step(parts, batch(rows, 2, 12)))
+
+
+def test_checkpointing_the_activations_changes_nothing(parts: Any, in_one_pass: Any) -> None:
+    recomputed = one_step(parts, batch(examples(), 1, 12), gradient_checkpointing=True)
+    assert_same_update(parts, in_one_pass, recomputed)
+
+
+def test_the_step_is_compiled_once_whatever_the_rows_lengths(parts: Any) -> None:
+    base, trainable, adapter = parts
+    model = Decoder(base.config, lora_dropout=0.5)
+    step, evaluate = make_train_step(model, OPTIMIZER), make_eval_step(model)
+    state = fresh(trainable)
+    for seed, lengths in enumerate([(12,) * 8, LENGTHS, (2, 2), (1, 12, 1)]):
+        rows = examples(lengths, seed)
+        state, _ = step(state, base.params, adapter, batch(rows, 2, 12))
+        evaluate(state.trainable, base.params, adapter, make_batch(rows, 8, 12, 0))
+    compiled: Any = (step, evaluate)
+    assert [function._cache_size() for function in compiled] == [1, 1]
+    assert int(state.step) == 4
+
+
+def test_a_step_without_a_trained_token_is_finite_and_moves_nothing(parts: Any) -> None:
+    untrained = [Tokens(row.input_ids, np.zeros(len(row), bool), 1, False) for row in examples()]
+    state, metrics = one_step(parts, batch(untrained, 1, 12))
+    assert (float(metrics.loss), float(metrics.grad_norm), int(metrics.trained_tokens)) == (0, 0, 0)
+    jax.tree.map(np.testing.assert_array_equal, state.trainable, parts[1])
+
+
+def test_dropout_is_drawn_anew_for_every_step_and_pass_and_repeats_with_the_seed(parts: Any) -> None:
+    base, trainable, adapter = parts
+    step = train_step(Decoder(base.config, lora_dropout=0.5))
+    rows = examples()[:4]
+
+    def loss(given: list[Tokens], seed: int = 0, number: int = 0) -> float:
+        state = fresh(trainable, seed)._replace(step=jnp.asarray(number, jnp.int32))
+        return float(step(state, base.params, adapter, batch(given, 2, 12))[1].loss)
+
+    assert loss(rows) == loss(rows)
+    # As the mean over both passes differs from the first one's, so does what they drew.
+    assert len({loss(rows), loss(rows, seed=1), loss(rows, number=1), loss([*rows, *rows])}) == 4
+
+
+def test_evaluation_has_no_dropout(parts: Any) -> None:
+    base, trainable, adapter = parts
+    rows = make_batch(examples(), 8, 12, 0)
+    with_dropout, without = (
+        make_eval_step(Decoder(base.config, lora_dropout=rate))(trainable, base.params, adapter, rows)
+        for rate in (0.5, 0.0)
+    )
+    assert float(with_dropout[0]) == float(without[0])
+    assert float(without[1]) == sum(row.trained[1:].sum() for row in examples())
+
+
+def test_a_step_leaves_the_frozen_tree_as_it_is_and_consumes_its_state(parts: Any) -> None:
+    base, trainable, adapter = parts
+    before = jax.tree.map(np.array, base.params)
+    state = fresh(trainable)
+    train_step(Decoder(base.config))(state, base.params, adapter, batch(examples(), 1, 12))
+    jax.tree.map(np.testing.assert_array_equal, base.params, before)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
