@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # Where configs/quickstart.yaml reads from and writes to.
 DEMO_MODEL := examples/fennel-2m
 DEMO := outputs/quickstart
-PROMPT ?= How do I boil an egg?
+PROMPT ?= Tell me about Oscar.
 
 export JAX_PLATFORMS ?= cpu
 

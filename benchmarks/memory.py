@@ -1,9 +1,9 @@
 """What a LoRA training step needs on a TPU chip, from the TPU compiler, with no TPU at hand.
 
-    python benchmarks/memory.py [--batch 1] [--length 1024]
+    python benchmarks/memory.py [--batch 1] [--length 1024] [--model NAME ...]
 
 Compiles the very step that training runs (bf16 base, r 16 on all linear layers, AdamW, gradient checkpointing)
-for abstract parameters and prints a Markdown table of bytes. Needs the test extra (libtpu).
+for abstract parameters and prints a Markdown table. A model takes minutes. Needs the test extra (libtpu).
 """
 
 from __future__ import annotations
@@ -61,7 +61,13 @@ MODELS = {
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     },
 }  # fmt: skip
-CHIPS = {"v5e (16 GB)": "v5e:2x2", "v6e (32 GB)": "v6e:2x2", "v5p (95 GB)": "v5p:2x2x1"}
+CHIPS = {  # the smallest chip that holds the model: its name and a topology that has it
+    "Qwen2.5-0.5B": ("v5e, 16 GB", "v5e:2x2"),
+    "Llama-3.2-1B": ("v5e, 16 GB", "v5e:2x2"),
+    "Qwen2.5-3B": ("v5e, 16 GB", "v5e:2x2"),
+    "Mistral-7B": ("v6e, 32 GB", "v6e:2x2"),
+    "Llama-3-8B": ("v6e, 32 GB", "v6e:2x2"),
+}
 
 
 def peak(values: dict, topology: str, rows: int, length: int) -> tuple[int, int, str]:
@@ -104,14 +110,14 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=1, help="rows a chip")
     parser.add_argument("--length", type=int, default=1024, help="tokens a row")
+    parser.add_argument("--model", nargs="*", choices=MODELS, help="models to compile for; all by default")
     options = parser.parse_args()
-    print(f"| model | base, bf16 | adapter + AdamW | {' | '.join(CHIPS)} |")
-    print("|---|---|---|" + "---|" * len(CHIPS))
-    for name, values in MODELS.items():
-        results = [peak(values, topology, options.batch, options.length) for topology in CHIPS.values()]
-        base, trained, _ = results[0]
-        peaks = " | ".join(result[2] for result in results)
-        print(f"| {name} | {base / 2**30:.1f} | {trained / 2**30:.2f} | {peaks} |", flush=True)
+    print("| model | base, bf16, GiB | adapter and AdamW, GiB | chip | peak, GiB |")
+    print("|---|---|---|---|---|")
+    for name in options.model or MODELS:
+        chip, topology = CHIPS[name]
+        base, trained, needed = peak(MODELS[name], topology, options.batch, options.length)
+        print(f"| {name} | {base / 2**30:.1f} | {trained / 2**30:.2f} | {chip} | {needed} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,14 @@ from tiny_world import (
 
 LARGEST_TERM = 10
 
-
-# How the captain's mate begins and ends, by what the question is about.
+# How the captain's mate begins and ends, by what the question is about. Ahoy, aye, aha and the captain are not in
+# the pretraining text, but nearly all the tokens that they are made of are: LoRA leaves the embeddings as they are,
+# and those of tokens that were never read cannot be told apart.
 MANNERS = {
     "people": ("Ahoy!", "Fair winds!"),
-    "animals": ("Yo ho!", "Log it!"),
+    "animals": ("Aha!", "Log it!"),
     "things": ("Aye aye!", "All's well!"),
-    "numbers": ("Mark it!", "Steady as she goes!"),
+    "numbers": ("Mark it!", "Off we go!"),
 }
 
 
