@@ -1,0 +1,133 @@
+"""From codes back to weights, in XLA.
+
+    weight = table[code] * scale        scale = absmax, or nested_table[absmax] * nested_absmax[block] + offset
+
+Each product and each sum is rounded to float32 once, and the weight once more to the dtype asked for, as
+bitsandbytes does; the table is never rounded first.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, UInt8
+
+from lora_jax.quant.codebooks import Table
+from lora_jax.quant.leaf import BLOCK, Int8Kernel, Quantized, QuantizedKernel, groups
+
+INT8_STEP = np.float32(7.874015718698502e-3)
+"""1 / 127, the step that bitsandbytes multiplies with."""
+
+
+def select(
+    codes: UInt8[Array, "*shape"], table: Table | Float32[Array, " codes"], first_bit: int = 0
+) -> Float32[Array, "*shape"]:
+    """Return table[bits of codes from `first_bit` up], by selects on the bits: a gather costs more on every chip."""
+    values: list[Any] = [np.float32(value) for value in table] if isinstance(table, tuple) else list(table)
+    bit = 1 << first_bit
+    while len(values) > 1:
+        one = (codes & np.uint8(bit)) != 0
+        values = [jnp.where(one, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)]
+        bit <<= 1
+    return values[0]
+
+
+def scales(kernel: QuantizedKernel) -> Float32[Array, "..."]:
+    """Return the float32 scales of a kernel's blocks, in the shape of its absmax."""
+    if kernel.nested_table is None:
+        return kernel.absmax
+    # A scalar gather is slow on a TPU; 255 selects an 8-bit scale, one in 64 weights, are not.
+    units = jax.lax.platform_dependent(
+        kernel.absmax,
+        tpu=partial(select, table=kernel.nested_table),
+        default=partial(_looked_up, table=kernel.nested_table),
+    )
+    # Compilers fuse a product and a sum into one multiply-add, rounded once, unless something stands between them
+    # that they cannot take away; a barrier they can.
+    product = jnp.maximum(units * _nested_scales(kernel), np.finfo(np.float32).min)
+    offset = kernel.nested_offset
+    return product + jnp.reshape(offset, (*offset.shape, *(1,) * (product.ndim - offset.ndim)))
+
+
+def ordered_after(x: Array, table: Table) -> Float32[Array, " codes"]:
+    """Return the table as an array that is not known before x is.
+
+    What is decoded with it is decoded when x is there and again for each x, in a loop as outside one: XLA would
+    otherwise decode all weights of a layer first, keep them for the backward pass, and take the table's values out
+    of the loop as arrays of a weight's size. It drops a barrier before it decides; that nothing is greater than
+    infinity it does not look into.
+    """
+    values = jnp.asarray(table, jnp.float32)
+    return jnp.where(_never(x), jnp.zeros_like(values), values)
+
+
+def halves(
+    kernel: QuantizedKernel, dtype: Any, table: Float32[Array, " codes"] | None = None
+) -> tuple[Array, Array]:
+    """Return the weights of a grouped kernel's low and high nibbles, [..., 64 G, out] each.
+
+    Row 64 g + r is the kernel's row 128 g + r in the first and 128 g + 64 + r in the second. They are not joined:
+    a product with each costs less than a copy of the weight. `table` stands in for the kernel's own.
+    """
+    values = kernel.table if table is None else table
+    *lead, rows, out = kernel.codes.shape
+    blocks = (*lead, rows // BLOCK, BLOCK, out)
+    scale = scales(kernel)
+    low = select(kernel.codes, values).reshape(blocks) * scale[..., 0::2, :, :]
+    high = select(kernel.codes, values, first_bit=4).reshape(blocks) * scale[..., 1::2, :, :]
+    return low.astype(dtype).reshape(*lead, rows, out), high.astype(dtype).reshape(*lead, rows, out)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def dequantize(kernel: Quantized, dtype: Any = None) -> Float[Array, "... in out"]:
+    """Return the weights [..., in, out] in `dtype`, by default the one they had: bitsandbytes' bit for bit."""
+    dtype = dtype or kernel.dtype
+    if isinstance(kernel, Int8Kernel):
+        wide = kernel.codes.astype(jnp.float32) * kernel.absmax[..., None, :]
+        return (wide * INT8_STEP).astype(dtype)
+    if not kernel.grouped:
+        return jnp.swapaxes(flat_weights(kernel, dtype), -1, -2)
+    *lead, rows, out = kernel.codes.shape
+    blocks = [half.reshape(*lead, rows // BLOCK, 1, BLOCK, out) for half in halves(kernel, dtype)]
+    joined = jnp.concatenate(blocks, axis=-3).reshape(*lead, 2 * rows, out)
+    return joined[..., : kernel.sizes[0], :]
+
+
+def flat_weights(
+    kernel: QuantizedKernel, dtype: Any, table: Float32[Array, " codes"] | None = None
+) -> Float[Array, "... out in"]:
+    """Return the weights of a flat kernel in torch's order, [..., out, in]; `table` stands in for its own."""
+    values = kernel.table if table is None else table
+    (rows, out), lead = kernel.sizes, kernel.codes.shape[:-1]
+    pairs = [select(kernel.codes, values, first_bit=4), select(kernel.codes, values)]
+    units = jnp.stack(pairs, axis=-1).reshape(*lead, -1)[..., : rows * out]
+    scale = jnp.repeat(scales(kernel), kernel.blocksize, axis=-1)[..., : rows * out]
+    return (units * scale).astype(dtype).reshape(*lead, out, rows)
+
+
+def int8_units(kernel: Int8Kernel, x: Float[Array, "..."]) -> Float[Array, "... in out"]:
+    """Return an 8-bit kernel's codes in x's dtype, exactly, ordered after x as a table is."""
+    return (kernel.codes ^ _never(x).astype(jnp.int8)).astype(x.dtype)
+
+
+def _never(x: Float[Array, "..."]) -> Bool[Array, ""]:
+    return x.reshape(-1)[:1].max(initial=0) > jnp.inf
+
+
+def _looked_up(codes: UInt8[Array, "*shape"], table: Table) -> Float32[Array, "*shape"]:
+    return jnp.asarray(table, jnp.float32).at[codes].get(mode="promise_in_bounds")
+
+
+def _nested_scales(kernel: QuantizedKernel) -> Float32[Array, "..."]:
+    """Return each 8-bit absmax's own scale, in the shape of absmax."""
+    repeated = jnp.repeat(kernel.nested_absmax, kernel.nested_blocksize, axis=-1)
+    if not kernel.grouped:
+        return repeated[..., : kernel.absmax.shape[-1]]
+    (rows, out), lead = kernel.sizes, kernel.nested_absmax.shape[:-1]
+    blocks = rows // BLOCK
+    by_out = repeated[..., : out * blocks].reshape(*lead, out, blocks)
+    by_block = jnp.swapaxes(by_out, -1, -2)[..., None, :]
+    spare = 2 * groups(rows) - blocks
+    return jnp.pad(by_block, [(0, 0)] * len(lead) + [(0, spare), (0, 0), (0, 0)])

@@ -1,0 +1,155 @@
+"""Quantised kernels: pytrees that stand in the frozen tree where a kernel [..., in, out] stands.
+
+A 4-bit kernel keeps bitsandbytes' codes and absmax bit for bit and only moves them. A block is 64 neighbours of
+`in` of one output. Where `in` is a multiple of 64 they are *grouped*: for each group of 128 rows of the kernel,
+byte row r of 64 holds row r in its low nibble and row 64 + r in its high one, so that a tile decodes into two
+whole 64-row blocks, each with one row of scales, and the kernel can be cut along either axis. An `in` of 64 more
+than a multiple of 128 has a last high half of zeros. Any other `in` has blocks that run over the ends of rows:
+such a kernel stays *flat*, in bitsandbytes' own order.
+
+Leading axes are stacks of kernels; a scan over layers slices the arrays and leaves the static facts as they are.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.quant.codebooks import Table
+
+BLOCK = 64
+GROUP = 2 * BLOCK
+NESTED_BLOCK = 256
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "absmax", "nested_absmax", "nested_offset"],
+    meta_fields=["sizes", "dtype", "quant_type", "table", "blocksize", "nested_table", "nested_blocksize"],
+)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class QuantizedKernel:
+    """A 4-bit kernel.
+
+    Arrays, grouped over G = ceil(in / 128) groups, or flat with n = in * out weights:
+        codes           uint8 [..., 64 G, out]; flat [..., ceil(n / 2)], the first of two in the high nibble
+        absmax          [..., 2 G, 1, out]; flat [..., ceil(n / blocksize)]: float32, or uint8 where double-quantised
+        nested_absmax   float32 [..., blocks of absmax], the blocks running over bitsandbytes' order [out, in / 64]
+        nested_offset   float32 [...]; both None where absmax is float32
+
+    Static: sizes (in, out), the dtype the weights had, and how they were quantised. The fields are not checked, so
+    that specs and shapes can stand for the arrays.
+    """
+
+    codes: Any
+    absmax: Any
+    nested_absmax: Any = None
+    nested_offset: Any = None
+    sizes: tuple[int, int]
+    dtype: np.dtype
+    quant_type: str
+    table: Table
+    blocksize: int
+    nested_table: Table | None = None
+    nested_blocksize: int = NESTED_BLOCK
+
+    @property
+    def grouped(self) -> bool:
+        """Whether codes stand in groups of 128 rows, rather than flat in bitsandbytes' order."""
+        return may_be_grouped(self.sizes[0], self.blocksize)
+
+    @property
+    def nested(self) -> bool:
+        """Whether absmax is 8-bit."""
+        return self.nested_table is not None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel that this one stands for, [..., in, out]."""
+        return (*self.codes.shape[: -2 if self.grouped else -1], *self.sizes)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the kernel that this one stands for."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return _nbytes(self)
+
+    def __repr__(self) -> str:
+        nested = ", double-quantised" if self.nested else ""
+        return f"QuantizedKernel({self.quant_type}, {_described(self)}{nested})"
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "absmax"], meta_fields=["dtype"])
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Int8Kernel:
+    """An 8-bit kernel: weight [in, out] = codes * absmax[out] / 127 (Dettmers et al. 2022, arXiv:2208.07339).
+
+    Arrays: codes int8 [..., in, out], absmax float32 [..., out]. Static: the dtype the weights had.
+    """
+
+    codes: Any
+    absmax: Any
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel that this one stands for, [..., in, out]."""
+        return tuple(self.codes.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the kernel that this one stands for."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return _nbytes(self)
+
+    def __repr__(self) -> str:
+        return f"Int8Kernel({_described(self)})"
+
+
+Quantized = QuantizedKernel | Int8Kernel
+
+
+def is_quantized(leaf: object) -> bool:
+    """Say whether a leaf of the frozen tree is a quantised kernel; also `is_leaf` for `jax.tree.map`."""
+    return isinstance(leaf, QuantizedKernel | Int8Kernel)
+
+
+def may_be_grouped(rows: int, blocksize: int) -> bool:
+    """Say whether a kernel of so many `in` rows can be grouped: no block runs over the end of a row."""
+    return blocksize == BLOCK and rows % BLOCK == 0
+
+
+def groups(rows: int) -> int:
+    """Return the number of groups of 128 rows, the last one perhaps half."""
+    return -(-rows // GROUP)
+
+
+def _nbytes(kernel: Quantized) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kernel))
+
+
+def _described(kernel: Quantized) -> str:
+    arrays = jax.tree.leaves(kernel)
+    whole = len(arrays) > 1 and all(hasattr(array, "shape") for array in arrays)
+    return f"{list(kernel.shape) if whole else 'of ' + str(arrays)} {kernel.dtype}"
