@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lora_jax import __version__
 from lora_jax.errors import EXIT_CODE, UserError, nearest
 
 USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
@@ -24,6 +25,9 @@ lora-jax COMMAND --help lists the options of a command.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for what the user can mend, 130 when interrupted, 141 unread."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] == "--version":
+        print(f"lora_jax {__version__}")
+        return 0
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if given else EXIT_CODE

@@ -182,6 +182,12 @@ def check(config: RunConfig) -> None:
         True,
         "excludes --overwrite; give one of the two",
     )
+    _require(
+        not (config.method == "full" and lora.init_from),
+        "--lora.init_from",
+        lora.init_from,
+        "goes with --method lora; merge the adapter first and give the merged folder as --model.path",
+    )
     _require(lora.r > 0, "--lora.r", lora.r, "the rank must be a positive integer, such as 16")
     _require(lora.lora_alpha > 0, "--lora.lora_alpha", lora.lora_alpha, "must be positive, such as 2 * r")
     _require(0 <= lora.lora_dropout < 1, "--lora.lora_dropout", lora.lora_dropout, "must be in [0, 1)")
@@ -191,6 +197,12 @@ def check(config: RunConfig) -> None:
         _require(value > 0, f"--lora.alpha_pattern {name}", value, "must be positive")
     _check_regexes(lora)
     _require(bool(lora.target_modules), "--lora.target_modules", "", f"name modules, or use {ALL_LINEAR}")
+    _require(
+        not (data.eval_split and not data.eval_path),
+        "--data.eval_split",
+        data.eval_split,
+        "needs --data.eval_path",
+    )
     _require(data.max_length > 1, "--data.max_length", data.max_length, "must be at least 2 tokens")
     _require(0 <= data.eval_fraction < 1, "--data.eval_fraction", data.eval_fraction, "must be in [0, 1)")
     _require(
@@ -234,6 +246,7 @@ def _check_train(train: TrainOptions) -> None:
         _require(0 <= getattr(train, name) < 1, f"--train.{name}", getattr(train, name), "must be in [0, 1)")
     _require(0 <= train.min_lr_ratio <= 1, "--train.min_lr_ratio", train.min_lr_ratio, "must be in [0, 1]")
     _require(train.adam_epsilon > 0, "--train.adam_epsilon", train.adam_epsilon, "must be positive")
+    _require(0 <= train.seed < 2**32, "--train.seed", train.seed, "must be in [0, 2^32)")
     _require(train.save_steps > 0, "--train.save_steps", train.save_steps, "must be positive")
     _require(
         train.max_steps > 0 or train.num_train_epochs > 0,

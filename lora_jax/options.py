@@ -121,6 +121,10 @@ def _typed_flags(arguments: list[str], names: Mapping[str, Any]) -> Flags:
 
 def _yaml_flags(path: Path, names: Mapping[str, Any]) -> Flags:
     where = f"config file {path}"
+    if path.is_dir():
+        raise UserError(
+            f"{path}: is a folder, not a YAML file; give it with its option, such as --adapter or --model.path"
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -193,7 +197,7 @@ def _checked(hint: Any, values: list[str], label: str) -> list[str]:
             )
         return [_value(kinds[index % 2], value, label) for index, value in enumerate(values)]
     kind = next(item for item in kinds if item is not NoneType) if optional else hint
-    if not values or (values == ["None"] and kind is not str):
+    if not values or values == ["None"]:
         remedy = "give True or False" if kind is bool else "give one, or leave the option out"
         raise UserError(f"{label}: needs a value; {remedy}")
     if len(values) > 1:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lora_jax.adapters.targets import make_plan
+from lora_jax.config import LoraOptions
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.models.names import Module
@@ -48,7 +49,23 @@ def continued_config(
             )
     dropout = asked.lora_dropout if "lora.lora_dropout" in typed else stored.lora_dropout
     base, revision = asked.base_model_name_or_path, asked.revision
-    return replace(stored, lora_dropout=dropout, base_model_name_or_path=base, revision=revision)
+    return replace(
+        stored, lora_dropout=dropout, base_model_name_or_path=base, revision=revision, task_type="CAUSAL_LM"
+    )
+
+
+def resolved_options(options: LoraOptions, config: AdapterConfig) -> LoraOptions:
+    """Return the options with the values of an adapter config in place of their own."""
+    given: dict[str, Any] = {name: getattr(config, name) for name in (*FIXED, "lora_dropout")}
+    for name in ("target_modules", "exclude_modules"):
+        given[name] = (given[name],) if isinstance(given[name], str) else given[name]
+    tokens = given["trainable_token_indices"]
+    given["trainable_token_indices"] = (
+        next(iter(tokens.values()), ()) if isinstance(tokens, Mapping) else tokens
+    )
+    for name in ("rank_pattern", "alpha_pattern"):
+        given[name] = dict(given[name])
+    return replace(options, **given)
 
 
 def _shown(value: Any) -> str:

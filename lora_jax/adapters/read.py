@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import modules
 
 NOTES_FILE = "lora_jax.json"
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Adapter:
 def open_adapter(folder: Path, base: ModelConfig) -> Adapter:
     """Read an adapter for a base; raises UserError that lists every tensor which does not fit it."""
     config, tensors = read_adapter(folder)
-    model_config = replace(base, vocab_size=max(base.vocab_size, _vocab_size(folder)))
+    model_config = replace(base, vocab_size=vocab_size(folder, config, tensors, base))
     plan = make_plan(config, modules(model_config), strict=False)
     check_tensors(tensors, plan, folder)
     return Adapter(folder, config, tensors, plan, model_config)
@@ -48,15 +50,23 @@ def adapter_trees(adapter: Adapter, frozen: Any) -> tuple[Any, Any]:
     return import_tensors(adapter.tensors, trainable, adapter.plan, adapter.folder), facts
 
 
-def base_of(adapter: Path, config: AdapterConfig, given: str | None) -> str:
-    """Return the base model to use: the one given, else the one the adapter names."""
-    base = given or config.base_model_name_or_path
+def base_of(adapter: Path, config: AdapterConfig) -> str:
+    """Return the base model that the adapter names; raises UserError where it names none."""
+    base = config.base_model_name_or_path
     if not base:
         raise UserError(f"{adapter}: the adapter names no base model; give it")
     return base
 
 
-def _vocab_size(folder: Path) -> int:
+def vocab_size(
+    folder: Path, config: AdapterConfig, tensors: Mapping[str, np.ndarray], base: ModelConfig
+) -> int:
+    """Return the vocabulary that an adapter needs: its base's, or the larger one that its notes or tables tell."""
+    tables = [tensors[name].shape[0] for name in TABLES if name in tensors and config.modules_to_save]
+    return max(base.vocab_size, _noted_vocab_size(folder), *tables)
+
+
+def _noted_vocab_size(folder: Path) -> int:
     try:
         notes = json.loads((folder / NOTES_FILE).read_text(encoding="utf-8"))
         return int(notes["vocab_size"])

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from lora_jax.adapters.peft import fold_for_vllm, saved_config
 from lora_jax.adapters.read import open_adapter
-from lora_jax.commands.merge import base_folder, check_apart
+from lora_jax.commands.merge import base_folder, check_target
 from lora_jax.errors import UserError
-from lora_jax.hub.adapter_files import read_adapter_config, write_adapter
+from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter_config, write_adapter
 from lora_jax.hub.atomic import whole_folder
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.tokenizer import copy_tokenizer
@@ -44,7 +44,7 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
     folder = Path(options.adapter).expanduser()
     config = read_adapter_config(folder)
     base = Checkpoint.open(base_folder(folder, config, options.base))
-    check_apart(options.output, folder, base.folder)
+    check_target(options.output, ADAPTER_CONFIG_FILE, folder, base.folder)
     adapter = open_adapter(folder, read_config(base.config, base.folder))
     folded, tensors = fold_for_vllm(saved_config(config, adapter.plan), adapter.tensors, adapter.plan)
     with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:

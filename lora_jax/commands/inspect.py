@@ -58,6 +58,8 @@ def inspect_data(options: InspectDataOptions, console: Console | None = None) ->
 
     if not options.model.path or not options.data.path:
         raise UserError("inspect data: needs --model.path (for its tokenizer) and --data.path")
+    if options.limit < 1:
+        raise UserError(f"--limit {options.limit}: must be positive")
     console = console or Console()
     tokenizer = load_tokenizer(resolve(options.model.path, options.model.revision))
     rows = load_examples(options.data, tokenizer, options.data.path, options.data.split, None)

@@ -43,18 +43,31 @@ def base_folder(adapter: Path, config: AdapterConfig, given: str | None) -> Path
     """Return the folder of the base that is given, else of the one that the adapter names."""
     if given:
         return resolve(given, option="--base")
-    named = base_of(adapter, config, None)
+    named = base_of(adapter, config)
     return resolve(named, config.revision, option="--base not given, and the adapter's own")
 
 
-def check_apart(output: str, *sources: Path) -> None:
-    """Raise UserError where the folder to write is, or holds, one of those read from: overwriting would lose it."""
+def differs(named: str | None, used: Path) -> bool:
+    """Say whether an adapter names another base than the folder used."""
+    return named is not None and Path(named).expanduser().resolve() != used.resolve()
+
+
+def check_target(output: str, written: str, *sources: Path) -> None:
+    """Raise UserError where overwriting a folder would lose what is not ours to replace.
+
+    That is a folder that is, or holds, one of those read from, and one that has something in it but not the
+    file `written`, which a folder of this kind has.
+    """
     target = Path(output).expanduser().resolve()
     for source in sources:
         if source.resolve().is_relative_to(target):
             raise UserError(
                 f"--output {output}: is or holds {source}, which is read from; give another folder"
             )
+    if target.is_dir() and any(target.iterdir()) and not (target / written).exists():
+        raise UserError(
+            f"--output {output}: is not empty and holds no {written}, so it is kept; give another folder"
+        )
 
 
 def merge(options: MergeOptions, console: Console | None = None) -> int:
@@ -66,7 +79,7 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     folder = Path(options.adapter).expanduser()
     config = read_adapter_config(folder)
     base_path = base_folder(folder, config, options.base)
-    check_apart(options.output, folder, base_path)
+    check_target(options.output, "config.json", folder, base_path)
     base = Checkpoint.open(base_path)
     model_config = read_config(base.config, base.folder)
     check_names(base, model_config)
@@ -82,7 +95,7 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     tokenizer = folder if (folder / "tokenizer.json").exists() else None
     tensors = merged_tensors(base, adapter.model_config, adapter.plan, adapter.tensors, options.dtype)
     save_model(
-        Path(options.output),
+        Path(options.output).expanduser(),
         base,
         tensors,
         changes,
@@ -90,8 +103,9 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
     )
-    if options.base and config.base_model_name_or_path not in (None, options.base):
-        console.print(f"note: the adapter names {config.base_model_name_or_path} as its base", soft_wrap=True)
+    if options.base and differs(config.base_model_name_or_path, base_path):
+        named = config.base_model_name_or_path
+        console.print(f"note: the adapter names {named} as its base; {options.base} is used", soft_wrap=True)
     if model_config.tie_word_embeddings and not merged.tie_word_embeddings:
         console.print(
             "note: embedding and head differ now; config.json says tie_word_embeddings false", soft_wrap=True

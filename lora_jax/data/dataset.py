@@ -76,15 +76,6 @@ class TokenDataset(Sequence[Tokens]):
         """Tokens in the longest row."""
         return max((len(example) for example in self.examples), default=0)
 
-    @cached_property
-    def end_ids(self) -> frozenset[int]:
-        """Tokens that the uncut rows teach the model to end with; generation has to stop at them."""
-        return frozenset(
-            int(example.input_ids[np.flatnonzero(example.trained)[-1]])
-            for example in self.examples
-            if not example.truncated
-        )
-
     def where(self, index: int) -> str:
         """Return the place of a row in its source, in words."""
         return f"{self.name} {self.unit} {self.examples[index].row}"

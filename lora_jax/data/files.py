@@ -117,7 +117,14 @@ def read_csv(file: Path) -> Table:
     if filled < 2:  # datasets takes a file without rows for an error
         return Table([], [], "row")
     with file.open(encoding="utf-8-sig", newline="") as lines, _one_line(file, "CSV"):
-        header = next(filter(None, csv.reader(lines)))
+        rows = filter(None, csv.reader(lines))
+        header = next(rows)
+        for number, fields in enumerate(rows, start=1):
+            if len(fields) != len(header):
+                raise UserError(
+                    f"{file} row {number}: {len(fields)} fields where the header has {len(header)}; "
+                    "put fields that hold commas in quotes"
+                )
     for name in header:
         if header.count(name) > 1:
             raise UserError(f"{file}: two columns named {name!r}; give each column its own name")

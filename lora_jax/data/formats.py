@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_jax.config import DataFormat, DataOptions
 from lora_jax.data.files import kind
-from lora_jax.errors import UserError, listing
+from lora_jax.errors import UserError, listing, nearest
 
 Message = dict[str, Any]
 
@@ -27,6 +27,7 @@ COLUMNS: dict[DataFormat, tuple[str, ...]] = {
 }
 CONVERSATIONS = "conversations"
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -182,6 +183,8 @@ def _message(item: Any, where: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str):
         raise UserError(f"{where} has no role; it has {listing(message) or 'nothing'}; give role and content")
+    if role not in ROLES:
+        raise UserError(f"{where} has role {role!r};{nearest(role, ROLES)} Roles: {listing(ROLES)}")
     content = message.get("content")
     if isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" for part in content

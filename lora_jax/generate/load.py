@@ -49,7 +49,7 @@ def load_for_inference(options: ModelOptions, adapter: str | None = None) -> Loa
     path, revision = options.path, options.revision
     if folder is not None and not path:
         stored = read_adapter_config(folder)
-        path, revision = base_of(folder, stored, None), revision or stored.revision
+        path, revision = base_of(folder, stored), revision or stored.revision
     if not path:
         raise UserError("--model.path: needed without --adapter; give a folder or a Hub id")
     checkpoint = Checkpoint.open(resolve(path, revision, option="base model (--model.path)"))

@@ -23,9 +23,11 @@ class TrainingFacts:
     learning_rate: float | None = None
     """Peak learning rate."""
     eval_loss_before: float | None = None
-    """Evaluation loss of the base model, in nats a token."""
+    """Evaluation loss before the first step, in nats a token."""
     eval_loss_after: float | None = None
     """Evaluation loss with the adapter, in nats a token."""
+    resized_vocabulary: int | None = None
+    """Rows of the vocabulary where some were added to the base's."""
     version: str | None = None
     """Version of lora_jax."""
 
@@ -62,7 +64,8 @@ def adapter_card(
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             'adapter = "."  # this folder, or its id on the Hub',
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(named_base, ensure_ascii=False)})",
+            f"base = AutoModelForCausalLM.from_pretrained({_arguments(named_base, config.revision)})",
+            *_resized(facts.resized_vocabulary),
             "model = PeftModel.from_pretrained(base, adapter)",
             "tokenizer = AutoTokenizer.from_pretrained(adapter)",
             "```",
@@ -76,6 +79,15 @@ def adapter_card(
             "",
         ]
     )
+
+
+def _arguments(base: str, revision: str | None) -> str:
+    quoted = json.dumps(base, ensure_ascii=False)
+    return quoted if revision is None else f"{quoted}, revision={json.dumps(revision)}"
+
+
+def _resized(vocabulary: int | None) -> list[str]:
+    return [] if vocabulary is None else [f"base.resize_token_embeddings({vocabulary})"]
 
 
 def _rows(config: AdapterConfig, facts: TrainingFacts, base_id: str | None) -> list[tuple[str, str]]:

@@ -86,7 +86,9 @@ def windows_of_layer_types(config: Any) -> tuple[int | None, ...]:
 
 def _rope(config: Any) -> Rope:
     parameters = config.rope_parameters
-    original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    original = parameters.get("original_max_position_embeddings")
+    if parameters.get("rope_type") == "dynamic" or not original:  # dynamic has no other, as in transformers
+        original = config.max_position_embeddings
     return Rope(
         rope_type=parameters.get("rope_type", "default"),
         rope_theta=float(parameters["rope_theta"]),

@@ -42,11 +42,15 @@ class Leaves(nn.Module):
         return a, self.get_variable(TRAINABLE, "lora_B"), self.get_variable(ADAPTER, "scaling")
 
 
+def product(x: Array, kernel: Array) -> Array:
+    """Return x · kernel in float32, its factors in x's dtype; true float32 where that is it."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+
+
 def matmul(x: Array, kernel: Array) -> Array:
-    """Return x · kernel in x's dtype, true float32 where that is it, else accumulated in float32."""
-    if x.dtype == jnp.float32:
-        return jnp.matmul(x, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+    """Return x · kernel in x's dtype, accumulated in float32."""
+    return product(x, kernel).astype(x.dtype)
 
 
 def drop(x: Array, rate: float, key: Array) -> Array:
@@ -72,7 +76,8 @@ class Linear(Leaves):
             a, b, scaling = adapted
             if self.lora_dropout and self.has_rng("dropout"):
                 x = drop(x, self.lora_dropout, self.make_rng("dropout"))
-            y = y + matmul(checkpoint_name(matmul(x, a) * scaling.astype(x.dtype), "low_rank"), b)
+            low_rank = (product(x, a) * scaling).astype(x.dtype)  # scaled before it is rounded, as in merging
+            y = y + matmul(checkpoint_name(low_rank, "low_rank"), b)
         bias = self.leaf("bias")
         return y if bias is None else y + bias.astype(y.dtype)
 
@@ -92,7 +97,7 @@ class Embedding(Leaves):
         adapted = self.low_rank()
         if adapted is not None:
             a, b, scaling = adapted
-            x = x + matmul(a[tokens].astype(self.dtype) * scaling.astype(self.dtype), b)
+            x = x + matmul((a[tokens] * scaling).astype(self.dtype), b)
         return x
 
     def tied_table(self) -> Float[Array, "vocab embed"]:

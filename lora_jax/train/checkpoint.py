@@ -63,7 +63,8 @@ class Checkpoints:
         if changed:
             texts = [f"{name} was {stored.get(name)}, is {now.get(name)}" for name in changed]
             raise UserError(
-                f"--resume: the checkpoint was made with other options: {listing(texts)}; give those, or --overwrite"
+                f"--resume: the checkpoint was made with other options: {listing(texts)}; give those, or "
+                "--overwrite; to train further, use --lora.init_from"
             )
         plain = state._replace(key=jax.random.key_data(state.key))._asdict()
         restored = self._read(step, state=ocp.args.StandardRestore(plain))["state"]

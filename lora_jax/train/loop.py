@@ -44,11 +44,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the loop ended: the last state, eval loss before and after, and the signal that stopped it early."""
+    """How the loop ended: the last state, eval loss before and after, tokens seen, the signal that stopped it early."""
 
     state: TrainState
     eval_before: float | None
     eval_after: float | None
+    num_tokens: int
     stopped_by: int | None
 
 
@@ -113,9 +114,8 @@ class Loop:
                 if received:
                     break
         jax.block_until_ready(state)
-        return Outcome(
-            state, before, after, received[0] if received and int(state.step) < self.sizes.steps else None
-        )
+        stopped_by = received[0] if received and int(state.step) < self.sizes.steps else None
+        return Outcome(state, before, after, window.tokens, stopped_by)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step counted from 1."""

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.models.decoder import Decoder
 
-HEAD_MODULES = ("embed_tokens", "lm_head")
 CHUNK = 512
 """Positions whose logits exist at once; fewer make the head's products slower, as each reads its whole table."""
 
@@ -48,10 +47,11 @@ def _token_losses_backward(residuals: Any, cotangent: Array) -> tuple[Array, Non
 token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
-def head_variables(variables: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of each collection that the head reads."""
+def head_variables(variables: dict[str, Any], tied: bool) -> dict[str, Any]:
+    """Return the part of each collection that the head reads, the embedding where it is tied to it."""
+    names = ("embed_tokens", "lm_head") if tied else ("lm_head",)
     return {
-        collection: {name: tree[name] for name in HEAD_MODULES if name in tree}
+        collection: {name: tree[name] for name in names if name in tree}
         for collection, tree in variables.items()
     }
 

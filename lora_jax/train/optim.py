@@ -57,12 +57,10 @@ def make_optimizer(train: TrainOptions, steps: int) -> optax.GradientTransformat
     elif train.optim == "lion":
         update = optax.lion(rate, b1, b2, weight_decay=decay, mask=decay_mask)
     elif train.optim == "adafactor":
-        update = optax.adafactor(
-            rate,
-            multiply_by_parameter_scale=False,
-            weight_decay_rate=decay or None,
-            weight_decay_mask=decay_mask,
-        )
+        # optax would add the decay after the learning rate, unscaled by it; here it is scaled as for the others.
+        factored = optax.adafactor(None, multiply_by_parameter_scale=False)  # ends with the sign of a descent
+        decayed = optax.add_decayed_weights(-decay, decay_mask)
+        update = optax.chain(factored, decayed, optax.scale_by_learning_rate(rate, flip_sign=False))
     else:
         update = optax.chain(optax.add_decayed_weights(decay, decay_mask), optax.sgd(rate))
     clip = optax.clip_by_global_norm(train.max_grad_norm) if train.max_grad_norm else optax.identity()

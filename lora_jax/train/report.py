@@ -41,16 +41,17 @@ def print_facts(console: Console, run: Run, opt_state: Any, *, length: int, step
     train = run.config.train
     console.print(trainable_line(*run.parameters), highlight=False, soft_wrap=True)
     devices = jax.devices()
+    idle = f" ({len(devices) - 1} more stay idle)" if len(devices) > 1 else ""
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
     trained, optimiser = size_text(tree_bytes(run.trainable)), size_text(tree_bytes(opt_state))
     padded = f"{rows} rows padded to {length} tokens: {rows * length:,}"
     facts = {
-        "devices": f"{len(devices)} x {devices[0].device_kind}, computing in {run.model.dtype}",
+        "device": f"{devices[0].device_kind}{idle}, computing in {run.model.dtype}",
         "base": f"{run.model_config.model_type}, {size_text(tree_bytes(run.frozen or run.trainable))}",
         "trained": f"{trained}, optimiser {optimiser} ({train.optim})",
         "train": run.train_rows.summary(),
         "eval": run.eval_rows.summary() if run.eval_rows else "none (data.eval_path or data.eval_fraction)",
-        "a step": f"{padded} ({train.gradient_accumulation_steps} passes)",
+        "a step": f"{padded} (passes: {train.gradient_accumulation_steps})",
         "steps": f"{steps:,} ({steps / math.ceil(len(run.train_rows) / rows):.2f} epochs)",
         "output": run.config.output_dir,
     }

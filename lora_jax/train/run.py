@@ -13,12 +13,22 @@ from rich.console import Console
 
 from lora_jax import __version__
 from lora_jax.config import RunConfig, check
+from lora_jax.errors import UserError
 from lora_jax.hub.model_card import TrainingFacts
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.export import export_adapter, export_model
 from lora_jax.train.loop import Loop, run_sizes
 from lora_jax.train.optim import make_optimizer
-from lora_jax.train.output import CHECKPOINTS, METRICS, MetricsLog, check_output, open_output, output_folder
+from lora_jax.train.output import (
+    ADAPTER,
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    MetricsLog,
+    check_output,
+    open_output,
+    output_folder,
+)
 from lora_jax.train.report import Reporter, print_facts
 from lora_jax.train.setup import Run, prepare
 from lora_jax.train.step import init_state
@@ -38,6 +48,7 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
     run = prepare(config, typed)
     sizes = run_sizes(run)
     state = init_state(run.trainable, make_optimizer(config.train, sizes.steps), run.key)
+    config = run.config  # with the options that an adapter to go on with decides
     folder, window = output_folder(config), None
     if not config.resume or not (folder / CHECKPOINTS).is_dir():
         open_output(config)
@@ -46,6 +57,10 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
         if config.resume and checkpoints.latest() is not None:
             state, window = checkpoints.restore(state)
             console.print(f"resuming after step {int(state.step)}", highlight=False)
+        elif config.resume and any((folder / name).exists() for name in (ADAPTER, MODEL)):
+            raise UserError(
+                f"--resume: {folder} holds a finished run and no checkpoint; add --overwrite to repeat it"
+            )
         elif config.resume:
             console.print("no checkpoint to resume from: starting afresh", highlight=False)
         if config.resume:
@@ -69,10 +84,12 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
         facts = TrainingFacts(
             data=config.data.path,
             steps=sizes.steps,
+            num_tokens=outcome.num_tokens,
             trainable_parameters=run.parameters[0],
             learning_rate=config.train.learning_rate,
             eval_loss_before=outcome.eval_before,
             eval_loss_after=outcome.eval_after,
+            resized_vocabulary=run.resized_vocabulary,
             version=__version__,
         )
         written = export_adapter(run, outcome.state.trainable, folder, facts)

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.continued import continued_config
+from lora_jax.adapters.continued import continued_config, resolved_options
 from lora_jax.adapters.count import trainable_parameters
 from lora_jax.adapters.init import init_adapter
-from lora_jax.adapters.peft import adapter_config, check_tensors, import_tensors
+from lora_jax.adapters.peft import Tensors, adapter_config, check_tensors, import_tensors
+from lora_jax.adapters.read import vocab_size
 from lora_jax.adapters.targets import Plan, make_plan
 from lora_jax.config import RunConfig
 from lora_jax.data.dataset import TokenDataset, hold_out, load_examples
@@ -54,6 +55,12 @@ class Run:
         return storage_dtype(self.checkpoint, self.model_config, self.config.model)
 
     @property
+    def resized_vocabulary(self) -> int | None:
+        """Rows of the vocabulary where some were added to the checkpoint's, else None."""
+        stored = self.checkpoint.shape(name_table(self.model_config)[0].name)[0]
+        return self.model_config.vocab_size if self.model_config.vocab_size > stored else None
+
+    @property
     def parameters(self) -> tuple[int, int]:
         """Return (trainable, all) parameters as PEFT counts them."""
         if self.plan is None:
@@ -75,7 +82,12 @@ def prepare(config: RunConfig, typed: Collection[str]) -> Run:
         model_config = replace(model_config, vocab_size=len(tokenizer))
     plan, lora_config, tensors = None, None, None
     if config.method == "lora":
-        lora_config, tensors = _adapter(config, typed, modules(model_config))
+        stored = _stored_adapter(config)
+        if stored is not None:
+            model_config = replace(model_config, vocab_size=vocab_size(*stored, model_config))
+        lora_config, tensors = _adapter(config, typed, modules(model_config), stored)
+        if tensors is not None:
+            config = replace(config, lora=resolved_options(config.lora, lora_config))
         plan = make_plan(lora_config, modules(model_config), strict=tensors is None)
         if tensors is not None:
             check_tensors(tensors, plan, config.lora.init_from)
@@ -89,7 +101,8 @@ def prepare(config: RunConfig, typed: Collection[str]) -> Run:
         trainable = jax.tree.map(partial(jnp.array, dtype=jnp.float32), params)
     else:
         frozen, layers = params, model_config.num_hidden_layers
-        trainable, adapter = init_adapter(init_key, plan, frozen, layers, config.lora.init_lora_weights)
+        init = config.lora.init_lora_weights if tensors is None else "true"
+        trainable, adapter = init_adapter(init_key, plan, frozen, layers, init)
         if tensors is not None:
             trainable = import_tensors(tensors, trainable, plan, config.lora.init_from)
     model = Decoder(
@@ -104,12 +117,24 @@ def prepare(config: RunConfig, typed: Collection[str]) -> Run:
     )  # fmt: skip
 
 
-def _adapter(config: RunConfig, typed: Collection[str], known: Sequence[Module]) -> tuple[AdapterConfig, Any]:
-    asked = adapter_config(config.lora, config.model.path, config.model.revision)
+def _stored_adapter(config: RunConfig) -> tuple[Path, AdapterConfig, Tensors] | None:
+    """Return the folder, config and tensors of the adapter to go on with, if one is given."""
     if config.lora.init_from is None:
+        return None
+    folder = Path(config.lora.init_from).expanduser()
+    return folder, *read_adapter(folder)
+
+
+def _adapter(
+    config: RunConfig,
+    typed: Collection[str],
+    known: Sequence[Module],
+    stored: tuple[Path, AdapterConfig, Tensors] | None,
+) -> tuple[AdapterConfig, Tensors | None]:
+    asked = adapter_config(config.lora, config.model.path, config.model.revision)
+    if stored is None:
         return asked, None
-    stored, tensors = read_adapter(Path(config.lora.init_from).expanduser())
-    return continued_config(asked, stored, typed, known), tensors
+    return continued_config(asked, stored[1], typed, known), stored[2]
 
 
 def _rows(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[TokenDataset, TokenDataset | None]:

@@ -31,12 +31,11 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step: mean loss in nats a trained token, gradient norm before clipping, tokens."""
+    """Scalars of one step: mean loss in nats a trained token, gradient norm before clipping, trained tokens."""
 
     loss: jax.Array
     grad_norm: jax.Array
     trained_tokens: jax.Array
-    real_tokens: jax.Array
 
 
 def init_state(trainable: Tree, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
@@ -52,7 +51,7 @@ def batch_loss(
     body_key, head_key = (None, None) if key is None else jax.random.split(key)
     rngs = None if body_key is None else {"dropout": body_key}
     hidden, _ = model.apply(variables, batch.tokens, batch.positions, batch.segment_ids, rngs=rngs)
-    head = head_variables(variables)
+    head = head_variables(variables, model.config.tie_word_embeddings)
     targets, weights = jnp.asarray(batch.targets), jnp.asarray(batch.weights)
     return summed_loss(model, head.pop("lora"), head, hidden, targets, weights, head_key)
 
@@ -89,9 +88,7 @@ def make_train_step(
         grads = jax.tree.map(lambda leaf: leaf / total, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = StepMetrics(
-            loss / total, optax.tree.norm(grads), trained, jnp.count_nonzero(batch.segment_ids)
-        )
+        metrics = StepMetrics(loss / total, optax.tree.norm(grads), trained)
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 
     return train_step

@@ -15,8 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.cli import main
+from lora_jax.errors import EXIT_CODE
 from tests.conftest import ROOT
-from tests.runs import ROWS, tree, write_rows
+from tests.runs import ROWS, run, train_arguments, tree, write_rows
 from tests.tiny import CONFIGS, write_checkpoint
 
 TRAIN = ("train", "--model.path", "model", "--data.path", "rows.jsonl", "--output_dir", "out")
@@ -479,7 +480,7 @@ MERGES: dict[str, Case] = {
     "output taken": (
         lambda: (Path("merged").mkdir(), Path("merged/a").touch()),
         MERGE,
-        "merged exists and is not empty; choose another folder, or pass --overwrite",
+        "--output merged: is not empty and holds no config.json, so it is kept; give another folder",
     ),
     "size": (
         nothing,
@@ -549,3 +550,40 @@ def test_the_programs_exit_with_2_and_that_line_alone(
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
     assert tree(home) == before
+
+
+def test_overwriting_replaces_only_a_folder_of_the_kind_that_is_written(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "project").mkdir()
+    (home / "project" / "thesis.txt").write_text("years of work")
+    for command in ("merge", "export"):
+        arguments = [command, "--adapter", "adapter", "--base", "model", "--output", "project", "--overwrite"]
+        assert main(arguments) == EXIT_CODE
+        assert "is not empty and holds no" in capsys.readouterr().err
+    assert (home / "project" / "thesis.txt").read_text() == "years of work"
+    for _ in range(2):
+        run("merge", "--adapter", "adapter", "--base", "model", "--output", "merged", "--overwrite")
+
+
+def test_an_empty_value_in_the_file_is_no_folder_called_none(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "run.yaml").write_text("output_dir:\nmodel: {path: model}\ndata: {path: rows.jsonl}\n")
+    assert main(["train", "run.yaml"]) == EXIT_CODE
+    assert "output_dir: needs a value" in capsys.readouterr().err
+    assert not (home / "None").exists()
+
+
+def test_resuming_a_finished_run_that_kept_no_checkpoint_is_refused(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = train_arguments(
+        home / "model", home / "rows.jsonl", home / "out", "--train.save_strategy", "no"
+    )
+    run(*arguments)
+    before = tree(home / "out")
+    capsys.readouterr()
+    assert main([*arguments, "--resume"]) == EXIT_CODE
+    assert "holds a finished run and no checkpoint" in capsys.readouterr().err
+    assert tree(home / "out") == before

@@ -140,7 +140,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("output_dir: \xe9".encode("latin-1"))
     for name, message in (
         ("none.yaml", "No such file or directory; give the path of a YAML file"),
-        (".", "Is a directory"),
+        (".", "is a folder, not a YAML file"),
         ("latin.yaml", "is not UTF-8 text"),
     ):
         with pytest.raises(UserError, match=message):

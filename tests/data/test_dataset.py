@@ -24,7 +24,6 @@ def test_counts_are_those_of_the_rows(make_tokenizer, write_lines):
     assert dataset.tokens == sum(len(example) for example in dataset)
     assert dataset.trained_tokens == sum(example.trained.sum() for example in dataset)
     assert dataset.longest == max(len(example) for example in dataset)
-    assert dataset.end_ids == {tokenizer.eos_token_id}
     assert dataset.where(1).endswith("rows.jsonl line 3")
     assert dataset.summary().startswith(f"{dataset.name}: 2 rows, {dataset.tokens} tokens, ")
     assert dataset.summary().endswith("; 1 dropped, nothing in them to train on")

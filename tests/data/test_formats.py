@@ -136,3 +136,9 @@ def test_tools_go_along_with_the_messages():
 def test_row_that_does_not_fit_is_one_clear_error_with_its_place(row, form, message):
     with pytest.raises(UserError, match=r"^rows\.jsonl line 3: .*" + message):
         example(row, form=form)
+
+
+def test_unknown_role_is_an_error_with_the_roles_there_are() -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]}
+    with pytest.raises(UserError, match=r"role 'asistant'; Perhaps you meant 'assistant'\?"):
+        to_example(row, "messages", "rows.jsonl line 1", text_field="text", chat=True)

@@ -54,7 +54,9 @@ def test_chunked_loss_and_gradients_are_those_of_all_logits_at_once(head: str, t
     name, config = HEADS[head]
     base = tiny_base(tmp_path / "base", name)
     _, _, trainable, adapter = adapted(base, config)
-    constant = head_variables({"params": base.params, "lora": trainable, "adapter": adapter})
+    constant = head_variables(
+        {"params": base.params, "lora": trainable, "adapter": adapter}, base.config.tie_word_embeddings
+    )
     leaves = constant.pop("lora")
     model = Decoder(base.config)
     hidden = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, 32))
@@ -74,7 +76,9 @@ def test_chunked_loss_and_gradients_are_those_of_all_logits_at_once(head: str, t
 
 
 def test_evaluation_and_training_see_one_loss(base: Base) -> None:
-    constant = head_variables({"params": base.params, "lora": {}, "adapter": {}})
+    constant = head_variables(
+        {"params": base.params, "lora": {}, "adapter": {}}, base.config.tie_word_embeddings
+    )
     constant.pop("lora")
     hidden = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, 32))
     targets = jnp.zeros((ROWS, LENGTH), jnp.int32)
@@ -85,7 +89,7 @@ def test_evaluation_and_training_see_one_loss(base: Base) -> None:
 
 
 def test_a_head_without_trained_leaves_gives_gradients_to_the_hidden_states_alone(base: Base) -> None:
-    constant = head_variables({"params": base.params, "adapter": {}})
+    constant = head_variables({"params": base.params, "adapter": {}}, base.config.tie_word_embeddings)
     hidden = jnp.ones((ROWS, LENGTH, 32))
     gradient = jax.grad(chunked_loss, argnums=3)(
         Decoder(base.config),
@@ -106,7 +110,7 @@ def test_the_loss_of_huge_logits_is_finite() -> None:
 def test_no_buffer_of_the_compiled_step_holds_all_positions_logits(tmp_path: Path) -> None:
     """The largest array of vocabulary width in the program has a chunk's rows, not the batch's."""
     base = tiny_base(tmp_path / "wide", "llama", vocab_size=5003)
-    constant = head_variables({"params": base.params, "adapter": {}})
+    constant = head_variables({"params": base.params, "adapter": {}}, base.config.tie_word_embeddings)
     rows, length = 16, 256
     shapes = (
         jax.ShapeDtypeStruct((rows, length, 32), jnp.float32),
@@ -126,7 +130,9 @@ def test_no_buffer_of_the_compiled_step_holds_all_positions_logits(tmp_path: Pat
 
 def test_dropout_of_an_adapted_head_differs_between_chunks_and_repeats_with_its_key(base: Base) -> None:
     _, _, trainable, adapter = adapted(base, lora(target_modules=("lm_head",)))
-    constant = head_variables({"params": base.params, "lora": trainable, "adapter": adapter})
+    constant = head_variables(
+        {"params": base.params, "lora": trainable, "adapter": adapter}, base.config.tie_word_embeddings
+    )
     leaves = constant.pop("lora")
     model = Decoder(base.config, lora_dropout=0.5)
     hidden = jnp.ones((ROWS, LENGTH, 32))

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from lora_jax.hub.adapter_files import read_adapter
 from lora_jax.hub.checkpoint import Checkpoint
-from tests.runs import metrics, run, train_arguments
+from tests.runs import metrics, run, timeless, train_arguments
 
 
 def eval_losses(output: Path) -> list[float]:
@@ -106,3 +107,17 @@ def test_a_16_bit_base_trains_a_float32_adapter(
     assert {Checkpoint.open(merged).dtype(name) for name in Checkpoint.open(merged).names} == {
         np.dtype(np.float16)
     }
+
+
+def test_config_of_a_run_that_went_on_from_an_adapter_repeats_it(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    first, second, again = (tmp_path / name for name in ("first", "second", "again"))
+    run(*train_arguments(model, rows, first, "--lora.target_modules", "q_proj", "--lora.lora_dropout", "0.2"))
+    started = train_arguments(model, rows, second, "--lora.init_from", str(first / "adapter"))
+    place = started.index("--lora.r")
+    run(*started[:place], *started[place + 2 :])
+    resolved = yaml.safe_load((second / "config.yaml").read_text())["lora"]
+    assert (resolved["r"], resolved["target_modules"], resolved["lora_dropout"]) == (2, ["q_proj"], 0.2)
+    run("train", str(second / "config.yaml"), "--output_dir", str(again))
+    assert timeless(again) == timeless(second)

@@ -67,6 +67,9 @@ def test_weight_decay_shrinks_matrices_and_neither_biases_nor_norms(optim: Any) 
     decayed = ("lora_A", "lora_B", "kernel", "embedding", "token_rows")
     assert shrunk == {name: name in decayed for name in shrunk}
     assert kept == {name: name not in decayed for name in kept}
+    np.testing.assert_allclose(
+        updates["module"]["lora_A"], -0.5 * 0.1, rtol=1e-6
+    )  # scaled by the learning rate
     assert decay_mask(tree) == {"module": shrunk}
 
 
