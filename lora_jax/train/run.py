@@ -57,7 +57,7 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
         if config.resume and checkpoints.latest() is not None:
             state, window = checkpoints.restore(state)
             console.print(f"resuming after step {int(state.step)}", highlight=False)
-        elif config.resume and any((folder / name).exists() for name in (ADAPTER, MODEL)):
+        elif config.resume and any((folder / name).is_dir() for name in (ADAPTER, MODEL)):
             raise UserError(
                 f"--resume: {folder} holds a finished run and no checkpoint; add --overwrite to repeat it"
             )
