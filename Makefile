@@ -28,7 +28,7 @@ help: ## Show this list.
 
 demo: $(VENV)/.installed ## Train the shipped model on the shipped rows, merge, and show a prompt before and after.
 	$(BIN)/python train.py configs/quickstart.yaml --overwrite
-	$(BIN)/python merge.py --adapter $(DEMO)/adapter --output $(DEMO)/merged
+	$(BIN)/python merge.py --adapter $(DEMO)/adapter --output $(DEMO)/merged --overwrite
 	@echo "Before:"
 	@$(BIN)/lora-jax generate --model.path $(DEMO_MODEL) --prompt "$(PROMPT)"
 	@echo "After:"
