@@ -25,13 +25,37 @@ GROUP = 2 * BLOCK
 NESTED_BLOCK = 256
 
 
+class _Kernel:
+    """What follows from the shape and the arrays of either kind of kernel."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel that this one stands for, [..., in, out]."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the kernel that this one stands for."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "absmax", "nested_absmax", "nested_offset"],
     meta_fields=["sizes", "dtype", "quant_type", "table", "blocksize", "nested_table", "nested_blocksize"],
 )
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class QuantizedKernel:
+class QuantizedKernel(_Kernel):
     """A 4-bit kernel.
 
     Arrays, grouped over G = ceil(in / 128) groups, or flat with n = in * out weights:
@@ -71,21 +95,6 @@ class QuantizedKernel:
         """Shape of the kernel that this one stands for, [..., in, out]."""
         return (*self.codes.shape[: -2 if self.grouped else -1], *self.sizes)
 
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the kernel that this one stands for."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return _nbytes(self)
-
     def __repr__(self) -> str:
         nested = ", double-quantised" if self.nested else ""
         return f"QuantizedKernel({self.quant_type}, {_described(self)}{nested})"
@@ -93,7 +102,7 @@ class QuantizedKernel:
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "absmax"], meta_fields=["dtype"])
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Int8Kernel:
+class Int8Kernel(_Kernel):
     """An 8-bit kernel: weight [in, out] = codes * absmax[out] / 127 (Dettmers et al. 2022, arXiv:2208.07339).
 
     Arrays: codes int8 [..., in, out], absmax float32 [..., out]. Static: the dtype the weights had.
@@ -107,21 +116,6 @@ class Int8Kernel:
     def shape(self) -> tuple[int, ...]:
         """Shape of the kernel that this one stands for, [..., in, out]."""
         return tuple(self.codes.shape)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the kernel that this one stands for."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return _nbytes(self)
 
     def __repr__(self) -> str:
         return f"Int8Kernel({_described(self)})"
@@ -143,10 +137,6 @@ def may_be_grouped(rows: int, blocksize: int) -> bool:
 def groups(rows: int) -> int:
     """Return the number of groups of 128 rows, the last one perhaps half."""
     return -(-rows // GROUP)
-
-
-def _nbytes(kernel: Quantized) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kernel))
 
 
 def _described(kernel: Quantized) -> str:
