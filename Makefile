@@ -11,6 +11,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 
 BIN := $(VENV)/bin
+CUDA_VENV := $(VENV)-cuda
 # Where configs/quickstart.yaml reads from and writes to.
 DEMO_MODEL := examples/fennel-2m
 DEMO := outputs/quickstart
@@ -20,10 +21,10 @@ export JAX_PLATFORMS ?= cpu
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test parity check format clean
+.PHONY: help demo test parity check format aot aot-cuda clean
 
 help: ## Show this list.
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo "  With another Python: make test PYTHON=python3.12"
 
 demo: $(VENV)/.installed ## Train the shipped model on the shipped rows, merge, and show a prompt before and after.
@@ -50,6 +51,12 @@ format: $(VENV)/.installed-dev ## Mend what ruff can mend.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+aot: $(VENV)/.installed-test ## Compile the 4-bit kernels for TPUs, in every shape of four models: half an hour or more.
+	$(BIN)/python scripts/aot_tpu.py $(ARGS)
+
+aot-cuda: $(CUDA_VENV)/.installed ## The same for GPUs, in an environment of its own: a download of gigabytes.
+	$(CUDA_VENV)/bin/python scripts/aot_cuda.py $(ARGS)
+
 clean: ## Remove the environments, the caches and what the demo wrote.
 	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis $(DEMO)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -64,6 +71,13 @@ $(BIN)/python:
 	    || { echo "$(PYTHON): older than 3.11; give a newer one with PYTHON=python3.12" >&2; exit 2; }; \
 	echo "Making $(VENV) with $$python"; \
 	"$$python" -m venv --clear $(VENV)
+
+# JAX 0.11 and later compile a kernel without a GPU as well, but write no PTX to count registers in.
+$(CUDA_VENV)/.installed: pyproject.toml $(BIN)/python
+	$(BIN)/python -m venv --clear $(CUDA_VENV)
+	@echo 'Installing CUDA for JAX into $(CUDA_VENV): gigabytes'
+	$(CUDA_VENV)/bin/python -m pip install -qq -e . "jax[cuda13]<0.11"
+	@touch $@
 
 # A stamp for each set of extras, older than pyproject.toml where something may have to be installed.
 install = @echo 'Installing $(1) into $(VENV): minutes the first time'; $(BIN)/python -m pip install -qq $(1)

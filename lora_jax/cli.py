@@ -14,6 +14,7 @@ USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
 
   train      fine-tune a Hugging Face checkpoint with LoRA
   merge      merge an adapter into its base, as a Hugging Face folder
+  quantize   write a checkpoint with its linear layers in 4 or 8 bits, as bitsandbytes stores them
   generate   complete a prompt with a model, and an adapter if given
   export     rewrite an adapter for another program (--for vllm)
   inspect    show the data as the model is trained on it (inspect data), or an adapter (inspect adapter)
@@ -74,11 +75,18 @@ def _export(arguments: Sequence[str]) -> int:
     return export(parse(ExportOptions, arguments, program="lora-jax export")[0])
 
 
+def _quantize(arguments: Sequence[str]) -> int:
+    from lora_jax.commands.quantize import QuantizeOptions, quantize
+    from lora_jax.options import parse
+
+    return quantize(parse(QuantizeOptions, arguments, program="lora-jax quantize")[0])
+
+
 def _generate(arguments: Sequence[str]) -> int:
     from lora_jax.commands.generate import GenerateOptions, generate
     from lora_jax.options import parse
 
-    return generate(parse(GenerateOptions, arguments, program="lora-jax generate")[0])
+    return generate(*parse(GenerateOptions, arguments, program="lora-jax generate"))
 
 
 def _inspect(arguments: Sequence[str]) -> int:
@@ -90,6 +98,7 @@ def _inspect(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "merge": _merge,
+    "quantize": _quantize,
     "generate": _generate,
     "export": _export,
     "inspect": _inspect,

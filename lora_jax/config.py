@@ -14,6 +14,8 @@ from typing import Literal
 from lora_jax.errors import UserError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+FOUR_BIT = "bnb_4bit_"
+"""What the names of options that only a 4-bit model has begin with."""
 DataFormat = Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"]
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
@@ -37,6 +39,18 @@ class ModelOptions:
     """Dtype of the matrix products; auto is float32 on a CPU or where dtype is float32, else bfloat16."""
     resize_vocab: bool = False
     """Add embedding rows for tokens the tokenizer has beyond the checkpoint's vocabulary."""
+    load_in_4bit: bool = False
+    """Hold the linear layers in 4 bits (QLoRA); a checkpoint that is quantised already needs no such option."""
+    load_in_8bit: bool = False
+    """Hold the linear layers in 8 bits, one scale an output."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Codes of 4 bits: nf4 (4-bit NormalFloat) or fp4."""
+    bnb_4bit_use_double_quant: bool = True
+    """Hold the scales of 4-bit blocks in 8 bits: 4.13 bits a weight instead of 4.5."""
+    bnb_4bit_compute_dtype: Dtype = "auto"
+    """compute_dtype of a 4-bit model, under its name in transformers."""
+    llm_int8_skip_modules: tuple[str, ...] = ()
+    """Modules to leave unquantised, in 4 bits too; the embedding, lm_head and norms always are."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +225,25 @@ def check(config: RunConfig) -> None:
         data.eval_fraction,
         "excludes --data.eval_path; give one of the two",
     )
+    check_model(config.model)
     _check_train(train)
+
+
+def check_model(model: ModelOptions) -> None:
+    """Raise UserError for options of the base model that contradict each other."""
+    _require(
+        not (model.load_in_4bit and model.load_in_8bit),
+        "--model.load_in_8bit",
+        True,
+        "excludes --model.load_in_4bit; give one of the two",
+    )
+    dtypes = (model.compute_dtype, model.bnb_4bit_compute_dtype)
+    _require(
+        "auto" in dtypes or dtypes[0] == dtypes[1],
+        "--model.bnb_4bit_compute_dtype",
+        model.bnb_4bit_compute_dtype,
+        f"contradicts --model.compute_dtype {model.compute_dtype}; give one of the two",
+    )
 
 
 def _check_regexes(lora: LoraOptions) -> None:

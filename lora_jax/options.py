@@ -27,7 +27,7 @@ Options = TypeVar("Options")
 Flags = dict[str, list[str]]
 
 _NAMES = re.compile(r"[\w.]+(?:\s*[,\s]\s*[\w.]+)+")
-_ALSO_CALLED = {"lr": "train.learning_rate", "rank": "lora.r"}
+_ALSO_CALLED = {"lr": "train.learning_rate", "rank": "lora.r", "bits": "model.load_in_4bit"}
 _YAML_WORDS = {"False": "no"}  # how YAML reads a bare no
 _NUMBERS: dict[Any, tuple[Callable[[str], float], str]] = {
     int: (int, "a whole number"),

@@ -19,13 +19,17 @@ from tokenizers import models as token_models
 from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.peft import adapter_table, import_tensors
 from lora_jax.adapters.targets import Plan, make_plan
+from lora_jax.config import ModelOptions
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.packed_checkpoint import open_checkpoint
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Decoder, positions_of
 from lora_jax.models.families import read_config
+from lora_jax.models.layers import variables
 from lora_jax.models.load import check_names, load_params
 from lora_jax.models.names import modules, name_table
+from lora_jax.models.quantization import quantization_of
 
 VOCAB, LAYERS = 96, 3
 SIZES: dict[str, Any] = {
@@ -75,6 +79,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {**SIZES, "model_type": "qwen3", "head_dim": 16},
     "qwen3-tied": {**SIZES, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
 }  # fmt: skip
+
+GROUPED: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192}
+"""Changes that make a config's 4-bit kernels grouped, the MLP's with half a group at the end."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +144,13 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def open_base(folder: Path, dtype: str = "auto") -> Base:
-    """Read a checkpoint as a run does."""
-    checkpoint = Checkpoint.open(folder)
+def open_base(folder: Path, dtype: str = "auto", **options: Any) -> Base:
+    """Read a checkpoint as a run does, quantised where the options of the base model say so."""
+    checkpoint = open_checkpoint(folder)
     config = read_config(checkpoint.config, folder)
     check_names(checkpoint, config)
-    return Base(checkpoint, config, load_params(checkpoint, config, dtype))
+    quantization = quantization_of(ModelOptions(**options), checkpoint, [f"model.{name}" for name in options])
+    return Base(checkpoint, config, load_params(checkpoint, config, dtype, quantization))
 
 
 def tiny_base(folder: Path, name: str = "llama", **changes: Any) -> Base:
@@ -167,8 +175,8 @@ def adapted_logits(
     base: Base, trainable: Any, adapter: Any, tokens: jax.Array, segments: jax.Array
 ) -> jax.Array:
     """Return the logits of a base with an adapter, both trees empty for none."""
-    variables = {"params": base.params, "lora": trainable, "adapter": adapter}
-    return logits(Decoder(base.config), variables, tokens, segments)
+    collections = variables(base.params, trainable, adapter)
+    return logits(Decoder(base.config), collections, tokens, segments)
 
 
 def lora(**settings: Any) -> AdapterConfig:

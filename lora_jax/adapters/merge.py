@@ -3,8 +3,9 @@
     W' = W + scaling * B A            (a Linear, [out, in])
     E' = E + scaling * (B A)^T        (an Embedding, [vocab, embed])
 
-Sums are float32 and rounded once, to the dtype asked for. A head tied to the embedding stays tied where only
-token rows were trained; where the embedding or the head was adapted or trained on its own the two are
+W is the base's weight as stored; or, for a base that is quantised or was while the adapter was trained, what its
+codes stand for. Sums are float32 and rounded once, to the dtype asked for. A head tied to the embedding stays tied
+where only token rows were trained; where the embedding or the head was adapted or trained on its own the two are
 written apart and config.json says `tie_word_embeddings: false`, or the head would be lost on loading.
 """
 
@@ -16,12 +17,14 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.adapters.notes import Notes
 from lora_jax.adapters.peft import TOKEN_ROWS
-from lora_jax.adapters.targets import Plan
+from lora_jax.adapters.targets import Plan, Target
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.load import grown
 from lora_jax.models.names import EMBED_TOKENS, LM_HEAD, name_table
+from lora_jax.models.quantization import quantized_weights, read_weight
 
 EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -34,12 +37,21 @@ def merged_config(config: ModelConfig, plan: Plan) -> ModelConfig:
 
 
 def merged_tensors(
-    base: Checkpoint, config: ModelConfig, plan: Plan, tensors: Mapping[str, np.ndarray], dtype: str = "auto"
+    base: Checkpoint,
+    config: ModelConfig,
+    plan: Plan,
+    tensors: Mapping[str, np.ndarray],
+    dtype: str = "auto",
+    notes: Notes | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every tensor of the merged model by name, in dtype (auto: as the base stores it).
 
-    `config` is the base's; its vocab_size may be larger than the checkpoint's where rows were added.
+    `config` is the base's; its vocab_size may be larger than the checkpoint's where rows were added. With `notes`
+    of a quantised base it is merged onto what the codes stand for, an unquantised one's as they say.
     """
+    notes = notes or Notes()
+    quantization = notes.quantization
+    quantized = quantized_weights(base, config, quantization)
     deltas = {f"{target.module.name}.weight": target for target in plan.targets}
     biases = {
         f"{module.name}.bias": name
@@ -55,23 +67,26 @@ def merged_tensors(
         if whole is not None:
             yield entry.name, whole.astype(target_dtype)
             continue
-        value = base.tensor(source)
+        held = quantization if source in quantized else None
+        value = read_weight(base, source, held, notes.dtype, notes.decoded)
         if value.shape[0] < entry.shape[0]:
             value = grown(value, entry.shape[0])
         if entry.name in deltas:
             target = deltas[entry.name]
-            value = value.astype(np.float32) + _delta(target.module.name, target.scaling, tensors)
+            value = value.astype(np.float32) + delta(target, tensors)
         if plan.token_indices and source == EMBEDDING_NAME:
             value = value.astype(np.float32)
             value[list(plan.token_indices)] = tensors[TOKEN_ROWS]
         yield entry.name, value.astype(target_dtype)
 
 
-def _delta(name: str, scaling: float, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+def delta(target: Target, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return what an adapter adds to a module's weight, float32 in torch's layout."""
+    name, scaling = target.module.name, np.float32(target.scaling)
     if f"{name}.lora_embedding_A" in tensors:
         a, b = tensors[f"{name}.lora_embedding_A"], tensors[f"{name}.lora_embedding_B"]
-        return np.float32(scaling) * (a.T @ b.T)
-    return np.float32(scaling) * (tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"])
+        return scaling * (a.T @ b.T)
+    return scaling * (tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"])
 
 
 def _bias_names(name: str) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 
 from lora_jax.adapters.init import init_adapter
+from lora_jax.adapters.notes import read_notes
 from lora_jax.adapters.peft import check_tensors, import_tensors
 from lora_jax.adapters.targets import Plan, make_plan
 from lora_jax.errors import UserError
@@ -19,7 +19,6 @@ from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import modules
 
-NOTES_FILE = "lora_jax.json"
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -63,16 +62,4 @@ def vocab_size(
 ) -> int:
     """Return the vocabulary that an adapter needs: its base's, or the larger one that its notes or tables tell."""
     tables = [tensors[name].shape[0] for name in TABLES if name in tensors and config.modules_to_save]
-    return max(base.vocab_size, _noted_vocab_size(folder), *tables)
-
-
-def _noted_vocab_size(folder: Path) -> int:
-    try:
-        notes = json.loads((folder / NOTES_FILE).read_text(encoding="utf-8"))
-        return int(notes["vocab_size"])
-    except FileNotFoundError:
-        return 0  # not written by this library: its rows are the base's
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / NOTES_FILE}: is damaged ({error}); delete it or write the adapter again"
-        ) from error
+    return max(base.vocab_size, read_notes(folder).vocab_size, *tables)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_jax.config import ALL_LINEAR
@@ -70,6 +70,17 @@ def _plan(config: AdapterConfig, modules: Sequence[Module], strict: bool) -> Pla
     whole = dict.fromkeys(saved_names, "modules_to_save") | {m.name: "target_modules" for m in matched}
     _check_tied(config, modules, whole)
     return Plan(modules[0], targets, saved, tuple(biased), _token_indices(config, modules, whole))
+
+
+def check_unquantized(plan: Plan, quantized: Collection[str]) -> None:
+    """Raise UserError where a module that is to be trained whole has one of the quantised weights."""
+    for module in plan.saved:
+        if f"{module.name}.weight" in quantized:
+            name = module.name.rpartition(".")[2]
+            raise UserError(
+                f"modules_to_save: {module.name} is quantised, and codes cannot be trained; leave it unquantised with "
+                f"--model.llm_int8_skip_modules {name}, or adapt it with --lora.target_modules"
+            )
 
 
 def compact_targets(targets: Iterable[Target]) -> tuple[str, ...]:

@@ -43,14 +43,14 @@ class GenerateOptions:
     """Seed of the draws."""
 
 
-def generate(options: GenerateOptions) -> int:
+def generate(options: GenerateOptions, typed: Collection[str] = ()) -> int:
     """Print the completion of each prompt on standard output; return the exit code.
 
-    A single one is printed as it comes; several each follow their prompt, quoted with "> ". Raises UserError
-    before anything is printed.
+    A single one is printed as it comes; several each follow their prompt, quoted with "> ". `typed` names the
+    options that the user gave. Raises UserError before anything is printed.
     """
     _check(options)
-    loaded = load_for_inference(options.model, options.adapter)
+    loaded = load_for_inference(options.model, options.adapter, typed)
     _note_other_base(options, loaded)
     chat = bool(loaded.tokenizer.chat_template) and not options.raw
     if options.system is not None and not chat:

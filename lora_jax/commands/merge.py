@@ -9,12 +9,17 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from rich.console import Console
 
-from lora_jax.adapters.merge import merged_config, merged_tensors
+from lora_jax.adapters.merge import merged_config
+from lora_jax.adapters.notes import NOTES_FILE, Notes
 from lora_jax.adapters.read import base_of, open_adapter
+from lora_jax.commands.comparison import PROMPTS, Choice, Comparison, Precision, trained_notes
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter_config
+from lora_jax.hub.bitsandbytes import Bits, QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from lora_jax.hub.resolve import resolve
+from lora_jax.hub.tokenizer import TOKENIZER_FILE
 from lora_jax.hub.writer import parse_size
 from lora_jax.models.families import read_config
 from lora_jax.models.load import check_names
@@ -33,6 +38,12 @@ class MergeOptions:
     """Base model: a folder or a Hub id; unset is the one that the adapter names."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype to write; auto is the base's."""
+    base_precision: Literal["auto", "original", "dequantized"] = "auto"
+    """Merge onto the base's own weights, or onto what its codes stood for in training; auto: its own, if given."""
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Write the merged linear layers quantised, as bitsandbytes stores them; prints what it loses."""
+    prompts: tuple[str, ...] = PROMPTS
+    """Texts on which the choices are compared where the base was quantised; None compares weights alone."""
     max_shard_size: str = "5GB"
     """Greatest size of one safetensors file."""
     overwrite: bool = False
@@ -80,24 +91,31 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     config = read_adapter_config(folder)
     base_path = base_folder(folder, config, options.base)
     check_target(options.output, "config.json", folder, base_path)
-    base = Checkpoint.open(base_path)
+    base = open_checkpoint(base_path)
     model_config = read_config(base.config, base.folder)
     check_names(base, model_config)
     adapter = open_adapter(folder, model_config)
     merged = merged_config(adapter.model_config, adapter.plan)
+    trained = trained_notes(base, folder)
+    chosen = Choice(
+        _precision(options.base_precision, base, trained, folder),
+        options.dtype,
+        _written_quantization(options.quantize, trained),
+    )
+    comparison = Comparison(base, adapter, trained, chosen)
     changes: dict[str, Any] = {
         "tie_word_embeddings": merged.tie_word_embeddings,
         "vocab_size": merged.vocab_size,
         "dtype": options.dtype,
+        "quantization_config": None if chosen.quantization is None else chosen.quantization.to_json(),
     }
     if options.dtype == "auto":
         changes["dtype"] = str(jnp.dtype(base.dtype(base.names[0])))
-    tokenizer = folder if (folder / "tokenizer.json").exists() else None
-    tensors = merged_tensors(base, adapter.model_config, adapter.plan, adapter.tensors, options.dtype)
+    tokenizer = folder if (folder / TOKENIZER_FILE).exists() else base.folder
     save_model(
         Path(options.output).expanduser(),
         base,
-        tensors,
+        comparison.stored_tensors(),
         changes,
         tokenizer=tokenizer,
         max_shard_size=options.max_shard_size,
@@ -110,5 +128,32 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
         console.print(
             "note: embedding and head differ now; config.json says tie_word_embeddings false", soft_wrap=True
         )
-    console.print(f"merged {len(adapter.plan.targets)} modules into {options.output}", soft_wrap=True)
+    if trained.quantization is not None or chosen.quantization is not None:
+        comparison.print(console, options.prompts, tokenizer)
+    how = f" ({chosen.name})" if trained.quantization is not None or chosen.quantization is not None else ""
+    console.print(f"merged {len(adapter.plan.targets)} modules into {options.output}{how}", soft_wrap=True)
     return 0
+
+
+def _precision(asked: str, base: Checkpoint, trained: Notes, folder: Path) -> Precision:
+    quantized = isinstance(base, PackedCheckpoint)
+    if asked == "original" and quantized:
+        raise UserError(
+            f"--base_precision original: {base.folder} is quantised; give the unquantised base with --base, or "
+            "--base_precision dequantized"
+        )
+    if asked == "dequantized" and trained.quantization is None:
+        raise UserError(
+            f"--base_precision dequantized: neither {folder / NOTES_FILE} nor the base says how it was quantised; "
+            "give the quantised base with --base, or leave the option out"
+        )
+    return "dequantized" if quantized or asked == "dequantized" else "original"
+
+
+def _written_quantization(asked: str, trained: Notes) -> QuantizationConfig | None:
+    if asked == "none":
+        return None
+    skipped = () if trained.quantization is None else trained.quantization.skip_modules or ()
+    bits: Bits = 8 if asked == "int8" else 4
+    kind = "nf4" if asked == "int8" else asked
+    return QuantizationConfig(bits, kind, bits == 4, skip_modules=tuple(dict.fromkeys(("lm_head", *skipped))))

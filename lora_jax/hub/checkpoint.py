@@ -19,12 +19,15 @@ _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.sa
 
 
 class Checkpoint:
-    """A folder's config and tensors; opening reads headers only, and each tensor is read when asked for."""
+    """A folder's config and tensors; opening reads headers only, and each tensor is read when asked for.
+
+    `files` says which file holds each tensor.
+    """
 
     def __init__(self, folder: Path, config: dict[str, Any], files: dict[str, SafetensorsFile]) -> None:
         self.folder = folder
         self.config = config
-        self._files = files
+        self.files = files
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -45,24 +48,28 @@ class Checkpoint:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, sorted."""
-        return tuple(sorted(self._files))
+        return tuple(sorted(self.files))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as stored."""
-        return sum(file.nbytes for file in set(self._files.values()))
+        return sum(file.nbytes for file in set(self.files.values()))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        return self._files[name].shape(name)
+        return self.files[name].shape(name)
 
     def dtype(self, name: str) -> np.dtype:
         """Return a tensor's dtype without reading it; raises UserError unless it is F32, F16 or BF16."""
-        return self._files[name].dtype(name)
+        return self.files[name].dtype(name)
 
     def tensor(self, name: str) -> np.ndarray:
         """Read one tensor into memory; raises UserError as `dtype` does, or where the file cannot be read."""
-        return self._files[name].tensor(name)
+        return self.files[name].tensor(name)
+
+    def raw(self, name: str) -> np.ndarray:
+        """Read one tensor of any dtype into memory; raises UserError where the file cannot be read."""
+        return self.files[name].raw(name)
 
 
 def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:

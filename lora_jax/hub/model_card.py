@@ -28,6 +28,8 @@ class TrainingFacts:
     """Evaluation loss with the adapter, in nats a token."""
     resized_vocabulary: int | None = None
     """Rows of the vocabulary where some were added to the base's."""
+    quantization: str | None = None
+    """How the base was quantised while the adapter was trained."""
     version: str | None = None
     """Version of lora_jax."""
 
@@ -100,6 +102,7 @@ def _rows(config: AdapterConfig, facts: TrainingFacts, base_id: str | None) -> l
             f"[{base}](https://huggingface.co/{base})" if base_id else base and f"`{base}` (a local folder)",
         ),
         ("base revision", config.revision),
+        ("base in training", facts.quantization),
         ("rank (r)", config.r),
         ("lora_alpha", f"{config.lora_alpha:g} (scale {scale})"),
         ("lora_dropout", f"{config.lora_dropout:g}"),

@@ -78,9 +78,13 @@ class SafetensorsFile:
     def tensor(self, name: str) -> np.ndarray:
         """Read one tensor, and nothing else, into memory; raises UserError as `dtype` does."""
         self.dtype(name)
+        return self.raw(name)
+
+    def raw(self, name: str) -> np.ndarray:
+        """Read one tensor of any dtype that numpy has; raises UserError where it cannot be read."""
         try:
             return self._handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, TypeError, KeyError) as error:
             raise UserError(
                 f"tensor {name} cannot be read: {self.path} ({error}); {_DOWNLOAD_AGAIN}"
             ) from error

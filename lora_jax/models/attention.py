@@ -8,6 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 Mask = Bool[Array, "batch length keys"]
 
+AT_ONCE = 128 * 2**20
+"""Bytes of float32 scores above which the heads of keys are taken one at a time."""
+
 
 def attention_mask(
     query_segments: Int[Array, "batch length"],
@@ -43,17 +46,38 @@ def attend(
     batch, length, heads, head_dim = query.shape
     keys, kv_heads = key.shape[1], key.shape[2]
     rows = heads // kv_heads * length
-    precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
     # Heads of a group become rows of one product with their keys: a plain batched product, which a CPU does
     # in two thirds of the time that it takes with the group as an axis of its own.
     folded = query.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     folded = folded.reshape(batch * kv_heads, rows, head_dim)
     key = key.transpose(0, 2, 1, 3).reshape(batch * kv_heads, keys, head_dim)
     value = value.transpose(0, 2, 1, 3).reshape(batch * kv_heads, keys, head_dim)
-    scores = jnp.einsum("nrd,nkd->nrk", folded, key, precision=precision, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, -1, length, keys) * head_dim**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(-1, rows, keys)
-    mixed = jnp.einsum("nrk,nkd->nrd", probabilities, value, precision=precision)
+    if 4 * batch * heads * length * keys <= AT_ONCE:
+        mixed = _mixed(folded, key, value, mask)
+    else:
+        # A head of keys at a time; its scores are formed again in the backward pass, for all of them would be kept.
+        def one(part: tuple[Array, Array, Array, Array]) -> Array:
+            query, key, value, row = part
+            return _mixed(query[None], key[None], value[None], mask[row][None])[0]
+
+        rows_of = jnp.arange(batch * kv_heads) // kv_heads
+        mixed = jax.lax.map(jax.checkpoint(one), (folded, key, value, rows_of))
     mixed = mixed.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, length, heads, head_dim)
+
+
+def _mixed(
+    query: Float[Array, "groups rows head_dim"],
+    key: Float[Array, "groups keys head_dim"],
+    value: Float[Array, "groups keys head_dim"],
+    mask: Mask,
+) -> Float[Array, "groups rows head_dim"]:
+    """Return each group's values weighed by its scores; the groups of a row of the batch share its mask."""
+    batch, length, keys = mask.shape
+    groups, rows, head_dim = query.shape
+    precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    scores = jnp.einsum("nrd,nkd->nrk", query, key, precision=precision, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, groups // batch, -1, length, keys) * head_dim**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(-1, rows, keys)
+    return jnp.einsum("nrk,nkd->nrd", probabilities, value, precision=precision)

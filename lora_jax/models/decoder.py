@@ -1,7 +1,8 @@
 """One decoder-only transformer for every family, its layers scanned.
 
-    hidden = model.apply({"params": frozen, "lora": trainable, "adapter": adapter}, tokens, positions, segments)
-    logits = model.apply(variables, hidden, method="logits")
+    collections = variables(frozen, trainable, adapter)
+    hidden, cache = model.apply(collections, tokens, positions, segments)
+    logits = model.apply(collections, hidden, method="logits")
 
 `trainable` may be empty: an un-adapted model is the same code. Dropout is on where a "dropout" rng is
 given. With a `Cache` the call appends to it and attends over it (generation).
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.models.attention import Mask, attend, attention_mask, within_window
 from lora_jax.models.config import ModelConfig
-from lora_jax.models.layers import ADAPTER, FROZEN, TRAINABLE, Embedding, Linear, RMSNorm
+from lora_jax.models.layers import ADAPTER, FROZEN, STACKS, TRAINABLE, Embedding, Linear, RMSNorm
 from lora_jax.models.rope import angles, rotate
 
 ACTIVATIONS = {
@@ -149,6 +150,7 @@ class Decoder(nn.Module):
         scanned: Any = scan(
             layer,
             variable_axes={FROZEN: 0, TRAINABLE: 0, ADAPTER: 0},
+            variable_broadcast=STACKS,
             split_rngs={"dropout": True},
             in_axes=(nn.broadcast, 0 if windowed else nn.broadcast, 0),
             length=self.config.num_hidden_layers,
@@ -173,9 +175,9 @@ class Decoder(nn.Module):
             key_slots = jnp.arange(cache.segments.shape[1], dtype=jnp.int32)
             key_segments = jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.used))
             layers_cache = (cache.key, cache.value)
-        cosine, sine = angles(self.config.rope, self.config.head_dim, positions, self.dtype)
+        rotations = angles(self.config.rope, self.config.head_dim, positions, self.dtype)
         mask = attention_mask(segments, key_segments, slots, key_slots)
-        sight = Sight(cosine, sine, mask, slots, key_slots)
+        sight = Sight(*rotations, mask, slots, key_slots)
         windows = self.config.windows
         x, grown = self.layers(
             self.embed_tokens(tokens), sight, None if windows is None else jnp.asarray(windows), layers_cache
@@ -189,7 +191,7 @@ class Decoder(nn.Module):
         """Return the head's float32 logits of hidden states."""
         if not self.config.tie_word_embeddings:
             return self.lm_head(hidden).astype(jnp.float32)
-        logits = self.lm_head(hidden, self.embed_tokens.tied_table().T)
+        logits = self.lm_head(hidden, self.embed_tokens.tied_table())
         return self.embed_tokens.tied_rows(hidden, logits).astype(jnp.float32)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.advice import without_advice
+from lora_jax.hub.bitsandbytes import read_quantization_config
 from lora_jax.models.config import ModelConfig, decoder_config, windows_of_layer_types
 from lora_jax.models.decoder import ACTIVATIONS
 from lora_jax.models.rope import ROPE_TYPES
@@ -49,18 +50,15 @@ FAMILIES: dict[str, Callable[[Any], ModelConfig]] = {
 def read_config(config: Mapping[str, Any], where: object) -> ModelConfig:
     """Return the ModelConfig of a parsed config.json; `where` names it in errors.
 
-    Raises UserError for a model_type, rope type or activation that is not supported, and for values
-    that transformers refuses.
+    Raises UserError for a model_type, rope type, activation or quantisation that is not supported, and for
+    values that transformers refuses.
     """
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise UserError(
             f"model_type {model_type!r} is not supported: {where}; supported: {listing(FAMILIES)}"
         )
-    if config.get("quantization_config"):
-        raise UserError(
-            f"quantization_config: {where} holds quantised weights; give the 16- or 32-bit checkpoint"
-        )
+    read_quantization_config(config, where)
     with without_advice():
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

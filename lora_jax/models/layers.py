@@ -7,19 +7,41 @@ initialised here: parameters come from files, adapters from `lora_jax.adapters`.
 
     Linear:     y = x W + b + scaling * (dropout(x) A) B      (Hu et al. 2021, arXiv:2106.09685, eq. 3)
     Embedding:  y = E[t] + scaling * A[t] B
+
+A quantised kernel of scanned layers is not scanned: the whole stack stands in the `stacks` collection, and in
+`params` the index of each layer, with which the product reads its layer in place (`variables`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-FROZEN, TRAINABLE, ADAPTER = "params", "lora", "adapter"
+from lora_jax.quant.leaf import is_quantized
+from lora_jax.quant.matmul import matmul as quantized_matmul
+
+FROZEN, TRAINABLE, ADAPTER, STACKS = "params", "lora", "adapter", "stacks"
+SCANNED = "layers"
+
+
+def variables(frozen: Any, trainable: Any, adapter: Any) -> dict[str, Any]:
+    """Return the collections that the decoder is applied to; quantised kernels of scanned layers are set apart."""
+    leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(frozen))
+    stacks = {path: leaf for path, leaf in leaves.items() if path[0] == SCANNED and is_quantized(leaf)}
+    indices = {path: jnp.arange(stack.shape[0], dtype=jnp.int32) for path, stack in stacks.items()}
+    return {
+        FROZEN: unflatten_dict(leaves | indices),
+        TRAINABLE: trainable,
+        ADAPTER: adapter,
+        STACKS: unflatten_dict(stacks),
+    }
 
 
 class Leaves(nn.Module):
@@ -42,10 +64,41 @@ class Leaves(nn.Module):
         return a, self.get_variable(TRAINABLE, "lora_B"), self.get_variable(ADAPTER, "scaling")
 
 
-def product(x: Array, kernel: Array) -> Array:
-    """Return x · kernel in float32, its factors in x's dtype; true float32 where that is it."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+def product(x: Array, kernel: Array, transposed: bool = False) -> Array:
+    """Return x · kernel, or x · kernelᵀ, in float32, its factors in x's dtype; true float32 where that is it.
+
+    So are the factors of the two products of the backward pass, where JAX's own rule would widen a 16-bit kernel to
+    meet the float32 cotangent: a copy of it, and a product at half the speed or less. A kernel is never transposed
+    as an array, for which a CPU has no product of 16-bit factors.
+    """
+    return _product(transposed, x, kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(transposed: bool, x: Array, kernel: Array) -> Any:
+    return _dot(x, kernel.astype(x.dtype), x.ndim - 1, int(transposed))
+
+
+def _product_forward(transposed: bool, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return product(x, kernel, transposed), (x, kernel)
+
+
+def _product_backward(transposed: bool, factors: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = factors
+    dy = dy.astype(x.dtype)
+    dx = _dot(dy, kernel.astype(x.dtype), dy.ndim - 1, int(not transposed)).astype(x.dtype)
+    rows, d_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    pair = (d_rows, rows) if transposed else (rows, d_rows)
+    return dx, _dot(*pair, 0, 0).astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    contracted = (((left_axis,), (right_axis,)), ((), ()))
+    return jax.lax.dot_general(left, right, contracted, precision, preferred_element_type=jnp.float32)
 
 
 def matmul(x: Array, kernel: Array) -> Array:
@@ -66,11 +119,10 @@ class Linear(Leaves):
     lora_dropout: float = 0.0
 
     def __call__(
-        self, x: Float[Array, "*batch in"], tied_kernel: Array | None = None
+        self, x: Float[Array, "*batch in"], tied_table: Array | None = None
     ) -> Float[Array, "*batch out"]:
-        """Apply the layer; `tied_kernel` [in, out] stands in where the module has no kernel of its own."""
-        kernel = self.leaf("kernel")
-        y = matmul(x, kernel if tied_kernel is None or kernel is not None else tied_kernel)
+        """Apply the layer; `tied_table` [out, in] stands in where the module has no kernel of its own."""
+        y = self._base(x, tied_table)
         adapted = self.low_rank()
         if adapted is not None:
             a, b, scaling = adapted
@@ -80,6 +132,16 @@ class Linear(Leaves):
             y = y + matmul(checkpoint_name(low_rank, "low_rank"), b)
         bias = self.leaf("bias")
         return y if bias is None else y + bias.astype(y.dtype)
+
+    def _base(self, x: Array, tied_table: Array | None) -> Array:
+        kernel, stack = self.leaf("kernel"), self.get_variable(STACKS, "kernel")
+        if stack is not None:
+            return quantized_matmul(x, cast(Any, stack), kernel)
+        if is_quantized(kernel):
+            return quantized_matmul(x, kernel)
+        if kernel is None and tied_table is not None:
+            return product(x, tied_table, True).astype(x.dtype)
+        return matmul(x, cast(Array, kernel))
 
 
 class Embedding(Leaves):

@@ -1,8 +1,8 @@
 """Reading a checkpoint into the frozen tree, one tensor at a time.
 
-Each tensor is moved to the device and written into its place of a donated buffer, so that the host
-never holds more than the tree in its target dtype (on a CPU, where the device is the host) and one
-tensor.
+Each tensor is moved to the device, quantised there where it is to be, and written into its place of a donated
+buffer, so that the host never holds more than the tree as it is to be (on a CPU, where the device is the host) and
+one tensor.
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ from flax.traverse_util import unflatten_dict
 
 from lora_jax.config import ModelOptions
 from lora_jax.errors import UserError, listing
+from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import Path, TensorName, may_be_ignored, name_table
+from lora_jax.models.quantization import (
+    abstract_kernel,
+    quantized_names,
+    quantized_weights,
+    read_kernel,
+    read_weight,
+)
+from lora_jax.quant.stack import empty_stack, place
 
 Params = dict[str, Any]
 
@@ -47,16 +56,34 @@ def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
         )
 
 
-def load_params(checkpoint: Checkpoint, config: ModelConfig, dtype: str = "auto") -> Params:
+def load_params(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: str = "auto",
+    quantization: QuantizationConfig | None = None,
+) -> Params:
     """Return the parameter tree of a checkpoint, kernels [layer, in, out], on the default device.
 
     `dtype` auto keeps what each tensor is stored as. Where `config.vocab_size` is larger than the
     checkpoint's, the embedding and head get rows that are the mean of those there. The checkpoint has
-    passed `check_names`.
+    passed `check_names`. Quantised kernels are pytrees (`lora_jax.quant.leaf`); a module that is quantised in
+    some layers only is held whole in all of them, those layers with the weights that their codes stand for.
     """
-    leaves: dict[Path, jax.Array] = {}
-    for entry in name_table(config):
-        tensor = checkpoint.tensor(entry.name)
+    leaves: dict[Path, Any] = {}
+    table = name_table(config)
+    quantized = quantized_weights(checkpoint, config, quantization)
+    mixed = {entry.path for entry in table if entry.name not in quantized}
+    for entry in table:
+        if quantization is not None and entry.name in quantized and entry.path not in mixed:
+            kernel = read_kernel(checkpoint, entry.name, quantization, dtype)
+            if entry.layer is not None:
+                stack = leaves.get(entry.path)
+                stack = empty_stack(kernel, config.num_hidden_layers) if stack is None else stack
+                kernel = place(stack, kernel, entry.layer, entry.name)
+            leaves[entry.path] = kernel
+            continue
+        held = quantization if entry.name in quantized else None
+        tensor = read_weight(checkpoint, entry.name, held, dtype)
         target = jnp.dtype(tensor.dtype if dtype == "auto" else dtype)
         if entry.layer is None:
             if tensor.shape[0] < entry.shape[0]:
@@ -70,12 +97,19 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, dtype: str = "auto"
     return unflatten_dict(leaves)
 
 
-def abstract_params(config: ModelConfig, dtype: str = "float32") -> Params:
+def abstract_params(
+    config: ModelConfig, dtype: str = "float32", quantization: QuantizationConfig | None = None
+) -> Params:
     """Return the parameter tree's shapes and dtypes, from the config alone."""
-    leaves: dict[Path, jax.ShapeDtypeStruct] = {}
+    leaves: dict[Path, Any] = {}
+    quantized = quantized_names(config, quantization)
     for entry in name_table(config):
+        layers = None if entry.layer is None else config.num_hidden_layers
+        if quantization is not None and entry.name in quantized:
+            leaves[entry.path] = abstract_kernel(entry.shape, dtype, quantization, layers)
+            continue
         shape = _tree_shape(entry)
-        stacked = shape if entry.layer is None else (config.num_hidden_layers, *shape)
+        stacked = shape if layers is None else (layers, *shape)
         leaves[entry.path] = jax.ShapeDtypeStruct(stacked, jnp.dtype(dtype))
     return unflatten_dict(leaves)
 
@@ -85,14 +119,6 @@ def storage_dtype(checkpoint: Checkpoint, config: ModelConfig, options: ModelOpt
     if options.dtype != "auto":
         return jnp.dtype(options.dtype)
     return jnp.dtype(checkpoint.dtype(name_table(config)[0].name))
-
-
-def compute_dtype(options: ModelOptions, stored: Any) -> Any:
-    """Return the dtype of the matrix products: auto is float32 on a CPU or with float32 weights, else bfloat16."""
-    if options.compute_dtype != "auto":
-        return jnp.dtype(options.compute_dtype)
-    wide = jax.default_backend() == "cpu" or stored == jnp.float32
-    return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
 
 
 def grown(table: np.ndarray, rows: int) -> np.ndarray:

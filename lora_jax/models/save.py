@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ from flax.traverse_util import flatten_dict
 
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import whole_folder, write_text
+from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.tokenizer import copy_config_files, copy_tokenizer
 from lora_jax.hub.writer import ShardWriter, parse_size
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import name_table
+from lora_jax.models.quantization import quantized_kernel
+from lora_jax.quant.repack import to_bitsandbytes
 
 CHECKED_ONE_IN = 16
 """The first tensor and, by its name, about one in so many others are read back and compared after writing."""
@@ -36,7 +39,9 @@ def save_model(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> None:
-    """Write tensors, in the dtype they come in, beside the source's config (with changes) and tokenizer.
+    """Write tensors, in the dtype they come in, beside the source's config and tokenizer.
+
+    `changes` go into config.json; None takes a key out of it.
 
     The folder appears whole or not at all. Tensors are written as they come: at most two shards are in
     memory. A few of them are read back and compared before the folder takes its name.
@@ -74,8 +79,23 @@ def tree_tensors(
         )
 
 
+def packed_tensors(
+    tensors: NamedTensors, names: Collection[str], quantization: QuantizationConfig
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield tensors with those of `names` quantised, each as what stands for it in a bitsandbytes checkpoint."""
+    for name, tensor in tensors:
+        if name in names:
+            yield from to_bitsandbytes(quantized_kernel(tensor, quantization, name)).tensors(name).items()
+        else:
+            yield name, tensor
+
+
 def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    changed = dict(config) | dict(changes)
+    changed = {
+        key: value
+        for key, value in (dict(config) | dict(changes)).items()
+        if changes.get(key, "") is not None
+    }
     if "torch_dtype" in changed and "dtype" in changes:
         changed["torch_dtype"] = changed.pop("dtype")
     return changed
@@ -87,6 +107,6 @@ def _checksum(tensor: np.ndarray) -> int:
 
 def _read_back(folder: Path, sums: Mapping[str, int]) -> None:
     written = Checkpoint.open(folder)
-    wrong = [name for name, checksum in sums.items() if _checksum(written.tensor(name)) != checksum]
+    wrong = [name for name, checksum in sums.items() if _checksum(written.raw(name)) != checksum]
     if wrong:
         raise UserError(f"{folder}: {listing(wrong)} read back differently than written; check the disk")

@@ -15,7 +15,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 from lora_jax.quant.codebooks import Table
+from lora_jax.quant.kernels.tpu_scales import look_up
 from lora_jax.quant.leaf import BLOCK, Int8Kernel, Quantized, QuantizedKernel, groups
+from lora_jax.quant.sharded import elementwise, partition_specs
 
 INT8_STEP = np.float32(7.874015718698502e-3)
 """1 / 127, the step that bitsandbytes multiplies with."""
@@ -38,12 +40,15 @@ def scales(kernel: QuantizedKernel) -> Float32[Array, "..."]:
     """Return the float32 scales of a kernel's blocks, in the shape of its absmax."""
     if kernel.nested_table is None:
         return kernel.absmax
-    # A scalar gather is slow on a TPU; 255 selects an 8-bit scale, one in 64 weights, are not.
-    units = jax.lax.platform_dependent(
-        kernel.absmax,
-        tpu=partial(select, table=kernel.nested_table),
-        default=partial(_looked_up, table=kernel.nested_table),
-    )
+    looked_up = partial(_looked_up, table=kernel.nested_table)
+    if kernel.grouped:
+        # A TPU gathers one scalar at a time, unless told to permute lanes.
+        by_lanes = partial(look_up, table=kernel.nested_table)
+        looked_up = partial(jax.lax.platform_dependent, tpu=by_lanes, default=looked_up)
+        specs = partition_specs(kernel).absmax
+        units = elementwise(looked_up, kernel.absmax, specs)
+    else:
+        units = looked_up(kernel.absmax)
     # Compilers fuse a product and a sum into one multiply-add, rounded once, unless something stands between them
     # that they cannot take away; a barrier they can.
     product = jnp.maximum(units * _nested_scales(kernel), np.finfo(np.float32).min)

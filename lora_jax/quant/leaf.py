@@ -7,18 +7,23 @@ whole 64-row blocks, each with one row of scales, and the kernel can be cut alon
 than a multiple of 128 has a last high half of zeros. Any other `in` has blocks that run over the ends of rows:
 such a kernel stays *flat*, in bitsandbytes' own order.
 
-Leading axes are stacks of kernels; a scan over layers slices the arrays and leaves the static facts as they are.
+Leading axes are stacks of kernels. A product is told which layer of a stack it is to read (`at`), so that a scan
+over layers carries an index and copies no codes.
 """
 
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from lora_jax.quant.codebooks import Table
+
+Tree = TypeVar("Tree")
+Axes = tuple[str | None, str | None]
+"""The mesh axes that `in` and `out` are cut along."""
 
 BLOCK = 64
 GROUP = 2 * BLOCK
@@ -52,7 +57,16 @@ class _Kernel:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "absmax", "nested_absmax", "nested_offset"],
-    meta_fields=["sizes", "dtype", "quant_type", "table", "blocksize", "nested_table", "nested_blocksize"],
+    meta_fields=[
+        "sizes",
+        "dtype",
+        "quant_type",
+        "table",
+        "blocksize",
+        "nested_table",
+        "nested_blocksize",
+        "cut",
+    ],
 )
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class QuantizedKernel(_Kernel):
@@ -64,8 +78,9 @@ class QuantizedKernel(_Kernel):
         nested_absmax   float32 [..., blocks of absmax], the blocks running over bitsandbytes' order [out, in / 64]
         nested_offset   float32 [...]; both None where absmax is float32
 
-    Static: sizes (in, out), the dtype the weights had, and how they were quantised. The fields are not checked, so
-    that specs and shapes can stand for the arrays.
+    Static: sizes (in, out), the dtype the weights had, how they were quantised, and the mesh axes that the two
+    sizes are cut along (`lora_jax.quant.sharded`). The fields are not checked, so that specs and shapes can stand
+    for the arrays.
     """
 
     codes: Any
@@ -79,6 +94,7 @@ class QuantizedKernel(_Kernel):
     blocksize: int
     nested_table: Table | None = None
     nested_blocksize: int = NESTED_BLOCK
+    cut: Axes = (None, None)
 
     @property
     def grouped(self) -> bool:
@@ -127,6 +143,13 @@ Quantized = QuantizedKernel | Int8Kernel
 def is_quantized(leaf: object) -> bool:
     """Say whether a leaf of the frozen tree is a quantised kernel; also `is_leaf` for `jax.tree.map`."""
     return isinstance(leaf, QuantizedKernel | Int8Kernel)
+
+
+def at(stack: Tree, layer: Any) -> Tree:
+    """Return one layer of a stack of kernels, or of anything else with a leading axis."""
+    return jax.tree.map(
+        lambda array: jax.lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False), stack
+    )
 
 
 def may_be_grouped(rows: int, blocksize: int) -> bool:

@@ -108,6 +108,16 @@ def abstract_quantized(
     )
 
 
+def abstract_int8(shape: tuple[int, int], dtype: Any, layers: int | None = None) -> Int8Kernel:
+    """Return the shapes and dtypes of what `quantize_int8` makes of a weight [out, in], stacked likewise."""
+    (out, rows), lead = shape, () if layers is None else (layers,)
+    return Int8Kernel(
+        codes=jax.ShapeDtypeStruct((*lead, rows, out), jnp.int8),
+        absmax=jax.ShapeDtypeStruct((*lead, out), jnp.float32),
+        dtype=jnp.dtype(dtype),
+    )
+
+
 def nested_absmax(absmax: Float[np.ndarray, " blocks"]) -> Nested:
     """Return the absmax of double quantisation: 8-bit codes of absmax - mean, with an own absmax for each 256."""
     offset = np.float32(absmax.mean(dtype=np.float64))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax.adapters.notes import Notes, write_notes
 from lora_jax.adapters.peft import export_tensors, saved_config
-from lora_jax.adapters.read import NOTES_FILE
 from lora_jax.hub.adapter_files import write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.model_card import TrainingFacts, adapter_card
@@ -28,7 +27,7 @@ def export_adapter(run: Run, trainable: Any, folder: Path, facts: TrainingFacts)
     with whole_folder(target, overwrite=True) as aside:
         write_adapter(aside, config, export_tensors(trainable, run.plan))
         copy_tokenizer(run.checkpoint.folder, aside)
-        write_text(aside / NOTES_FILE, json.dumps({"vocab_size": run.model_config.vocab_size}) + "\n")
+        write_notes(aside, Notes(run.model_config.vocab_size, run.config.model.dtype, run.quantization))
         card = adapter_card(config, facts, base_is_local=Path(run.config.model.path).expanduser().exists())
         write_text(aside / "README.md", card)
     return target

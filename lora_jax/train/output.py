@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lora_jax.config import RunConfig
+from lora_jax.config import FOUR_BIT, RunConfig
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import write_text
 
@@ -78,8 +78,14 @@ def open_output(config: RunConfig) -> Path:
 
 
 def config_yaml(config: RunConfig) -> str:
-    """Return all options as resolved, as a YAML file that train takes."""
+    """Return all options as resolved, less those of a quantised base where it is not, as a YAML file for train."""
     options = _plain(asdict(config))
+    model = config.model
+    idle = [name for name in options["model"] if name.startswith(FOUR_BIT) and not model.load_in_4bit]
+    if not (model.load_in_4bit or model.load_in_8bit):
+        idle.append("llm_int8_skip_modules")
+    for name in idle:
+        options["model"].pop(name)
     for switch in ("resume", "overwrite"):
         options.pop(switch)
     return yaml.safe_dump(options, sort_keys=False)

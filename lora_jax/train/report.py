@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_jax.adapters.count import trainable_line
+from lora_jax.quant.leaf import is_quantized
 from lora_jax.train.setup import Run
 
 
@@ -47,7 +48,7 @@ def print_facts(console: Console, run: Run, opt_state: Any, *, length: int, step
     padded = f"{rows} rows padded to {length} tokens: {rows * length:,}"
     facts = {
         "device": f"{devices[0].device_kind}{idle}, computing in {run.model.dtype}",
-        "base": f"{run.model_config.model_type}, {size_text(tree_bytes(run.frozen or run.trainable))}",
+        "base": f"{run.model_config.model_type}, {size_text(tree_bytes(run.frozen or run.trainable))}{_bits(run)}",
         "trained": f"{trained}, optimiser {optimiser} ({train.optim})",
         "train": run.train_rows.summary(),
         "eval": run.eval_rows.summary() if run.eval_rows else "none (data.eval_path or data.eval_fraction)",
@@ -63,6 +64,15 @@ def print_facts(console: Console, run: Run, opt_state: Any, *, length: int, step
     for name, fact in facts.items():
         table.add_row(Text(name, "dim"), Text(fact))
     console.print(table)
+
+
+def _bits(run: Run) -> str:
+    """Return how the base is quantised, and how many bits a quantised weight takes."""
+    kernels = [leaf for leaf in jax.tree.leaves(run.frozen, is_leaf=is_quantized) if is_quantized(leaf)]
+    if run.quantization is None or not kernels:
+        return ""
+    bits = 8 * sum(kernel.nbytes for kernel in kernels) / sum(kernel.size for kernel in kernels)
+    return f" ({run.quantization.summary()}: {bits:.2f} bits a weight in the linear layers)"
 
 
 class Reporter:

@@ -90,6 +90,7 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
             eval_loss_before=outcome.eval_before,
             eval_loss_after=outcome.eval_after,
             resized_vocabulary=run.resized_vocabulary,
+            quantization=run.quantization.summary() if run.quantization else None,
             version=__version__,
         )
         written = export_adapter(run, outcome.state.trainable, folder, facts)

@@ -16,19 +16,23 @@ from lora_jax.adapters.count import trainable_parameters
 from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.peft import Tensors, adapter_config, check_tensors, import_tensors
 from lora_jax.adapters.read import vocab_size
-from lora_jax.adapters.targets import Plan, make_plan
+from lora_jax.adapters.targets import Plan, check_unquantized, make_plan
 from lora_jax.config import RunConfig
 from lora_jax.data.dataset import TokenDataset, hold_out, load_examples
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
+from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.packed_checkpoint import open_checkpoint
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
-from lora_jax.models.load import check_names, compute_dtype, load_params, storage_dtype
+from lora_jax.models.load import check_names, load_params, storage_dtype
 from lora_jax.models.names import Module, modules, name_table
+from lora_jax.models.quantization import compute_dtype, quantization_of, quantized_weights
+from lora_jax.models.quantization import resolved_options as resolved_model
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Run:
 
     config: RunConfig
     checkpoint: Checkpoint
+    quantization: QuantizationConfig | None
     model_config: ModelConfig
     model: Decoder
     tokenizer: Any
@@ -74,9 +79,12 @@ def prepare(config: RunConfig, typed: Collection[str]) -> Run:
 
     Raises UserError for whatever in them is wrong.
     """
-    checkpoint = Checkpoint.open(resolve(config.model.path, config.model.revision))
+    checkpoint = open_checkpoint(resolve(config.model.path, config.model.revision))
     model_config = read_config(checkpoint.config, checkpoint.folder)
     check_names(checkpoint, model_config)
+    quantization = quantization_of(config.model, checkpoint, typed)
+    config = replace(config, model=resolved_model(config.model, quantization))
+    _check_full(config, quantization)
     tokenizer = load_tokenizer(checkpoint.folder)
     if config.model.resize_vocab and len(tokenizer) > model_config.vocab_size:
         model_config = replace(model_config, vocab_size=len(tokenizer))
@@ -92,8 +100,9 @@ def prepare(config: RunConfig, typed: Collection[str]) -> Run:
         if tensors is not None:
             check_tensors(tensors, plan, config.lora.init_from)
         _check_resized(checkpoint, model_config, plan)
+        check_unquantized(plan, quantized_weights(checkpoint, model_config, quantization))
     train_rows, eval_rows = _rows(config, tokenizer, model_config.vocab_size)
-    params = load_params(checkpoint, model_config, config.model.dtype)
+    params = load_params(checkpoint, model_config, config.model.dtype, quantization)
     key = jax.random.key(config.train.seed)
     init_key, run_key = jax.random.split(key)
     if plan is None or lora_config is None:
@@ -105,16 +114,27 @@ def prepare(config: RunConfig, typed: Collection[str]) -> Run:
         trainable, adapter = init_adapter(init_key, plan, frozen, layers, init)
         if tensors is not None:
             trainable = import_tensors(tensors, trainable, plan, config.lora.init_from)
+    compute = compute_dtype(config.model, storage_dtype(checkpoint, model_config, config.model), quantization)
+    if quantization is not None:
+        quantization = replace(quantization, compute_dtype=str(compute))
     model = Decoder(
         model_config,
-        dtype=compute_dtype(config.model, storage_dtype(checkpoint, model_config, config.model)),
+        dtype=compute,
         lora_dropout=lora_config.lora_dropout if lora_config else 0.0,
         gradient_checkpointing=config.train.gradient_checkpointing,
     )
     return Run(
-        config, checkpoint, model_config, model, tokenizer, train_rows, eval_rows, frozen, trainable, adapter, plan,
-        lora_config, run_key,
+        config, checkpoint, quantization, model_config, model, tokenizer, train_rows, eval_rows, frozen, trainable,
+        adapter, plan, lora_config, run_key,
     )  # fmt: skip
+
+
+def _check_full(config: RunConfig, quantization: QuantizationConfig | None) -> None:
+    if config.method == "full" and quantization is not None:
+        raise UserError(
+            f"--method full: trains every weight, and the base has {quantization.bits} bits; train an adapter, or "
+            "give the unquantised checkpoint"
+        )
 
 
 def _stored_adapter(config: RunConfig) -> tuple[Path, AdapterConfig, Tensors] | None:

@@ -16,6 +16,7 @@ import optax
 
 from lora_jax.data.batches import Batch
 from lora_jax.models.decoder import Decoder
+from lora_jax.models.layers import variables
 from lora_jax.train.losses import head_variables, summed_loss
 
 Tree = Any
@@ -47,11 +48,11 @@ def batch_loss(
     model: Decoder, trainable: Tree, frozen: Tree, adapter: Tree, batch: Batch, key: jax.Array | None
 ) -> jax.Array:
     """Return the summed loss of one [batch, length] batch, with dropout where a key is given."""
-    variables = {"params": frozen, "lora": trainable, "adapter": adapter}
+    collections = variables(frozen, trainable, adapter)
     body_key, head_key = (None, None) if key is None else jax.random.split(key)
     rngs = None if body_key is None else {"dropout": body_key}
-    hidden, _ = model.apply(variables, batch.tokens, batch.positions, batch.segment_ids, rngs=rngs)
-    head = head_variables(variables, model.config.tie_word_embeddings)
+    hidden, _ = model.apply(collections, batch.tokens, batch.positions, batch.segment_ids, rngs=rngs)
+    head = head_variables(collections, model.config.tie_word_embeddings)
     targets, weights = jnp.asarray(batch.targets), jnp.asarray(batch.weights)
     return summed_loss(model, head.pop("lora"), head, hidden, targets, weights, head_key)
 

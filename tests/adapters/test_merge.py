@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.adapters.read import NOTES_FILE, adapter_trees, open_adapter
+from lora_jax.adapters.notes import NOTES_FILE
+from lora_jax.adapters.read import adapter_trees, open_adapter
 from lora_jax.adapters.targets import make_plan
 from lora_jax.commands.merge import MergeOptions, merge
 from lora_jax.errors import UserError

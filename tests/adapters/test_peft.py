@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from lora_jax.adapters.count import trainable_line, trainable_parameters
+from lora_jax.adapters.notes import NOTES_FILE
 from lora_jax.adapters.peft import export_tensors, fold_for_vllm, import_tensors
-from lora_jax.adapters.read import NOTES_FILE, base_of, open_adapter
+from lora_jax.adapters.read import base_of, open_adapter
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import write_adapter
 from tests.tiny import adapted, adapted_logits, lora, random_adapter, text, tiny_base

@@ -3,61 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from lora_jax.cli import main
 from lora_jax.errors import EXIT_CODE
+from tests.cli.spoiling import Case, Spoil, change, check_refused, cut, named, nothing, tensors, write
 from tests.conftest import ROOT
 from tests.runs import ROWS, run, train_arguments, tree, write_rows
 from tests.tiny import CONFIGS, write_checkpoint
 
 TRAIN = ("train", "--model.path", "model", "--data.path", "rows.jsonl", "--output_dir", "out")
 MERGE = ("merge", "--adapter", "adapter", "--base", "model", "--output", "merged")
-Spoil = Callable[[], object]
-Case = tuple[Spoil, tuple[str, ...], str]
-
-
-def change(file: str, **values: Any) -> Spoil:
-    """Return a spoiler that sets keys of a JSON file, or removes those set to ..."""
-
-    def spoil() -> None:
-        content = json.loads(Path(file).read_text()) | values
-        Path(file).write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
-
-    return spoil
-
-
-def tensors(file: str, **changes: np.ndarray | None) -> Spoil:
-    """Return a spoiler that sets tensors of a safetensors file, or removes those set to None."""
-
-    def spoil() -> None:
-        content = load_file(file) | {name.replace("__", "."): value for name, value in changes.items()}
-        save_file({k: v for k, v in content.items() if v is not None}, file, metadata={"format": "pt"})
-
-    return spoil
-
-
-def write(file: str, content: str | list[Any]) -> Spoil:
-    """Return a spoiler that writes a file: text, or rows of JSON."""
-    if isinstance(content, list):
-        return lambda: write_rows(Path(file), content)
-    return lambda: Path(file).write_text(content)
-
-
-def cut(file: str, size: int) -> Spoil:
-    return lambda: os.truncate(file, size)
-
-
-def nothing() -> None: ...
 
 
 def other_base() -> None:
@@ -499,12 +460,6 @@ MERGES: dict[str, Case] = {
 }
 
 
-def named(**groups: dict[str, Case]) -> list[Any]:
-    return [
-        pytest.param(*case, id=f"{g}: {name}") for g, cases in groups.items() for name, case in cases.items()
-    ]
-
-
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize(
     ("spoil", "arguments", "message"),
@@ -514,15 +469,7 @@ def test_one_line_says_what_is_wrong_and_nothing_is_written(
     spoil: Spoil, arguments: tuple[str, ...], message: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil()
-    before = tree(home)
-    assert main(arguments) == 2
-    printed, errors = capsys.readouterr()
-    assert errors.startswith("error: ")
-    assert errors.endswith("\n")
-    assert errors.count("\n") == 1
-    assert message in errors
-    assert printed == ""
-    assert tree(home) == before
+    check_refused(home, arguments, message, capsys)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lora_jax.adapters.read import NOTES_FILE
+from lora_jax.adapters.notes import NOTES_FILE
 from lora_jax.adapters.targets import make_plan
 from lora_jax.config import ModelOptions
 from lora_jax.errors import UserError

@@ -74,10 +74,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def torch_base(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the named tiny model with torch's own weights, biases and norms away from 0 and 1; return the folder."""
+def torch_base(folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Write the named tiny model with torch's own weights, biases and norms away from 0 and 1; return the folder.
+
+    `changes` are made to its config.
+    """
     torch.manual_seed(0)
-    settings = dict(CONFIGS[name])
+    settings = CONFIGS[name] | changes
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

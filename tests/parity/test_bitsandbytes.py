@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from lora_jax.hub.bitsandbytes import Nested, Packed4bit, Packed8bit, PackedCheckpoint
+from lora_jax.hub.bitsandbytes import Nested, Packed4bit, Packed8bit
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from lora_jax.quant.codebooks import TABLES, dynamic_map, thresholds
 from lora_jax.quant.decode import dequantize
 from lora_jax.quant.matmul import matmul
@@ -226,16 +227,15 @@ def test_checkpoint_that_transformers_saved_is_read_bit_for_bit(
         base, quantization_config=BitsAndBytesConfig(**CONFIGS[name]), device_map="cpu", dtype=torch.bfloat16
     )
     model.save_pretrained(tmp_path / "quantised", max_shard_size=shards)
-    checkpoint = Checkpoint.open(tmp_path / "quantised")
-    packed = PackedCheckpoint.open(checkpoint)
-    assert packed is not None
+    packed = open_checkpoint(tmp_path / "quantised")
+    assert isinstance(packed, PackedCheckpoint)
     linears = {
         f"{path}.weight": module
         for path, module in model.named_modules()
         if isinstance(module, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt)
     }
     assert packed.weights == set(linears)
-    plain = set(checkpoint.names) - packed.weights - packed.companions
+    plain = set(packed.names) - packed.weights
     assert {path.rpartition(".")[2] for path in plain} == {"weight"}
     assert "lm_head.weight" in plain
     for path, module in linears.items():

@@ -95,10 +95,13 @@ def train_peft(model: PeftModel, steps: list[Batch]) -> list[float]:
 
 
 def train_ours(
-    base_folder: Path, start: Path, steps: list[Batch]
+    base_folder: Path, start: Path, steps: list[Batch], **options: Any
 ) -> tuple[list[float], dict[str, np.ndarray]]:
-    """Go on from a start that PEFT wrote; return the losses and the adapter's tensors."""
-    base = open_base(base_folder)
+    """Go on from a start that PEFT wrote; return the losses and the adapter's tensors.
+
+    `options` are those of the base model.
+    """
+    base = open_base(base_folder, **options)
     known = modules(base.config)
     asked = adapter_config(LoraOptions(init_from=str(start)), str(base_folder), None)
     stored, tensors = read_adapter(start)

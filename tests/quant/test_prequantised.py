@@ -12,13 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_jax.errors import UserError
-from lora_jax.hub.bitsandbytes import (
-    Packed4bit,
-    PackedCheckpoint,
-    QuantizationConfig,
-    read_quantization_config,
-)
-from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.bitsandbytes import Packed4bit, QuantizationConfig, read_quantization_config
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from lora_jax.hub.writer import ShardWriter
 from lora_jax.quant.leaf import Quantized
 from lora_jax.quant.quantize import quantize, quantize_int8
@@ -43,11 +38,11 @@ def tensors_of(kernel: Quantized) -> Tensors:
     return {**to_bitsandbytes(kernel).tensors(NAME), **plain}
 
 
-def write(folder: Path, tensors: Tensors, config: dict[str, Any] | None, **rest: Any) -> Checkpoint:
+def write(folder: Path, tensors: Tensors, config: dict[str, Any] | None, **rest: Any) -> Path:
     content = {"model_type": "llama", **rest} | ({} if config is None else {"quantization_config": config})
     (folder / "config.json").write_text(json.dumps(content))
     save_file(tensors, folder / "model.safetensors")
-    return Checkpoint.open(folder)
+    return folder
 
 
 def nf4_config(**changes: Any) -> dict[str, Any]:
@@ -60,9 +55,9 @@ def assert_same(found: Quantized, expected: Quantized) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-def opened(checkpoint: Checkpoint) -> PackedCheckpoint:
-    packed = PackedCheckpoint.open(checkpoint)
-    assert packed is not None
+def opened(folder: Path) -> PackedCheckpoint:
+    packed = open_checkpoint(folder)
+    assert isinstance(packed, PackedCheckpoint)
     return packed
 
 
@@ -75,11 +70,13 @@ def test_4bit_weights_come_back_as_they_were_written(
     kernel = kernel_of(4, quant_type, double, rows)
     config = QuantizationConfig(bits=4, quant_type=quant_type, use_double_quant=double)
     packed = opened(write(tmp_path, tensors_of(kernel), config.to_json()))
-    assert packed.config == config
+    assert packed.quantization == config
     assert packed.weights == {NAME}
     assert packed.shape(NAME) == (OUT, rows)
     assert_same(from_bitsandbytes(packed.read(NAME)), kernel)
     assert packed.weights | packed.companions == set(to_bitsandbytes(kernel).tensors(NAME))
+    assert set(packed.names) == {NAME, "model.norm.weight", "lm_head.weight"}
+    assert packed.dtype(NAME) == kernel.dtype
 
 
 @pytest.mark.parametrize("stored", [np.int8, np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
@@ -96,7 +93,7 @@ def test_8bit_weights_come_back_as_they_were_written(tmp_path: Path) -> None:
     kernel = kernel_of(8)
     config = QuantizationConfig(bits=8, skip_modules=("lm_head",))
     packed = opened(write(tmp_path, tensors_of(kernel), config.to_json(), dtype="bfloat16"))
-    assert packed.config == config
+    assert packed.quantization == config
     assert packed.shape(NAME) == (OUT, IN)
     assert_same(from_bitsandbytes(packed.read(NAME)), kernel)
 
@@ -108,7 +105,7 @@ def test_tensors_of_one_weight_may_lie_in_different_shards(tmp_path: Path) -> No
         for name, tensor in tensors_of(kernel).items():
             writer.add(name, tensor)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert_same(from_bitsandbytes(opened(Checkpoint.open(tmp_path)).read(NAME)), kernel)
+    assert_same(from_bitsandbytes(opened(tmp_path).read(NAME)), kernel)
 
 
 def test_stored_table_is_used_rather_than_our_own(tmp_path: Path) -> None:
@@ -124,7 +121,8 @@ def test_stored_table_is_used_rather_than_our_own(tmp_path: Path) -> None:
 
 
 def test_unquantised_checkpoint_is_recognised_as_such(tmp_path: Path) -> None:
-    assert PackedCheckpoint.open(write(tmp_path, {"model.norm.weight": np.ones(4, np.float32)}, None)) is None
+    folder = write(tmp_path, {"model.norm.weight": np.ones(4, np.float32)}, None)
+    assert not isinstance(open_checkpoint(folder), PackedCheckpoint)
 
 
 def without(name: str) -> Callable[[Tensors], None]:
@@ -188,9 +186,9 @@ def test_damaged_tensors_are_one_clear_error(tmp_path: Path, damage: str) -> Non
     change, message = DAMAGES[damage]
     tensors = tensors_of(kernel_of())
     change(tensors)
-    checkpoint = write(tmp_path, tensors, nf4_config())
+    folder = write(tmp_path, tensors, nf4_config())
     with pytest.raises(UserError) as caught:
-        opened(checkpoint).read(NAME)
+        opened(folder).read(NAME)
     text = str(caught.value)
     assert message in text
     assert str(tmp_path) in text
@@ -218,9 +216,9 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any] | None, str]] = {
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_config_that_contradicts_the_tensors_is_one_clear_error(tmp_path: Path, name: str) -> None:
     config, message = CONTRADICTIONS[name]
-    checkpoint = write(tmp_path, tensors_of(kernel_of()), config)
+    folder = write(tmp_path, tensors_of(kernel_of()), config)
     with pytest.raises(UserError) as caught:
-        opened(checkpoint).read(NAME)
+        opened(folder).read(NAME)
     text = str(caught.value)
     assert message in text
     assert str(tmp_path) in text
@@ -228,9 +226,9 @@ def test_config_that_contradicts_the_tensors_is_one_clear_error(tmp_path: Path, 
 
 
 def test_config_of_quantised_weights_without_any_is_one_clear_error(tmp_path: Path) -> None:
-    checkpoint = write(tmp_path, {NAME: np.ones((OUT, IN), np.float32)}, nf4_config())
+    folder = write(tmp_path, {NAME: np.ones((OUT, IN), np.float32)}, nf4_config())
     with pytest.raises(UserError, match="none is quantised"):
-        PackedCheckpoint.open(checkpoint)
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,199 @@
+"""What a merge is worth where the base was quantised in training: how far it is from base + adapter, and what it costs.
+
+An adapter that was trained on a quantised base has learnt to correct the very weights that the codes stand for.
+Merged onto the base's own weights it corrects errors that are not there; merged onto the decoded ones it is what
+was trained, but for one rounding, and the base keeps its errors. Which of the two is better is measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lora_jax.adapters.merge import delta, merged_config, merged_tensors
+from lora_jax.adapters.notes import Notes, read_notes
+from lora_jax.adapters.read import Adapter
+from lora_jax.errors import UserError
+from lora_jax.generate.decode import padded
+from lora_jax.hub.bitsandbytes import QuantizationConfig
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint
+from lora_jax.hub.tokenizer import load_tokenizer
+from lora_jax.models.quantization import quantized_kernel, quantized_names, quantized_weights, read_weight
+from lora_jax.models.save import packed_tensors
+from lora_jax.models.streamed import streamed_logits
+from lora_jax.quant.decode import dequantize
+
+Precision = Literal["original", "dequantized"]
+Tensors = Iterator[tuple[str, np.ndarray]]
+
+PROMPTS = (
+    "The river rises in the mountains, crosses two countries and reaches the sea after nine hundred kilometres.",
+    "To add two fractions, bring them to a common denominator first; then add the numerators.",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    "She opened the letter, read it twice, and put it back into the drawer without a word.",
+)
+
+
+def trained_notes(base: Checkpoint, adapter: Path) -> Notes:
+    """Return an adapter's notes; a quantised base says how it is quantised, whatever they say of another."""
+    notes = read_notes(adapter)
+    if not isinstance(base, PackedCheckpoint):
+        return notes
+    computed = (notes.quantization or base.quantization).compute_dtype
+    return replace(notes, quantization=replace(base.quantization, compute_dtype=computed))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to merge: onto which weights, in which dtype, and how it is quantised anew (None: not at all)."""
+
+    precision: Precision
+    dtype: str = "auto"
+    quantization: QuantizationConfig | None = None
+
+    @property
+    def name(self) -> str:
+        """What the tables call it."""
+        if self.quantization is None:
+            return self.precision
+        return f"{self.precision}, {'int8' if self.quantization.bits == 8 else self.quantization.quant_type}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A base, an adapter, what the base was in training, and the way of merging that was chosen."""
+
+    base: Checkpoint
+    adapter: Adapter
+    trained: Notes
+    chosen: Choice
+
+    def tensors(self, choice: Choice) -> Tensors:
+        """Yield the merged model's tensors; those that the choice quantises anew decoded again."""
+        merged = self._merged(choice)
+        if choice.quantization is None:
+            yield from merged
+            return
+        names = self._quantized_anew(choice.quantization)
+        for name, tensor in merged:
+            yield name, _through_codes(tensor, choice.quantization, name) if name in names else tensor
+
+    def stored_tensors(self) -> Tensors:
+        """Yield the chosen merged model's tensors as a checkpoint holds them."""
+        anew = self.chosen.quantization
+        merged = self._merged(self.chosen)
+        return merged if anew is None else packed_tensors(merged, self._quantized_anew(anew), anew)
+
+    def print(self, console: Console, prompts: Sequence[str], tokenizer: Path) -> None:
+        """Print how far each choice is from base + adapter, and what it costs on the prompts."""
+        title = "Distance from base + adapter as it was trained, and the size of the update, as shares of the weights:"
+        console.print(title, soft_wrap=True)
+        console.print(self._distances())
+        if not prompts:
+            return
+        rows = _encoded(prompts, tokenizer, self.adapter.model_config.vocab_size)
+        if isinstance(rows, str):
+            console.print(f"note: the choices are not compared on prompts: {rows}", soft_wrap=True)
+        else:
+            title = (
+                f"On {len(rows)} texts of {sum(map(len, rows))} tokens: loss and divergence (KL) from base + adapter, "
+                "nats a token, and how often the likeliest next token is the same:"
+            )
+            console.print(title, soft_wrap=True)
+            console.print(self._costs(rows))
+
+    def _merged(self, choice: Choice) -> Tensors:
+        decoded = self.trained if choice.precision == "dequantized" else None
+        config, plan, tensors = self.adapter.model_config, self.adapter.plan, self.adapter.tensors
+        return merged_tensors(self.base, config, plan, tensors, choice.dtype, decoded)
+
+    @property
+    def _packed(self) -> bool:
+        return isinstance(self.base, PackedCheckpoint)
+
+    def _choices(self) -> list[Choice]:
+        """Return the ways to merge that there are, the chosen one among them."""
+        known: list[Precision] = [] if self._packed else ["original"]
+        if self.trained.quantization is not None:
+            known.append("dequantized")
+        choices = [Choice(precision, self.chosen.dtype) for precision in known]
+        return choices if self.chosen in choices else [*choices, self.chosen]
+
+    def _quantized_anew(self, quantization: QuantizationConfig) -> frozenset[str]:
+        return quantized_names(merged_config(self.adapter.model_config, self.adapter.plan), quantization)
+
+    def _distances(self) -> Table:
+        choices = self._choices()
+        sums: dict[str, np.ndarray] = {}
+        quantized = quantized_weights(self.base, self.adapter.model_config, self.trained.quantization)
+        for target in self.adapter.plan.targets:
+            name = f"{target.module.name}.weight"
+            if name not in quantized and self.chosen.quantization is None:
+                continue  # merged as ever
+            held, notes = self.trained.quantization if name in quantized else None, self.trained
+            decoded = read_weight(self.base, name, held, notes.dtype, notes.decoded)
+            own = decoded if self._packed else self.base.tensor(name)
+            update = delta(target, self.adapter.tensors)
+            exact = decoded.astype(np.float32) + update
+            squares = [exact, update]
+            for choice in choices:
+                weight = own if choice.precision == "original" else decoded
+                dtype = self.base.dtype(name) if choice.dtype == "auto" else jnp.dtype(choice.dtype)
+                written = (weight.astype(np.float32) + update).astype(dtype)
+                if choice.quantization is not None and name in self._quantized_anew(choice.quantization):
+                    written = _through_codes(written, choice.quantization, name)
+                squares.append(written.astype(np.float32) - exact)
+            kind = target.module.name.rpartition(".")[2]
+            found = np.array([float(np.vdot(array, array)) for array in squares])
+            sums[kind] = sums.get(kind, np.zeros_like(found)) + found
+        table = Table("module", "update", *(choice.name for choice in choices))
+        for kind, (whole, *parts) in sums.items():
+            table.add_row(kind, *(f"{(part / max(whole, 1e-30)) ** 0.5:.3%}" for part in parts))
+        return table
+
+    def _costs(self, rows: Sequence[Sequence[int]]) -> Table:
+        tokens, segments = padded(rows)
+        counted = (segments[:, 1:] != 0) & (segments[:, :-1] != 0)
+        exact = Choice("original" if self.trained.quantization is None else "dequantized", "float32")
+        reference = self._predictions(exact, tokens, segments)
+        table = Table("model", "loss", "KL", "same next token")
+        likeliest = reference.argmax(-1)
+        for name, choice in [
+            ("base + adapter", exact),
+            *((choice.name, choice) for choice in self._choices()),
+        ]:
+            found = reference if choice == exact else self._predictions(choice, tokens, segments)
+            loss = -np.take_along_axis(found[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0][counted].mean()
+            apart = (np.exp(reference) * (reference - found)).sum(-1)[:, :-1][counted].mean()
+            same = (found.argmax(-1) == likeliest)[:, :-1][counted].mean()
+            table.add_row(name, f"{loss:.4f}", f"{max(apart, 0.0):.5f}", f"{same:.1%}")
+        return table
+
+    def _predictions(self, choice: Choice, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
+        config = merged_config(self.adapter.model_config, self.adapter.plan)
+        logits = streamed_logits(self.tensors(choice), config, tokens, segments)
+        return np.asarray(jax.nn.log_softmax(logits, axis=-1))
+
+
+def _through_codes(weight: np.ndarray, quantization: QuantizationConfig, name: str) -> np.ndarray:
+    return np.asarray(dequantize(quantized_kernel(weight, quantization, name))).T
+
+
+def _encoded(prompts: Sequence[str], tokenizer: Path, vocab_size: int) -> list[list[int]] | str:
+    """Return each prompt's tokens, or why there are none."""
+    try:
+        found: Any = load_tokenizer(tokenizer)
+    except UserError as error:
+        return str(error)
+    rows = [[int(token) for token in found(prompt).input_ids] for prompt in prompts]
+    rows = [row for row in rows if len(row) > 1 and max(row) < vocab_size]
+    return rows or "they have no two tokens that the model knows"

@@ -1,0 +1,204 @@
+"""Which weights of a base model are quantised, and how: as its checkpoint has them, or as the options ask.
+
+Linear layers are; the embedding, the head, the norms and what `llm_int8_skip_modules` names are not. Names are
+matched as transformers 5 matches them: the start of a name as a regex up to a dot or its end, or its end as text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.config import FOUR_BIT, ModelOptions
+from lora_jax.errors import UserError, listing, nearest
+from lora_jax.hub.bitsandbytes import QuantizationConfig
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint
+from lora_jax.models.config import ModelConfig
+from lora_jax.models.names import LM_HEAD, modules
+from lora_jax.quant.decode import dequantize
+from lora_jax.quant.leaf import Quantized
+from lora_jax.quant.quantize import abstract_int8, abstract_quantized, quantize, quantize_int8
+from lora_jax.quant.repack import from_bitsandbytes
+
+SKIP = "llm_int8_skip_modules"
+
+
+def quantization_of(
+    options: ModelOptions, checkpoint: Checkpoint, typed: Collection[str]
+) -> QuantizationConfig | None:
+    """Return how the base is quantised: as the checkpoint is already, else as the options ask; None for not at all.
+
+    `typed` names the options that the user gave, such as model.load_in_4bit. Raises UserError where an option
+    contradicts the checkpoint, or has no meaning without another.
+    """
+    given = sorted(name.removeprefix("model.") for name in typed if name.startswith("model."))
+    packed = checkpoint.quantization if isinstance(checkpoint, PackedCheckpoint) else None
+    four = options.load_in_4bit or (packed is not None and packed.bits == 4)
+    idle = [name for name in given if name.startswith(FOUR_BIT) and not four]
+    if idle:
+        raise UserError(
+            f"--model.{idle[0]}: is about a 4-bit model; add --model.load_in_4bit True, or drop it"
+        )
+    if packed is not None:
+        _check_same(options, packed, checkpoint.folder, given)
+        return packed
+    if not (options.load_in_4bit or options.load_in_8bit):
+        if SKIP in given and options.llm_int8_skip_modules:
+            remedy = "add --model.load_in_4bit True or --model.load_in_8bit True, or drop it"
+            raise UserError(f"--model.{SKIP}: is about a quantised model; {remedy}")
+        return None
+    return QuantizationConfig(
+        bits=4 if options.load_in_4bit else 8,
+        quant_type=options.bnb_4bit_quant_type,
+        use_double_quant=options.load_in_4bit and options.bnb_4bit_use_double_quant,
+        skip_modules=options.llm_int8_skip_modules,
+    )
+
+
+def resolved_options(options: ModelOptions, quantization: QuantizationConfig | None) -> ModelOptions:
+    """Return the options with what they came to: a checkpoint that is quantised already decides them."""
+    if quantization is None:
+        return options
+    four = quantization.bits == 4
+    values: dict[str, Any] = {"load_in_4bit": four, "load_in_8bit": not four}
+    if four:
+        values["bnb_4bit_quant_type"] = quantization.quant_type
+        values["bnb_4bit_use_double_quant"] = quantization.use_double_quant
+    return replace(options, **values)
+
+
+def quantized_weights(
+    checkpoint: Checkpoint, config: ModelConfig, quantization: QuantizationConfig | None
+) -> frozenset[str]:
+    """Return the names of the weights that are quantised: as stored, else `quantized_names`."""
+    if isinstance(checkpoint, PackedCheckpoint):
+        return checkpoint.weights
+    return quantized_names(config, quantization)
+
+
+def quantized_names(config: ModelConfig, quantization: QuantizationConfig | None) -> frozenset[str]:
+    """Return the names of the weights that a model is to have quantised.
+
+    Raises UserError for an entry of `llm_int8_skip_modules` that matches no module.
+    """
+    if quantization is None:
+        return frozenset()
+    linear = [module.name for module in modules(config) if module.kind == "linear" and module.path != LM_HEAD]
+    patterns = quantization.skip_modules or ()
+    _check_patterns(patterns, [module.name for module in modules(config)])
+    return frozenset(f"{name}.weight" for name in linear if not _skipped(name, patterns))
+
+
+def abstract_kernel(
+    shape: tuple[int, ...], dtype: str, quantization: QuantizationConfig, layers: int | None
+) -> Quantized:
+    """Return the shapes and dtypes of a weight [out, in] as `quantized_kernel` makes it, stacked over layers."""
+    out, rows = shape
+    if quantization.bits == 8:
+        return abstract_int8((out, rows), dtype, layers)
+    quant_type: Any = quantization.quant_type
+    return abstract_quantized((out, rows), dtype, quant_type, quantization.use_double_quant, layers)
+
+
+def read_kernel(
+    checkpoint: Checkpoint, name: str, quantization: QuantizationConfig, dtype: str = "auto"
+) -> Quantized:
+    """Return a quantised weight on the default device: as stored, else quantised from `dtype` (auto: as stored)."""
+    if isinstance(checkpoint, PackedCheckpoint):
+        return from_bitsandbytes(checkpoint.read(name))
+    weight = checkpoint.tensor(name)
+    return quantized_kernel(
+        weight if dtype == "auto" else weight.astype(jnp.dtype(dtype)), quantization, name
+    )
+
+
+def quantized_kernel(weight: np.ndarray, quantization: QuantizationConfig, name: str) -> Quantized:
+    """Return a torch Linear's weight [out, in] quantised; raises UserError, which names it, for what is no number."""
+    if quantization.bits == 8:
+        return quantize_int8(weight, name)
+    quant_type: Any = quantization.quant_type
+    return quantize(weight, quant_type, quantization.use_double_quant, name)
+
+
+def read_weight(
+    checkpoint: Checkpoint,
+    name: str,
+    quantization: QuantizationConfig | None = None,
+    dtype: str = "auto",
+    decoded: str = "auto",
+) -> np.ndarray:
+    """Return a checkpoint's tensor in torch's layout; where it is quantised, or is to be, what its codes stand for.
+
+    `dtype` is what a weight is converted to before it is quantised (auto: as stored), `decoded` what its codes are
+    decoded to (auto: the same); other tensors stay as stored.
+    """
+    packed = isinstance(checkpoint, PackedCheckpoint) and name in checkpoint.weights
+    if quantization is None and not packed:
+        return checkpoint.tensor(name)
+    kernel = read_kernel(checkpoint, name, quantization or _stored(checkpoint), dtype)
+    return np.asarray(dequantize(kernel, kernel.dtype if decoded == "auto" else jnp.dtype(decoded))).T
+
+
+def compute_dtype(options: ModelOptions, stored: Any, quantization: QuantizationConfig | None = None) -> Any:
+    """Return the dtype of the matrix products.
+
+    auto is float32 on a CPU; elsewhere bfloat16, unless the weights are float32 and stay so.
+    """
+    asked = {options.compute_dtype, options.bnb_4bit_compute_dtype} - {"auto"}
+    if asked:
+        return jnp.dtype(asked.pop())
+    wide = jax.default_backend() == "cpu" or (stored == jnp.float32 and quantization is None)
+    return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
+
+
+def _stored(checkpoint: Checkpoint) -> QuantizationConfig:
+    assert isinstance(checkpoint, PackedCheckpoint)
+    return checkpoint.quantization
+
+
+def _check_same(
+    options: ModelOptions, stored: QuantizationConfig, folder: Path, given: Collection[str]
+) -> None:
+    values = {
+        "load_in_4bit": stored.bits == 4,
+        "load_in_8bit": stored.bits == 8,
+        "bnb_4bit_quant_type": stored.quant_type,
+        "bnb_4bit_use_double_quant": stored.use_double_quant,
+        SKIP: options.llm_int8_skip_modules and (stored.skip_modules or ()),
+    }
+    for name, found in values.items():
+        asked = getattr(options, name)
+        if name in given and asked != found:
+            raise UserError(
+                f"--model.{name} {' '.join(asked) if name == SKIP else asked}: {folder} is quantised already "
+                f"({stored.summary()}); drop the option, or give the unquantised checkpoint"
+            )
+
+
+def _skipped(name: str, patterns: Sequence[str]) -> bool:
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return any(re.match(rf"(?:{key}){boundary}", name) or name.endswith(key) for key in patterns)
+
+
+def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        try:
+            matches = any(_skipped(name, (pattern,)) for name in names)
+        except re.error as error:
+            raise UserError(
+                f"--model.{SKIP} {pattern}: is no regular expression ({error}); mend it"
+            ) from error
+        if not matches:
+            known = sorted({name.rpartition(".")[2] for name in names})
+            raise UserError(
+                f'--model.{SKIP}: "{pattern}" matches no module of this model;{nearest(pattern, known)} '
+                f"Modules: {listing(known, 12)}"
+            )

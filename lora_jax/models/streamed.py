@@ -1,0 +1,67 @@
+"""A forward pass over a model that is never in memory whole: its tensors come by, a layer is applied and let go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Array, Float, Int
+
+from lora_jax.models.attention import attention_mask
+from lora_jax.models.config import ModelConfig
+from lora_jax.models.decoder import Layer, Sight, positions_of
+from lora_jax.models.layers import SCANNED, RMSNorm, product
+from lora_jax.models.names import name_table
+from lora_jax.models.rope import angles
+
+Tensors = dict[str, np.ndarray]
+
+
+def streamed_logits(
+    tensors: Iterable[tuple[str, np.ndarray]],
+    config: ModelConfig,
+    tokens: Int[Array | np.ndarray, "batch length"],
+    segments: Int[Array | np.ndarray, "batch length"],
+) -> Float[np.ndarray, "batch length vocab"]:
+    """Return the float32 logits of rows of tokens, computed in float32; segment 0 is padding.
+
+    `tensors` are a checkpoint's, by name, in the order of the name table; memory held is one layer and the table.
+    """
+    tokens, segments = jnp.asarray(tokens), jnp.asarray(segments)
+    slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    rotations = angles(config.rope, config.head_dim, positions_of(segments), jnp.float32)
+    sight = Sight(*rotations, attention_mask(segments, segments, slots, slots), slots, slots)
+    windows, table = config.windows, {entry.name: entry for entry in name_table(config)}
+    hidden: Any = None
+    embedding = head = jnp.zeros(0)
+    for layer, group in groupby(tensors, key=lambda item: table[item[0]].layer):
+        leaves = {}
+        for name, tensor in group:
+            entry = table[name]
+            value = jnp.asarray(tensor.T if entry.transposed else tensor, jnp.float32)
+            leaves[entry.path] = value
+        if layer is not None:
+            params = unflatten_dict({path[1:]: leaf for path, leaf in leaves.items() if path[0] == SCANNED})
+            window = None if windows is None else jnp.asarray(windows[layer])
+            hidden = _layer(config, params, hidden, sight, window)
+            continue
+        if ("embed_tokens", "embedding") in leaves:
+            embedding = leaves["embed_tokens", "embedding"]
+            hidden = embedding[tokens]
+        if ("norm", "weight") in leaves:
+            params = {"weight": leaves["norm", "weight"]}
+            hidden = RMSNorm(config.rms_norm_eps).apply({"params": params}, hidden)
+        head = leaves.get(("lm_head", "kernel"), head)
+    tied = config.tie_word_embeddings
+    return np.asarray(product(hidden, embedding if tied else head, tied))
+
+
+@partial(jax.jit, static_argnums=0)
+def _layer(config: ModelConfig, params: Any, hidden: Array, sight: Sight, window: Any) -> Array:
+    return Layer(config, 0.0).apply({"params": params}, hidden, sight, window, None)[0]

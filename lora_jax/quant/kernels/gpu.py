@@ -1,0 +1,212 @@
+"""x · W and dy · Wᵀ for a grouped 4-bit kernel W on a GPU, decoded tile by tile in registers.
+
+Pallas through Triton, for GPUs of compute capability 8.0 and up. One program makes one tile of the result: it walks
+along the contracted axis, decodes each tile of bytes into two tiles of weights and multiplies both. The codes of all
+layers stay where they are. Triton reads and writes through bare addresses, so all that may lie beyond the end of an
+array is masked.
+"""
+
+from functools import partial, reduce
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt16
+
+from lora_jax.quant.codebooks import Table
+from lora_jax.quant.decode import select
+from lora_jax.quant.kernels.gpu_tiles import Tile, chip, tile_for
+from lora_jax.quant.leaf import BLOCK, GROUP, groups
+
+_BAND: Final = 8
+"""Tiles of the batch that run side by side: their x and the weights they share stay in the L2 cache."""
+
+
+def forward(
+    x: Float[Array, "batch in"],
+    codes: UInt8[Array, "layer bytes out"],
+    scales: Float32[Array, "blocks 1 out"],
+    layer: Int32[Array, ""],
+    *,
+    table: Table,
+    interpret: bool = False,
+    tile: Tile | None = None,
+) -> Float[Array, "batch out"]:
+    """Return x · W in x's dtype, summed in float32, for the kernel W of one layer of a stack of codes.
+
+    `scales` are that layer's own, two for each group of 128 rows, and `table` has 16 values. A GPU takes bfloat16
+    and float16; `interpret` runs on any machine and takes float32 too. `tile` stands in for what `tile_for` chooses.
+    """
+    outs = codes.shape[-1]
+    tile = tile or tile_for(x.shape[0], outs, chip(), transposed=False)
+    return _product(_forward, x, codes, scales, layer, outs, tile.outs, table, interpret, tile)
+
+
+def backward(
+    dy: Float[Array, "batch out"],
+    codes: UInt8[Array, "layer bytes out"],
+    scales: Float32[Array, "blocks 1 out"],
+    layer: Int32[Array, ""],
+    *,
+    rows: int,
+    table: Table,
+    interpret: bool = False,
+    tile: Tile | None = None,
+) -> Float[Array, "batch in"]:
+    """Return dy · Wᵀ [batch, rows] in dy's dtype, from the same codes, as `forward` does."""
+    tile = tile or tile_for(dy.shape[0], rows, chip(), transposed=True)
+    return _product(_backward, dy, codes, scales, layer, rows, GROUP, table, interpret, tile)
+
+
+def _product(
+    body: Any,
+    x: Array,
+    codes: Array,
+    scales: Array,
+    layer: Array,
+    size: int,
+    width: int,
+    table: Table,
+    interpret: bool,
+    tile: Tile,
+) -> Array:
+    if 2**31 < codes.size <= 2**32:
+        # Pallas counts so many bytes in 32 bits, which Triton takes for signed: such a stack is not read in place.
+        codes, layer = jax.lax.dynamic_index_in_dim(codes, layer), jnp.zeros_like(layer)
+    batch, contracted = x.shape
+    down, across = pl.cdiv(batch, tile.batch), pl.cdiv(size, width)
+    cost = pl.CostEstimate(
+        flops=2 * batch * contracted * size,
+        bytes_accessed=down * (codes[0].size + scales.nbytes)
+        + x.dtype.itemsize * batch * (contracted * across + size),
+        transcendentals=0,
+    )
+    tables = [_halved(table)] if tile.lookup == "load" else []
+    return pl.pallas_call(
+        partial(body, table=table, tile=tile),
+        out_shape=jax.ShapeDtypeStruct((batch, size), x.dtype),
+        grid=(down * across,),
+        compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        cost_estimate=cost,
+        interpret=interpret,
+        name="dequant_matmul" if body is _forward else "dequant_matmul_transposed",
+    )(layer.reshape(1), x, codes, scales, *tables)
+
+
+def _forward(layer: Any, x: Any, codes: Any, scales: Any, *rest: Any, table: Table, tile: Tile) -> None:
+    """Write one tile [batch, outs] of x · W. Arguments: references to whole arrays, the result's the last."""
+    *tables, y = rest
+    (batch, rows), outs = x.shape, y.shape[1]
+    first, left = _place(pl.program_id(0), batch, outs, tile.batch, tile.outs)
+    here, columns, at = pl.ds(first, tile.batch), pl.ds(left, tile.outs), layer[0]
+    in_batch, in_outs = _rows(tile.batch, batch), _columns(left, tile.outs, outs)
+
+    def step(group: Any, total: Any) -> Any:
+        packed = _load(codes.at[at, pl.ds(group * BLOCK, BLOCK), columns], in_outs)
+        for half in range(2):
+            start = group * GROUP + half * BLOCK
+            scale = _load(scales.at[2 * group + half, :, columns], in_outs)
+            weights = _decoded(packed, half, scale, table, tables, x.dtype)
+            values = _load(x.at[here, pl.ds(start, BLOCK)], in_batch, _block(half, start, rows))
+            total += _dot(values, weights, 0)
+        return total
+
+    total = jax.lax.fori_loop(0, groups(rows), step, jnp.zeros((tile.batch, tile.outs), jnp.float32))
+    plt.store(y.at[here, columns], total.astype(y.dtype), mask=_all(in_batch, in_outs))
+
+
+def _backward(layer: Any, dy: Any, codes: Any, scales: Any, *rest: Any, table: Table, tile: Tile) -> None:
+    """Write one tile [batch, 128] of dy · Wᵀ. Arguments: references to whole arrays, the result's the last."""
+    *tables, dx = rest
+    (batch, outs), rows = dy.shape, dx.shape[1]
+    first, left = _place(pl.program_id(0), batch, rows, tile.batch, GROUP)
+    group, here, at = jax.lax.div(left, GROUP), pl.ds(first, tile.batch), layer[0]
+    in_batch = _rows(tile.batch, batch)
+
+    def step(index: Any, totals: Any) -> Any:
+        start = index * tile.outs
+        columns, in_outs = pl.ds(start, tile.outs), _columns(start, tile.outs, outs)
+        values = _load(dy.at[here, columns], in_batch, in_outs)
+        packed = _load(codes.at[at, pl.ds(group * BLOCK, BLOCK), columns], in_outs)
+        added = []
+        for half, total in enumerate(totals):
+            scale = _load(scales.at[2 * group + half, :, columns], in_outs)
+            weights = _decoded(packed, half, scale, table, tables, dy.dtype)
+            added.append(total + _dot(values, weights, 1))
+        return tuple(added)
+
+    zeros = jnp.zeros((tile.batch, BLOCK), jnp.float32)
+    totals = jax.lax.fori_loop(0, pl.cdiv(outs, tile.outs), step, (zeros, zeros))
+    for half, total in enumerate(totals):
+        start = left + half * BLOCK
+        mask = _all(in_batch, _block(half, start, rows))
+        plt.store(dx.at[here, pl.ds(start, BLOCK)], total.astype(dx.dtype), mask=mask)
+
+
+def _place(index: Any, batch: int, size: int, height: int, width: int) -> tuple[Any, Any]:
+    """Return the first row and column of a program's tile: bands of rows, each band column by column."""
+    down, across = pl.cdiv(batch, height), pl.cdiv(size, width)
+    above = jax.lax.div(index, _BAND * across) * _BAND
+    tall = jnp.minimum(down - above, _BAND)
+    index = jax.lax.rem(index, _BAND * across)
+    first = (above + jax.lax.rem(index, tall)) * height
+    if batch > height and batch % height:
+        # The last tiles begin higher up instead of ending beyond the batch: some rows are computed twice, unmasked.
+        first = jnp.minimum(first, batch - height)
+    return first, jax.lax.div(index, tall) * width
+
+
+def _rows(height: int, batch: int) -> Any:
+    """Return which rows [height, 1] of a tile are there: all of them, None, but where one tile is too tall."""
+    return None if batch >= height else (jnp.arange(height) < batch)[:, None]
+
+
+def _columns(start: Any, width: int, outs: int) -> Any:
+    """Return which columns [1, width] from `start` on are there; None where widths divide `outs`: all."""
+    return None if outs % width == 0 else (start + jnp.arange(width) < outs)[None]
+
+
+def _block(half: int, start: Any, rows: int) -> Any:
+    """Return whether a half group that starts there is there [1, 1]; None where all are."""
+    return jnp.full((1, 1), start < rows) if half and rows % GROUP else None
+
+
+def _all(*masks: Any) -> Any:
+    """Return what all masks have in common, None of none."""
+    there = [mask for mask in masks if mask is not None]
+    return reduce(jnp.logical_and, there) if there else None
+
+
+def _load(ref: Any, *masks: Any) -> Any:
+    """Return what a reference holds, zeros where a mask is false."""
+    mask = _all(*masks)
+    return plt.load(ref) if mask is None else plt.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=0)
+
+
+def _decoded(packed: Any, half: int, scale: Any, table: Table, tables: list[Any], dtype: Any) -> Any:
+    """Return the weights of one half of a tile of bytes: float32 products, rounded once."""
+    if not tables:
+        return (select(packed, table, first_bit=4 * half) * scale).astype(dtype)
+    index = (packed.astype(jnp.int32) >> 4 * half) & 15
+    low, high = (tables[0][index + part * len(table)].astype(jnp.uint32) for part in range(2))
+    return (jax.lax.bitcast_convert_type(low | high << 16, jnp.float32) * scale).astype(dtype)
+
+
+def _halved(table: Table) -> UInt16[Array, " parts"]:
+    """Return the low 16 bits of the table's values, then the high ones.
+
+    Triton would copy what it looks up for a product to shared memory ahead of time, step for step, if it were of
+    32 bits: twice the work, and so many registers that some spill. Values of 16 bits it loads where they are used.
+    """
+    bits = np.asarray(table, np.float32).view(np.uint32)
+    return jnp.asarray(np.concatenate([bits & 0xFFFF, bits >> 16]).astype(np.uint16))
+
+
+def _dot(x: Any, weights: Any, axis: int) -> Any:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x, weights, (((1,), (axis,)), ((), ())), precision, preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,210 @@
+"""x · W and dy · Wᵀ for a grouped 4-bit kernel W on a TPU, decoded tile by tile in fast memory.
+
+The grid is (batch, results, contraction); a tile of results is summed in float32 over the last. The codes of all
+layers stay where they are: the layer's index is there before the grid runs, and says which tile is copied next.
+The compiler cannot divide such a call among devices: under a mesh it is made inside a `shard_map`.
+"""
+
+from functools import partial
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Float32, Int32, UInt8
+
+from lora_jax.quant.codebooks import Table
+from lora_jax.quant.kernels.tpu_tiles import LANES, Tiles, chip, tiles, vmem
+from lora_jax.quant.leaf import BLOCK
+
+SUBLANES: Final = 8
+
+
+def forward(
+    x: Float[Array, "batch in"],
+    codes: UInt8[Array, "layer bytes out"],
+    scales: Float32[Array, "blocks 1 out"],
+    layer: Int32[Array, ""],
+    *,
+    table: Table,
+    interpret: Any = False,
+    tile: Tiles | None = None,
+) -> Float[Array, "batch out"]:
+    """Return x · W in x's dtype, summed in float32, for the kernel W of one layer of a stack of codes.
+
+    `scales` are that layer's own, two for each group of 128 rows, and `table` has 16 values. A TPU takes bfloat16
+    only; `interpret` (True, or Pallas' InterpretParams) runs on any machine and takes float32 too. `tile` stands in
+    for what `tiles` chooses.
+    """
+    return _product(x, codes, scales, layer, x.shape[1], table, interpret, tile, transposed=False)
+
+
+def backward(
+    dy: Float[Array, "batch out"],
+    codes: UInt8[Array, "layer bytes out"],
+    scales: Float32[Array, "blocks 1 out"],
+    layer: Int32[Array, ""],
+    *,
+    rows: int,
+    table: Table,
+    interpret: Any = False,
+    tile: Tiles | None = None,
+) -> Float[Array, "batch in"]:
+    """Return dy · Wᵀ [batch, rows] in dy's dtype, from the same codes, as `forward` does."""
+    return _product(dy, codes, scales, layer, rows, table, interpret, tile, transposed=True)
+
+
+def _product(
+    x: Array,
+    codes: Array,
+    scales: Array,
+    layer: Array,
+    rows: int,
+    table: Table,
+    interpret: Any,
+    tile: Tiles | None,
+    transposed: bool,
+) -> Array:
+    batch, outs = x.shape[0], codes.shape[-1]
+    tile = tile or tiles(batch, rows, outs, transposed, chip())
+    contracted, results = (outs, rows) if transposed else (rows, outs)
+    depth, width = (tile.outs, tile.rows) if transposed else (tile.rows, tile.outs)
+    grid = (pl.cdiv(batch, tile.batch), pl.cdiv(results, width), pl.cdiv(contracted, depth))
+
+    def along(result: Any, step: Any) -> tuple[Any, Any]:
+        """Return the place of a tile of weights along `in` and `out`."""
+        return (result, step) if transposed else (step, result)
+
+    def codes_at(_: Any, result: Any, step: Any, at: Any) -> tuple[Any, ...]:
+        return (at[0], *along(result, step))
+
+    def scales_at(_: Any, result: Any, step: Any, at: Any) -> tuple[Any, ...]:
+        block, out = along(result, step)
+        return (block, 0, out)
+
+    cost = pl.CostEstimate(
+        flops=2 * batch * rows * outs,
+        bytes_accessed=grid[0] * (codes.shape[1] * outs + scales.nbytes)
+        + x.dtype.itemsize * batch * (contracted * grid[1] + results),
+        transcendentals=0,
+    )
+    return pl.pallas_call(
+        partial(_step, table=table, lookup=tile.lookup, contracted=contracted, transposed=transposed),
+        out_shape=jax.ShapeDtypeStruct((batch, results), x.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[
+                pl.BlockSpec((tile.batch, depth), lambda row, _, step, at: (row, step)),
+                pl.BlockSpec((None, tile.rows // 2, tile.outs), codes_at),
+                pl.BlockSpec((tile.rows // BLOCK, 1, tile.outs), scales_at),
+                pl.BlockSpec((SUBLANES, LANES), lambda *_: (0, 0)),
+            ],
+            out_specs=pl.BlockSpec((tile.batch, width), lambda row, result, _, at: (row, result)),
+            scratch_shapes=[pltpu.VMEM((tile.batch, width), jnp.float32)],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=vmem(tile),
+        ),
+        cost_estimate=cost,
+        interpret=interpret,
+        name="dequant_matmul_transposed" if transposed else "dequant_matmul",
+    )(layer.reshape(1), x, codes, scales, _lanes(table))
+
+
+def _step(
+    layer: Any,
+    x: Any,
+    codes: Any,
+    scales: Any,
+    lanes: Any,
+    y: Any,
+    total: Any,
+    *,
+    table: Table,
+    lookup: str,
+    contracted: int,
+    transposed: bool,
+) -> None:
+    """Add the product of one tile to the total, and write the total out after the last.
+
+    Arguments: references to the layer's index, to tiles in fast memory, and to the total.
+    """
+    step, last = pl.program_id(2), pl.num_programs(2) - 1
+
+    @pl.when(step == 0)
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+
+    def add(left: int = 0) -> None:
+        values = x[...]
+        weights = _decoded(codes[...], scales, lanes[...], table, lookup, values.dtype)
+        if left:  # beyond the end of an array lies anything, even what is not a number
+            values, weights = _first(values, left, 1), _first(weights, left, int(transposed))
+        total[...] += jax.lax.dot_general(
+            values,
+            weights,
+            (((1,), (int(transposed),)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST if values.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        )
+
+    if left := contracted % x.shape[1]:
+        pl.when(step < last)(add)
+        pl.when(step == last)(partial(add, left))
+    else:
+        add()
+
+    @pl.when(step == last)
+    def _() -> None:
+        y[...] = total[...].astype(y.dtype)
+
+
+def _decoded(codes: Any, scales: Any, lanes: Any, table: Table, lookup: str, dtype: Any) -> Any:
+    """Return a tile of weights [rows, outs] of codes [rows / 2, outs]: float32 products, rounded once."""
+    wide = codes.astype(jnp.int32)
+    halves = [
+        _gathered(half, lanes) if lookup == "gather" else _selected(half, table)
+        for half in (wide & 15, wide >> 4)
+    ]
+    parts = []
+    for block in range(scales.shape[0]):
+        first = block // 2 * BLOCK
+        parts.append((halves[block % 2][first : first + BLOCK] * scales[block]).astype(dtype))
+    return jnp.concatenate(parts, axis=0)
+
+
+def _selected(codes: Any, table: Table) -> Any:
+    """Return table[codes] by selects on the bits of the codes."""
+    values: list[Any] = [np.float32(value) for value in table]
+    bit = 1
+    while len(values) > 1:
+        one = (codes & bit) != 0
+        values = [jnp.where(one, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)]
+        bit <<= 1
+    return values[0]
+
+
+def _gathered(codes: Any, lanes: Any) -> Any:
+    """Return table[codes] by permuting the table's lanes, one register's width of codes at a time."""
+    rows, outs = codes.shape
+    values = jnp.broadcast_to(lanes[:1], (rows, LANES))
+    parts = [
+        jnp.take_along_axis(values, codes[:, first : first + LANES], 1, mode="promise_in_bounds")
+        for first in range(0, outs, LANES)
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _lanes(table: Table) -> Float32[Array, "sublanes lanes"]:
+    """Return the table as one register, side by side and in each sublane: a kernel can hold no constant array."""
+    return jnp.tile(jnp.asarray(table, jnp.float32), (SUBLANES, LANES // len(table)))
+
+
+def _first(values: Any, count: int, axis: int) -> Any:
+    """Return the first `count` values along an axis, and 0 in place of the others."""
+    place = jax.lax.broadcasted_iota(jnp.int32, values.shape, axis)
+    return jnp.where(place < count, values, jnp.zeros_like(values))

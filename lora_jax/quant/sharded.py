@@ -1,0 +1,124 @@
+"""Products with a quantised kernel under a mesh, each device on its own shards.
+
+The compiler cannot split a Pallas call, so it is told how, in a `shard_map`. Rows of x are cut along the mesh axes
+`data` and `fsdp`, positions along `sequence`. A kernel is cut along the axes that it names (`QuantizedKernel.cut`):
+
+    an axis that cuts rows or positions too   fsdp: the 4-bit codes are gathered, never decoded weights
+    any other, on `in`                        row-parallel: x is cut likewise, products are summed over the axis
+    any other, on `out`                       column-parallel: y is cut likewise, nothing is sent
+
+In the backward pass the last two change places.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.errors import UserError
+from lora_jax.quant.leaf import GROUP, Axes, Int8Kernel, QuantizedKernel
+
+ROWS, POSITIONS = ("data", "fsdp"), "sequence"
+_GATHERED = (*ROWS, POSITIONS)
+
+
+def shard(
+    kernel: QuantizedKernel, mesh: Mesh | AbstractMesh, cut: Axes, name: str = "weight"
+) -> QuantizedKernel:
+    """Return a kernel, or a stack of them, with `in` and `out` cut along two mesh axes (None: whole).
+
+    Raises UserError, which names `name`, where `in` does not divide into whole groups of 128 rows for each device
+    of its axis or `out` into equal parts, and for a flat kernel.
+    """
+    for size, unit, axis, side in zip(kernel.sizes, (GROUP, 1), cut, ("in", "out"), strict=True):
+        parts = 1 if axis is None else mesh.shape[axis]
+        if parts > 1 and (not kernel.grouped or size % (unit * parts)):
+            what = f"{parts} parts of whole groups of {GROUP}" if unit == GROUP else f"{parts} equal parts"
+            raise UserError(
+                f"{name}: its {side} of {size} does not divide into {what} for the mesh axis {axis}; leave it whole "
+                "there, or give the axis fewer devices"
+            )
+    kernel = replace(kernel, cut=cut)
+    specs = partition_specs(kernel)
+    return jax.tree.map(lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec)), kernel, specs)
+
+
+def partition_specs(kernel: QuantizedKernel) -> QuantizedKernel:
+    """Return the PartitionSpec of each array of a kernel, as its `cut` says; nested scales are whole everywhere."""
+    into, out = kernel.cut
+
+    def spec(array: Any, *last: str | None) -> P:
+        return P(*(None,) * (array.ndim - len(last)), *last)
+
+    return replace(
+        kernel,
+        codes=spec(kernel.codes, into, out) if kernel.grouped else P(),
+        absmax=spec(kernel.absmax, into, None, out) if kernel.grouped else P(),
+        nested_absmax=None if kernel.nested_absmax is None else P(),
+        nested_offset=None if kernel.nested_offset is None else P(),
+    )
+
+
+def on_shards(product: Callable[..., Any], x: Any, kernel: Any, layer: Any, transposed: bool = False) -> Any:
+    """Return product(x, kernel, layer), by shards where a mesh is in context.
+
+    The codes of a 4-bit kernel may be a stack; its absmax are the layer's float32 scales. `transposed` says that
+    the product contracts over `out`. 8-bit kernels are left to the compiler, which can split what XLA multiplies.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes or isinstance(kernel, Int8Kernel):
+        return product(x, kernel, layer)
+    features: list[Any] = [None if axis in _GATHERED else axis for axis in kernel.cut]
+    contracted, kept = reversed(features) if transposed else features
+    rows = _row_specs(x.shape[:-1], mesh.shape)
+
+    def local(x: Any, kernel: QuantizedKernel, layer: Any) -> Any:
+        y = product(x, _whole(kernel, mesh.shape), layer)
+        return y if contracted is None else jax.lax.psum(y, contracted)
+
+    mapped = jax.shard_map(
+        local,
+        in_specs=(P(*rows, contracted), partition_specs(kernel), P()),
+        out_specs=P(*rows, kept),
+        check_vma=False,
+    )
+    return mapped(x, kernel, layer)
+
+
+def elementwise(function: Callable[[Any], Any], array: Any, spec: P) -> Any:
+    """Return function(array), by shards where a mesh is in context; the function takes each element by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return function(array)
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(array)
+
+
+def _whole(kernel: QuantizedKernel, mesh: Mapping[str, int]) -> QuantizedKernel:
+    """Return a device's shard of a kernel as a kernel of its own, gathered where the axis cuts x's rows too."""
+    sizes = list(kernel.sizes)
+    arrays = {"codes": kernel.codes, "absmax": kernel.absmax}
+    for side, axis in enumerate(kernel.cut):
+        if axis in _GATHERED:
+            for name, behind in (("codes", 2 - side), ("absmax", 3 - 2 * side)):
+                array = arrays[name]
+                arrays[name] = jax.lax.all_gather(array, axis, axis=array.ndim - behind, tiled=True)
+        elif axis is not None:
+            sizes[side] //= mesh[axis]
+    return replace(kernel, **arrays, sizes=(sizes[0], sizes[1]), cut=(None, None))
+
+
+def _row_specs(shape: Sequence[int], mesh: Mapping[str, int]) -> tuple[Any, ...]:
+    """Return how the leading axes of x are cut: rows, then positions, each where it divides."""
+    axes = tuple(name for name in ROWS if name in mesh)
+    choices = (axes, *((name,) for name in axes))
+    fits = (names for names in choices if names and shape and shape[0] % prod(mesh[n] for n in names) == 0)
+    specs: list[Any] = [None] * len(shape)
+    if shape:
+        specs[0] = next(fits, None)
+    if len(shape) > 1 and POSITIONS in mesh and shape[1] % mesh[POSITIONS] == 0:
+        specs[1] = POSITIONS
+    return tuple(specs)
