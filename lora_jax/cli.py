@@ -79,7 +79,7 @@ def _quantize(arguments: Sequence[str]) -> int:
     from lora_jax.commands.quantize import QuantizeOptions, quantize
     from lora_jax.options import parse
 
-    return quantize(parse(QuantizeOptions, arguments, program="lora-jax quantize")[0])
+    return quantize(*parse(QuantizeOptions, arguments, program="lora-jax quantize"))
 
 
 def _generate(arguments: Sequence[str]) -> int:

@@ -149,7 +149,9 @@ def open_base(folder: Path, dtype: str = "auto", **options: Any) -> Base:
     checkpoint = open_checkpoint(folder)
     config = read_config(checkpoint.config, folder)
     check_names(checkpoint, config)
-    quantization = quantization_of(ModelOptions(**options), checkpoint, [f"model.{name}" for name in options])
+    quantization = quantization_of(
+        ModelOptions(**options), checkpoint, config, [f"model.{name}" for name in options]
+    )
     return Base(checkpoint, config, load_params(checkpoint, config, dtype, quantization))
 
 

@@ -13,18 +13,21 @@ from lora_jax.hub.atomic import write_text
 from lora_jax.hub.bitsandbytes import QuantizationConfig, read_quantization_config
 
 NOTES_FILE = "lora_jax.json"
+_REMEDY = "delete it or write the adapter again"
 
 
 @dataclass(frozen=True)
 class Notes:
     """Rows of the vocabulary (0: not noted), the base's dtype as it was asked for, and how it was quantised.
 
-    The compute_dtype of the quantisation is the one that the adapter was trained with.
+    The compute_dtype of the quantisation is the one that the adapter was trained with. `from_codes` says that the
+    base's checkpoint was quantised already: its codes are then known from it alone.
     """
 
     vocab_size: int = 0
     dtype: str = "auto"
     quantization: QuantizationConfig | None = None
+    from_codes: bool = False
 
     @property
     def decoded(self) -> str:
@@ -39,6 +42,7 @@ def write_notes(folder: Path, notes: Notes) -> None:
     content: dict[str, Any] = {"vocab_size": notes.vocab_size}
     if notes.quantization is not None:
         content |= {"dtype": notes.dtype, "quantization_config": notes.quantization.to_json()}
+        content["base_is_quantized"] = notes.from_codes
     write_text(folder / NOTES_FILE, json.dumps(content, indent=2) + "\n")
 
 
@@ -50,8 +54,11 @@ def read_notes(folder: Path) -> Notes:
         dtype = content.get("dtype", "auto")
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {dtype!r}")
-        return Notes(int(content["vocab_size"]), dtype, read_quantization_config(content, path))
+        quantization = read_quantization_config(content, path, _REMEDY)
+        return Notes(
+            int(content["vocab_size"]), dtype, quantization, content.get("base_is_quantized") is True
+        )
     except FileNotFoundError:
         return Notes()  # not written by this library: its rows are the base's
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is damaged ({error}); delete it or write the adapter again") from error
+        raise UserError(f"{path}: is damaged ({error}); {_REMEDY}") from error

@@ -78,8 +78,8 @@ def check_unquantized(plan: Plan, quantized: Collection[str]) -> None:
         if f"{module.name}.weight" in quantized:
             name = module.name.rpartition(".")[2]
             raise UserError(
-                f"modules_to_save: {module.name} is quantised, and codes cannot be trained; leave it unquantised with "
-                f"--model.llm_int8_skip_modules {name}, or adapt it with --lora.target_modules"
+                f"modules_to_save: {module.name} is quantised, and codes cannot be trained; adapt it with "
+                f"--lora.target_modules, or, of an unquantised checkpoint, add --model.llm_int8_skip_modules {name}"
             )
 
 

@@ -35,6 +35,8 @@ from lora_jax.quant.decode import dequantize
 Precision = Literal["original", "dequantized"]
 Tensors = Iterator[tuple[str, np.ndarray]]
 
+LONGEST = 128
+"""Tokens of a prompt that are compared: their logits are held for all choices."""
 PROMPTS = (
     "The river rises in the mountains, crosses two countries and reaches the sea after nine hundred kilometres.",
     "To add two fractions, bring them to a common denominator first; then add the numerators.",
@@ -83,7 +85,7 @@ class Comparison:
         if choice.quantization is None:
             yield from merged
             return
-        names = self._quantized_anew(choice.quantization)
+        names = self._quantized_anew()
         for name, tensor in merged:
             yield name, _through_codes(tensor, choice.quantization, name) if name in names else tensor
 
@@ -91,7 +93,7 @@ class Comparison:
         """Yield the chosen merged model's tensors as a checkpoint holds them."""
         anew = self.chosen.quantization
         merged = self._merged(self.chosen)
-        return merged if anew is None else packed_tensors(merged, self._quantized_anew(anew), anew)
+        return merged if anew is None else packed_tensors(merged, self._quantized_anew(), anew)
 
     def print(self, console: Console, prompts: Sequence[str], tokenizer: Path) -> None:
         """Print how far each choice is from base + adapter, and what it costs on the prompts."""
@@ -128,16 +130,18 @@ class Comparison:
         choices = [Choice(precision, self.chosen.dtype) for precision in known]
         return choices if self.chosen in choices else [*choices, self.chosen]
 
-    def _quantized_anew(self, quantization: QuantizationConfig) -> frozenset[str]:
-        return quantized_names(merged_config(self.adapter.model_config, self.adapter.plan), quantization)
+    def _quantized_anew(self) -> frozenset[str]:
+        config = merged_config(self.adapter.model_config, self.adapter.plan)
+        return quantized_names(config, self.chosen.quantization)
 
     def _distances(self) -> Table:
         choices = self._choices()
         sums: dict[str, np.ndarray] = {}
         quantized = quantized_weights(self.base, self.adapter.model_config, self.trained.quantization)
+        anew = self._quantized_anew()
         for target in self.adapter.plan.targets:
             name = f"{target.module.name}.weight"
-            if name not in quantized and self.chosen.quantization is None:
+            if name not in quantized | anew:
                 continue  # merged as ever
             held, notes = self.trained.quantization if name in quantized else None, self.trained
             decoded = read_weight(self.base, name, held, notes.dtype, notes.decoded)
@@ -149,7 +153,7 @@ class Comparison:
                 weight = own if choice.precision == "original" else decoded
                 dtype = self.base.dtype(name) if choice.dtype == "auto" else jnp.dtype(choice.dtype)
                 written = (weight.astype(np.float32) + update).astype(dtype)
-                if choice.quantization is not None and name in self._quantized_anew(choice.quantization):
+                if choice.quantization is not None and name in anew:
                     written = _through_codes(written, choice.quantization, name)
                 squares.append(written.astype(np.float32) - exact)
             kind = target.module.name.rpartition(".")[2]
@@ -194,6 +198,6 @@ def _encoded(prompts: Sequence[str], tokenizer: Path, vocab_size: int) -> list[l
         found: Any = load_tokenizer(tokenizer)
     except UserError as error:
         return str(error)
-    rows = [[int(token) for token in found(prompt).input_ids] for prompt in prompts]
+    rows = [[int(token) for token in found(prompt).input_ids[:LONGEST]] for prompt in prompts]
     rows = [row for row in rows if len(row) > 1 and max(row) < vocab_size]
     return rows or "they have no two tokens that the model knows"

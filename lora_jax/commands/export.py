@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from lora_jax.adapters.notes import NOTES_FILE
 from lora_jax.adapters.peft import fold_for_vllm, saved_config
 from lora_jax.adapters.read import open_adapter
 from lora_jax.commands.merge import base_folder, check_target
@@ -50,5 +52,7 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
     with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:
         write_adapter(aside, folded, tensors)
         copy_tokenizer(folder, aside)
+        if (folder / NOTES_FILE).exists():
+            shutil.copyfile(folder / NOTES_FILE, aside / NOTES_FILE)
     console.print(f"wrote {options.output}, rank {folded.r} and scale 1 in all modules", soft_wrap=True)
     return 0

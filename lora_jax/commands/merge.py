@@ -43,7 +43,7 @@ class MergeOptions:
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     """Write the merged linear layers quantised, as bitsandbytes stores them; prints what it loses."""
     prompts: tuple[str, ...] = PROMPTS
-    """Texts on which the choices are compared where the base was quantised; None compares weights alone."""
+    """Texts whose first 128 tokens the choices are compared on where the base was quantised; None: weights alone."""
     max_shard_size: str = "5GB"
     """Greatest size of one safetensors file."""
     overwrite: bool = False
@@ -82,7 +82,10 @@ def check_target(output: str, written: str, *sources: Path) -> None:
 
 
 def merge(options: MergeOptions, console: Console | None = None) -> int:
-    """Merge as the options say; return the exit code. Raises UserError before anything is written."""
+    """Merge as the options say; return the exit code. Raises UserError for whatever is wrong, and leaves nothing then.
+
+    What the choice costs, where the base was quantised, is measured once the merged model is written.
+    """
     console = console or Console()
     if not options.adapter or not options.output:
         raise UserError("merge: needs --adapter and --output; give both folders")
@@ -97,20 +100,19 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     adapter = open_adapter(folder, model_config)
     merged = merged_config(adapter.model_config, adapter.plan)
     trained = trained_notes(base, folder)
+    written = str(jnp.dtype(base.dtype(base.names[0]))) if options.dtype == "auto" else options.dtype
     chosen = Choice(
         _precision(options.base_precision, base, trained, folder),
         options.dtype,
-        _written_quantization(options.quantize, trained),
+        _written_quantization(options.quantize, trained, written),
     )
     comparison = Comparison(base, adapter, trained, chosen)
     changes: dict[str, Any] = {
         "tie_word_embeddings": merged.tie_word_embeddings,
         "vocab_size": merged.vocab_size,
-        "dtype": options.dtype,
+        "dtype": written,
         "quantization_config": None if chosen.quantization is None else chosen.quantization.to_json(),
     }
-    if options.dtype == "auto":
-        changes["dtype"] = str(jnp.dtype(base.dtype(base.names[0])))
     tokenizer = folder if (folder / TOKENIZER_FILE).exists() else base.folder
     save_model(
         Path(options.output).expanduser(),
@@ -128,10 +130,11 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
         console.print(
             "note: embedding and head differ now; config.json says tie_word_embeddings false", soft_wrap=True
         )
-    if trained.quantization is not None or chosen.quantization is not None:
-        comparison.print(console, options.prompts, tokenizer)
-    how = f" ({chosen.name})" if trained.quantization is not None or chosen.quantization is not None else ""
+    quantized = trained.quantization is not None or chosen.quantization is not None
+    how = f" ({chosen.name})" if quantized else ""
     console.print(f"merged {len(adapter.plan.targets)} modules into {options.output}{how}", soft_wrap=True)
+    if quantized:
+        comparison.print(console, options.prompts, tokenizer)
     return 0
 
 
@@ -147,13 +150,18 @@ def _precision(asked: str, base: Checkpoint, trained: Notes, folder: Path) -> Pr
             f"--base_precision dequantized: neither {folder / NOTES_FILE} nor the base says how it was quantised; "
             "give the quantised base with --base, or leave the option out"
         )
+    if asked == "dequantized" and trained.from_codes and not quantized:
+        raise UserError(
+            f"--base_precision dequantized: the adapter was trained on a checkpoint that was quantised already, and "
+            f"{base.folder} is not; give that one with --base"
+        )
     return "dequantized" if quantized or asked == "dequantized" else "original"
 
 
-def _written_quantization(asked: str, trained: Notes) -> QuantizationConfig | None:
+def _written_quantization(asked: str, trained: Notes, dtype: str) -> QuantizationConfig | None:
     if asked == "none":
         return None
     skipped = () if trained.quantization is None else trained.quantization.skip_modules or ()
     bits: Bits = 8 if asked == "int8" else 4
     kind = "nf4" if asked == "int8" else asked
-    return QuantizationConfig(bits, kind, bits == 4, skip_modules=tuple(dict.fromkeys(("lm_head", *skipped))))
+    return QuantizationConfig(bits, kind, bits == 4, dtype, tuple(dict.fromkeys(("lm_head", *skipped))))

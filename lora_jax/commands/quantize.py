@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from lora_jax.models.quantization import quantization_of, quantized_weights, rea
 from lora_jax.models.save import save_model
 from lora_jax.quant.repack import to_bitsandbytes
 
-DECIDES = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-
 
 @dataclass(frozen=True)
 class QuantizeOptions:
@@ -43,12 +41,23 @@ class QuantizeOptions:
     """Replace what output holds."""
 
 
-def quantize(options: QuantizeOptions, console: Console | None = None) -> int:
-    """Quantise as the options say; return the exit code. Raises UserError before anything is written."""
+def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Console | None = None) -> int:
+    """Quantise as the options say; return the exit code. `typed` names the options that the user gave.
+
+    A checkpoint that is quantised already, as the options say, is written again as it is. Raises UserError for
+    whatever is wrong, and leaves nothing then.
+    """
     console = console or Console()
     if not options.model.path or not options.output:
         raise UserError("quantize: needs --model.path and --output; give both folders")
     parse_size(options.max_shard_size)
+    if "model.resize_vocab" in typed:
+        raise UserError("--model.resize_vocab: quantize adds no rows; drop it")
+    bits = "model.load_in_8bit" if options.model.load_in_8bit else "model.load_in_4bit"
+    if not (options.model.load_in_4bit or options.model.load_in_8bit) and bits in typed:
+        raise UserError(
+            f"--{bits} False: quantize writes 4 or 8 bits; drop it, or give --model.load_in_8bit True"
+        )
     model = replace(options.model, load_in_4bit=options.model.load_in_4bit or not options.model.load_in_8bit)
     check_model(model)
     folder = resolve(model.path, model.revision)
@@ -56,9 +65,9 @@ def quantize(options: QuantizeOptions, console: Console | None = None) -> int:
     checkpoint = open_checkpoint(folder)
     config = read_config(checkpoint.config, folder)
     check_names(checkpoint, config)
-    # A checkpoint that is quantised already may be written again as it is, and not otherwise.
-    decide = DECIDES if model.load_in_4bit else DECIDES[:2]
-    quantization = quantization_of(model, checkpoint, [f"model.{name}" for name in decide])
+    if isinstance(checkpoint, PackedCheckpoint):
+        _check_as_it_is(model, checkpoint)
+    quantization = quantization_of(model, checkpoint, config, {*typed, bits})
     assert quantization is not None
     stored = storage_dtype(checkpoint, config, model)
     if not isinstance(checkpoint, PackedCheckpoint):
@@ -82,6 +91,17 @@ def quantize(options: QuantizeOptions, console: Console | None = None) -> int:
     return 0
 
 
+def _check_as_it_is(model: ModelOptions, checkpoint: PackedCheckpoint) -> None:
+    stored = checkpoint.quantization
+    double = model.load_in_4bit and model.bnb_4bit_use_double_quant
+    asked = QuantizationConfig(4 if model.load_in_4bit else 8, model.bnb_4bit_quant_type, double)
+    if asked.summary() != stored.summary():
+        raise UserError(
+            f"quantize: {checkpoint.folder} is quantised already ({stored.summary()}), and {asked.summary()} is asked "
+            "for; give the unquantised checkpoint"
+        )
+
+
 @dataclass
 class _Counts:
     modules: int = 0
@@ -100,5 +120,6 @@ def _tensors(
             continue
         kernel = read_kernel(checkpoint, entry.name, quantization, dtype)
         counts.modules, counts.weights = counts.modules + 1, counts.weights + kernel.size
-        counts.nbytes += kernel.nbytes
-        yield from to_bitsandbytes(kernel).tensors(entry.name).items()
+        for name, tensor in to_bitsandbytes(kernel).tensors(entry.name).items():
+            counts.nbytes += tensor.nbytes
+            yield name, tensor

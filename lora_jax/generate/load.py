@@ -12,6 +12,7 @@ from lora_jax.adapters.read import Adapter, adapter_trees, base_of, open_adapter
 from lora_jax.config import ModelOptions, check_model
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import read_adapter_config
+from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.json_file import read_json_object
 from lora_jax.hub.packed_checkpoint import open_checkpoint
@@ -32,6 +33,7 @@ class Loaded:
     """A model that is ready to run: `model.apply(variables, tokens, positions, segments)`."""
 
     checkpoint: Checkpoint
+    quantization: QuantizationConfig | None
     config: ModelConfig
     model: Decoder
     variables: Mapping[str, Any]
@@ -47,8 +49,9 @@ def load_for_inference(
     """Read a model and, un-merged, an adapter; without a path the base is the one that the adapter names.
 
     With dtype auto the weights are held in the compute dtype, not as stored: they are read for every token,
-    and converting them each time takes most of it. The tokenizer is the adapter's where it brings one.
-    `typed` names the options that the user gave. Raises UserError for whatever is wrong with the files.
+    and converting them each time takes most of it. A quantised base's codes stay as they are. The tokenizer is
+    the adapter's where it brings one. `typed` names the options that the user gave. Raises UserError for
+    whatever is wrong with the files.
     """
     folder = None if adapter is None else resolve(adapter, option="--adapter")
     path, revision = options.path, options.revision
@@ -61,7 +64,7 @@ def load_for_inference(
     checkpoint = open_checkpoint(resolve(path, revision, option="base model (--model.path)"))
     config = read_config(checkpoint.config, checkpoint.folder)
     check_names(checkpoint, config)
-    quantization = quantization_of(options, checkpoint, typed)
+    quantization = quantization_of(options, checkpoint, config, typed)
     own = folder is not None and (folder / TOKENIZER_FILE).exists()
     tokenizer = load_tokenizer(folder if folder is not None and own else checkpoint.folder)
     if options.resize_vocab and len(tokenizer) > config.vocab_size:
@@ -69,11 +72,13 @@ def load_for_inference(
     opened = None if folder is None else open_adapter(folder, config)
     config = config if opened is None else opened.model_config
     compute = compute_dtype(options, storage_dtype(checkpoint, config, options), quantization)
-    wide = options.dtype == "auto" and quantization is None
-    params = load_params(checkpoint, config, jnp.dtype(compute).name if wide else options.dtype, quantization)
+    held = jnp.dtype(compute).name if options.dtype == "auto" else options.dtype
+    params = load_params(checkpoint, config, held, quantization, options.dtype)
     trainable, facts = ({}, {}) if opened is None else adapter_trees(opened, params)
     model, collections = Decoder(config, dtype=compute), variables(params, trainable, facts)
-    return Loaded(checkpoint, config, model, collections, tokenizer, opened, _settings(checkpoint))
+    return Loaded(
+        checkpoint, quantization, config, model, collections, tokenizer, opened, _settings(checkpoint)
+    )
 
 
 def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:

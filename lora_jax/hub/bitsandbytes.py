@@ -8,18 +8,20 @@ tensors, that is an error rather than a guess.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
 
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, listing
 
 Bits = Literal[4, 8]
 Value = str | bool | int | float | list[str] | None
 
 QUANT_TYPES: Final = ("nf4", "fp4")
+COMPUTE_DTYPES: Final = ("float32", "bfloat16", "float16")
 ROW_MAJOR: Final = 0
 REMEDY = "download the checkpoint again, or quantise the unquantised one"
 
@@ -124,7 +126,9 @@ class Packed8bit:
         return {name: self.codes, f"{module}.SCB": self.absmax, f"{module}.weight_format": weight_format}
 
 
-def read_quantization_config(config: Mapping[str, Any], where: object) -> QuantizationConfig | None:
+def read_quantization_config(
+    config: Mapping[str, Any], where: object, remedy: str = REMEDY
+) -> QuantizationConfig | None:
     """Return what config.json says of quantisation, or None where it says nothing.
 
     Raises UserError where another method than bitsandbytes quantised the checkpoint, or a value is not valid;
@@ -134,7 +138,7 @@ def read_quantization_config(config: Mapping[str, Any], where: object) -> Quanti
     if given is None:
         return None
     if not isinstance(given, dict):
-        raise UserError(f"quantization_config is not an object: {where}; {REMEDY}")
+        raise UserError(f"quantization_config is not an object: {where}; {remedy}")
     method = given.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
         raise UserError(
@@ -144,25 +148,45 @@ def read_quantization_config(config: Mapping[str, Any], where: object) -> Quanti
     def value(key: str, default: Any, *kinds: type) -> Any:
         found = given.get(key, default)
         if not isinstance(found, kinds):
-            raise UserError(f"quantization_config: {key} is {found!r}: {where}; {REMEDY}")
+            raise UserError(f"quantization_config: {key} is {found!r}: {where}; {remedy}")
         return found
 
     four, eight = value("load_in_4bit", False, bool), value("load_in_8bit", False, bool)
     if four == eight:
         which = "both" if four else "neither"
         raise UserError(
-            f"quantization_config: {which} of load_in_4bit and load_in_8bit is true: {where}; {REMEDY}"
+            f"quantization_config: {which} of load_in_4bit and load_in_8bit is true: {where}; {remedy}"
         )
     quant_type = value("bnb_4bit_quant_type", "fp4", str)
     if quant_type not in QUANT_TYPES:
         raise UserError(
-            f"quantization_config: bnb_4bit_quant_type is {quant_type!r}, not nf4 or fp4: {where}; {REMEDY}"
+            f"quantization_config: bnb_4bit_quant_type is {quant_type!r}, not nf4 or fp4: {where}; {remedy}"
         )
     skipped = value("llm_int8_skip_modules", None, list, type(None))
+    compute_dtype = (value("bnb_4bit_compute_dtype", None, str, type(None)) or "float32").removeprefix(
+        "torch."
+    )
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise UserError(
+            f"quantization_config: bnb_4bit_compute_dtype is {compute_dtype!r}, none of {listing(COMPUTE_DTYPES)}: "
+            f"{where}; {remedy}"
+        )
+    for name in skipped or ():
+        if not _is_regex(name):
+            raise UserError(
+                f"quantization_config: llm_int8_skip_modules has {name!r}, no regular expression: {where}; {remedy}"
+            )
     return QuantizationConfig(
         bits=4 if four else 8,
         quant_type=quant_type,
         use_double_quant=value("bnb_4bit_use_double_quant", False, bool),
-        compute_dtype=value("bnb_4bit_compute_dtype", "float32", str),
-        skip_modules=None if skipped is None else tuple(str(name) for name in skipped),
+        compute_dtype=compute_dtype,
+        skip_modules=None if skipped is None else tuple(skipped),
     )
+
+
+def _is_regex(pattern: object) -> bool:
+    try:
+        return isinstance(pattern, str) and re.compile(pattern) is not None
+    except re.error:
+        return False

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 Mask = Bool[Array, "batch length keys"]
 
 AT_ONCE = 128 * 2**20
-"""Bytes of float32 scores above which the heads of keys are taken one at a time."""
+"""Most bytes of float32 scores at once, unless a single head of keys has more."""
 
 
 def attention_mask(
@@ -55,13 +55,13 @@ def attend(
     if 4 * batch * heads * length * keys <= AT_ONCE:
         mixed = _mixed(folded, key, value, mask)
     else:
-        # A head of keys at a time; its scores are formed again in the backward pass, for all of them would be kept.
+        # Some heads of keys at a time; their scores are formed again in the backward pass, else all would be kept.
         def one(part: tuple[Array, Array, Array, Array]) -> Array:
             query, key, value, row = part
             return _mixed(query[None], key[None], value[None], mask[row][None])[0]
 
-        rows_of = jnp.arange(batch * kv_heads) // kv_heads
-        mixed = jax.lax.map(jax.checkpoint(one), (folded, key, value, rows_of))
+        parts = (folded, key, value, jnp.arange(batch * kv_heads) // kv_heads)
+        mixed = jax.lax.map(jax.checkpoint(one), parts, batch_size=max(1, AT_ONCE // (4 * rows * keys)))
     mixed = mixed.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, length, heads, head_dim)
 

@@ -7,6 +7,7 @@ one tensor.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from lora_jax.config import ModelOptions
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import Path, TensorName, may_be_ignored, name_table
 from lora_jax.models.quantization import (
@@ -47,7 +49,14 @@ def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
         for name, entry in table.items()
         if name in found and tuple(checkpoint.shape(name)) != entry.shape
     ]
-    kinds = {"missing": missing, "unexpected": extra, "misshapen": misshapen}
+    packed = checkpoint.weights if isinstance(checkpoint, PackedCheckpoint) else ()
+    odd = [name for name, entry in table.items() if name in packed and not entry.transposed]
+    kinds = {
+        "missing": missing,
+        "unexpected": extra,
+        "misshapen": misshapen,
+        "quantised though not linear": odd,
+    }
     problems = [f"{len(names)} {kind} ({listing(names)})" for kind, names in kinds.items() if names]
     if problems:
         raise UserError(
@@ -61,21 +70,27 @@ def load_params(
     config: ModelConfig,
     dtype: str = "auto",
     quantization: QuantizationConfig | None = None,
+    quantized_from: str | None = None,
 ) -> Params:
     """Return the parameter tree of a checkpoint, kernels [layer, in, out], on the default device.
 
     `dtype` auto keeps what each tensor is stored as. Where `config.vocab_size` is larger than the
     checkpoint's, the embedding and head get rows that are the mean of those there. The checkpoint has
-    passed `check_names`. Quantised kernels are pytrees (`lora_jax.quant.leaf`); a module that is quantised in
+    passed `check_names`. Weights are quantised from the dtype `quantized_from`, by default `dtype`. Quantised
+    kernels are pytrees (`lora_jax.quant.leaf`); a module that is quantised in
     some layers only is held whole in all of them, those layers with the weights that their codes stand for.
     """
     leaves: dict[Path, Any] = {}
-    table = name_table(config)
     quantized = quantized_weights(checkpoint, config, quantization)
-    mixed = {entry.path for entry in table if entry.name not in quantized}
-    for entry in table:
-        if quantization is not None and entry.name in quantized and entry.path not in mixed:
-            kernel = read_kernel(checkpoint, entry.name, quantization, dtype)
+    whole, source = _whole_paths(config, quantized), quantized_from or dtype
+    for entry in name_table(config):
+        if quantization is not None and entry.path not in whole:
+            kernel = read_kernel(checkpoint, entry.name, quantization, source)
+            if kernel.shape[-1] < entry.shape[0]:
+                raise UserError(
+                    f"--model.resize_vocab: {entry.name} is quantised, and no rows can be added to it: "
+                    f"{checkpoint.folder}; give a checkpoint whose head is not quantised"
+                )
             if entry.layer is not None:
                 stack = leaves.get(entry.path)
                 stack = empty_stack(kernel, config.num_hidden_layers) if stack is None else stack
@@ -83,7 +98,7 @@ def load_params(
             leaves[entry.path] = kernel
             continue
         held = quantization if entry.name in quantized else None
-        tensor = read_weight(checkpoint, entry.name, held, dtype)
+        tensor = read_weight(checkpoint, entry.name, held, source)
         target = jnp.dtype(tensor.dtype if dtype == "auto" else dtype)
         if entry.layer is None:
             if tensor.shape[0] < entry.shape[0]:
@@ -102,10 +117,10 @@ def abstract_params(
 ) -> Params:
     """Return the parameter tree's shapes and dtypes, from the config alone."""
     leaves: dict[Path, Any] = {}
-    quantized = quantized_names(config, quantization)
+    whole = _whole_paths(config, quantized_names(config, quantization))
     for entry in name_table(config):
         layers = None if entry.layer is None else config.num_hidden_layers
-        if quantization is not None and entry.name in quantized:
+        if quantization is not None and entry.path not in whole:
             leaves[entry.path] = abstract_kernel(entry.shape, dtype, quantization, layers)
             continue
         shape = _tree_shape(entry)
@@ -125,6 +140,11 @@ def grown(table: np.ndarray, rows: int) -> np.ndarray:
     """Return the table [vocab, embed] with rows added, each the mean of those there."""
     mean = table.astype(np.float32).mean(axis=0, keepdims=True).astype(table.dtype)
     return np.concatenate([table, np.repeat(mean, rows - table.shape[0], axis=0)])
+
+
+def _whole_paths(config: ModelConfig, quantized: Collection[str]) -> set[Path]:
+    """Return the leaves that are not held quantised: those of which a layer is not."""
+    return {entry.path for entry in name_table(config) if entry.name not in quantized}
 
 
 def _tree_shape(entry: TensorName) -> tuple[int, ...]:

@@ -32,12 +32,13 @@ SKIP = "llm_int8_skip_modules"
 
 
 def quantization_of(
-    options: ModelOptions, checkpoint: Checkpoint, typed: Collection[str]
+    options: ModelOptions, checkpoint: Checkpoint, config: ModelConfig, typed: Collection[str]
 ) -> QuantizationConfig | None:
     """Return how the base is quantised: as the checkpoint is already, else as the options ask; None for not at all.
 
     `typed` names the options that the user gave, such as model.load_in_4bit. Raises UserError where an option
-    contradicts the checkpoint, or has no meaning without another.
+    contradicts the checkpoint or has no meaning without another, and for an entry of `llm_int8_skip_modules` that
+    matches no module, or entries that leave none to quantise.
     """
     given = sorted(name.removeprefix("model.") for name in typed if name.startswith("model."))
     packed = checkpoint.quantization if isinstance(checkpoint, PackedCheckpoint) else None
@@ -55,15 +56,22 @@ def quantization_of(
             remedy = "add --model.load_in_4bit True or --model.load_in_8bit True, or drop it"
             raise UserError(f"--model.{SKIP}: is about a quantised model; {remedy}")
         return None
-    return QuantizationConfig(
+    _check_patterns(options.llm_int8_skip_modules, [module.name for module in modules(config)])
+    quantization = QuantizationConfig(
         bits=4 if options.load_in_4bit else 8,
         quant_type=options.bnb_4bit_quant_type,
         use_double_quant=options.load_in_4bit and options.bnb_4bit_use_double_quant,
         skip_modules=options.llm_int8_skip_modules,
     )
+    if not quantized_names(config, quantization):
+        raise UserError(
+            f"--model.{SKIP} {' '.join(options.llm_int8_skip_modules)}: leaves no linear layer to quantise; skip less, "
+            "or drop --model.load_in_4bit and --model.load_in_8bit"
+        )
+    return quantization
 
 
-def resolved_options(options: ModelOptions, quantization: QuantizationConfig | None) -> ModelOptions:
+def resolved_model_options(options: ModelOptions, quantization: QuantizationConfig | None) -> ModelOptions:
     """Return the options with what they came to: a checkpoint that is quantised already decides them."""
     if quantization is None:
         return options
@@ -85,15 +93,11 @@ def quantized_weights(
 
 
 def quantized_names(config: ModelConfig, quantization: QuantizationConfig | None) -> frozenset[str]:
-    """Return the names of the weights that a model is to have quantised.
-
-    Raises UserError for an entry of `llm_int8_skip_modules` that matches no module.
-    """
+    """Return the names of the weights that a model is to have quantised; entries that match nothing skip nothing."""
     if quantization is None:
         return frozenset()
     linear = [module.name for module in modules(config) if module.kind == "linear" and module.path != LM_HEAD]
     patterns = quantization.skip_modules or ()
-    _check_patterns(patterns, [module.name for module in modules(config)])
     return frozenset(f"{name}.weight" for name in linear if not _skipped(name, patterns))
 
 
@@ -115,9 +119,10 @@ def read_kernel(
     if isinstance(checkpoint, PackedCheckpoint):
         return from_bitsandbytes(checkpoint.read(name))
     weight = checkpoint.tensor(name)
-    return quantized_kernel(
-        weight if dtype == "auto" else weight.astype(jnp.dtype(dtype)), quantization, name
-    )
+    if dtype != "auto":
+        with np.errstate(over="ignore"):  # what is infinite then is an error with a name
+            weight = weight.astype(jnp.dtype(dtype))
+    return quantized_kernel(weight, quantization, name)
 
 
 def quantized_kernel(weight: np.ndarray, quantization: QuantizationConfig, name: str) -> Quantized:

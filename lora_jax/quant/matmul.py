@@ -79,7 +79,7 @@ def _by_platform(x: Array, kernel: Quantized, layer: Layer, default: Product, pa
     chosen = {
         name: partial(pallas, kernels)
         for name, kernels in PLATFORMS.items()
-        if grouped and x.dtype in DTYPES[name]
+        if grouped and x.dtype in DTYPES[name] and kernels.usable()
     }
     return jax.lax.platform_dependent(x, kernel, layer, default=default, **chosen)
 

@@ -4,7 +4,8 @@ The compiler cannot split a Pallas call, so it is told how, in a `shard_map`. Ro
 `data` and `fsdp`, positions along `sequence`. A kernel is cut along the axes that it names (`QuantizedKernel.cut`):
 
     an axis that cuts rows or positions too   fsdp: the 4-bit codes are gathered, never decoded weights
-    any other, on `in`                        row-parallel: x is cut likewise, products are summed over the axis
+    any other, on `in`                        row-parallel: x is cut likewise; products, rounded to x's dtype, are
+                                              summed over the axis in float32
     any other, on `out`                       column-parallel: y is cut likewise, nothing is sent
 
 In the backward pass the last two change places.
@@ -16,6 +17,7 @@ from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,7 +38,12 @@ def shard(
     """
     for size, unit, axis, side in zip(kernel.sizes, (GROUP, 1), cut, ("in", "out"), strict=True):
         parts = 1 if axis is None else mesh.shape[axis]
-        if parts > 1 and (not kernel.grouped or size % (unit * parts)):
+        if parts > 1 and not kernel.grouped:
+            raise UserError(
+                f"{name}: blocks run over the ends of its rows (an in of {kernel.sizes[0]}), so that it does not "
+                f"divide; leave it whole on the mesh axis {axis}"
+            )
+        if size % (unit * parts):
             what = f"{parts} parts of whole groups of {GROUP}" if unit == GROUP else f"{parts} equal parts"
             raise UserError(
                 f"{name}: its {side} of {size} does not divide into {what} for the mesh axis {axis}; leave it whole "
@@ -78,7 +85,7 @@ def on_shards(product: Callable[..., Any], x: Any, kernel: Any, layer: Any, tran
 
     def local(x: Any, kernel: QuantizedKernel, layer: Any) -> Any:
         y = product(x, _whole(kernel, mesh.shape), layer)
-        return y if contracted is None else jax.lax.psum(y, contracted)
+        return y if contracted is None else jax.lax.psum(y.astype(jnp.float32), contracted).astype(y.dtype)
 
     mapped = jax.shard_map(
         local,

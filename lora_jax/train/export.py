@@ -12,6 +12,7 @@ from lora_jax.adapters.peft import export_tensors, saved_config
 from lora_jax.hub.adapter_files import write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.model_card import TrainingFacts, adapter_card
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.tokenizer import copy_tokenizer
 from lora_jax.models.save import save_model, tree_tensors
 from lora_jax.train.output import ADAPTER, MODEL
@@ -27,7 +28,9 @@ def export_adapter(run: Run, trainable: Any, folder: Path, facts: TrainingFacts)
     with whole_folder(target, overwrite=True) as aside:
         write_adapter(aside, config, export_tensors(trainable, run.plan))
         copy_tokenizer(run.checkpoint.folder, aside)
-        write_notes(aside, Notes(run.model_config.vocab_size, run.config.model.dtype, run.quantization))
+        packed = isinstance(run.checkpoint, PackedCheckpoint)
+        dtype = "auto" if packed else run.config.model.dtype
+        write_notes(aside, Notes(run.model_config.vocab_size, dtype, run.quantization, packed))
         card = adapter_card(config, facts, base_is_local=Path(run.config.model.path).expanduser().exists())
         write_text(aside / "README.md", card)
     return target

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -67,12 +68,19 @@ def print_facts(console: Console, run: Run, opt_state: Any, *, length: int, step
 
 
 def _bits(run: Run) -> str:
-    """Return how the base is quantised, and how many bits a quantised weight takes."""
-    kernels = [leaf for leaf in jax.tree.leaves(run.frozen, is_leaf=is_quantized) if is_quantized(leaf)]
-    if run.quantization is None or not kernels:
+    """Return how the base is quantised, how many bits a weight of a linear layer takes, and which are not quantised."""
+    if run.quantization is None:
         return ""
-    bits = 8 * sum(kernel.nbytes for kernel in kernels) / sum(kernel.size for kernel in kernels)
-    return f" ({run.quantization.summary()}: {bits:.2f} bits a weight in the linear layers)"
+    leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(run.frozen["layers"]))
+    kernels = {path[-2]: leaf for path, leaf in leaves.items() if path[-1] == "kernel"}
+    bits = (
+        8
+        * sum(kernel.nbytes for kernel in kernels.values())
+        / sum(kernel.size for kernel in kernels.values())
+    )
+    whole = [name for name, kernel in kernels.items() if not is_quantized(kernel)]
+    rest = f"; not quantised in all layers, so held whole: {', '.join(whole)}" if whole else ""
+    return f" ({run.quantization.summary()}: {bits:.2f} bits a weight in the linear layers{rest})"
 
 
 class Reporter:

@@ -6,12 +6,14 @@ import signal
 from collections.abc import Collection
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 from rich.console import Console
 
 from lora_jax import __version__
+from lora_jax.adapters.notes import read_notes
 from lora_jax.config import RunConfig, check
 from lora_jax.errors import UserError
 from lora_jax.hub.model_card import TrainingFacts
@@ -46,6 +48,12 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
     check(config)
     check_output(config)
     run = prepare(config, typed)
+    if config.lora.init_from is not None:
+        before = read_notes(Path(config.lora.init_from).expanduser()).quantization
+        if before is not None and run.quantization is None:
+            console.print(
+                f"note: --lora.init_from was trained on a quantised base ({before.summary()})", soft_wrap=True
+            )
     sizes = run_sizes(run)
     state = init_state(run.trainable, make_optimizer(config.train, sizes.steps), run.key)
     config = run.config  # with the options that an adapter to go on with decides

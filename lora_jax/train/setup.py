@@ -31,8 +31,12 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
 from lora_jax.models.load import check_names, load_params, storage_dtype
 from lora_jax.models.names import Module, modules, name_table
-from lora_jax.models.quantization import compute_dtype, quantization_of, quantized_weights
-from lora_jax.models.quantization import resolved_options as resolved_model
+from lora_jax.models.quantization import (
+    compute_dtype,
+    quantization_of,
+    quantized_weights,
+    resolved_model_options,
+)
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ def prepare(config: RunConfig, typed: Collection[str]) -> Run:
     checkpoint = open_checkpoint(resolve(config.model.path, config.model.revision))
     model_config = read_config(checkpoint.config, checkpoint.folder)
     check_names(checkpoint, model_config)
-    quantization = quantization_of(config.model, checkpoint, typed)
-    config = replace(config, model=resolved_model(config.model, quantization))
+    quantization = quantization_of(config.model, checkpoint, model_config, typed)
+    config = replace(config, model=resolved_model_options(config.model, quantization))
     _check_full(config, quantization)
     tokenizer = load_tokenizer(checkpoint.folder)
     if config.model.resize_vocab and len(tokenizer) > model_config.vocab_size:

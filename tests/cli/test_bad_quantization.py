@@ -199,6 +199,54 @@ CHECKPOINTS: dict[str, Case] = {
     ),
 }
 COMMANDS: dict[str, Case] = {
+    "quantize resizing": (
+        nothing,
+        (*QUANTIZE, "--model.resize_vocab", "True"),
+        "--model.resize_vocab: quantize adds no rows",
+    ),
+    "quantize in neither": (
+        nothing,
+        (*QUANTIZE, "--model.load_in_4bit", "False"),
+        "quantize writes 4 or 8 bits",
+    ),
+    "quantize nothing in it": (
+        nothing,
+        (*QUANTIZE, "--model.llm_int8_skip_modules", "proj"),
+        "proj: leaves no linear layer to quantise",
+    ),
+    "quantize double in 8": (
+        nothing,
+        (*QUANTIZE, *EIGHT, "--model.bnb_4bit_quant_type", "fp4"),
+        "is about a 4-bit model",
+    ),
+    "quantize quantised, skipping": (
+        nothing,
+        (*AGAIN, "--model.llm_int8_skip_modules", "q_proj"),
+        "--model.llm_int8_skip_modules q_proj: small is",
+    ),
+    "compute dtype": (
+        configured(bnb_4bit_compute_dtype="int4"),
+        SMALL,
+        "bnb_4bit_compute_dtype is 'int4', none of float32",
+    ),
+    "skip that is no regex": (
+        configured(llm_int8_skip_modules=["(q"]),
+        SMALL,
+        "llm_int8_skip_modules has '(q', no regular",
+    ),
+    "merge compute dtype": (
+        change(
+            "adapter/lora_jax.json",
+            quantization_config={"load_in_4bit": True, "bnb_4bit_compute_dtype": "banana"},
+        ),
+        MERGE,
+        "bnb_4bit_compute_dtype is 'banana', none of float32, bfloat16, float16: adapter/lora_jax.json; delete it",
+    ),
+    "merge onto codes that are not there": (
+        change("adapter/lora_jax.json", quantization_config={"load_in_4bit": True}, base_is_quantized=True),
+        (*MERGE, "--base_precision", "dequantized"),
+        "was trained on a checkpoint that was quantised already, and model is not",
+    ),
     "quantize nothing": (nothing, ("quantize",), "quantize: needs --model.path and --output"),
     "quantize bits": (
         nothing,
@@ -214,7 +262,7 @@ COMMANDS: dict[str, Case] = {
     "quantize quantised": (
         nothing,
         (*AGAIN, "--model.bnb_4bit_quant_type", "fp4"),
-        "fp4: small is quantised already",
+        "small is quantised already (nf4, double-quantised), and fp4",
     ),
     "quantize quantised in 8": (nothing, (*AGAIN, *EIGHT), "small is quantised already (nf4"),
     "quantize size": (nothing, (*QUANTIZE, "--max_shard_size", "x"), "--max_shard_size x: not a size"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.targets import make_plan
 from lora_jax.cli import main
 from lora_jax.config import TrainOptions
+from lora_jax.data.batches import Batch
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
-from lora_jax.models.load import abstract_params
+from lora_jax.models.load import abstract_params, load_params
 from lora_jax.models.names import modules
 from lora_jax.quant.decode import dequantize
 from lora_jax.quant.leaf import is_quantized
@@ -76,6 +78,11 @@ def kernels(base: Base) -> dict[str, Any]:
     return {name: leaf["kernel"] for part in ("self_attn", "mlp") for name, leaf in layers[part].items()}
 
 
+def base_quantization(base: Base) -> QuantizationConfig:
+    assert isinstance(base.checkpoint, PackedCheckpoint)
+    return base.checkpoint.quantization
+
+
 def assert_same(found: Any, expected: Any) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -84,10 +91,10 @@ def assert_same(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("name", ["llama-biases", "qwen2-windows"])
 def test_logits_are_those_of_the_weights_that_the_codes_stand_for(
-    tmp_path: Path, kind: str, sizes: str, name: str
+    tmp_path: Path, kind: str, sizes: str
 ) -> None:
+    name = "llama-biases" if kind == "nf4" else "qwen2-windows"
     folder = write_checkpoint(tmp_path / "base", CONFIGS[name] | SIZES[sizes])
     base = open_base(folder, **KINDS[kind][0])
     assert all(is_quantized(kernel) for kernel in kernels(base).values())
@@ -155,6 +162,10 @@ def test_skipped_modules_keep_their_weights_and_other_layers_what_their_codes_st
         for layer in range(3):
             source = plain if layer in own.get(name, (1,)) else codes
             np.testing.assert_array_equal(kernels(base)[name][layer], source[name][layer])
+    shapes = abstract_params(
+        base.config, "float32", QuantizationConfig(4, "nf4", True, skip_modules=tuple(skipped))
+    )
+    assert jax.tree.structure(base.params) == jax.tree.structure(shapes)
     command = ["quantize", "--model.path", str(folder), "--output", str(tmp_path / "small")]
     assert main([*command, "--model.llm_int8_skip_modules", *skipped]) == 0
     assert_same(open_base(tmp_path / "small").params, base.params)
@@ -169,6 +180,10 @@ def test_head_that_is_quantised_in_the_checkpoint_is_used_so(tmp_path: Path) -> 
     save_file(tensors | to_bitsandbytes(kernel).tensors("lm_head.weight"), file, metadata={"format": "pt"})
     base = open_base(tmp_path / "small")
     assert is_quantized(base.params["lm_head"]["kernel"])
+    with pytest.raises(UserError, match=r"--model\.resize_vocab: lm_head\.weight is quantised"):
+        load_params(
+            base.checkpoint, replace(base.config, vocab_size=99), quantization=base_quantization(base)
+        )
     tokens, segments = text()
     np.testing.assert_allclose(
         adapted_logits(base, {}, {}, tokens, segments),
@@ -215,8 +230,6 @@ def test_weights_of_a_large_4bit_model_take_little_more_than_4_bits_in_the_compi
         trainable, adapter = jax.eval_shape(start, jax.random.key(0), frozen)
         optimizer = make_optimizer(TrainOptions(), 10)
         state = jax.eval_shape(lambda tree, o=optimizer: init_state(tree, o, jax.random.key(0)), trainable)
-        from lora_jax.data.batches import Batch
-
         whole = jax.ShapeDtypeStruct((1, 1, 16), jnp.int32)
         batch = Batch(whole, whole, whole, whole, jax.ShapeDtypeStruct((1, 1, 16), jnp.float32))
         model = Decoder(config, gradient_checkpointing=True)
@@ -243,8 +256,8 @@ from lora_jax.models.quantization import quantization_of
 
 def loaded(folder):
     checkpoint = open_checkpoint(Path(folder))
-    quantization = quantization_of(ModelOptions(load_in_4bit=True), checkpoint, ())
     config = read_config(checkpoint.config, folder)
+    quantization = quantization_of(ModelOptions(load_in_4bit=True), checkpoint, config, ())
     return jax.block_until_ready(load_params(checkpoint, config, "bfloat16", quantization))
 
 loaded(sys.argv[1])

@@ -154,6 +154,25 @@ def test_quantising_anew_is_asked_for_and_tells_what_is_lost(trained: Path, tmp_
     assert open_checkpoint(tmp_path / "merged").config["quantization_config"]["load_in_4bit"] is True
 
 
+@pytest.mark.parametrize("targets", [("q_proj", "lm_head", "embed_tokens"), ("q_proj", "up_proj")])
+def test_quantising_anew_takes_what_is_tied_and_what_is_named_elsewhere(
+    base: Path, rows: Path, tmp_path: Path, targets: tuple[str, ...]
+) -> None:
+    """A quantised checkpoint may skip modules of other models; the head is never quantised anew."""
+    run("quantize", "--model.path", str(base), "--output", str(tmp_path / "small"))
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "multi_modal_projector"]
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    arguments = train_arguments(tmp_path / "small", rows, tmp_path / "out")
+    run(*arguments, "--lora.target_modules", *targets)
+    common: dict[str, Any] = {"adapter": str(tmp_path / "out" / "adapter"), "prompts": ("1+1=",)}
+    _, printed = merged(MergeOptions(**common, output=str(tmp_path / "four"), quantize="fp4"))
+    assert "dequantized, fp4" in printed
+    own, printed = merged(MergeOptions(**common, output=str(tmp_path / "own"), base=str(base)))
+    assert "(original)" in printed
+    assert not isinstance(own.checkpoint, PackedCheckpoint)
+
+
 def test_merging_without_prompts_or_a_tokenizer_compares_weights_alone(trained: Path, tmp_path: Path) -> None:
     common: dict[str, Any] = {"adapter": str(trained / "adapter"), "output": str(tmp_path / "merged")}
     _, printed = merged(MergeOptions(**common, prompts=()))
@@ -167,6 +186,11 @@ def test_generating_takes_a_quantised_base(
     command = ("generate", "--prompt", "1+1=", "--max_new_tokens", "4", "--raw")
     printed = []
     base = small.parent / "base"
+    run(*command, "--adapter", str(trained / "adapter"), "--model.path", str(base))
+    assert (
+        "was trained on a quantised base (nf4, double-quantised); --model.load_in_4bit"
+        in capsys.readouterr().err
+    )
     for model in ((str(small),), (str(base), *FOUR)):
         run(*command, "--adapter", str(trained / "adapter"), "--model.path", *model)
         printed.append(capsys.readouterr().out)

@@ -18,8 +18,10 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt16
 
 from lora_jax.quant.codebooks import Table
 from lora_jax.quant.decode import select
-from lora_jax.quant.kernels.gpu_tiles import Tile, chip, tile_for
+from lora_jax.quant.kernels.gpu_tiles import Tile, chip, tile_for, usable
 from lora_jax.quant.leaf import BLOCK, GROUP, groups
+
+__all__ = ["backward", "forward", "usable"]
 
 _BAND: Final = 8
 """Tiles of the batch that run side by side: their x and the weights they share stay in the L2 cache."""

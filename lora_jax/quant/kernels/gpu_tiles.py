@@ -4,6 +4,7 @@ A tile of weights is decoded once for each tile of the batch, and decoding is wh
 time on: large tiles share it among more rows, but leave multiprocessors idle where the result is small.
 """
 
+import re
 from typing import Final, Literal, NamedTuple
 
 import jax
@@ -62,6 +63,8 @@ OTHER: Final = Chip(
     (Tile(256, 32, 8, 3, 4940), Tile(64, 64, 4, 2, 1550), Tile(16, 64, 4, 3, 1060)),
 )
 """For all others, chosen for 8.0, the A100. None needs more shared memory than any chip from 8.0 up has, 99 KB."""
+OLDEST: Final = 8.0
+"""The least compute capability that multiplies bfloat16."""
 compiling_for = jax.make_user_context(None)
 """`with compiling_for("9.0"):` what is traced within is for that compute capability, on whichever machine."""
 
@@ -74,6 +77,12 @@ def chip() -> str | None:
     if compiling_for.value is not None or jax.default_backend() != "gpu":
         return compiling_for.value
     return str(getattr(jax.devices()[0], "compute_capability", None))
+
+
+def usable() -> bool:
+    """Say whether the kernel runs on the chip that is traced for, as far as that is known: from 8.0 on."""
+    found = re.fullmatch(r"\d+\.\d+", chip() or "")
+    return found is None or float(found[0]) >= OLDEST
 
 
 def tile_for(batch: int, size: int, name: str | None, transposed: bool) -> Tile:

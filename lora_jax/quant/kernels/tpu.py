@@ -22,6 +22,11 @@ from lora_jax.quant.leaf import BLOCK
 SUBLANES: Final = 8
 
 
+def usable() -> bool:
+    """Say whether the kernel runs on the chip that is traced for: on all that Mosaic multiplies bfloat16 for."""
+    return True
+
+
 def forward(
     x: Float[Array, "batch in"],
     codes: UInt8[Array, "layer bytes out"],
