@@ -145,8 +145,12 @@ class TrainOptions:
     """Term in AdamW's denominator."""
     max_grad_norm: float = 0.3
     """Global norm that gradients are clipped to; 0 does not clip."""
-    optim: Literal["adamw", "sgd", "lion", "adafactor"] = "adamw"
-    """Optimiser."""
+    optim: Literal[
+        "adamw", "sgd", "lion", "adafactor", "adamw8bit", "paged_adamw_8bit", "paged_adamw_32bit"
+    ] = "adamw"
+    """Optimiser; 8bit holds AdamW's moments in 8 bits, paged in the host's memory."""
+    offload: Literal["none", "optimizer", "activations", "both"] = "none"
+    """What is kept in the host's memory between its uses: optimiser state, layer inputs, or both (TPU and GPU)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass to save memory."""
     logging_steps: int = 10
@@ -164,6 +168,34 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
+class MeshOptions:
+    """How many devices each way of sharing the work takes; they multiply out to all devices, -1 is what is left."""
+
+    data: int = 1
+    """Devices that hold the same parameters and take different rows."""
+    fsdp: int = -1
+    """Devices that take different rows and a share of the parameters each, gathered layer by layer."""
+    tensor: int = 1
+    """Devices that share out heads and features of each layer."""
+    sequence: int = 1
+    """Devices that share out the tokens of a row."""
+
+
+@dataclass(frozen=True)
+class DistributedOptions:
+    """A run over several processes; found out by itself on TPU VMs, under SLURM and Open MPI."""
+
+    coordinator_address: str | None = None
+    """host:port of process 0; gives the run more than one process where the environment does not."""
+    num_processes: int | None = None
+    """Processes of the run."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    timeout: int = 300
+    """Seconds to wait for the other processes at the start."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
@@ -171,6 +203,8 @@ class RunConfig:
     lora: LoraOptions = field(default_factory=LoraOptions)
     data: DataOptions = field(default_factory=DataOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    distributed: DistributedOptions = field(default_factory=DistributedOptions)
     output_dir: str = ""
     """Folder for the adapter, metrics.jsonl, config.yaml and checkpoints."""
     method: Literal["lora", "full"] = "lora"
@@ -227,6 +261,7 @@ def check(config: RunConfig) -> None:
     )
     check_model(config.model)
     _check_train(train)
+    _check_devices(config.mesh, config.distributed)
 
 
 def check_model(model: ModelOptions) -> None:
@@ -289,6 +324,39 @@ def _check_train(train: TrainOptions) -> None:
     for name in ("per_device_eval_batch_size", "save_total_limit"):
         value = getattr(train, name)
         _require(value is None or value > 0, f"--train.{name}", value, "must be positive, or None")
+
+
+def _check_devices(mesh: MeshOptions, distributed: DistributedOptions) -> None:
+    sizes = {name: getattr(mesh, name) for name in ("data", "fsdp", "tensor", "sequence")}
+    for name, size in sizes.items():
+        _require(size == -1 or size > 0, f"--mesh.{name}", size, "must be positive, or -1 for what is left")
+    left = [name for name, size in sizes.items() if size == -1]
+    _require(
+        len(left) < 2, f"--mesh.{left[-1] if left else ''}", -1, "only one axis can take what is left; "
+        f"--mesh.{left[0] if left else ''} does already",
+    )  # fmt: skip
+    given = {
+        f"--distributed.{name}": getattr(distributed, name)
+        for name in ("coordinator_address", "num_processes", "process_id")
+    }
+    missing = [name for name, value in given.items() if value is None]
+    _require(
+        len(missing) in (0, 3), missing[0] if missing else "", "", "goes with the other two of "
+        "--distributed.{coordinator_address, num_processes, process_id}; give all three, or none",
+    )  # fmt: skip
+    address, processes, number = given.values()
+    if address is not None and processes is not None and number is not None:
+        host, _, port = str(address).rpartition(":")
+        _require(
+            bool(host) and port.isdigit() and 0 < int(port) < 65536,
+            "--distributed.coordinator_address", address, "must be host:port of process 0, such as 10.0.0.2:8476",
+        )  # fmt: skip
+        _require(processes > 0, "--distributed.num_processes", processes, "must be positive")
+        _require(
+            0 <= number < processes, "--distributed.process_id", number,
+            f"must be from 0 to {processes - 1}, one less than --distributed.num_processes",
+        )  # fmt: skip
+    _require(distributed.timeout > 0, "--distributed.timeout", distributed.timeout, "must be positive")
 
 
 def _require(holds: bool, option: str, value: object, remedy: str) -> None:

@@ -22,9 +22,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.errors import UserError
+from lora_jax.parallel.mesh import POSITIONS, ROWS
 from lora_jax.quant.leaf import GROUP, Axes, Int8Kernel, QuantizedKernel
 
-ROWS, POSITIONS = ("data", "fsdp"), "sequence"
 _GATHERED = (*ROWS, POSITIONS)
 
 

@@ -1,0 +1,52 @@
+"""The mesh: four axes that share out rows, parameters, features and tokens over the devices.
+
+    data       rows                       parameters are the same on each
+    fsdp       rows, and parameters       a layer's are gathered when it is computed
+    tensor     heads and features of a layer, and its parameters with them
+    sequence   tokens of a row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from math import prod
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from lora_jax.config import MeshOptions
+from lora_jax.errors import UserError
+
+ROWS, FEATURES, POSITIONS = ("data", "fsdp"), "tensor", "sequence"
+AXES = (*ROWS, FEATURES, POSITIONS)
+
+
+def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
+    """Return the devices of each axis, -1 resolved; raises UserError where they do not multiply out to `devices`."""
+    sizes = asdict(options)
+    given = prod(size for size in sizes.values() if size != -1)
+    left = [name for name, size in sizes.items() if size == -1]
+    shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    if (devices % given) if left else (devices != given):
+        whole = "divides" if left else "is"
+        remedy = "give sizes whose product " + f"{whole} {devices}, -1 for what is left"
+        raise UserError(f"--mesh ({shown}): {given} devices are asked for and there are {devices}; {remedy}")
+    return sizes | {name: devices // given for name in left}
+
+
+def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mesh:
+    """Return the mesh over `devices` (all of the run's by default), its axes split up by the compiler.
+
+    Neighbours on the fastest links share the axes that come last. Raises UserError as `mesh_shape` does.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_shape(options, len(devices))
+    shape = tuple(sizes[name] for name in AXES)
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def row_shards(mesh: Mapping[str, int]) -> int:
+    """Return over how many parts the rows of a batch are shared out, from the sizes of the axes."""
+    return prod(mesh[name] for name in ROWS)
