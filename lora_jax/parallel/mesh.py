@@ -1,9 +1,9 @@
 """The mesh: four axes that share out rows, parameters, features and tokens over the devices.
 
-    data       rows                       parameters are the same on each
-    fsdp       rows, and parameters       a layer's are gathered when it is computed
-    tensor     heads and features of a layer, and its parameters with them
-    sequence   tokens of a row
+data       rows                       parameters are the same on each
+fsdp       rows, and parameters       a layer's are gathered when it is computed
+tensor     heads and features of a layer, and its parameters with them
+sequence   tokens of a row
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
         whole = "divides" if left else "is"
         remedy = "give sizes whose product " + f"{whole} {devices}, -1 for what is left"
         raise UserError(f"--mesh ({shown}): {given} devices are asked for and there are {devices}; {remedy}")
-    return sizes | {name: devices // given for name in left}
+    return sizes | dict.fromkeys(left, devices // given)
 
 
 def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mesh:

@@ -120,7 +120,11 @@ def test_the_written_config_is_read_back_as_it_was(config: Any) -> None:
             "lora: {target_modules: 'q_proj, v_proj'}",
             "lora.target_modules q_proj, v_proj: is taken as one name",
         ),
-        ("train: {optim: adam}", "train.optim adam: is not one of: adamw, sgd, lion, adafactor, adamw8bit, paged_adamw_8bit, paged_adamw_32bit. Perhaps"),
+        (
+            "train: {optim: adam}",
+            "train.optim adam: is not one of: adamw, sgd, lion, adafactor, adamw8bit, paged_adamw_8bit, "
+            "paged_adamw_32bit. Perhaps",
+        ),
         ("train: {gradient_checkpointing: 3}", "train.gradient_checkpointing 3: is not one of: True, False"),
         ("", "holds no options; write sections such as model, lora, data, train"),
         ("- lora", "holds no options; write sections"),
