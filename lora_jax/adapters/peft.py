@@ -20,6 +20,7 @@ from lora_jax.config import ALL_LINEAR, LoraOptions, expand_targets, names_or_re
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.models.names import Module, Path
+from lora_jax.parallel.processes import on_host
 
 Tensors = dict[str, np.ndarray]
 
@@ -96,7 +97,7 @@ TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 
 def export_tensors(trainable: Mapping[str, Any], plan: Plan) -> Tensors:
     """Return the adapter's tensors by name, float32, contiguous, true ranks."""
-    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten_dict(dict(trainable)).items()}
+    leaves = {path: on_host(leaf).astype(np.float32) for path, leaf in flatten_dict(dict(trainable)).items()}
     tensors: Tensors = {}
     for entry in adapter_table(plan):
         value = leaves[entry.path] if entry.layer is None else leaves[entry.path][entry.layer]

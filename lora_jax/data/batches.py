@@ -32,14 +32,19 @@ class Batch(NamedTuple):
     """float32: 1 where the target is trained, else 0."""
 
 
-def padded_length(longest: int, max_length: int, multiple: int = 64) -> int:
-    """Return the length that every row is padded to: a multiple, but no more than max_length."""
+def padded_length(longest: int, max_length: int, multiple: int = 64, parts: int = 1) -> int:
+    """Return the length that every row is padded to: a multiple, but no more than max_length.
+
+    It is a multiple of `parts`, the devices that share out a row's tokens, in any case.
+    """
     rounded = -(-longest // multiple) * multiple
-    return max(min(rounded, max_length), longest)
+    return -(-max(min(rounded, max_length), longest) // parts) * parts
 
 
-def make_batch(examples: Sequence[Tokens], rows: int, length: int, padding_id: int) -> Batch:
-    """Return examples as arrays [rows, length], rows of padding behind the last example.
+def make_batch(
+    examples: Sequence[Tokens], rows: int, length: int, padding_id: int, places: Sequence[int] | None = None
+) -> Batch:
+    """Return examples as arrays [rows, length], at `places` (the first rows by default); other rows are padding.
 
     Raises:
         ValueError: there are more examples than rows, or one is longer than length.
@@ -47,7 +52,7 @@ def make_batch(examples: Sequence[Tokens], rows: int, length: int, padding_id: i
     if len(examples) > rows:
         raise ValueError(f"{len(examples)} examples do not fit in {rows} rows")
     lengths = np.zeros(rows, np.int64)
-    lengths[: len(examples)] = [len(example) for example in examples]
+    lengths[list(range(len(examples)) if places is None else places)] = [len(example) for example in examples]
     if lengths.max(initial=0) > length:
         raise ValueError(f"an example of {lengths.max()} tokens does not fit in a length of {length}")
     column = np.arange(length)
@@ -88,6 +93,7 @@ def step_batch(
     accumulation: int,
     length: int,
     padding_id: int,
+    part: Sequence[int] | None = None,
 ) -> Batch:
     """Return the batch of an optimiser step, counted from 0 over all epochs.
 
@@ -99,26 +105,33 @@ def step_batch(
         accumulation: forward passes in the step.
         length: length that rows are padded to.
         padding_id: token id of the padding.
+        part: which rows of each forward pass to make, all by default.
 
     Returns:
-        Arrays [accumulation, batch, length]. Where an epoch's last step has fewer rows, rows of padding
+        Arrays [accumulation, batch or len(part), length]. Where an epoch's last step has fewer rows, rows of padding
         follow; they are dealt so that real rows fill the passes in order.
     """
-    per_step = batch * accumulation
-    chosen = _rows_of(step, len(dataset), seed, per_step)
-    flat = make_batch([dataset[int(index)] for index in chosen], per_step, length, padding_id)
-    return Batch(*(array.reshape(accumulation, batch, length) for array in flat))
+    chosen = _rows_of(step, len(dataset), seed, batch * accumulation)
+    part = range(batch) if part is None else part
+    places = [start + row for start in range(0, batch * accumulation, batch) for row in part]
+    examples = [dataset[int(chosen[place])] for place in places if place < len(chosen)]
+    filled = [index for index, place in enumerate(places) if place < len(chosen)]
+    flat = make_batch(examples, len(places), length, padding_id, filled)
+    return Batch(*(array.reshape(accumulation, len(part), length) for array in flat))
 
 
-def tokens_before(dataset: Sequence[Tokens], step: int, *, seed: int, rows_per_step: int) -> int:
-    """Return the real tokens of all steps before `step`, counted from 0."""
-    lengths = np.array([len(example) for example in dataset])
-    epochs, rest = divmod(step, steps_per_epoch(len(dataset), rows_per_step))
-    begun = step - rest
-    partial = sum(
-        int(lengths[_rows_of(past, len(dataset), seed, rows_per_step)].sum()) for past in range(begun, step)
+def tokens_of(lengths: np.ndarray, step: int, *, seed: int, rows_per_step: int) -> int:
+    """Return the real tokens of a step, counted from 0, given the length of each row."""
+    return int(lengths[_rows_of(step, len(lengths), seed, rows_per_step)].sum())
+
+
+def tokens_before(lengths: np.ndarray, step: int, *, seed: int, rows_per_step: int) -> int:
+    """Return the real tokens of all steps before `step`, counted from 0, given the length of each row."""
+    epochs, rest = divmod(step, steps_per_epoch(len(lengths), rows_per_step))
+    begun = range(step - rest, step)
+    return epochs * int(lengths.sum()) + sum(
+        tokens_of(lengths, past, seed=seed, rows_per_step=rows_per_step) for past in begun
     )
-    return epochs * int(lengths.sum()) + partial
 
 
 def _rows_of(step: int, rows: int, seed: int, rows_per_step: int) -> np.ndarray:
@@ -127,8 +140,14 @@ def _rows_of(step: int, rows: int, seed: int, rows_per_step: int) -> np.ndarray:
     return epoch_order(rows, seed, epoch)[place * rows_per_step : (place + 1) * rows_per_step]
 
 
-def eval_batches(dataset: Sequence[Tokens], batch: int, length: int, padding_id: int) -> Iterator[Batch]:
-    """Yield all rows in order as arrays [batch, length], rows of padding filling the last batch."""
+def eval_batches(
+    dataset: Sequence[Tokens], batch: int, length: int, padding_id: int, part: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """Yield all rows in order as arrays [batch, length], rows of padding filling the last batch.
+
+    `part` says which rows of each batch to make, all by default.
+    """
     for start in range(0, len(dataset), batch):
-        examples = [dataset[index] for index in range(start, min(start + batch, len(dataset)))]
-        yield make_batch(examples, batch, length, padding_id)
+        rows = [start + row for row in (range(batch) if part is None else part)]
+        examples = [dataset[row] for row in rows if row < len(dataset)]
+        yield make_batch(examples, len(rows), length, padding_id)

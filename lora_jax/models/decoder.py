@@ -22,6 +22,7 @@ from lora_jax.models.attention import Mask, attend, attention_mask, within_windo
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.layers import ADAPTER, FROZEN, STACKS, TRAINABLE, Embedding, Linear, RMSNorm
 from lora_jax.models.rope import angles, rotate
+from lora_jax.parallel.mesh import constrained
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -128,8 +129,8 @@ class Layer(nn.Module):
 
     def __call__(self, x: Array, sight: Sight, window: Array | None, cache: Any) -> tuple[Array, Any]:
         mixed, cache = self.self_attn(self.input_layernorm(x), sight, window, cache)
-        x = checkpoint_name(x + mixed, "residual")
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        x = checkpoint_name(constrained(x + mixed), "residual")
+        return constrained(x + self.mlp(self.post_attention_layernorm(x))), cache
 
 
 class Decoder(nn.Module):
@@ -180,7 +181,10 @@ class Decoder(nn.Module):
         sight = Sight(*rotations, mask, slots, key_slots)
         windows = self.config.windows
         x, grown = self.layers(
-            self.embed_tokens(tokens), sight, None if windows is None else jnp.asarray(windows), layers_cache
+            constrained(self.embed_tokens(tokens)),
+            sight,
+            None if windows is None else jnp.asarray(windows),
+            layers_cache,
         )
         if cache is not None:
             key, value = grown

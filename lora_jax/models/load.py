@@ -2,7 +2,7 @@
 
 Each tensor is moved to the device, quantised there where it is to be, and written into its place of a donated
 buffer, so that the host never holds more than the tree as it is to be (on a CPU, where the device is the host) and
-one tensor.
+one tensor. On a mesh the buffers are cut from the start, and no device holds more than its part and one tensor.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lora_jax.config import ModelOptions
 from lora_jax.errors import UserError, listing
@@ -30,6 +32,9 @@ from lora_jax.models.quantization import (
     read_kernel,
     read_weight,
 )
+from lora_jax.models.sharding import cut, placed, shardings
+from lora_jax.parallel.rules import spec_of
+from lora_jax.quant.leaf import Quantized
 from lora_jax.quant.stack import empty_stack, place
 
 Params = dict[str, Any]
@@ -71,8 +76,9 @@ def load_params(
     dtype: str = "auto",
     quantization: QuantizationConfig | None = None,
     quantized_from: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Params:
-    """Return the parameter tree of a checkpoint, kernels [layer, in, out], on the default device.
+    """Return the parameter tree of a checkpoint, kernels [layer, in, out], on the mesh, else the default device.
 
     `dtype` auto keeps what each tensor is stored as. Where `config.vocab_size` is larger than the
     checkpoint's, the embedding and head get rows that are the mean of those there. The checkpoint has
@@ -91,6 +97,7 @@ def load_params(
                     f"--model.resize_vocab: {entry.name} is quantised, and no rows can be added to it: "
                     f"{checkpoint.folder}; give a checkpoint whose head is not quantised"
                 )
+            kernel = _on_mesh(entry.path, kernel, mesh)
             if entry.layer is not None:
                 stack = leaves.get(entry.path)
                 stack = empty_stack(kernel, config.num_hidden_layers) if stack is None else stack
@@ -103,12 +110,14 @@ def load_params(
         if entry.layer is None:
             if tensor.shape[0] < entry.shape[0]:
                 tensor = grown(tensor, entry.shape[0])
-            leaves[entry.path] = _convert(jnp.asarray(tensor), target, entry.transposed)
+            leaves[entry.path] = _convert(_cut_tensor(entry, tensor, mesh), target, entry.transposed)
             continue
         if entry.path not in leaves:
-            leaves[entry.path] = jnp.zeros((config.num_hidden_layers, *_tree_shape(entry)), target)
-        placed = _place(leaves[entry.path], jnp.asarray(tensor), entry.layer, entry.transposed)
-        leaves[entry.path] = jax.block_until_ready(placed)  # else dozens of tensors wait in the queue at once
+            leaves[entry.path] = _empty(entry, config.num_hidden_layers, target, mesh)
+        buffer, part = leaves[entry.path], _cut_tensor(entry, tensor, mesh)
+        kept = None if mesh is None else buffer.sharding
+        filled = _place(buffer, part, entry.layer, entry.transposed, kept)
+        leaves[entry.path] = jax.block_until_ready(filled)  # else dozens of tensors wait in the queue at once
     return unflatten_dict(leaves)
 
 
@@ -151,12 +160,36 @@ def _tree_shape(entry: TensorName) -> tuple[int, ...]:
     return entry.shape[::-1] if entry.transposed else entry.shape
 
 
+def _on_mesh(path: Path, kernel: Quantized, mesh: Mesh | None) -> Quantized:
+    if mesh is None:
+        return kernel
+    tree = cut({"/".join(path): kernel}, mesh.shape)
+    return next(iter(placed(tree, shardings(tree, mesh)).values()))
+
+
+def _empty(entry: TensorName, layers: int, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    """Return zeros for a leaf of all layers, each device its own part."""
+    shape = (layers, *_tree_shape(entry))
+    device = None if mesh is None else NamedSharding(mesh, spec_of("/".join(entry.path), shape, mesh.shape))
+    return jnp.zeros(shape, dtype, device=device)
+
+
+def _cut_tensor(entry: TensorName, tensor: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """Return a checkpoint's tensor in its own layout, each device what it needs of it."""
+    if mesh is None:
+        return jnp.asarray(tensor)
+    spec = spec_of("/".join(entry.path), tensor.shape[::-1] if entry.transposed else tensor.shape, mesh.shape)
+    here = NamedSharding(mesh, P(*spec[::-1]) if entry.transposed else spec)
+    return jax.make_array_from_callback(tensor.shape, here, lambda index: tensor[index])
+
+
 @partial(jax.jit, static_argnames=("dtype", "transposed"))
 def _convert(tensor: jax.Array, dtype: Any, transposed: bool) -> jax.Array:
     return (tensor.T if transposed else tensor).astype(dtype)
 
 
-@partial(jax.jit, donate_argnames="buffer", static_argnames="transposed")
-def _place(buffer: jax.Array, tensor: jax.Array, layer: Any, transposed: bool) -> jax.Array:
+@partial(jax.jit, donate_argnames="buffer", static_argnames=("transposed", "sharding"))
+def _place(buffer: jax.Array, tensor: jax.Array, layer: Any, transposed: bool, sharding: Any) -> jax.Array:
     value = (tensor.T if transposed else tensor).astype(buffer.dtype)
-    return jax.lax.dynamic_update_index_in_dim(buffer, value, layer, 0)
+    filled = jax.lax.dynamic_update_index_in_dim(buffer, value, layer, 0)
+    return filled if sharding is None else jax.lax.with_sharding_constraint(filled, sharding)

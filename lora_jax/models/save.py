@@ -21,6 +21,7 @@ from lora_jax.hub.writer import ShardWriter, parse_size
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import name_table
 from lora_jax.models.quantization import quantized_kernel
+from lora_jax.parallel.processes import on_host
 from lora_jax.quant.repack import to_bitsandbytes
 
 CHECKED_ONE_IN = 16
@@ -72,7 +73,7 @@ def tree_tensors(
     leaves: dict[Any, Any] = dict(flatten_dict(dict(params)))
     for entry in name_table(config):
         leaf = leaves[entry.path]
-        value = np.asarray(leaf if entry.layer is None else leaf[entry.layer])
+        value = on_host(leaf if entry.layer is None else leaf[entry.layer])
         yield (
             entry.name,
             np.ascontiguousarray(value.T if entry.transposed else value).astype(jnp.dtype(dtype)),

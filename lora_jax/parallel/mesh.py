@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 from lora_jax.config import MeshOptions
 from lora_jax.errors import UserError
@@ -50,3 +51,34 @@ def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mes
 def row_shards(mesh: Mapping[str, int]) -> int:
     """Return over how many parts the rows of a batch are shared out, from the sizes of the axes."""
     return prod(mesh[name] for name in ROWS)
+
+
+def rows_and_positions(
+    shape: Sequence[int], mesh: Mapping[str, int], positions: Sequence[str] = (POSITIONS,)
+) -> tuple[tuple[str, ...] | None, ...]:
+    """Return the axes that cut the first two dimensions of activations [rows, positions, …], each where it divides.
+
+    `positions` may be cut along several axes; the first of them that together divide are taken.
+    """
+    axes = tuple(name for name in ROWS if name in mesh)
+    cuts = [_dividing(shape[0], (axes, *((name,) for name in axes)), mesh)] if shape else []
+    if len(shape) > 1:
+        names = tuple(name for name in positions if name in mesh)
+        cuts.append(_dividing(shape[1], [names[:count] for count in range(len(names), 0, -1)], mesh))
+    return (*cuts, *(None,) * (len(shape) - len(cuts)))
+
+
+def constrained(x: jax.Array) -> jax.Array:
+    """Return activations [rows, positions, …] cut over the mesh in context, if there is one, their features whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*rows_and_positions(x.shape, mesh.shape)))
+
+
+def _dividing(
+    size: int, choices: Sequence[tuple[str, ...]], mesh: Mapping[str, int]
+) -> tuple[str, ...] | None:
+    return next(
+        (names for names in choices if names and size % prod(mesh[name] for name in names) == 0), None
+    )

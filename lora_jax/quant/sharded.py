@@ -11,9 +11,8 @@ The compiler cannot split a Pallas call, so it is told how, in a `shard_map`. Ro
 In the backward pass the last two change places.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.errors import UserError
-from lora_jax.parallel.mesh import POSITIONS, ROWS
+from lora_jax.parallel.mesh import POSITIONS, ROWS, rows_and_positions
 from lora_jax.quant.leaf import GROUP, Axes, Int8Kernel, QuantizedKernel
 
 _GATHERED = (*ROWS, POSITIONS)
@@ -81,7 +80,7 @@ def on_shards(product: Callable[..., Any], x: Any, kernel: Any, layer: Any, tran
         return product(x, kernel, layer)
     features: list[Any] = [None if axis in _GATHERED else axis for axis in kernel.cut]
     contracted, kept = reversed(features) if transposed else features
-    rows = _row_specs(x.shape[:-1], mesh.shape)
+    rows = rows_and_positions(x.shape[:-1], mesh.shape)
 
     def local(x: Any, kernel: QuantizedKernel, layer: Any) -> Any:
         y = product(x, _whole(kernel, mesh.shape), layer)
@@ -116,16 +115,3 @@ def _whole(kernel: QuantizedKernel, mesh: Mapping[str, int]) -> QuantizedKernel:
         elif axis is not None:
             sizes[side] //= mesh[axis]
     return replace(kernel, **arrays, sizes=(sizes[0], sizes[1]), cut=(None, None))
-
-
-def _row_specs(shape: Sequence[int], mesh: Mapping[str, int]) -> tuple[Any, ...]:
-    """Return how the leading axes of x are cut: rows, then positions, each where it divides."""
-    axes = tuple(name for name in ROWS if name in mesh)
-    choices = (axes, *((name,) for name in axes))
-    fits = (names for names in choices if names and shape and shape[0] % prod(mesh[n] for n in names) == 0)
-    specs: list[Any] = [None] * len(shape)
-    if shape:
-        specs[0] = next(fits, None)
-    if len(shape) > 1 and POSITIONS in mesh and shape[1] % mesh[POSITIONS] == 0:
-        specs[1] = POSITIONS
-    return tuple(specs)

@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lora_jax.errors import UserError
 from lora_jax.quant.leaf import Quantized
@@ -13,8 +15,14 @@ Kernel = TypeVar("Kernel", bound=Quantized)
 
 
 def empty_stack(kernel: Kernel, layers: int) -> Kernel:
-    """Return a stack of `layers` kernels like the one given, all zeros."""
-    return jax.tree.map(lambda array: jnp.zeros((layers, *array.shape), array.dtype), kernel)
+    """Return a stack of `layers` kernels like the one given, all zeros, cut over a mesh as it is."""
+
+    def empty(array: jax.Array) -> jax.Array:
+        here = array.sharding
+        cut = NamedSharding(here.mesh, P(None, *here.spec)) if isinstance(here, NamedSharding) else None
+        return jnp.zeros((layers, *array.shape), array.dtype, device=cut)
+
+    return jax.tree.map(empty, kernel)
 
 
 def place(stack: Kernel, kernel: Kernel, layer: int, name: str = "weight") -> Kernel:
@@ -27,12 +35,17 @@ def place(stack: Kernel, kernel: Kernel, layer: int, name: str = "weight") -> Ke
             f"one module quantised in different ways by layer: {name} is {kernel}, others {stack}; quantise the "
             "unquantised checkpoint instead"
         )
+    cut = [array.sharding for array in jax.tree.leaves(stack)]
+    shardings = tuple(cut) if all(isinstance(one, NamedSharding) for one in cut) else None
     # Dozens of kernels would wait in the queue at once.
-    return jax.block_until_ready(_place(stack, kernel, layer))
+    return jax.block_until_ready(_place(stack, kernel, layer, shardings))
 
 
-@partial(jax.jit, donate_argnames="stack")
-def _place(stack: Kernel, kernel: Kernel, layer: Any) -> Kernel:
-    return jax.tree.map(
+@partial(jax.jit, donate_argnames="stack", static_argnames="shardings")
+def _place(stack: Kernel, kernel: Kernel, layer: Any, shardings: tuple[Any, ...] | None) -> Kernel:
+    filled = jax.tree.map(
         lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0), stack, kernel
     )
+    if shardings is None:
+        return filled
+    return jax.lax.with_sharding_constraint(filled, jax.tree.unflatten(jax.tree.structure(stack), shardings))

@@ -12,34 +12,19 @@ from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
 
 from lora_jax.config import TrainOptions
-from lora_jax.data.batches import (
-    Batch,
-    eval_batches,
-    padded_length,
-    step_batch,
-    steps_per_epoch,
-    tokens_before,
-)
+from lora_jax.data.batches import padded_length, steps_per_epoch
 from lora_jax.hub.tokenizer import padding_token_id
+from lora_jax.parallel.mesh import POSITIONS, row_shards
+from lora_jax.parallel.processes import any_of
 from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.train.feed import Feed, Sizes, evaluation
 from lora_jax.train.optim import make_optimizer, schedule
 from lora_jax.train.output import MetricsLog
 from lora_jax.train.report import Reporter
 from lora_jax.train.setup import Run
 from lora_jax.train.step import StepMetrics, TrainState, make_eval_step, make_train_step
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The static sizes of a run: its shapes never change, so that its step is compiled once."""
-
-    length: int
-    rows_per_step: int
-    steps_per_epoch: int
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -54,20 +39,33 @@ class Outcome:
 
 
 def run_sizes(run: Run) -> Sizes:
-    """Return the padded length, rows a step and number of steps of a run."""
-    train, rows = run.config.train, len(run.train_rows)
+    """Return the padded length, rows a pass and number of steps of a run."""
+    train, rows, shards = run.config.train, len(run.train_rows), row_shards(run.mesh.shape)
     longest = max(run.train_rows.longest, run.eval_rows.longest if run.eval_rows else 0)
-    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    epoch = steps_per_epoch(rows, per_step)
-    steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * epoch)
-    return Sizes(padded_length(longest, run.config.data.max_length), per_step, epoch, steps)
+    batch = train.per_device_train_batch_size
+    eval_batch = train.per_device_eval_batch_size or batch
+    epoch = steps_per_epoch(rows, batch * shards * train.gradient_accumulation_steps)
+    return Sizes(
+        length=padded_length(longest, run.config.data.max_length, parts=run.mesh.shape[POSITIONS]),
+        batch=batch * shards,
+        accumulation=train.gradient_accumulation_steps,
+        eval_batch=eval_batch * shards,
+        steps_per_epoch=epoch,
+        steps=train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * epoch),
+    )
 
 
 class Loop:
     """One run's loop over its steps."""
 
     def __init__(
-        self, run: Run, sizes: Sizes, log: MetricsLog, checkpoints: Checkpoints, reporter: Reporter
+        self,
+        run: Run,
+        sizes: Sizes,
+        state_shardings: TrainState,
+        log: MetricsLog,
+        checkpoints: Checkpoints,
+        reporter: Reporter,
     ) -> None:
         self.run, self.sizes, self.log, self.checkpoints, self.reporter = (
             run,
@@ -77,10 +75,13 @@ class Loop:
             reporter,
         )
         self.options: TrainOptions = run.config.train
-        self.train_step = make_train_step(run.model, make_optimizer(self.options, sizes.steps))
+        self.train_step = make_train_step(
+            run.model, make_optimizer(self.options, sizes.steps), state_shardings
+        )
         self.eval_step = make_eval_step(run.model)
         self.rate = schedule(self.options, sizes.steps)
         self.padding_id = padding_token_id(run.tokenizer)
+        self.feed = Feed(run.train_rows, sizes, run.mesh, self.options.seed, self.padding_id)
 
     def train(self, state: TrainState, sums: list[float] | None = None) -> Outcome:
         """Run from the state's step to the last one, or until SIGINT or SIGTERM; save what is asked for.
@@ -92,14 +93,12 @@ class Loop:
         if first == 0 and (before := self._evaluate(state)) is not None:
             after = before
             self._write({"step": 0, "epoch": 0.0, "num_tokens": 0, "eval_loss": before})
-        seed, rows_per_step = self.options.seed, self.sizes.rows_per_step
-        tokens = tokens_before(self.run.train_rows, first, seed=seed, rows_per_step=rows_per_step)
-        window = _Window(tokens, sums)
+        window = _Window(self.feed.tokens_before(first + 1), sums)
         with _signals() as received:
             for step in range(first + 1, self.sizes.steps + 1):
-                batch = self.batch(step)
+                batch = self.feed.batch(step)
                 state, metrics = self.train_step(state, self.run.frozen, self.run.adapter, batch)
-                window.add(batch, metrics)
+                window.add(self.feed.tokens(step), metrics)
                 last = step == self.sizes.steps
                 self.reporter.at(step)
                 evaluates = self._evaluates(step)
@@ -109,29 +108,22 @@ class Loop:
                         after = entry["eval_loss"] = loss
                     self._write(entry)
                     window.restart()
-                if received or self._saves(step) or (last and self.options.save_strategy != "no"):
+                stops = any_of(bool(received))
+                if stops or self._saves(step) or (last and self.options.save_strategy != "no"):
                     self.checkpoints.save(state, window.sums())
-                if received:
+                if stops:
                     break
         jax.block_until_ready(state)
-        stopped_by = received[0] if received and int(state.step) < self.sizes.steps else None
+        early = int(state.step) < self.sizes.steps
+        stopped_by = (received[0] if received else signal.SIGTERM) if early else None
         return Outcome(state, before, after, window.tokens, stopped_by)
-
-    def batch(self, step: int) -> Batch:
-        """Return the batch of a step counted from 1."""
-        options = self.options
-        return step_batch(
-            self.run.train_rows, step - 1, seed=options.seed, batch=options.per_device_train_batch_size,
-            accumulation=options.gradient_accumulation_steps, length=self.sizes.length, padding_id=self.padding_id,
-        )  # fmt: skip
 
     def _evaluate(self, state: TrainState) -> float | None:
         rows = self.run.eval_rows
         if rows is None:
             return None
-        size = self.options.per_device_eval_batch_size or self.options.per_device_train_batch_size
         total, weight = 0.0, 0.0
-        for batch in eval_batches(rows, size, self.sizes.length, self.padding_id):
+        for batch in evaluation(rows, self.sizes, self.run.mesh, self.padding_id):
             loss, counted = self.eval_step(state.trainable, self.run.frozen, self.run.adapter, batch)
             total, weight = total + float(loss), weight + float(counted)
         return total / weight
@@ -177,9 +169,9 @@ class _Window:
         self.pending: list[tuple[StepMetrics, int]] = []
         self.started = time.perf_counter()
 
-    def add(self, batch: Batch, metrics: StepMetrics) -> None:
-        self.tokens += int(np.count_nonzero(batch.segment_ids))
-        self.pending.append((metrics, int(np.count_nonzero(batch.segment_ids))))
+    def add(self, tokens: int, metrics: StepMetrics) -> None:
+        self.tokens += tokens
+        self.pending.append((metrics, tokens))
 
     def sums(self) -> list[float]:
         """Return the loss summed over the trained tokens, and their number; waits for the steps."""

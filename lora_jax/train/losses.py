@@ -5,6 +5,9 @@ taken a chunk at a time, for as many chunks as there are trained positions; a ch
 begins. The forward pass already forms the gradients with respect to the hidden states and to whatever is trained in
 the head, so the backward pass repeats no product: two head-sized products a trained token in all, and no residual of
 the size of the vocabulary.
+
+Under a mesh every device does so with positions of its own, whatever the axis that it shares out elsewhere: the head is
+gathered once, and nothing is sent while chunks are computed.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from lora_jax.models.decoder import Decoder
+from lora_jax.parallel.mesh import FEATURES, POSITIONS, rows_and_positions
 
 CHUNK = 512
 """Positions whose logits exist at once; fewer make the head's products slower, as each reads its whole table."""
@@ -70,6 +75,37 @@ def summed_loss(
     `trainable` is the head's part of the `lora` collection, `constant` the dict of its other collections,
     `key` the dropout key or None.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _local_loss(model, trainable, constant, hidden, targets, weights, key)
+    rows = rows_and_positions(targets.shape, mesh.shape, (POSITIONS, FEATURES))
+    used = [axis for axes in rows if axes for axis in axes]
+
+    def local(
+        trainable: Any, constant: Any, hidden: Array, targets: Array, weights: Array, key: Any
+    ) -> Array:
+        if key is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(used))
+        return jax.lax.psum(_local_loss(model, trainable, constant, hidden, targets, weights, key), used)
+
+    # An axis that neither rows nor positions divide by computes the same on each of its devices.
+    return jax.shard_map(
+        local,
+        in_specs=(P(), P(), P(*rows), P(*rows), P(*rows), P()),
+        out_specs=P(),
+        check_vma=False,
+    )(trainable, constant, hidden, targets, weights, key)
+
+
+def _local_loss(
+    model: Decoder,
+    trainable: Any,
+    constant: Any,
+    hidden: Float[Array, "batch length embed"],
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
+    key: Array | None,
+) -> Float[Array, ""]:
     tokens = hidden.shape[0] * hidden.shape[1]
     chunk = min(CHUNK, tokens)
     flat = hidden.reshape(tokens, -1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,6 +22,7 @@ from rich.text import Text
 
 from lora_jax.adapters.count import trainable_line
 from lora_jax.quant.leaf import is_quantized
+from lora_jax.train.feed import Sizes
 from lora_jax.train.setup import Run
 
 
@@ -38,17 +40,15 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def print_facts(console: Console, run: Run, opt_state: Any, *, length: int, steps: int) -> None:
+def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> None:
     """Print PEFT's line of parameters, then devices, bytes, tokens a step, steps and where the output goes."""
-    train = run.config.train
+    train, length, steps = run.config.train, sizes.length, sizes.steps
     console.print(trainable_line(*run.parameters), highlight=False, soft_wrap=True)
-    devices = jax.devices()
-    idle = f" ({len(devices) - 1} more stay idle)" if len(devices) > 1 else ""
-    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    rows = sizes.rows_per_step
     trained, optimiser = size_text(tree_bytes(run.trainable)), size_text(tree_bytes(opt_state))
     padded = f"{rows} rows padded to {length} tokens: {rows * length:,}"
     facts = {
-        "device": f"{devices[0].device_kind}{idle}, computing in {run.model.dtype}",
+        "device": f"{_devices(run.mesh)}, computing in {run.model.dtype}",
         "base": f"{run.model_config.model_type}, {size_text(tree_bytes(run.frozen or run.trainable))}{_bits(run)}",
         "trained": f"{trained}, optimiser {optimiser} ({train.optim})",
         "train": run.train_rows.summary(),
@@ -65,6 +65,16 @@ def print_facts(console: Console, run: Run, opt_state: Any, *, length: int, step
     for name, fact in facts.items():
         table.add_row(Text(name, "dim"), Text(fact))
     console.print(table)
+
+
+def _devices(mesh: Mesh) -> str:
+    """Return the kind of the devices and, where there are several, how they share the work."""
+    kind = mesh.devices.flat[0].device_kind
+    if mesh.size == 1:
+        return kind
+    shares = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{mesh.size} x {kind}{processes} ({shares})"
 
 
 def _bits(run: Run) -> str:

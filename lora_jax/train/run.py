@@ -9,7 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax import __version__
@@ -17,6 +19,9 @@ from lora_jax.adapters.notes import read_notes
 from lora_jax.config import RunConfig, check
 from lora_jax.errors import UserError
 from lora_jax.hub.model_card import TrainingFacts
+from lora_jax.models.sharding import placed, shardings
+from lora_jax.parallel.mesh import make_mesh
+from lora_jax.parallel.processes import start, writes
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.export import export_adapter, export_model
 from lora_jax.train.loop import Loop, run_sizes
@@ -44,10 +49,17 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
     0 when done or stopped by SIGTERM after a save, 130 when interrupted by SIGINT after a save. `typed`
     names the options the user gave (see `lora.init_from`). Raises UserError before anything is written.
     """
-    console = console or Console()
     check(config)
+    start(config.distributed)
+    console = console or Console(quiet=not writes())
+    mesh = make_mesh(config.mesh)
     check_output(config)
-    run = prepare(config, typed)
+    with jax.set_mesh(mesh):
+        return _train(config, typed, mesh, console)
+
+
+def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Console) -> int:
+    run = prepare(config, typed, mesh)
     if config.lora.init_from is not None:
         before = read_notes(Path(config.lora.init_from).expanduser()).quantization
         if before is not None and run.quantization is None:
@@ -56,6 +68,8 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
             )
     sizes = run_sizes(run)
     state = init_state(run.trainable, make_optimizer(config.train, sizes.steps), run.key)
+    state_shardings = shardings(state, mesh)
+    state = placed(state, state_shardings)
     config = run.config  # with the options that an adapter to go on with decides
     folder, window = output_folder(config), None
     if not config.resume or not (folder / CHECKPOINTS).is_dir():
@@ -73,12 +87,12 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
             console.print("no checkpoint to resume from: starting afresh", highlight=False)
         if config.resume:
             open_output(config)  # only now: a resumption that is refused leaves the folder as it was
-        print_facts(console, run, state.opt_state, length=sizes.length, steps=sizes.steps)
+        print_facts(console, run, state.opt_state, sizes)
         with (
             closing(MetricsLog(folder / METRICS, None if window is None else int(state.step))) as log,
             Reporter(console, sizes.steps, int(state.step)) as reporter,
         ):
-            outcome = Loop(run, sizes, log, checkpoints, reporter).train(state, window)
+            outcome = Loop(run, sizes, state_shardings, log, checkpoints, reporter).train(state, window)
     finally:
         checkpoints.close()
     if outcome.stopped_by is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from lora_jax.adapters.continued import continued_config, resolved_options
 from lora_jax.adapters.count import trainable_parameters
@@ -37,6 +38,7 @@ from lora_jax.models.quantization import (
     quantized_weights,
     resolved_model_options,
 )
+from lora_jax.models.sharding import placed, shardings
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Run:
     plan: Plan | None
     adapter_config: AdapterConfig | None
     key: jax.Array
+    mesh: Mesh
 
     @property
     def storage_dtype(self) -> Any:
@@ -78,8 +81,8 @@ class Run:
         return trainable_parameters(self.plan, self.model_config)
 
 
-def prepare(config: RunConfig, typed: Collection[str]) -> Run:
-    """Read model, data and adapter of a run; `typed` names the options that the user gave.
+def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
+    """Read model, data and adapter of a run, the model onto the mesh; `typed` names the options that the user gave.
 
     Raises UserError for whatever in them is wrong.
     """
@@ -106,7 +109,7 @@ def prepare(config: RunConfig, typed: Collection[str]) -> Run:
         _check_resized(checkpoint, model_config, plan)
         check_unquantized(plan, quantized_weights(checkpoint, model_config, quantization))
     train_rows, eval_rows = _rows(config, tokenizer, model_config.vocab_size)
-    params = load_params(checkpoint, model_config, config.model.dtype, quantization)
+    params = load_params(checkpoint, model_config, config.model.dtype, quantization, mesh=mesh)
     key = jax.random.key(config.train.seed)
     init_key, run_key = jax.random.split(key)
     if plan is None or lora_config is None:
@@ -118,6 +121,7 @@ def prepare(config: RunConfig, typed: Collection[str]) -> Run:
         trainable, adapter = init_adapter(init_key, plan, frozen, layers, init)
         if tensors is not None:
             trainable = import_tensors(tensors, trainable, plan, config.lora.init_from)
+    adapter = placed(adapter, shardings(adapter, mesh))
     compute = compute_dtype(config.model, storage_dtype(checkpoint, model_config, config.model), quantization)
     if quantization is not None:
         quantization = replace(quantization, compute_dtype=str(compute))
@@ -129,7 +133,7 @@ def prepare(config: RunConfig, typed: Collection[str]) -> Run:
     )
     return Run(
         config, checkpoint, quantization, model_config, model, tokenizer, train_rows, eval_rows, frozen, trainable,
-        adapter, plan, lora_config, run_key,
+        adapter, plan, lora_config, run_key, mesh,
     )  # fmt: skip
 
 

@@ -58,11 +58,15 @@ def batch_loss(
 
 
 def make_train_step(
-    model: Decoder, optimizer: optax.GradientTransformation
+    model: Decoder, optimizer: optax.GradientTransformation, shardings: TrainState | None = None
 ) -> Callable[[TrainState, Tree, Tree, Batch], tuple[TrainState, StepMetrics]]:
-    """Return the jitted step for batches [accumulation, batch, length]; it consumes the state given to it."""
+    """Return the jitted step for batches [accumulation, batch, length]; it consumes the state given to it.
 
-    @partial(jax.jit, donate_argnums=0)
+    `shardings` are those of the state on a mesh, which it keeps.
+    """
+    kept: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, shardings.step)}
+
+    @partial(jax.jit, donate_argnums=0, **kept)
     def train_step(
         state: TrainState, frozen: Tree, adapter: Tree, batch: Batch
     ) -> tuple[TrainState, StepMetrics]:

@@ -177,4 +177,4 @@ def test_tokens_before_a_step_are_those_of_the_batches_before_it(
         for past in range(step)
     )
     seen = sum(int(np.count_nonzero(batch.segment_ids)) for batch in batches)
-    assert tokens_before(dataset, step, seed=3, rows_per_step=rows) == seen
+    assert tokens_before(np.array([len(row) for row in dataset]), step, seed=3, rows_per_step=rows) == seen

@@ -139,7 +139,7 @@ def test_peak_memory_of_loading_is_the_model_and_little_more(tmp_path: Path, dty
     used, model = map(int, done.stdout.split())
     assert model > 150 * MIB
     # A second copy of the model would be 150 MiB or more; one tensor is 4 MiB, the rest compiles the placing programs.
-    assert used < model + 100 * MIB
+    assert used < model + 128 * MIB
 
 
 def test_opening_and_checking_reads_no_tensor(tmp_path: Path) -> None:

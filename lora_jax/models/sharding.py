@@ -1,0 +1,110 @@
+"""Where the leaves of a tree are on the mesh: parameters, quantised kernels, adapters and optimiser state alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.parallel.rules import axes_of, dividing, spec_of
+from lora_jax.quant.leaf import GROUP, Int8Kernel, QuantizedKernel, is_quantized
+from lora_jax.quant.sharded import partition_specs
+
+Tree = Any
+
+
+def cut(tree: Tree, mesh: Mapping[str, int]) -> Tree:
+    """Return the tree with each 4-bit kernel told the mesh axes that its two sizes are cut along.
+
+    Its `in` divides into whole groups of 128 rows, or stays whole.
+    """
+    return _mapped(lambda path, leaf: _cut(path, leaf, mesh), tree)
+
+
+def shardings(tree: Tree, mesh: Mesh) -> Tree:
+    """Return the NamedSharding of each array of a tree of arrays or of their shapes."""
+
+    def one(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, QuantizedKernel):
+            specs = partition_specs(_cut(path, leaf, mesh.shape))
+        elif isinstance(leaf, Int8Kernel):
+            specs = replace(
+                leaf,
+                codes=spec_of(path, leaf.codes.shape, mesh.shape),
+                absmax=_int8_absmax(spec_of(path, leaf.codes.shape, mesh.shape)),
+            )
+        else:
+            specs = spec_of(path, np.shape(leaf), mesh.shape)
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+    return _mapped(one, tree)
+
+
+def left_whole(tree: Tree, mesh: Mapping[str, int]) -> list[str]:
+    """Return the kernels that do not divide as the rules would have them, each with the axis and the reason."""
+    found: list[str] = []
+
+    def look(path: str, leaf: Any) -> None:
+        if leaf.ndim < 2:
+            return
+        asked = axes_of(path, leaf.ndim)[-2:]
+        kept = _kept(path, leaf, mesh)
+        for side, size, axis, left in zip(("in", "out"), leaf.shape[-2:], asked, kept, strict=True):
+            if axis is not None and left is None and mesh[axis] > 1:
+                groups = f" in whole groups of {GROUP}" if side == "in" and is_quantized(leaf) else ""
+                found.append(f"{path} ({side} of {size} does not divide{groups} by {axis} {mesh[axis]})")
+
+    _mapped(look, tree)
+    return found
+
+
+def placed(tree: Tree, shardings: Tree) -> Tree:
+    """Return a tree of arrays, the same in every process, on the devices that the shardings name."""
+    return jax.tree.map(_placed, tree, shardings)
+
+
+def _placed(array: Any, sharding: NamedSharding) -> Any:
+    if sharding.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
+        return jax.device_put(array, sharding)
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = _placed(jax.random.key_data(array), NamedSharding(sharding.mesh, P()))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def _kept(path: str, leaf: Any, mesh: Mapping[str, int]) -> tuple[str | None, ...]:
+    """Return the axes that cut a leaf's last two dimensions."""
+    axes = axes_of(path, leaf.ndim)[-2:]
+    if isinstance(leaf, QuantizedKernel):
+        return dividing(leaf.sizes, axes, mesh, (GROUP, 1)) if leaf.grouped else (None, None)
+    return dividing(leaf.shape[-2:], axes, mesh)
+
+
+def _cut(path: str, leaf: Any, mesh: Mapping[str, int]) -> Any:
+    if not isinstance(leaf, QuantizedKernel):
+        return leaf
+    into, out = _kept(path, leaf, mesh)
+    return replace(leaf, cut=(into, out))
+
+
+def _int8_absmax(codes: P) -> P:
+    return P(*codes[:-2], codes[-1])
+
+
+def _mapped(function: Any, tree: Tree) -> Tree:
+    """Map function(path, leaf) over a tree, its paths written with slashes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf),
+        tree,
+        is_leaf=is_quantized,
+    )
+
+
+def _is_spec(leaf: object) -> bool:
+    return isinstance(leaf, P)

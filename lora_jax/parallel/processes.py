@@ -1,0 +1,153 @@
+"""A run over several processes: how they meet, which one writes, and what happens when one is lost.
+
+JAX's distributed runtime does it all. It ends a process that has lost another one from below Python, with a stack
+of addresses; a small watchdog beside each process outlives that and says in one line what it means.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lora_jax.config import DistributedOptions
+from lora_jax.errors import UserError
+
+HEARTBEAT, SHUTDOWN = 30, 30
+"""Seconds of silence after which a process counts as lost, and that those that are done wait for the others."""
+
+_CLUSTERS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JAX_COORDINATOR_ADDRESS")
+"""Variables without which processes that compute on a CPU stand alone; accelerators are looked for by JAX."""
+
+# Reads what the process is doing from its standard input, whose end is the process's.
+_WATCHDOG = """
+import signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+doing = [line.strip() for line in sys.stdin][-1:]
+if doing != ["done"]:
+    sys.stderr.write(sys.argv[1 + (doing == ["running"])] + "\\n")
+"""
+
+
+def start(options: DistributedOptions) -> None:
+    """Join the other processes of the run, if the options or the environment say that there are any.
+
+    Raises UserError where process 0 does not answer in time. To be called before any other use of JAX.
+    """
+    address, given = options.coordinator_address, options.process_id
+    if (
+        address is None
+        and os.environ.get("JAX_PLATFORMS") == "cpu"
+        and not any(map(os.environ.get, _CLUSTERS))
+    ):
+        return
+    if address is not None and given:
+        _reach(address, options.timeout)
+    watchdog = _Watchdog(f"process {given}" if address is not None else "a process", address)
+    try:
+        jax.distributed.initialize(
+            address, options.num_processes, given, initialization_timeout=options.timeout,
+            heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=SHUTDOWN,
+        )  # fmt: skip
+    except ValueError:
+        watchdog.done()
+        if address is not None:
+            raise
+        return  # nothing in the environment says that there are others
+    except RuntimeError as error:
+        watchdog.done()
+        first = str(error).partition("\n")[0]
+        raise UserError(
+            f"--distributed.coordinator_address {address or '(of the environment)'}: the processes cannot meet "
+            f"({first[:200]}); start all of them with the same free address of process 0"
+        ) from error
+    watchdog.running()
+
+
+def writes() -> bool:
+    """Say whether this process writes logs and exports."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Return when every process is here; `name` tells the places apart."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_of(flag: bool) -> bool:
+    """Say whether the flag is set in any process; all of them ask at the same place."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def on_host(array: Any) -> np.ndarray:
+    """Return a whole array, wherever its parts are; all processes ask for it."""
+    if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def _reach(address: str, timeout: int) -> None:
+    """Wait until something listens at the address of process 0."""
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=min(5, timeout)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"--distributed.coordinator_address {address}: process 0 does not answer there within {timeout} s "
+                    f"({error.strerror or error}); start process 0, and open its port to this machine"
+                ) from error
+        time.sleep(0.2)
+
+
+class _Watchdog:
+    """A process beside this one that says what it means when this one is ended from below."""
+
+    def __init__(self, who: str, address: str | None) -> None:
+        met = (
+            f"error: {who} of the run was ended: another process was lost, or this one was killed. The first error "
+            "among the logs of all tells why; start all processes again with --resume"
+        )
+        unmet = (
+            f"error: {who} waited in vain for the others at {address or 'the address that the environment gives'}; "
+            "start all processes with the same --distributed.coordinator_address, or wait longer with "
+            "--distributed.timeout"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-c", _WATCHDOG, unmet, met],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, text=True,
+        )  # fmt: skip
+        atexit.register(self.done)  # after JAX's own, which was registered later
+
+    def running(self) -> None:
+        """Note that all processes have met."""
+        self._say("running")
+
+    def done(self) -> None:
+        """Note that this process ends of itself."""
+        atexit.unregister(self.done)
+        self._say("done")
+        with suppress(OSError):
+            self._process.communicate()
+
+    def _say(self, what: str) -> None:
+        with suppress(OSError, ValueError):
+            assert self._process.stdin is not None
+            self._process.stdin.write(f"{what}\n")
+            self._process.stdin.flush()

@@ -1,0 +1,57 @@
+"""Which mesh axes cut which leaf: one table over the paths of all trees.
+
+A rule is (regex, axes): the regex is searched in the leaf's path, "layers/self_attn/q_proj/kernel", the axes cut the
+leaf's last dimensions. The first match wins. Adapters follow their base: A its input axis, B its output axis.
+Optimiser state has the paths of what it is about as the ends of its own, and is cut likewise. A dimension that does
+not divide stays whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.parallel.mesh import FEATURES
+
+PARAMETERS = "fsdp"
+_COLUMNS, _ROWS = r"(q|k|v|gate|up)_proj", r"(o|down)_proj"
+
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"\bembed_tokens/embedding$", (FEATURES, PARAMETERS)),
+    (r"\blm_head/kernel$", (PARAMETERS, FEATURES)),
+    (rf"\b{_COLUMNS}/kernel$", (PARAMETERS, FEATURES)),
+    (rf"\b{_ROWS}/kernel$", (FEATURES, PARAMETERS)),
+    (rf"\b{_COLUMNS}/bias$", (FEATURES,)),
+    (rf"\b({_COLUMNS}|lm_head)/lora_A$", (PARAMETERS, None)),
+    (rf"\b({_COLUMNS}|lm_head)/lora_B$", (None, FEATURES)),
+    (rf"\b({_ROWS}|embed_tokens)/lora_A$", (FEATURES, None)),
+    (rf"\b({_ROWS}|embed_tokens)/lora_B$", (None, PARAMETERS)),
+    (r"", ()),
+)
+"""Norms, scales, biases of what comes out whole, and counters are whole on every device."""
+
+
+def axes_of(path: str, ndim: int) -> tuple[str | None, ...]:
+    """Return the mesh axis of each of a leaf's `ndim` dimensions, None where it is not cut."""
+    last = next(axes for regex, axes in RULES if re.search(regex, path))
+    return (*(None,) * (ndim - len(last)), *last) if len(last) <= ndim else (None,) * ndim
+
+
+def dividing(
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    mesh: Mapping[str, int],
+    units: Sequence[int] | None = None,
+) -> tuple[str | None, ...]:
+    """Return the axes less those that do not divide their dimension into equal parts of whole units (1 each)."""
+    return tuple(
+        axis if axis is None or size % (unit * mesh[axis]) == 0 else None
+        for size, axis, unit in zip(shape, axes, units or (1,) * len(shape), strict=True)
+    )
+
+
+def spec_of(path: str, shape: Sequence[int], mesh: Mapping[str, int]) -> P:
+    """Return how a leaf of a shape is cut."""
+    return P(*dividing(shape, axes_of(path, len(shape)), mesh))
