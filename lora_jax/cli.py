@@ -56,9 +56,15 @@ def _train(arguments: Sequence[str]) -> int:
     from lora_jax.options import parse
 
     config, typed = parse(RunConfig, arguments, program="train.py")
+    from lora_jax.parallel.processes import leave
     from lora_jax.train.run import train
 
-    return train(config, typed)
+    try:
+        return train(config, typed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        leave(EXIT_CODE)  # the others must not wait for a process that has given up
+        return EXIT_CODE
 
 
 def _merge(arguments: Sequence[str]) -> int:

@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from lora_jax.parallel.mesh import PARAMETERS, SAME, constrained
 from lora_jax.quant.leaf import is_quantized
 from lora_jax.quant.matmul import matmul as quantized_matmul
 
@@ -151,7 +152,9 @@ class Embedding(Leaves):
 
     def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
         """Look the tokens up."""
-        x = self.leaf("embedding")[tokens].astype(self.dtype)
+        # Where fsdp cuts the table's features, each device looks up its features for the rows of all.
+        found = self.leaf("embedding")[constrained(tokens, SAME)].astype(self.dtype)
+        x = constrained(constrained(found, SAME, PARAMETERS))
         rows, indices = self._token_rows()
         if rows is not None:
             matches = tokens[..., None] == indices

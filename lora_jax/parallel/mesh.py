@@ -20,7 +20,9 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.config import MeshOptions
 from lora_jax.errors import UserError
 
-ROWS, FEATURES, POSITIONS = ("data", "fsdp"), "tensor", "sequence"
+PARAMETERS, FEATURES, POSITIONS = "fsdp", "tensor", "sequence"
+SAME = ("data",)
+ROWS = (*SAME, PARAMETERS)
 AXES = (*ROWS, FEATURES, POSITIONS)
 
 
@@ -54,31 +56,34 @@ def row_shards(mesh: Mapping[str, int]) -> int:
 
 
 def rows_and_positions(
-    shape: Sequence[int], mesh: Mapping[str, int], positions: Sequence[str] = (POSITIONS,)
+    shape: Sequence[int],
+    mesh: Mapping[str, int],
+    positions: Sequence[str] = (POSITIONS,),
+    rows: Sequence[str] = ROWS,
 ) -> tuple[tuple[str, ...] | None, ...]:
     """Return the axes that cut the first two dimensions of activations [rows, positions, …], each where it divides.
 
-    `positions` may be cut along several axes; the first of them that together divide are taken.
+    Both may be cut along several axes; the first of them that together divide are taken, or a single one.
     """
-    axes = tuple(name for name in ROWS if name in mesh)
-    cuts = [_dividing(shape[0], (axes, *((name,) for name in axes)), mesh)] if shape else []
-    if len(shape) > 1:
-        names = tuple(name for name in positions if name in mesh)
-        cuts.append(_dividing(shape[1], [names[:count] for count in range(len(names), 0, -1)], mesh))
+    cuts = [_dividing(size, axes, mesh) for size, axes in zip(shape, (rows, positions), strict=False)]
     return (*cuts, *(None,) * (len(shape) - len(cuts)))
 
 
-def constrained(x: jax.Array) -> jax.Array:
-    """Return activations [rows, positions, …] cut over the mesh in context, if there is one, their features whole."""
+def constrained(x: jax.Array, rows: Sequence[str] = ROWS, features: str | None = None) -> jax.Array:
+    """Return activations [rows, positions, …] cut over the mesh in context, if there is one.
+
+    `rows` are the axes that cut rows, `features` the one that cuts the last dimension, if any.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*rows_and_positions(x.shape, mesh.shape)))
+    cuts = rows_and_positions(x.shape, mesh.shape, rows=rows)
+    if features is not None and x.shape[-1] % mesh.shape[features] == 0:
+        cuts = (*cuts[:-1], (features,))
+    return jax.lax.with_sharding_constraint(x, P(*cuts))
 
 
-def _dividing(
-    size: int, choices: Sequence[tuple[str, ...]], mesh: Mapping[str, int]
-) -> tuple[str, ...] | None:
-    return next(
-        (names for names in choices if names and size % prod(mesh[name] for name in names) == 0), None
-    )
+def _dividing(size: int, axes: Sequence[str], mesh: Mapping[str, int]) -> tuple[str, ...] | None:
+    present = tuple(axis for axis in axes if axis in mesh)
+    choices = [present[:count] for count in range(len(present), 0, -1)] + [(axis,) for axis in present]
+    return next((names for names in choices if size % prod(mesh[name] for name in names) == 0), None)

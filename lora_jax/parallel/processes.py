@@ -12,18 +12,22 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lora_jax.config import DistributedOptions
 from lora_jax.errors import UserError
 
-HEARTBEAT, SHUTDOWN = 30, 30
-"""Seconds of silence after which a process counts as lost, and that those that are done wait for the others."""
+HEARTBEAT, SHUTDOWN = 30, 1800
+"""Seconds of silence after which a process counts as lost, and that those that are done wait for one that exports."""
 
 _CLUSTERS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JAX_COORDINATOR_ADDRESS")
 """Variables without which processes that compute on a CPU stand alone; accelerators are looked for by JAX."""
@@ -72,11 +76,36 @@ def start(options: DistributedOptions) -> None:
             f"({first[:200]}); start all of them with the same free address of process 0"
         ) from error
     watchdog.running()
+    _WATCHDOGS.append(watchdog)
 
 
 def writes() -> bool:
     """Say whether this process writes logs and exports."""
     return jax.process_index() == 0
+
+
+def lost(error: Exception) -> UserError | None:
+    """Return what an error of the runtime means where it is that another process is gone, else None."""
+    text = str(error)
+    if jax.process_count() == 1 or not any(
+        sign in text for sign in ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+    ):
+        return None
+    first = text.partition("\n")[0]
+    return UserError(
+        f"process {jax.process_index()} of {jax.process_count()} lost another one ({first[:160]}); start all "
+        "processes again with --resume"
+    )
+
+
+def leave(code: int) -> None:
+    """End this process at once where there are others, which would else wait for it at the end of their work."""
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for watchdog in _WATCHDOGS:
+            watchdog.done()
+        os._exit(code)
 
 
 def wait_for_all(name: str) -> None:
@@ -85,11 +114,27 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def any_of(flag: bool) -> bool:
-    """Say whether the flag is set in any process; all of them ask at the same place."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+class Agreement:
+    """Whether any process wants something, the same answer in all of them.
+
+    It is `LAG` questions old, so that no step waits for it; a run of one process answers itself at once.
+    """
+
+    LAG = 2
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._here = NamedSharding(mesh, P(mesh.axis_names))
+        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+        self._asked: deque[jax.Array] = deque()
+
+    def ask(self, flag: bool) -> bool:
+        """Ask whether the flag is set in any process; all of them ask at the same place."""
+        if jax.process_count() == 1:
+            return flag
+        count = self._here.mesh.size
+        flags = jax.make_array_from_callback((count,), self._here, lambda _: np.array([flag]))
+        self._asked.append(self._any(flags))
+        return len(self._asked) > self.LAG and bool(self._asked.popleft())
 
 
 def on_host(array: Any) -> np.ndarray:
@@ -151,3 +196,7 @@ class _Watchdog:
             assert self._process.stdin is not None
             self._process.stdin.write(f"{what}\n")
             self._process.stdin.flush()
+
+
+_WATCHDOGS: list[_Watchdog] = []
+"""That of this process, once it has met the others."""

@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.parallel.mesh import FEATURES
+from lora_jax.parallel.mesh import FEATURES, PARAMETERS
 
-PARAMETERS = "fsdp"
 _COLUMNS, _ROWS = r"(q|k|v|gate|up)_proj", r"(o|down)_proj"
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,24 @@ from lora_jax.hub.model_card import TrainingFacts, adapter_card
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.tokenizer import copy_tokenizer
 from lora_jax.models.save import save_model, tree_tensors
+from lora_jax.parallel.processes import writes
 from lora_jax.train.output import ADAPTER, MODEL
 from lora_jax.train.setup import Run
 
 
 def export_adapter(run: Run, trainable: Any, folder: Path, facts: TrainingFacts) -> Path:
-    """Write adapter_config.json, adapter_model.safetensors, README.md and the tokenizer; return the folder."""
+    """Write adapter_config.json, adapter_model.safetensors, README.md and the tokenizer; return the folder.
+
+    All processes of a run gather the tensors, one writes them.
+    """
     assert run.plan is not None
     assert run.adapter_config is not None
-    target = folder / ADAPTER
+    target, tensors = folder / ADAPTER, export_tensors(trainable, run.plan)
+    if not writes():
+        return target
     config = saved_config(run.adapter_config, run.plan)
     with whole_folder(target, overwrite=True) as aside:
-        write_adapter(aside, config, export_tensors(trainable, run.plan))
+        write_adapter(aside, config, tensors)
         copy_tokenizer(run.checkpoint.folder, aside)
         packed = isinstance(run.checkpoint, PackedCheckpoint)
         dtype = "auto" if packed else run.config.model.dtype
@@ -41,6 +48,9 @@ def export_model(run: Run, trainable: Any, folder: Path) -> Path:
     dtype = run.storage_dtype
     target = folder / MODEL
     tensors = tree_tensors(trainable, run.model_config, jnp.dtype(dtype))
+    if not writes():
+        deque(tensors, maxlen=0)  # gathers each with the process that writes
+        return target
     changes = {"dtype": str(dtype), "vocab_size": run.model_config.vocab_size}
     save_model(target, run.checkpoint, tensors, changes, overwrite=True)
     return target

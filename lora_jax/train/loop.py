@@ -17,7 +17,7 @@ from lora_jax.config import TrainOptions
 from lora_jax.data.batches import padded_length, steps_per_epoch
 from lora_jax.hub.tokenizer import padding_token_id
 from lora_jax.parallel.mesh import POSITIONS, row_shards
-from lora_jax.parallel.processes import any_of
+from lora_jax.parallel.processes import Agreement
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.feed import Feed, Sizes, evaluation
 from lora_jax.train.optim import make_optimizer, schedule
@@ -94,6 +94,7 @@ class Loop:
             after = before
             self._write({"step": 0, "epoch": 0.0, "num_tokens": 0, "eval_loss": before})
         window = _Window(self.feed.tokens_before(first + 1), sums)
+        agreement = Agreement(self.run.mesh)
         with _signals() as received:
             for step in range(first + 1, self.sizes.steps + 1):
                 batch = self.feed.batch(step)
@@ -108,7 +109,7 @@ class Loop:
                         after = entry["eval_loss"] = loss
                     self._write(entry)
                     window.restart()
-                stops = any_of(bool(received))
+                stops = agreement.ask(bool(received))
                 if stops or self._saves(step) or (last and self.options.save_strategy != "no"):
                     self.checkpoints.save(state, window.sums())
                 if stops:

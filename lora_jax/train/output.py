@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from lora_jax.config import FOUR_BIT, RunConfig
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import write_text
+from lora_jax.parallel.processes import wait_for_all, writes
 
 METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL = (
     "metrics.jsonl",
@@ -58,9 +60,16 @@ def _sources(config: RunConfig) -> dict[str, str | None]:
 def open_output(config: RunConfig) -> Path:
     """Make output_dir, emptied of an earlier run with overwrite, and write config.yaml; return the folder.
 
-    Only files that a run writes are removed.
+    Only files that a run writes are removed. One process of a run does so, the others wait for it.
     """
     folder = output_folder(config)
+    if writes():
+        _open(folder, config)
+    wait_for_all("output folder")
+    return folder
+
+
+def _open(folder: Path, config: RunConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in OURS if config.overwrite else ():
@@ -74,7 +83,6 @@ def open_output(config: RunConfig) -> Path:
         raise UserError(
             f"--output_dir {folder}: cannot be written ({error.strerror}); give another folder"
         ) from error
-    return folder
 
 
 def config_yaml(config: RunConfig) -> str:
@@ -98,22 +106,23 @@ def _plain(value: Any) -> Any:
 
 
 class MetricsLog:
-    """metrics.jsonl: one object a logged step, flushed as it is written."""
+    """metrics.jsonl: one object a logged step, flushed as it is written, by one process of the run."""
 
     def __init__(self, path: Path, keep_to: int | None = None) -> None:
         """Open the file; on resuming, lines past the step `keep_to` are cut first."""
-        self.path = path
+        self.path = path if writes() else Path(os.devnull)
         kept: list[dict[str, Any]] = []
         if keep_to is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 if (entry := _parsed(line)) is not None and entry["step"] <= keep_to:
                     kept.append(entry)
-        write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+        if writes():
+            write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
         losses = [entry["eval_loss"] for entry in kept if "eval_loss" in entry]
         self.evaluated: tuple[float | None, float | None] = (
             (losses[0], losses[-1]) if losses else (None, None)
         )
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one object."""

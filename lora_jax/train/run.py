@@ -21,7 +21,7 @@ from lora_jax.errors import UserError
 from lora_jax.hub.model_card import TrainingFacts
 from lora_jax.models.sharding import placed, shardings
 from lora_jax.parallel.mesh import make_mesh
-from lora_jax.parallel.processes import start, writes
+from lora_jax.parallel.processes import lost, start, wait_for_all, writes
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.export import export_adapter, export_model
 from lora_jax.train.loop import Loop, run_sizes
@@ -54,8 +54,15 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
     console = console or Console(quiet=not writes())
     mesh = make_mesh(config.mesh)
     check_output(config)
-    with jax.set_mesh(mesh):
-        return _train(config, typed, mesh, console)
+    wait_for_all("output folder checked")
+    try:
+        with jax.set_mesh(mesh):
+            return _train(config, typed, mesh, console)
+    except Exception as error:
+        known = error if isinstance(error, UserError) else lost(error)
+        if known is None:
+            raise
+        raise known from error
 
 
 def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Console) -> int:
