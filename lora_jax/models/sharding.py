@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.parallel.rules import axes_of, dividing, spec_of
@@ -26,7 +26,7 @@ def cut(tree: Tree, mesh: Mapping[str, int]) -> Tree:
     return _mapped(lambda path, leaf: _cut(path, leaf, mesh), tree)
 
 
-def shardings(tree: Tree, mesh: Mesh) -> Tree:
+def shardings(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """Return the NamedSharding of each array of a tree of arrays or of their shapes."""
 
     def one(path: str, leaf: Any) -> Any:

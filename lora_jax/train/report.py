@@ -21,6 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_jax.adapters.count import trainable_line
+from lora_jax.errors import listing
+from lora_jax.models.sharding import left_whole
 from lora_jax.quant.leaf import is_quantized
 from lora_jax.train.feed import Sizes
 from lora_jax.train.setup import Run
@@ -57,6 +59,8 @@ def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> Non
         "steps": f"{steps:,} ({steps / math.ceil(len(run.train_rows) / rows):.2f} epochs)",
         "output": run.config.output_dir,
     }
+    if whole := left_whole(run.frozen, run.mesh.shape):
+        facts["uncut"] = f"whole on every device: {listing(whole)}"
     if not console.is_terminal:  # a log is read and searched by line: none is wrapped
         for name, fact in facts.items():
             console.print(f"{name:<8} {fact}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,149 @@
+"""Two processes with two CPU devices each, on this machine's loopback, beside one process with four."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.conftest import ROOT
+from tests.runs import metrics, train_arguments, write_rows
+from tests.tiny import CONFIGS, write_checkpoint
+
+LIMIT = 60
+"""Seconds within which those that are left have to end."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "tiny", CONFIGS["llama"])
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "sums.jsonl")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(arguments: Sequence[str], devices: int, log: Path) -> subprocess.Popen[bytes]:
+    """Start a run in a process of its own with so many CPU devices, its output in a file."""
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lora_jax", *arguments], cwd=ROOT, env=os.environ | flags,
+            stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def start_pair(arguments: Sequence[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Start the run in two processes of two devices; their logs are 0.log and 1.log of the folder."""
+    folder.mkdir(exist_ok=True)
+    together = (
+        "--distributed.coordinator_address",
+        f"127.0.0.1:{free_port()}",
+        "--distributed.num_processes",
+        "2",
+    )
+    return [
+        start([*arguments, *together, "--distributed.process_id", str(number)], 2, folder / f"{number}.log")
+        for number in (0, 1)
+    ]
+
+
+def ended(processes: Sequence[subprocess.Popen[bytes]], timeout: float = 300) -> list[int]:
+    """Return the exit codes; no process outlives the test."""
+    try:
+        return [process.wait(timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_two_processes_have_the_losses_and_adapter_of_one(model: Path, rows: Path, tmp_path: Path) -> None:
+    more = (
+        "--data.eval_fraction",
+        "0.25",
+        "--mesh.fsdp",
+        "2",
+        "--mesh.data",
+        "2",
+        "--train.learning_rate",
+        "0.001",
+    )
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    processes = start_pair(train_arguments(model, rows, shared, *more), tmp_path / "logs")
+    processes.append(start(train_arguments(model, rows, alone, *more), 4, tmp_path / "alone.log"))
+    logs = {path.name: path.read_text() for path in tmp_path.rglob("*.log")}
+    assert ended(processes) == [0, 0, 0], logs
+    for key in ("loss", "eval_loss", "num_tokens", "epoch"):
+        found = [[entry[key] for entry in metrics(folder) if key in entry] for folder in (shared, alone)]
+        assert found[0]
+        np.testing.assert_allclose(*found, rtol=1e-5)
+    ours, theirs = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (shared, alone))
+    for name, tensor in theirs.items():
+        assert np.linalg.norm(ours[name] - tensor) < 1e-5 * np.linalg.norm(tensor) + 1e-12, name
+    quiet = [line for line in (tmp_path / "logs/1.log").read_text().splitlines() if "[Gloo]" not in line]
+    assert not quiet  # one process speaks
+
+
+def steps_done(output: Path) -> int:
+    """Return the last step that metrics.jsonl has."""
+    return max([entry["step"] for entry in metrics(output)] if (output / "metrics.jsonl").exists() else [0])
+
+
+def killed_in_the_middle(arguments: Sequence[str], output: Path, logs: Path, victim: int) -> str:
+    """Start two processes, kill one after four more steps; return what the other says, which ends in time."""
+    until, first = time.monotonic() + 240, steps_done(output)
+    processes = start_pair(arguments, logs)
+    while steps_done(output) < first + 4 or not any((output / "checkpoints").glob("[0-9]*")):
+        assert time.monotonic() < until, (logs / "0.log").read_text()
+        assert all(process.poll() is None for process in processes), (logs / "0.log").read_text()
+        time.sleep(0.05)
+    processes[victim].send_signal(signal.SIGKILL)
+    codes = ended(processes, LIMIT)
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] != 0
+    return (logs / f"{1 - victim}.log").read_text()
+
+
+def test_the_other_ends_with_a_line_when_one_is_killed_and_a_rerun_goes_on(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    output, line = tmp_path / "out", r"^error: process \d of .*start all processes again with --resume$"
+    arguments = train_arguments(model, rows, output, "--train.save_steps", "2", "--train.max_steps", "100000")
+    said = killed_in_the_middle(arguments, output, tmp_path / "first", victim=1)
+    assert re.search(line, said, re.MULTILINE), said
+    said = killed_in_the_middle([*arguments, "--resume"], output, tmp_path / "second", victim=0)
+    assert re.search(line, said, re.MULTILINE), said
+    assert "resuming after step" in (tmp_path / "second/0.log").read_text()
+
+
+def test_a_coordinator_that_does_not_answer_is_one_line_with_its_address(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    given = (
+        *("--distributed.coordinator_address", address, "--distributed.num_processes", "2"),
+        *("--distributed.process_id", "1", "--distributed.timeout", "1"),
+    )
+    process = start([*train_arguments(model, rows, tmp_path / "out"), *given], 1, tmp_path / "log")
+    assert ended([process]) == [2]
+    said = (tmp_path / "log").read_text()
+    assert said.startswith(f"error: --distributed.coordinator_address {address}: process 0 does not answer")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()

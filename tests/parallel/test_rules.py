@@ -1,0 +1,107 @@
+"""Meshes from options, and which axes cut which leaf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.config import MeshOptions, TrainOptions
+from lora_jax.errors import UserError
+from lora_jax.hub.bitsandbytes import QuantizationConfig
+from lora_jax.models.families import read_config
+from lora_jax.models.load import abstract_params
+from lora_jax.models.sharding import cut, left_whole, shardings
+from lora_jax.parallel.mesh import AXES, mesh_shape, rows_and_positions
+from lora_jax.parallel.rules import RULES, dividing, spec_of
+from lora_jax.quant.leaf import is_quantized
+from lora_jax.train.optim import make_optimizer
+from lora_jax.train.step import init_state
+from tests.tiny import CONFIGS
+
+SIZES = {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 1}
+
+
+def mesh(**sizes: int) -> Any:
+    return AbstractMesh(
+        tuple(({**dict.fromkeys(AXES, 1), **sizes}).values()), AXES, axis_types=(AxisType.Auto,) * 4
+    )
+
+
+def test_minus_one_is_what_is_left() -> None:
+    assert mesh_shape(MeshOptions(), 8) == {"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1}
+    found = mesh_shape(MeshOptions(data=-1, fsdp=2, tensor=2), 8)
+    assert found == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "there"), [(MeshOptions(tensor=3), 8), (MeshOptions(fsdp=4), 8), (MeshOptions(fsdp=16), 8)]
+)
+def test_a_mesh_that_does_not_multiply_out_is_an_error_with_both_numbers(options: Any, there: int) -> None:
+    with pytest.raises(
+        UserError, match=rf"--mesh \(data .*\): \d+ devices are asked for and there are {there};"
+    ):
+        mesh_shape(options, there)
+
+
+def test_adapters_follow_their_base() -> None:
+    base = {
+        name: spec_of(f"layers/{name}/kernel", (2, 64, 64), SIZES) for name in ("x/q_proj", "x/down_proj")
+    }
+    for name, spec in base.items():
+        a, b = (spec_of(f"layers/{name}/{leaf}", shape, SIZES) for leaf, shape in
+                (("lora_A", (2, 64, 4)), ("lora_B", (2, 4, 64))))  # fmt: skip
+        assert a == P(None, spec[1], None)
+        assert b == P(None, None, spec[2])
+    assert base["x/q_proj"] == P(None, "fsdp", "tensor")
+    assert base["x/down_proj"] == P(None, "tensor", "fsdp")
+
+
+def test_optimiser_state_is_cut_as_what_it_is_about_and_counters_are_whole() -> None:
+    trainable = {
+        "layers": {"mlp": {"up_proj": {"lora_A": jnp.zeros((2, 64, 4)), "lora_B": jnp.zeros((2, 4, 64))}}}
+    }
+    state = jax.eval_shape(
+        lambda tree: init_state(tree, make_optimizer(TrainOptions(), 10), jax.random.key(0)), trainable
+    )
+    specs = jax.tree.map(lambda leaf: leaf.spec, shardings(state, mesh(fsdp=2, tensor=2)))
+    up = specs.trainable["layers"]["mlp"]["up_proj"]
+    assert up == {"lora_A": P(None, "fsdp", None), "lora_B": P(None, None, "tensor")}
+    moments = [
+        leaf for path, leaf in jax.tree_util.tree_leaves_with_path(specs.opt_state) if "lora_A" in str(path)
+    ]
+    assert moments == [up["lora_A"]] * 2
+    assert specs.step == P()
+
+
+def test_what_does_not_divide_is_whole_and_named() -> None:
+    config = read_config({**CONFIGS["llama"], "hidden_size": 192, "head_dim": 48}, "test")
+    params = abstract_params(config, "float32", QuantizationConfig(4, "nf4", True))
+    eight = mesh(fsdp=4, tensor=2)
+    named = left_whole(params, eight.shape)
+    assert any(
+        line.startswith("layers/self_attn/q_proj/kernel (in of 192 does not divide in whole groups")
+        for line in named
+    )
+    kernels = [
+        leaf for leaf in jax.tree.leaves(cut(params, eight.shape), is_leaf=is_quantized) if is_quantized(leaf)
+    ]
+    assert {kernel.cut for kernel in kernels} >= {(None, "tensor")}
+    assert not left_whole(params, mesh(data=8).shape)
+
+
+def test_activations_are_cut_along_what_divides() -> None:
+    sizes = {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 2}
+    assert rows_and_positions((8, 6, 32), sizes) == (("data", "fsdp"), ("sequence",), None)
+    assert rows_and_positions((4, 7, 32), sizes) == (("data",), None, None)
+    assert rows_and_positions((3, 7), sizes) == (None, None)
+
+
+def test_every_rule_divides_or_stays_whole() -> None:
+    for _, axes in RULES:
+        assert dividing((7,) * len(axes), axes, SIZES) == (None,) * len(axes)
+        assert dividing((8,) * len(axes), axes, SIZES) == axes
