@@ -85,7 +85,7 @@ def summed_loss(
         trainable: Any, constant: Any, hidden: Array, targets: Array, weights: Array, key: Any
     ) -> Array:
         if key is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(used))
+            key = jax.random.fold_in(key, jax.lax.axis_index(tuple(used)))
         return jax.lax.psum(_local_loss(model, trainable, constant, hidden, targets, weights, key), used)
 
     # An axis that neither rows nor positions divide by computes the same on each of its devices.
