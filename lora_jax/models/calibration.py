@@ -37,9 +37,10 @@ from lora_jax.quant.leaf import BLOCK, Quantized, may_be_grouped
 SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """Modules that read what another one reads."""
 
-Rows = tuple[Int[np.ndarray, "batch length"], Int[np.ndarray, "batch length"]]
-"""Tokens and segments; segment 0 is padding."""
-Moments = dict[str, Float32[Array, "in in"]]
+Rows = tuple[Int[np.ndarray, "_ _"], Int[np.ndarray, "_ _"]]
+"""Tokens and segments [batch, length] of one batch, sizes its own; segment 0 is padding."""
+Moments = dict[str, Float32[Array, "_ _"]]
+"""Σ x xᵀ [in, in] of the inputs of a layer's modules, by name, less those of `SAME_INPUT`."""
 
 
 @dataclass
