@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from lora_jax.commands.calibration import Calibration, CalibrationOptions, check_calibration
 from lora_jax.commands.merge import check_target
 from lora_jax.config import ModelOptions, check_model
 from lora_jax.errors import UserError
@@ -25,6 +26,7 @@ from lora_jax.models.load import check_names, storage_dtype
 from lora_jax.models.names import name_table
 from lora_jax.models.quantization import quantization_of, quantized_weights, read_kernel
 from lora_jax.models.save import save_model
+from lora_jax.quant.leaf import Quantized
 from lora_jax.quant.repack import to_bitsandbytes
 
 
@@ -33,6 +35,7 @@ class QuantizeOptions:
     """Quantise a checkpoint's linear layers: 4 bits unless model.load_in_8bit is True."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     output: str = ""
     """Folder to write to."""
     max_shard_size: str = "5GB"
@@ -60,6 +63,7 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
         )
     model = replace(options.model, load_in_4bit=options.model.load_in_4bit or not options.model.load_in_8bit)
     check_model(model)
+    check_calibration(options.calibration, model, typed)
     folder = resolve(model.path, model.revision)
     check_target(options.output, "config.json", folder)
     checkpoint = open_checkpoint(folder)
@@ -67,6 +71,11 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
     check_names(checkpoint, config)
     if isinstance(checkpoint, PackedCheckpoint):
         _check_as_it_is(model, checkpoint)
+        if options.calibration.path:
+            raise UserError(
+                f"--calibration.path {options.calibration.path}: {folder} is quantised already; give the unquantised "
+                "checkpoint, or drop it"
+            )
     quantization = quantization_of(model, checkpoint, config, {*typed, bits})
     assert quantization is not None
     stored = storage_dtype(checkpoint, config, model)
@@ -75,19 +84,27 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
         skipped = tuple(dict.fromkeys(("lm_head", *(quantization.skip_modules or ()))))
         quantization = replace(quantization, compute_dtype=compute, skip_modules=skipped)
     counts = _Counts()
+    calibration = Calibration(options.calibration, folder, config) if options.calibration.path else None
+    if calibration is None:
+        tensors = _tensors(checkpoint, config, quantization, model.dtype)
+    else:
+        tensors = calibration.tensors(checkpoint, config, quantization, model)
     save_model(
         Path(options.output).expanduser(),
         checkpoint,
-        _tensors(checkpoint, config, quantization, model.dtype, counts),
+        _stored(tensors, counts),
         {"quantization_config": quantization.to_json(), "dtype": str(stored)},
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
+        also=None if calibration is None else calibration.write_notes,
     )
     bits = 8 * counts.nbytes / max(1, counts.weights)
     console.print(
         f"wrote {options.output}: {quantization.summary()}, {bits:.2f} bits a weight in {counts.modules} linear layers",
         soft_wrap=True,
     )
+    for line in () if calibration is None else calibration.lines():
+        console.print(line, soft_wrap=True)
     return 0
 
 
@@ -110,16 +127,25 @@ class _Counts:
 
 
 def _tensors(
-    checkpoint: Checkpoint, config: ModelConfig, quantization: QuantizationConfig, dtype: str, counts: _Counts
-) -> Iterator[tuple[str, np.ndarray]]:
+    checkpoint: Checkpoint, config: ModelConfig, quantization: QuantizationConfig, dtype: str
+) -> Iterator[tuple[str, np.ndarray | Quantized]]:
     quantized = quantized_weights(checkpoint, config, quantization)
     for entry in name_table(config):
-        if entry.name not in quantized:
+        if entry.name in quantized:
+            yield entry.name, read_kernel(checkpoint, entry.name, quantization, dtype)
+        else:
             tensor: Any = checkpoint.tensor(entry.name)
             yield entry.name, tensor if dtype == "auto" else tensor.astype(jnp.dtype(dtype))
+
+
+def _stored(
+    tensors: Iterator[tuple[str, np.ndarray | Quantized]], counts: _Counts
+) -> Iterator[tuple[str, np.ndarray]]:
+    for entry, tensor in tensors:
+        if isinstance(tensor, np.ndarray):
+            yield entry, tensor
             continue
-        kernel = read_kernel(checkpoint, entry.name, quantization, dtype)
-        counts.modules, counts.weights = counts.modules + 1, counts.weights + kernel.size
-        for name, tensor in to_bitsandbytes(kernel).tensors(entry.name).items():
-            counts.nbytes += tensor.nbytes
-            yield name, tensor
+        counts.modules, counts.weights = counts.modules + 1, counts.weights + tensor.size
+        for name, part in to_bitsandbytes(tensor).tensors(entry).items():
+            counts.nbytes += part.nbytes
+            yield name, part

@@ -180,9 +180,10 @@ def _check_vocabulary(
 
 
 def _nothing_left(name: str, form: str, max_length: int, dropped: int, cut: int, option: str) -> str:
+    section = option.rpartition(".")[0]
     if cut:
         return (
-            f"{option} {name}: nothing is left to train on, as --data.max_length {max_length} cuts off all that "
+            f"{option} {name}: nothing is left to train on, as {section}.max_length {max_length} cuts off all that "
             f"would be trained ({cut:,} of {_count(dropped, 'row')}); raise it"
         )
     remedy = "give conversations with a turn of role assistant"

@@ -118,11 +118,16 @@ def read_kernel(
     """Return a quantised weight on the default device: as stored, else quantised from `dtype` (auto: as stored)."""
     if isinstance(checkpoint, PackedCheckpoint):
         return from_bitsandbytes(checkpoint.read(name))
-    weight = checkpoint.tensor(name)
-    if dtype != "auto":
-        with np.errstate(over="ignore"):  # what is infinite then is an error with a name
-            weight = weight.astype(jnp.dtype(dtype))
-    return quantized_kernel(weight, quantization, name)
+    return quantized_kernel(read_tensor(checkpoint, name, dtype), quantization, name)
+
+
+def read_tensor(checkpoint: Checkpoint, name: str, dtype: str = "auto") -> np.ndarray:
+    """Return a tensor of an unquantised checkpoint in `dtype` (auto: as stored)."""
+    tensor = checkpoint.tensor(name)
+    if dtype == "auto":
+        return tensor
+    with np.errstate(over="ignore"):  # what is infinite then is an error with a name
+        return tensor.astype(jnp.dtype(dtype))
 
 
 def quantized_kernel(weight: np.ndarray, quantization: QuantizationConfig, name: str) -> Quantized:

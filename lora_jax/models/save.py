@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,12 @@ def save_model(
     tokenizer: Path | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    also: Callable[[Path], None] | None = None,
 ) -> None:
     """Write tensors, in the dtype they come in, beside the source's config and tokenizer.
 
-    `changes` go into config.json; None takes a key out of it.
+    `changes` go into config.json; None takes a key out of it. `also` writes what else the folder is to hold, once
+    the tensors are written.
 
     The folder appears whole or not at all. Tensors are written as they come: at most two shards are in
     memory. A few of them are read back and compared before the folder takes its name.
@@ -63,6 +65,8 @@ def save_model(
         )
         copy_config_files(source.folder, aside)
         copy_tokenizer(tokenizer or source.folder, aside)
+        if also is not None:
+            also(aside)
         _read_back(aside, sums)
 
 

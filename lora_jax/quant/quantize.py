@@ -43,8 +43,8 @@ def quantize(
         return kernel_of(_packed_flat(weight, quant_type, double_quant, name))
     on_device = jnp.asarray(weight)
     absmax = np.asarray(_absmax(on_device))
-    _check_finite(absmax, name)
-    codes = _grouped_codes(on_device, _reciprocals(absmax), TABLES[quant_type])
+    check_finite(absmax, name)
+    codes = _grouped_codes(on_device, reciprocals(absmax), TABLES[quant_type])
     nested = nested_absmax(absmax.reshape(-1)) if double_quant else None
     stored = absmax if nested is None else nested.codes.reshape(absmax.shape)
     by_block = np.zeros((2 * groups(rows), 1, out), stored.dtype)
@@ -70,8 +70,8 @@ def quantize_int8(weight: Float[np.ndarray, "out in"], name: str = "weight") -> 
     `name`, for weights that float16 cannot hold.
     """
     half = jnp.asarray(weight).astype(jnp.float16)
-    absmax = np.asarray(jnp.max(jnp.abs(half), axis=1)).astype(np.float32)
-    _check_finite(absmax, name, "as float16 ")
+    absmax = np.asarray(largest(half)).astype(np.float32)
+    check_finite(absmax, name, "as float16 ")
     steps = np.divide(np.float32(127), absmax, out=np.zeros_like(absmax), where=absmax > 0)
     return Int8Kernel(codes=_int8_codes(half, steps), absmax=jnp.asarray(absmax), dtype=weight.dtype)
 
@@ -126,11 +126,31 @@ def nested_absmax(absmax: Float[np.ndarray, " blocks"]) -> Nested:
     return Nested(codes=codes, absmax=scales, quant_map=quant_map, blocksize=NESTED_BLOCK, offset=offset)
 
 
+@jax.jit
+def largest(values: Float[Array, "*rows block"]) -> Float[Array, "*rows"]:
+    """Return the largest |value| of the last axis, NaN if one is no number: a CPU's maximum passes some over."""
+    return jnp.where(jnp.any(jnp.isnan(values), axis=-1), jnp.nan, jnp.max(jnp.abs(values), axis=-1))
+
+
+def reciprocals(absmax: np.ndarray) -> np.ndarray:
+    """Return what a block's weights are multiplied with, float32; 0 for a block of zeros."""
+    return np.where(absmax > 0, np.float32(1) / np.maximum(absmax, _FLOOR), np.float32(0))
+
+
+def check_finite(absmax: np.ndarray | np.floating[Any], name: str, how: str = "") -> None:
+    """Raise UserError, which names `name`, where the absmax of a weight are infinite or not numbers."""
+    if not np.isfinite(absmax).all():
+        raise UserError(
+            f"weights that are {how}infinite or not numbers: {name}; they cannot be quantised: take another "
+            "checkpoint, or leave the module out with llm_int8_skip_modules"
+        )
+
+
 def _packed_flat(weight: np.ndarray, quant_type: QuantType, double_quant: bool, name: str) -> Packed4bit:
     """Quantise on the host what cannot be grouped; such models are small."""
     table = TABLES[quant_type]
     values = weight.astype(np.float32).reshape(-1)
-    _check_finite(np.abs(values).max(), name)
+    check_finite(np.abs(values).max(), name)
     codes, absmax = _blockwise(values, table, BLOCK)
     if codes.size % 2:
         codes = np.append(codes, np.uint8(zero_code(table)))
@@ -155,7 +175,7 @@ def _blockwise(values: np.ndarray, table: Table, blocksize: int) -> tuple[np.nda
     whole = values.size // blocksize * blocksize
     blocks = values[:whole].reshape(-1, blocksize)
     absmax = np.abs(blocks).max(axis=1)
-    scaled = (blocks * _reciprocals(absmax)[:, None]).reshape(-1)
+    scaled = (blocks * reciprocals(absmax)[:, None]).reshape(-1)
     rest = values[whole:]
     if rest.size:
         last = np.maximum(np.abs(rest).max(), _FLOOR)
@@ -164,21 +184,17 @@ def _blockwise(values: np.ndarray, table: Table, blocksize: int) -> tuple[np.nda
     return codes[np.searchsorted(middles, scaled, side="left")], absmax
 
 
-def _reciprocals(absmax: np.ndarray) -> np.ndarray:
-    return np.where(absmax > 0, np.float32(1) / np.maximum(absmax, _FLOOR), np.float32(0))
-
-
 @jax.jit
 def _absmax(weight: Float[Array, "out in"]) -> Float[Array, "out blocks"]:
-    return jnp.max(jnp.abs(weight.reshape(weight.shape[0], -1, BLOCK)), axis=-1).astype(jnp.float32)
+    return largest(weight.reshape(weight.shape[0], -1, BLOCK)).astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnames="table")
 def _grouped_codes(
-    weight: Float[Array, "out in"], reciprocals: Float[Array, "out blocks"], table: Table
+    weight: Float[Array, "out in"], factors: Float[Array, "out blocks"], table: Table
 ) -> UInt8[Array, "rows out"]:
     out, rows = weight.shape
-    blocks = weight.reshape(out, -1, BLOCK).astype(jnp.float32) * reciprocals[..., None]
+    blocks = weight.reshape(out, -1, BLOCK).astype(jnp.float32) * factors[..., None]
     middles, order = thresholds(table)
     below: Any = sum((blocks > middle).astype(jnp.uint8) for middle in middles)
     in_order = bool((order == np.arange(len(table))).all())
@@ -193,11 +209,3 @@ def _grouped_codes(
 @jax.jit
 def _int8_codes(half: Float[Array, "out in"], steps: Float[Array, " out"]) -> Array:
     return jnp.round(half.astype(jnp.float32) * steps[:, None]).astype(jnp.int8).T
-
-
-def _check_finite(absmax: np.ndarray | np.floating[Any], name: str, how: str = "") -> None:
-    if not np.isfinite(absmax).all():
-        raise UserError(
-            f"weights that are {how}infinite or not numbers: {name}; they cannot be quantised: take another "
-            "checkpoint, or leave the module out with llm_int8_skip_modules"
-        )

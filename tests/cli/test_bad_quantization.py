@@ -21,6 +21,7 @@ FOUR = ("--model.load_in_4bit", "True")
 EIGHT = ("--model.load_in_8bit", "True")
 QUANTIZE = ("quantize", "--model.path", "model", "--output", "new")
 AGAIN = ("quantize", "--model.path", "small", "--output", "new")
+CALIBRATE = (*QUANTIZE, "--calibration.path", "rows.jsonl")
 MERGE = ("merge", "--adapter", "adapter", "--base", "model", "--output", "merged")
 WEIGHT = "model__layers__0__mlp__up_proj__weight"
 STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
@@ -266,6 +267,46 @@ COMMANDS: dict[str, Case] = {
     ),
     "quantize quantised in 8": (nothing, (*AGAIN, *EIGHT), "small is quantised already (nf4"),
     "quantize size": (nothing, (*QUANTIZE, "--max_shard_size", "x"), "--max_shard_size x: not a size"),
+    "calibrate in 8 bits": (
+        nothing,
+        (*CALIBRATE, *EIGHT),
+        "--calibration.path rows.jsonl: fits 4-bit codes; drop it",
+    ),
+    "calibrate on no rows": (
+        nothing,
+        (*QUANTIZE, "--calibration.path", "gone.jsonl"),
+        "--calibration.path gone.jsonl: no such file",
+    ),
+    "calibrate without rows": (
+        nothing,
+        (*QUANTIZE, "--calibration.rows", "5"),
+        "--calibration.rows: is about rows to calibrate on; give --calibration.path",
+    ),
+    "calibrate on none": (
+        nothing,
+        (*CALIBRATE, "--calibration.rows", "0"),
+        "--calibration.rows 0: must be positive",
+    ),
+    "calibrate on nothing": (
+        nothing,
+        (*CALIBRATE, "--calibration.max_length", "1"),
+        "--calibration.max_length 1: must be at least 2",
+    ),
+    "calibrate on prompts alone": (
+        nothing,
+        (*CALIBRATE, "--calibration.max_length", "2"),
+        "as --calibration.max_length 2 cuts off all",
+    ),
+    "calibrate on a bad split": (
+        nothing,
+        (*CALIBRATE, "--calibration.split", "test"),
+        "--calibration.path rows.jsonl: split 'test' is not known",
+    ),
+    "calibrate the quantised": (
+        nothing,
+        (*AGAIN, "--calibration.path", "rows.jsonl"),
+        "--calibration.path rows.jsonl: small is quantised already",
+    ),
     "merge onto what": (
         nothing,
         (*MERGE, "--base_precision", "dequantized"),

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from lora_jax.cli import main
 from tests.parity.peers import gap, peft_tensors, quiet, save, torch_base
 from tests.parity.test_training import batches, train_ours, train_peft
-from tests.tiny import GROUPED, adapted_logits, open_base, text
+from tests.runs import write_rows
+from tests.tiny import GROUPED, adapted_logits, open_base, text, write_tokenizer
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch, transformers and bitsandbytes
@@ -59,9 +60,21 @@ def test_checkpoint_that_they_saved_gives_their_logits(tmp_path: Path, name: str
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
 def test_checkpoint_that_quantize_wrote_gives_our_logits_there(tmp_path: Path, name: str, kind: str) -> None:
-    base = torch_base(tmp_path / "base", name, **GROUPED)
+    compare_written(tmp_path, torch_base(tmp_path / "base", name, **GROUPED), kind)
+
+
+@pytest.mark.parametrize("kind", ["nf4, double", "fp4"])
+def test_calibrated_checkpoint_gives_our_logits_there(tmp_path: Path, kind: str) -> None:
+    base = torch_base(tmp_path / "base", "llama", **GROUPED)
+    write_tokenizer(base)
+    rows = write_rows(tmp_path / "rows.jsonl")
+    compare_written(tmp_path, base, kind, "--calibration.path", str(rows))
+
+
+def compare_written(tmp_path: Path, base: Path, kind: str, *more: str) -> None:
+    """Check that a checkpoint that `lora-jax quantize` wrote gives the same logits here and there."""
     flags = [text for key, value in KINDS[kind].items() for text in (f"--model.{key}", str(value))]
-    flags += ["--model.bnb_4bit_compute_dtype", "float32"]
+    flags += ["--model.bnb_4bit_compute_dtype", "float32", *more]
     command = ["quantize", "--model.path", str(base), "--output", str(tmp_path / "small"), *flags]
     assert main(command) == 0
     tokens, segments = text()

@@ -117,9 +117,9 @@ def test_8bit_weights_are_within_half_a_step_and_come_back_unchanged(weight: np.
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("rows", [128, 33])
+@pytest.mark.parametrize("rows", [192, 128, 33])
 def test_weights_that_are_no_numbers_are_one_clear_error(bad: float, rows: int) -> None:
-    weight = random_weight((4, rows))
+    weight = random_weight((24, rows))
     weight[2, 5] = bad
     for make in (quantize, quantize_int8):
         with pytest.raises(UserError, match=r"not numbers: layers\.3\.q_proj") as caught:

@@ -1,0 +1,149 @@
+"""What `lora-jax quantize` calibrates on: its options, its rows, and what it tells of the gain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters.notes import NOTES_FILE
+from lora_jax.config import DataFormat, DataOptions, ModelOptions
+from lora_jax.data.batches import eval_batches, padded_length
+from lora_jax.data.dataset import TokenDataset, load_examples
+from lora_jax.errors import UserError, listing
+from lora_jax.hub.atomic import write_text
+from lora_jax.hub.bitsandbytes import QuantizationConfig
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.tokenizer import load_tokenizer
+from lora_jax.models.calibration import Gain, Rows, calibrated_tensors
+from lora_jax.models.config import ModelConfig
+from lora_jax.models.load import storage_dtype
+from lora_jax.models.quantization import compute_dtype
+from lora_jax.quant.leaf import Quantized
+
+BATCH = 8
+"""Rows in one forward pass."""
+PADDED_TO = 64
+"""Rows of a batch are padded to a multiple of so many tokens."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Rows that 4-bit weights are fitted to by GPTQ; without them each weight is rounded to the nearest value."""
+
+    path: str = ""
+    """JSON, JSONL, CSV or Parquet file, or a data set's id on the Hub; rows like those to be trained on."""
+    split: str = "train"
+    """Split to read, slices included: train[:200]."""
+    rows: int = 128
+    """Rows that are used, the first of the split."""
+    format: DataFormat = "auto"
+    """Form of a row; auto recognises it by the columns."""
+    max_length: int = 1024
+    """Longest sequence in tokens; longer rows are cut at the end."""
+    text_field: str = "text"
+    """Column that holds the text in the format text."""
+
+
+def check_calibration(options: CalibrationOptions, model: ModelOptions, typed: Collection[str]) -> None:
+    """Raise UserError for options of calibration that are wrong whatever the model and the rows."""
+    given = sorted(name for name in typed if name.startswith("calibration."))
+    if given and not options.path:
+        raise UserError(f"--{given[0]}: is about rows to calibrate on; give --calibration.path, or drop it")
+    if options.path and model.load_in_8bit:
+        raise UserError(
+            f"--calibration.path {options.path}: fits 4-bit codes; drop it, or drop --model.load_in_8bit"
+        )
+    if options.rows < 1:
+        raise UserError(f"--calibration.rows {options.rows}: must be positive")
+    if options.max_length < 2:
+        raise UserError(f"--calibration.max_length {options.max_length}: must be at least 2 tokens")
+
+
+class Calibration:
+    """The rows of a run of `lora-jax quantize`, and what they gained."""
+
+    def __init__(self, options: CalibrationOptions, folder: Path, config: ModelConfig) -> None:
+        """Read the rows with the tokenizer of a model's folder; raises UserError where they cannot be had."""
+        self._options = options
+        self._gain = Gain()
+        data = DataOptions(
+            format=options.format, max_length=options.max_length, text_field=options.text_field
+        )
+        found = load_examples(
+            data,
+            load_tokenizer(folder),
+            options.path,
+            options.split,
+            config.vocab_size,
+            option="--calibration.path",
+        )
+        self._rows = TokenDataset(found.name, found.unit, found[: options.rows], found.max_length)
+
+    def tensors(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        quantization: QuantizationConfig,
+        model: ModelOptions,
+    ) -> Iterator[tuple[str, np.ndarray | Quantized]]:
+        """Yield a checkpoint's tensors, its linear layers as kernels fitted to the rows."""
+        compute = compute_dtype(model, storage_dtype(checkpoint, config, model), quantization)
+        return calibrated_tensors(
+            checkpoint,
+            config,
+            quantization,
+            self._batches(),
+            self._gain,
+            dtype=model.dtype,
+            compute=jnp.dtype(compute),
+        )
+
+    def lines(self) -> list[str]:
+        """Return what calibration gained, in words; the tensors have gone by."""
+        rows = f"calibrated on {self._rows.rows:,} rows of {self._rows.name}, {self._rows.tokens:,} tokens"
+        lines = []
+        if self._gain.plain:
+            plain, fitted = np.mean(self._gain.plain), np.mean(self._gain.calibrated)
+            lines.append(
+                f"{rows}: outputs of linear layers are off by {fitted:.2%}, rounded to the nearest value by "
+                f"{plain:.2%} (root mean square, mean of {len(self._gain.plain)} layers)"
+            )
+        if self._gain.left_plain:
+            modules = sorted({name.split(".")[-2] for name in self._gain.left_plain})
+            lines.append(
+                f"note: {len(self._gain.left_plain)} linear layers ({listing(modules)}) are rounded to the nearest "
+                "value, as their in is no multiple of 64"
+            )
+        return lines
+
+    def write_notes(self, folder: Path) -> None:
+        """Write what was done beside the tensors."""
+        gain, options = self._gain, self._options
+        content: dict[str, Any] = {
+            "method": "gptq",
+            "path": options.path,
+            "split": options.split,
+            "rows": self._rows.rows,
+            "tokens": self._rows.tokens,
+            "max_length": options.max_length,
+            "output_error": float(np.mean(gain.calibrated)) if gain.calibrated else None,
+            "output_error_of_nearest": float(np.mean(gain.plain)) if gain.plain else None,
+            "rounded_to_nearest": gain.left_plain,
+        }
+        write_text(folder / NOTES_FILE, json.dumps({"calibration": content}, indent=2) + "\n")
+
+    def _batches(self) -> list[Rows]:
+        """Return tokens and segments, rows of like length together."""
+        by_length = sorted(self._rows, key=len)
+        found: list[Rows] = []
+        for start in range(0, len(by_length), BATCH):
+            part = by_length[start : start + BATCH]
+            length = padded_length(len(part[-1]), self._options.max_length, PADDED_TO)
+            found += [(batch.tokens, batch.segment_ids) for batch in eval_batches(part, BATCH, length, 0)]
+        return found
