@@ -130,6 +130,8 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         written = export_adapter(run, outcome.state.trainable, folder, facts)
     if outcome.eval_before is not None and outcome.eval_after is not None:
         console.print(f"eval loss {outcome.eval_before:.4f} -> {outcome.eval_after:.4f}", highlight=False)
+    if (best := checkpoints.best) is not None and best.step < sizes.steps:
+        console.print(f"best checkpoint: step {best.step}, eval loss {best.eval_loss:.4f}", highlight=False)
     console.print(f"wrote {written}", highlight=False, soft_wrap=True)
     return 0
 
