@@ -147,7 +147,7 @@ def test_a_sigterm_while_evaluating_saves_and_the_evaluation_is_repeated_on_resu
 
 
 PROCESS = """
-import io, signal, sys, time
+import io, signal, sys
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
@@ -155,7 +155,7 @@ from rich.console import Console
 from lora_jax.config import MeshOptions
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.train.signals import Signals
-with jax.set_mesh(make_mesh(MeshOptions())), Signals(Console(file=io.StringIO())) as signals:
+with Signals(Console(file=io.StringIO()), make_mesh(MeshOptions())) as signals:
     signals.stepping()
     for step in range(1, 30):
         if step == 5 and jax.process_index() == 1:
