@@ -21,7 +21,7 @@ export JAX_PLATFORMS ?= cpu
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test parity check format aot aot-cuda clean
+.PHONY: help demo test soak parity check format aot aot-cuda clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,6 +37,9 @@ demo: $(VENV)/.installed ## Train the shipped model on the shipped rows, merge, 
 
 test: $(VENV)/.installed-test ## Run the tests that need no torch.
 	$(BIN)/python -m pytest --ignore=tests/parity $(ARGS)
+
+soak: $(VENV)/.installed ## Kill a training run 25 times at random moments and resume it; some minutes.
+	$(BIN)/python scripts/soak.py $(ARGS)
 
 parity: $(VENV)/.installed-parity ## Run the tests beside torch, transformers and peft.
 	$(BIN)/python -m pytest tests/parity $(ARGS)

@@ -8,10 +8,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from glob import escape
+from pathlib import Path, PurePath
 from uuid import uuid4
 
 from lora_jax.errors import UserError
+from lora_jax.hub.bucket import Place, unreachable, uploaded_folder
 
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another disk",
@@ -23,7 +25,7 @@ _REMEDIES = {
 }
 
 
-def write_failure(path: Path, error: OSError) -> UserError:
+def write_failure(path: PurePath, error: OSError) -> UserError:
     """Return the error for a path that the system would not let be written."""
     remedy = _REMEDIES.get(error.errno or 0, "choose another place to write to")
     return UserError(f"cannot write {path}: {error.strerror or error}; {remedy}")
@@ -60,19 +62,29 @@ def write_bytes(path: Path, content: bytes) -> None:
         aside.write_bytes(content)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file as UTF-8, whole or not at all; raises UserError where the system refuses."""
-    write_bytes(path, text.encode())
+def write_text(path: Place, text: str) -> None:
+    """Write a file as UTF-8, whole or not at all; raises UserError where the system or the bucket refuses."""
+    if isinstance(path, Path):
+        write_bytes(path, text.encode())
+        return
+    try:
+        path.write_text(text)
+    except Exception as error:
+        raise unreachable("cannot write", path, error) from error
 
 
 @contextmanager
-def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(path: Place, *, overwrite: bool = False) -> Iterator[Path]:
     """Give an empty temporary folder beside `path`, which becomes `path` on leaving.
 
     On any failure, an interrupt included, nothing is left and an older `path` stays as it was. With
-    `overwrite` the older one goes away at the very end. Raises UserError where `path` is a file, holds
-    something and `overwrite` is not given, or cannot be written.
+    `overwrite` the older one goes away at the very end. In a bucket it is replaced file by file. Raises UserError
+    where `path` is a file, holds something and `overwrite` is not given, or cannot be written.
     """
+    if not isinstance(path, Path):
+        with uploaded_folder(path) as folder:
+            yield folder
+        return
     path = Path(os.path.realpath(path.expanduser()))
     _check_free(path, overwrite)
     aside = _aside(path)
@@ -87,6 +99,15 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise write_failure(path, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(path: Place) -> None:
+    """Remove what a program that was killed while it wrote `path` left beside it; in a bucket there is nothing."""
+    for aside in path.parent.glob(f".{escape(path.name)}.*.partial") if isinstance(path, Path) else ():
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
 
 
 def _aside(path: Path) -> Path:

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.bitsandbytes import QuantizationConfig
+from lora_jax.hub.bucket import Place
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.tokenizer import copy_config_files, copy_tokenizer
 from lora_jax.hub.writer import ShardWriter, parse_size
@@ -31,7 +32,7 @@ NamedTensors = Iterable[tuple[str, np.ndarray]]
 
 
 def save_model(
-    folder: Path,
+    folder: Place,
     source: Checkpoint,
     tensors: NamedTensors,
     changes: Mapping[str, Any],

@@ -1,86 +1,240 @@
 """Checkpoints by Orbax: the trainable tree, optimiser state, step and key; never the frozen base.
 
-The data position needs no entry: the order of rows is a pure function of seed, epoch and step.
+The data position needs no entry: the order of rows is a pure function of seed, epoch and step. A checkpoint is
+written aside and renamed, so that what has a step's name is whole:
+
+    4/state      the arrays, each under its path in `TrainState`
+    4/options    what a resumption has to agree with (`Identity`)
+    4/progress   `Progress`
+    4/metrics    the eval loss, where the model was evaluated at this step
+    4/_CHECKPOINT_METADATA    custom_metadata: the best eval loss so far among checkpoints, and its step
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from lora_jax.errors import UserError, listing
+from lora_jax.hub.atomic import write_failure
 from lora_jax.train.step import TrainState
 
-# What may differ between a run and its resumption without changing the result.
-FREE = frozenset({"train.logging_steps", "train.save_strategy", "train.save_steps", "train.save_total_limit"})
+FREE = frozenset(
+    {
+        "train.logging_steps",
+        "train.save_strategy",
+        "train.save_steps",
+        "train.save_total_limit",
+        "train.per_device_train_batch_size",  # the rows of a step are compared instead
+        "train.per_device_eval_batch_size",
+    }
+)
+"""Options that may differ between a run and its resumption without changing the result."""
+EVAL_LOSS = "eval_loss"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What has to be the same for a run to go on: its options, flat, and the fingerprint of its base."""
+
+    options: Mapping[str, Any]
+    base: Mapping[str, str]
+
+    def check(self, stored: Mapping[str, Any]) -> None:
+        """Raise UserError, naming what differs, unless the `plain` form of another identity equals this one's."""
+        now = json.loads(json.dumps(self.plain()))
+        if bases := _differences(stored["base"], now["base"]):
+            raise UserError(
+                f"--resume: the checkpoint was made on another base model: {listing(bases)}; give the one that it was "
+                "made on as --model.path, or --overwrite to start over on this one"
+            )
+        if options := _differences(stored["options"], now["options"]):
+            raise UserError(
+                f"--resume: the checkpoint was made with other options: {listing(options)}; give those, or "
+                "--overwrite; to train further, use --lora.init_from"
+            )
+
+    def plain(self) -> dict[str, Any]:
+        """Return what is stored."""
+        options = {name: value for name, value in self.options.items() if name not in FREE}
+        return {"options": options, "base": dict(self.base)}
+
+
+class Progress(NamedTuple):
+    """Where the loop stands beside its state."""
+
+    window: list[float]
+    """The loss summed over the trained tokens since the last logged step, and their number."""
+    unlogged: dict[str, Any] | None = None
+    """This step's line of metrics.jsonl, where the run was stopped in the evaluation that belongs to it."""
+
+
+class Best(NamedTuple):
+    """The least eval loss among the checkpoints that are kept, and its step."""
+
+    step: int
+    eval_loss: float
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest kept."""
+    """The checkpoints of one run: the newest `keep`, all with None, and the one with the least eval loss."""
 
-    def __init__(self, folder: Path, keep: int | None, options: dict[str, Any]) -> None:
-        """`options` are the run's resolved options, flat; a checkpoint made with others is refused."""
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        self.options = {name: value for name, value in options.items() if name not in FREE}
-        self.manager = ocp.CheckpointManager(
-            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    def __init__(self, folder: Path | epath.Path, keep: int | None, identity: Identity) -> None:
+        """Open the folder, made if need be; raises UserError where it cannot be used."""
+        for name in ("absl", "concurrent.futures"):  # what they report is raised here, in one line
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        self.folder, self.identity = epath.Path(folder), identity
+        self._failed = self._cleaned = self._writing = False
+        policies = ocp.checkpoint_managers
+        kept: list[Any] = [policies.LatestN(keep)]
+        if keep is not None:
+            best = policies.BestN(
+                get_metric_fn=_eval_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+            )
+            kept.append(best)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_eval_loss, best_mode="min", preservation_policy=policies.AnyPreservationPolicy(kept)
         )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise write_failure(self.folder, error) from error
+        self.best = self._stored_best()
+        """The best of the checkpoints that are kept, None where none of them was made at an evaluation."""
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._report
 
     def latest(self) -> int | None:
         """Return the step of the newest whole checkpoint."""
         return self.manager.latest_step()
 
-    def save(self, state: TrainState, window: list[float]) -> None:
-        """Write the state, and what is summed up for the next logged line, in the background; a step once."""
+    def save(self, state: TrainState, progress: Progress, eval_loss: float | None = None) -> None:
+        """Write the state in the background; a step once. `eval_loss` is that of this very step.
+
+        Returns when the arrays are copied, so that the step may consume them. Raises UserError where this
+        checkpoint or the one before cannot be written.
+        """
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        plain = state._replace(key=jax.random.key_data(state.key))
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(plain._asdict()),
-                options=ocp.args.JsonSave(self.options),
-                window=ocp.args.JsonSave({"window": window}),
-            ),
-        )
+        if eval_loss is not None and not math.isfinite(eval_loss):
+            eval_loss = None
+        if eval_loss is not None and (self.best is None or eval_loss <= self.best.eval_loss):
+            self.best = Best(step, eval_loss)
+        try:
+            self._remove_partial()
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_arrays(state)),
+                    options=ocp.args.JsonSave(self.identity.plain()),
+                    progress=ocp.args.JsonSave(progress._asdict()),
+                ),
+                metrics=None if eval_loss is None else {EVAL_LOSS: eval_loss},
+                custom_metadata={"best": self.best._asdict()} if self.best else None,
+            )
+            self._writing = True
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+            raise self._failure(error) from error
 
-    def restore(self, state: TrainState) -> tuple[TrainState, list[float]]:
-        """Return what `save` was last given, the state in the shapes and on the devices of `state`.
+    def check(self) -> None:
+        """Raise UserError where the checkpoint that was being written has failed; waits for nothing."""
+        if self._writing and not self.manager.is_saving_in_progress():
+            self._writing = False
+            self._wait()
 
-        Raises UserError where it was made with other options, naming them, or cannot be read.
+    def restore(self, state: TrainState) -> tuple[TrainState, Progress]:
+        """Return what `save` was last given, each array in the shape, dtype and sharding that it has in `state`.
+
+        Raises UserError where it was made with other options or on another base, naming them, or cannot be read.
         """
         step = self.manager.latest_step()
-        notes = self._read(step, options=ocp.args.JsonRestore(), window=ocp.args.JsonRestore())
-        stored = notes["options"]
-        now = json.loads(json.dumps(self.options))
-        changed = sorted(name for name in now.keys() | stored.keys() if now.get(name) != stored.get(name))
-        if changed:
-            texts = [f"{name} was {stored.get(name)}, is {now.get(name)}" for name in changed]
-            raise UserError(
-                f"--resume: the checkpoint was made with other options: {listing(texts)}; give those, or "
-                "--overwrite; to train further, use --lora.init_from"
-            )
-        plain = state._replace(key=jax.random.key_data(state.key))._asdict()
-        restored = self._read(step, state=ocp.args.StandardRestore(plain))["state"]
-        key = jax.random.wrap_key_data(restored.pop("key"), impl=jax.random.key_impl(state.key))
-        return TrainState(**restored, key=key), notes["window"]["window"]
+        json_restore = ocp.args.JsonRestore
+        notes = self._read(step, options=json_restore(), progress=json_restore())
+        self.identity.check(notes["options"])
+        arrays = _arrays(state)
+        like = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+            for name, array in arrays.items()
+        }
+        read = self._read(step, state=ocp.args.StandardRestore(like))["state"]
+        restored = jax.tree.unflatten(jax.tree.structure(state), [read[name] for name in arrays])
+        key = jax.random.wrap_key_data(restored.key, impl=jax.random.key_impl(state.key))
+        return restored._replace(key=key), Progress(**notes["progress"])
 
     def _read(self, step: int | None, **parts: Any) -> Any:
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**parts))
-        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+        except Exception as error:
             raise UserError(
-                f"--resume: the checkpoint {self.manager.directory}/{step} cannot be read "
+                f"--resume: the checkpoint {self.folder}/{step} cannot be read "
                 f"({type(error).__name__}: {str(error)[:200]}); remove that folder to go on from the one before"
             ) from error
 
+    def _stored_best(self) -> Best | None:
+        step = self.manager.best_step()
+        metrics = None if step is None else self.manager.metrics(step)
+        return Best(step, _eval_loss(metrics)) if step is not None and metrics else None
+
+    def _remove_partial(self) -> None:
+        """Remove, once, what a run that was killed or found the disk full left of the checkpoint it was writing."""
+        if not self._cleaned and jax.process_index() == 0:
+            for path in self.folder.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
+                path.rmtree(missing_ok=True)
+        self._cleaned = True
+
     def close(self) -> None:
-        """Wait for the checkpoint being written."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Wait for the checkpoint being written; raises UserError where it cannot be."""
+        if not self._failed:
+            self._wait()
+            self.manager.close()
+            sys.unraisablehook = self._hook
+
+    def _wait(self) -> None:
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> UserError:
+        self._failed = True
+        found = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's errors are texts
+        if found:
+            error = OSError(int(found[1]), os.strerror(int(found[1])))
+        if not isinstance(error, OSError):
+            error = OSError(str(error)[:200])
+        return write_failure(self.folder, error)
+
+    def _report(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Stand in for `sys.unraisablehook`: of writes that fail together all but one find their event loop gone."""
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            self._hook(unraisable)
+
+
+def _arrays(state: TrainState) -> dict[str, jax.Array]:
+    """Return a state's arrays by their paths, the key as numbers: whatever nodes the trees have, Orbax sees a dict."""
+    plain = state._replace(key=jax.random.key_data(state.key))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(plain)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _eval_loss(metrics: Mapping[str, float]) -> float:
+    return metrics[EVAL_LOSS]
+
+
+def _differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    changed = sorted(name for name in now.keys() | stored.keys() if now.get(name) != stored.get(name))
+    return [f"{name} was {stored.get(name)}, is {now.get(name)}" for name in changed]

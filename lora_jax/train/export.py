@@ -12,6 +12,7 @@ from lora_jax.adapters.notes import Notes, write_notes
 from lora_jax.adapters.peft import export_tensors, saved_config
 from lora_jax.hub.adapter_files import write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
+from lora_jax.hub.bucket import Place
 from lora_jax.hub.model_card import TrainingFacts, adapter_card
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.tokenizer import copy_tokenizer
@@ -21,7 +22,7 @@ from lora_jax.train.output import ADAPTER, MODEL
 from lora_jax.train.setup import Run
 
 
-def export_adapter(run: Run, trainable: Any, folder: Path, facts: TrainingFacts) -> Path:
+def export_adapter(run: Run, trainable: Any, folder: Place, facts: TrainingFacts) -> Place:
     """Write adapter_config.json, adapter_model.safetensors, README.md and the tokenizer; return the folder.
 
     All processes of a run gather the tensors, one writes them.
@@ -43,7 +44,7 @@ def export_adapter(run: Run, trainable: Any, folder: Path, facts: TrainingFacts)
     return target
 
 
-def export_model(run: Run, trainable: Any, folder: Path) -> Path:
+def export_model(run: Run, trainable: Any, folder: Place) -> Place:
     """Write the fully trained model as a Hugging Face folder in the base's storage dtype; return the folder."""
     dtype = run.storage_dtype
     target = folder / MODEL

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from itertools import islice
 from typing import Any
 
 import jax
 
 from lora_jax.config import TrainOptions
-from lora_jax.data.batches import padded_length, steps_per_epoch
+from lora_jax.data.batches import Batch, padded_length, steps_per_epoch
 from lora_jax.hub.tokenizer import padding_token_id
 from lora_jax.parallel.mesh import POSITIONS, row_shards
-from lora_jax.parallel.processes import Agreement
-from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.train.checkpoint import EVAL_LOSS, Checkpoints, Progress
 from lora_jax.train.feed import Feed, Sizes, evaluation
 from lora_jax.train.optim import make_optimizer, schedule
 from lora_jax.train.output import MetricsLog
 from lora_jax.train.report import Reporter
 from lora_jax.train.setup import Run
+from lora_jax.train.signals import Signals
 from lora_jax.train.step import StepMetrics, TrainState, make_eval_step, make_train_step
 
 
@@ -66,14 +64,10 @@ class Loop:
         log: MetricsLog,
         checkpoints: Checkpoints,
         reporter: Reporter,
+        signals: Signals,
     ) -> None:
-        self.run, self.sizes, self.log, self.checkpoints, self.reporter = (
-            run,
-            sizes,
-            log,
-            checkpoints,
-            reporter,
-        )
+        self.run, self.sizes, self.log, self.reporter = run, sizes, log, reporter
+        self.checkpoints, self.signals = checkpoints, signals
         self.options: TrainOptions = run.config.train
         self.train_step = make_train_step(
             run.model, make_optimizer(self.options, sizes.steps), state_shardings
@@ -83,51 +77,79 @@ class Loop:
         self.padding_id = padding_token_id(run.tokenizer)
         self.feed = Feed(run.train_rows, sizes, run.mesh, self.options.seed, self.padding_id)
 
-    def train(self, state: TrainState, sums: list[float] | None = None) -> Outcome:
+    def train(self, state: TrainState, progress: Progress | None = None) -> Outcome:
         """Run from the state's step to the last one, or until SIGINT or SIGTERM; save what is asked for.
 
-        `sums` is what the checkpoint held beside the state (see `_Window.sums`).
+        `progress` is what the checkpoint held beside the state. Raises UserError where a checkpoint cannot be written.
         """
         first = int(state.step)
         before, after = self.log.evaluated
         if first == 0 and (before := self._evaluate(state)) is not None:
             after = before
             self._write({"step": 0, "epoch": 0.0, "num_tokens": 0, "eval_loss": before})
-        window = _Window(self.feed.tokens_before(first + 1), sums)
-        agreement = Agreement(self.run.mesh)
-        with _signals() as received:
-            for step in range(first + 1, self.sizes.steps + 1):
-                batch = self.feed.batch(step)
-                state, metrics = self.train_step(state, self.run.frozen, self.run.adapter, batch)
-                window.add(self.feed.tokens(step), metrics)
-                last = step == self.sizes.steps
-                self.reporter.at(step)
-                evaluates = self._evaluates(step)
-                if evaluates or self._logs(step):
-                    entry = self._entry(step, window)  # before the evaluation, whose time is not a step's
+        elif progress is not None and progress.unlogged is not None:
+            after = self._evaluate(state)
+            self._write(progress.unlogged | {"eval_loss": after})
+            progress = None
+        elif 0 < first < self.sizes.steps:
+            self._compile_evaluation(state)
+        window = _Window(self.feed.tokens_before(first + 1), None if progress is None else progress.window)
+        stopped: int | None = None
+        self.signals.compiling()
+        for step in range(first + 1, self.sizes.steps + 1):
+            batch = self.feed.batch(step)
+            state, metrics = self.train_step(state, self.run.frozen, self.run.adapter, batch)
+            self.signals.stepping()
+            window.add(self.feed.tokens(step), metrics)
+            last = step == self.sizes.steps
+            self.reporter.at(step)
+            evaluates, loss = self._evaluates(step), None
+            if evaluates or self._logs(step):
+                entry = self._entry(step, window)  # before the evaluation, whose time is not a step's
+                try:
                     if evaluates and (loss := self._evaluate(state)) is not None:
-                        after = entry["eval_loss"] = loss
-                    self._write(entry)
-                    window.restart()
-                stops = agreement.ask(bool(received))
-                if stops or self._saves(step) or (last and self.options.save_strategy != "no"):
-                    self.checkpoints.save(state, window.sums())
-                if stops:
+                        after = entry[EVAL_LOSS] = loss
+                except _Stopped as stop:
+                    self._save(state, Progress(window.sums(), entry))
+                    stopped = stop.number
                     break
+                self._write(entry)
+                window.restart()
+            received = self.signals.received()
+            if received or self._saves(step) or (last and self.options.save_strategy != "no"):
+                self._save(state, Progress(window.sums()), loss)
+            if received and not last:
+                stopped = received
+                break
+            self.checkpoints.check()
+        self.signals.finishing()
         jax.block_until_ready(state)
-        early = int(state.step) < self.sizes.steps
-        stopped_by = (received[0] if received else signal.SIGTERM) if early else None
-        return Outcome(state, before, after, window.tokens, stopped_by)
+        return Outcome(state, before, after, window.tokens, stopped)
+
+    def _save(self, state: TrainState, progress: Progress, eval_loss: float | None = None) -> None:
+        self.log.sync()  # a resumption needs all lines up to its checkpoint
+        self.checkpoints.save(state, progress, eval_loss)
 
     def _evaluate(self, state: TrainState) -> float | None:
-        rows = self.run.eval_rows
-        if rows is None:
+        """Return the mean loss over the evaluation rows, None where there are none; raises _Stopped on a signal."""
+        if self.run.eval_rows is None:
             return None
         total, weight = 0.0, 0.0
-        for batch in evaluation(rows, self.sizes, self.run.mesh, self.padding_id):
+        for batch in self._eval_batches():
             loss, counted = self.eval_step(state.trainable, self.run.frozen, self.run.adapter, batch)
             total, weight = total + float(loss), weight + float(counted)
+            if (number := self.signals.received()) is not None:
+                raise _Stopped(number)
         return total / weight
+
+    def _compile_evaluation(self, state: TrainState) -> None:
+        """Evaluate one batch, so that no compilation comes between a signal and the checkpoint it asks for."""
+        for batch in islice(self._eval_batches(), 1):
+            self.eval_step(state.trainable, self.run.frozen, self.run.adapter, batch)
+
+    def _eval_batches(self) -> Iterator[Batch]:
+        rows = self.run.eval_rows
+        return iter(()) if rows is None else evaluation(rows, self.sizes, self.run.mesh, self.padding_id)
 
     def _entry(self, step: int, window: _Window) -> dict[str, Any]:
         loss, figures = window.figures()
@@ -172,6 +194,9 @@ class _Window:
 
     def add(self, tokens: int, metrics: StepMetrics) -> None:
         self.tokens += tokens
+        # Steps are only queued here. With two under way the device never waits, and a signal does not wait long.
+        if self.pending:
+            jax.block_until_ready(self.pending[-1][0])
         self.pending.append((metrics, tokens))
 
     def sums(self) -> list[float]:
@@ -194,20 +219,9 @@ class _Window:
         }
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM until the step under way is done; a second one ends the program at once."""
-    received: list[int] = []
+class _Stopped(Exception):  # noqa: N818 - a way out, not an error
+    """A signal came during an evaluation."""
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    handled = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, note) for number in handled]
-    try:
-        yield received
-    finally:
-        for number, handler in zip(handled, before, strict=True):
-            signal.signal(number, handler)
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 from lora_jax.config import FOUR_BIT, RunConfig
 from lora_jax.errors import UserError
-from lora_jax.hub.atomic import write_text
+from lora_jax.hub.atomic import remove_leftovers, write_text
+from lora_jax.hub.bucket import Place, place, remove
 from lora_jax.parallel.processes import wait_for_all, writes
 
 METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL = (
@@ -36,15 +36,15 @@ def check_output(config: RunConfig) -> None:
         raise UserError(
             f"--output_dir {folder}: holds a run already; add --resume, --overwrite, or give another folder"
         )
-    for option, source in _sources(config).items() if config.overwrite else ():
+    for option, source in _sources(config).items() if config.overwrite and isinstance(folder, Path) else ():
         path = Path(source or "").expanduser().resolve()
         if source and any(path.is_relative_to((folder / name).resolve()) for name in OURS):
             raise UserError(f"--overwrite: would remove {option} {source}; give another --output_dir")
 
 
-def output_folder(config: RunConfig) -> Path:
-    """Return output_dir as a path."""
-    return Path(config.output_dir).expanduser()
+def output_folder(config: RunConfig) -> Place:
+    """Return output_dir as a path; raises UserError where it is in a bucket that cannot be reached."""
+    return place(config.output_dir, "--output_dir")
 
 
 def _sources(config: RunConfig) -> dict[str, str | None]:
@@ -57,10 +57,11 @@ def _sources(config: RunConfig) -> dict[str, str | None]:
     }
 
 
-def open_output(config: RunConfig) -> Path:
+def open_output(config: RunConfig) -> Place:
     """Make output_dir, emptied of an earlier run with overwrite, and write config.yaml; return the folder.
 
-    Only files that a run writes are removed. One process of a run does so, the others wait for it.
+    Only what a run writes is removed, and what a killed run left half written. One process of a run does so, the
+    others wait for it.
     """
     folder = output_folder(config)
     if writes():
@@ -69,15 +70,13 @@ def open_output(config: RunConfig) -> Path:
     return folder
 
 
-def _open(folder: Path, config: RunConfig) -> None:
+def _open(folder: Place, config: RunConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in OURS if config.overwrite else ():
-            path = folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        for name in OURS:
+            remove_leftovers(folder / name)
+            if config.overwrite:
+                remove(folder / name)
         write_text(folder / CONFIG, config_yaml(config))
     except OSError as error:
         raise UserError(
@@ -106,32 +105,53 @@ def _plain(value: Any) -> Any:
 
 
 class MetricsLog:
-    """metrics.jsonl: one object a logged step, flushed as it is written, by one process of the run."""
+    """metrics.jsonl: one object a logged step, flushed as it is written, by one process of the run.
 
-    def __init__(self, path: Path, keep_to: int | None = None) -> None:
+    In a bucket, where nothing can be appended, the whole of it is written every `SECONDS`, and by `sync`.
+    """
+
+    SECONDS = 30
+
+    def __init__(self, path: Place, keep_to: int | None = None) -> None:
         """Open the file; on resuming, lines past the step `keep_to` are cut first."""
-        self.path = path if writes() else Path(os.devnull)
+        self.path = path
         kept: list[dict[str, Any]] = []
         if keep_to is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 if (entry := _parsed(line)) is not None and entry["step"] <= keep_to:
                     kept.append(entry)
-        if writes():
-            write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+        self._lines = [f"{json.dumps(entry)}\n" for entry in kept]
+        self._file: TextIO | None = None
+        self.sync()
         losses = [entry["eval_loss"] for entry in kept if "eval_loss" in entry]
         self.evaluated: tuple[float | None, float | None] = (
             (losses[0], losses[-1]) if losses else (None, None)
         )
-        self._file = self.path.open("a", encoding="utf-8")
+        if isinstance(path, Path) and writes():
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one object."""
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        line = json.dumps(entry) + "\n"
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._lines.append(line)
+        if time.monotonic() - self._synced > self.SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Return when all lines are in their place."""
+        if self._file is None and writes():
+            write_text(self.path, "".join(self._lines))
+        self._synced = time.monotonic()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self.sync()
+        if self._file is not None:
+            self._file.close()
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict
@@ -18,12 +17,14 @@ from lora_jax import __version__
 from lora_jax.adapters.notes import read_notes
 from lora_jax.config import RunConfig, check
 from lora_jax.errors import UserError
+from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.model_card import TrainingFacts
 from lora_jax.models.sharding import placed, shardings
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.processes import lost, start, wait_for_all, writes
-from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.train.checkpoint import Checkpoints, Identity
 from lora_jax.train.export import export_adapter, export_model
+from lora_jax.train.feed import Sizes
 from lora_jax.train.loop import Loop, run_sizes
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.output import (
@@ -38,6 +39,7 @@ from lora_jax.train.output import (
 )
 from lora_jax.train.report import Reporter, print_facts
 from lora_jax.train.setup import Run, prepare
+from lora_jax.train.signals import Signals
 from lora_jax.train.step import init_state
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -46,8 +48,9 @@ INTERRUPTED = 128 + signal.SIGINT
 def train(config: RunConfig, typed: Collection[str] = (), console: Console | None = None) -> int:
     """Train as the options say and leave the results in output_dir; return the exit code.
 
-    0 when done or stopped by SIGTERM after a save, 130 when interrupted by SIGINT after a save. `typed`
-    names the options the user gave (see `lora.init_from`). Raises UserError before anything is written.
+    0 when done or stopped by SIGTERM, 130 when interrupted by SIGINT after a save (see `signals`). `typed`
+    names the options the user gave (see `lora.init_from`). Raises UserError before anything is written, or where
+    a checkpoint cannot be.
     """
     check(config)
     start(config.distributed)
@@ -56,8 +59,8 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
     check_output(config)
     wait_for_all("output folder checked")
     try:
-        with jax.set_mesh(mesh):
-            return _train(config, typed, mesh, console)
+        with jax.set_mesh(mesh), Signals(console, mesh) as signals:
+            return _train(config, typed, mesh, console, signals)
     except Exception as error:
         known = error if isinstance(error, UserError) else lost(error)
         if known is None:
@@ -65,7 +68,7 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
         raise known from error
 
 
-def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Console) -> int:
+def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Console, signals: Signals) -> int:
     run = prepare(config, typed, mesh)
     if config.lora.init_from is not None:
         before = read_notes(Path(config.lora.init_from).expanduser()).quantization
@@ -78,14 +81,15 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     state_shardings = shardings(state, mesh)
     state = placed(state, state_shardings)
     config = run.config  # with the options that an adapter to go on with decides
-    folder, window = output_folder(config), None
+    folder, progress = output_folder(config), None
     if not config.resume or not (folder / CHECKPOINTS).is_dir():
         open_output(config)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, config.train.save_total_limit, _identity(run))
+    checkpoints = Checkpoints(folder / CHECKPOINTS, config.train.save_total_limit, _identity(run, sizes))
     try:
         if config.resume and checkpoints.latest() is not None:
-            state, window = checkpoints.restore(state)
-            console.print(f"resuming after step {int(state.step)}", highlight=False)
+            state, progress = checkpoints.restore(state)
+            signals.resumed_at = int(state.step)
+            console.print(f"resuming after step {signals.resumed_at}", highlight=False)
         elif config.resume and any((folder / name).is_dir() for name in (ADAPTER, MODEL)):
             raise UserError(
                 f"--resume: {folder} holds a finished run and no checkpoint; add --overwrite to repeat it"
@@ -96,10 +100,11 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             open_output(config)  # only now: a resumption that is refused leaves the folder as it was
         print_facts(console, run, state.opt_state, sizes)
         with (
-            closing(MetricsLog(folder / METRICS, None if window is None else int(state.step))) as log,
+            closing(MetricsLog(folder / METRICS, signals.resumed_at)) as log,
             Reporter(console, sizes.steps, int(state.step)) as reporter,
         ):
-            outcome = Loop(run, sizes, state_shardings, log, checkpoints, reporter).train(state, window)
+            loop = Loop(run, sizes, state_shardings, log, checkpoints, reporter, signals)
+            outcome = loop.train(state, progress)
     finally:
         checkpoints.close()
     if outcome.stopped_by is not None:
@@ -125,13 +130,20 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         written = export_adapter(run, outcome.state.trainable, folder, facts)
     if outcome.eval_before is not None and outcome.eval_after is not None:
         console.print(f"eval loss {outcome.eval_before:.4f} -> {outcome.eval_after:.4f}", highlight=False)
+    if (best := checkpoints.best) is not None and best.step < sizes.steps:
+        console.print(f"best checkpoint: step {best.step}, eval loss {best.eval_loss:.4f}", highlight=False)
     console.print(f"wrote {written}", highlight=False, soft_wrap=True)
     return 0
 
 
-def _identity(run: Run) -> dict[str, Any]:
-    """Return what has to be the same for a run to go on: its options, flat, and the size of its data."""
+def _identity(run: Run, sizes: Sizes) -> Identity:
+    """Return what has to be the same for a run to go on: its options, the sizes of its data and steps, its base."""
     options = asdict(run.config)
     sections = {name: options[name] for name in ("model", "lora", "data", "train")}
-    data = {"training rows": len(run.train_rows), "training tokens": run.train_rows.tokens}
-    return {"method": run.config.method, **flatten_dict(sections, sep="."), **data}
+    counted = {
+        "training rows": len(run.train_rows),
+        "training tokens": run.train_rows.tokens,
+        "rows a step": sizes.rows_per_step,
+    }
+    flat = {"method": run.config.method, **flatten_dict(sections, sep="."), **counted}
+    return Identity(flat, fingerprint(run.checkpoint))

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from lora_jax.cli import main
+from scripts.soak import soak
 from tests.conftest import ROOT
 from tests.runs import metrics, run, timeless, train_arguments, tree, write_rows
+from tests.tiny import CONFIGS, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,7 @@ def test_resuming_without_a_checkpoint_starts_afresh(
         ("--train.learning_rate", "0.02", "train.learning_rate was 0.01, is 0.02"),
         ("--lora.target_modules", "q_proj", "lora.target_modules was ['all-linear'], is ['q_proj']"),
         ("--data.split", "train[:7]", "data.split was train[:8], is train[:7]"),
+        ("--train.per_device_train_batch_size", "4", "rows a step was 4, is 8"),
     ],
 )
 def test_resuming_with_other_options_is_refused_and_changes_nothing(
@@ -115,6 +118,25 @@ def test_resuming_with_other_rows_is_refused(
     assert "training tokens was 56, is 64" in capsys.readouterr().err
 
 
+def test_resuming_on_another_model_in_the_same_folder_is_refused(
+    stopped: tuple[list[str], Path], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, output = stopped
+    before, weights = tree(output), (model / "model.safetensors").read_bytes()
+    other = write_checkpoint(tmp_path / "other", CONFIGS["qwen2-tied"], seed=1) / "model.safetensors"
+    try:
+        (model / "model.safetensors").write_bytes(other.read_bytes())
+        assert main([*arguments, "--resume"]) == 2
+    finally:
+        (model / "model.safetensors").write_bytes(weights)
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: --resume: the checkpoint was made on another base model: model.safetensors was "
+    )
+    assert error.count("\n") == 1
+    assert tree(output) == before
+
+
 def test_what_changes_no_result_may_differ_on_resuming(stopped: tuple[list[str], Path]) -> None:
     arguments, output = stopped
     more = ("--train.logging_steps", "1", "--train.save_steps", "3", "--train.save_total_limit", "1")
@@ -136,6 +158,58 @@ def test_a_damaged_checkpoint_is_one_clear_error(
     assert f"{output}/checkpoints/2 cannot be read" in error
     shutil.rmtree(output / "checkpoints" / "2")
     run(*arguments, "--resume")
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_one_clear_error(
+    stopped: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, output = stopped
+    shutil.rmtree(output / "checkpoints")
+    (output / "checkpoints").write_text("mine")
+    assert main([*arguments, "--resume"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot write {output}/checkpoints: ")
+    assert (output / "checkpoints").read_text() == "mine"
+
+
+def test_a_disk_that_fills_up_is_one_clear_error_and_the_run_goes_on_once_there_is_space(
+    finished: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    blocks = sum(path.stat().st_blocks for path in (finished[1] / "checkpoints").rglob("*"))
+    size = f"size={blocks * 512 // 2}"  # half of what four checkpoints take
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        arguments = [str(disk / "out") if word == str(finished[1]) else word for word in finished[0]]
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error == (
+            f"error: cannot write {disk}/out/checkpoints: No space left on device; "
+            "free some space or choose another disk\n"
+        )
+        assert (disk / "out" / "checkpoints" / "1").is_dir()
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        run(*arguments, "--resume")
+        assert "resuming after step" in capsys.readouterr().out
+        assert timeless(disk / "out") == timeless(finished[1])
+        assert tree(disk / "out" / "adapter") == tree(finished[1] / "adapter")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    more = ("--train.max_steps", "60", "--train.save_steps", "2", "--train.logging_steps", "3")
+    run(*train_arguments(model, rows, alone, *more))
+    said = list(soak(train_arguments(model, rows, killed, *more)[1:], killed, 3, seed=5, start_seconds=5.0))
+    assert "killed (save)" in said[0]
+    assert "killed (step)" in said[1]
+    assert timeless(killed) == timeless(alone)
+    assert tree(killed / "adapter") == tree(alone / "adapter")
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in alone.iterdir())
 
 
 def test_a_folder_in_use_is_refused_without_a_switch(

@@ -1,0 +1,185 @@
+"""What SIGINT and SIGTERM do at each stage of a run, and that all processes of a run stop at the same step."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lora_jax.cli import main
+from lora_jax.config import MeshOptions
+from lora_jax.parallel.mesh import make_mesh
+from lora_jax.train.signals import Signals
+from tests.conftest import ROOT
+from tests.runs import metrics, run, timeless, train_arguments, tree, write_rows
+
+
+def back_to(output: Path, step: int) -> None:
+    """Leave a run's output as if it had been killed after the checkpoint of a step."""
+    shutil.rmtree(output / "adapter")
+    for path in (output / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
+
+
+def watched() -> Signals:
+    return Signals(Console(file=io.StringIO()), make_mesh(MeshOptions()))
+
+
+@pytest.fixture(autouse=True)
+def survivor() -> Iterator[None]:
+    """A SIGTERM that nothing else handles does not end the tests."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_signals_are_noted_between_the_first_step_and_the_last_and_the_second_interrupts() -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with watched() as signals:
+            signals.compiling()
+            signals.stepping()
+            assert signals.received() is None
+            signal.raise_signal(number)
+            assert signals.received() == number
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_an_interrupt_before_the_loop_is_an_ordinary_one_and_waits_for_the_first_step_in_it() -> None:
+    with watched() as signals:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signals.received() is None
+    with watched() as signals:
+        signals.compiling()
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received() is None  # there is nothing to save
+        signals.stepping()
+        assert signals.received() == signal.SIGINT
+
+
+def test_a_sigterm_does_not_stop_the_export_and_an_interrupt_does() -> None:
+    with watched() as signals:
+        signals.stepping()
+        signals.finishing()
+        signal.raise_signal(signal.SIGTERM)
+    with watched() as signals:
+        signals.finishing()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_sigterm_while_compiling_ends_the_run_at_once_and_keeps_its_checkpoint(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    arguments = train_arguments(model, rows, output, "--train.save_steps", "2", "--lora.r", "3")
+    run(*arguments)
+    before = timeless(output)
+    back_to(output, 2)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *arguments[1:], "--resume"],
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        while not process.stdout.readline().startswith("output"):
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.2)  # what is left to do before the first step is to compile it
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, errors) == (0, "")
+    assert printed == "stopped before a step was done: nothing to save; step 2 is still saved\n"
+    assert timeless(output) == before[:2]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["2"]
+
+
+def test_a_sigterm_while_evaluating_saves_and_the_evaluation_is_repeated_on_resuming(
+    model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}."} for a in range(20) for b in range(20)]
+    held_out = write_rows(tmp_path / "many.jsonl", many)
+    more = (
+        "--data.eval_path",
+        str(held_out),
+        "--train.per_device_eval_batch_size",
+        "1",
+        "--train.eval_steps",
+        "2",
+    )
+    alone, output = tmp_path / "alone", tmp_path / "out"
+    run(*train_arguments(model, rows, alone, *more))
+
+    def stop_in_the_evaluation() -> None:
+        while not (output / "metrics.jsonl").exists() or [e["step"] for e in metrics(output)] != [0, 1]:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_in_the_evaluation, daemon=True)
+    thread.start()
+    capsys.readouterr()
+    assert main(train_arguments(model, rows, output, *more)) == 0
+    thread.join()
+    assert capsys.readouterr().out.endswith("stopped; step 2 is saved, go on with --resume\n")
+    assert [entry["step"] for entry in metrics(output)] == [0, 1]
+    run(*train_arguments(model, rows, output, *more), "--resume")
+    assert timeless(output) == timeless(alone)
+    assert tree(output / "adapter") == tree(alone / "adapter")
+
+
+PROCESS = """
+import io, signal, sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+from rich.console import Console
+from lora_jax.config import MeshOptions
+from lora_jax.parallel.mesh import make_mesh
+from lora_jax.train.signals import Signals
+with Signals(Console(file=io.StringIO()), make_mesh(MeshOptions())) as signals:
+    signals.stepping()
+    for step in range(1, 30):
+        if step == 5 and jax.process_index() == 1:
+            signal.raise_signal(signal.SIGTERM)
+        if signals.received():
+            print(step)
+            break
+"""
+
+
+def test_all_processes_hear_of_a_signal_at_the_same_step() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, port, number], env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in ("0", "1")
+    ]  # fmt: skip
+    try:
+        ended = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [printed.splitlines()[-1:] for printed, _ in ended] == [["7"], ["7"]], ended
