@@ -11,8 +11,8 @@ arranges it for bitsandbytes. An element whose gradient is not finite starts ane
 Weight decay goes before the step, as in torch and in bitsandbytes on a CPU; its CUDA kernel decays after the step,
 which differs by lr^2 wd u. A ragged rank's zeros are in our blocks and not in bitsandbytes'.
 
-Both codes of an element share a uint16 in the parameter's own shape, so that they are cut over a mesh as it is. Two
-arrays of bytes would do as well, but TPU compilers up to jax 0.10's fail to move most of them to the host.
+Both codes of an element share a uint16 in the parameter's shape and place in a tree, so that a mesh cuts them as it
+cuts the parameter. Two trees of bytes would do too, but the TPU compiler of jax 0.10 cannot move them to the host.
 """
 
 from __future__ import annotations
@@ -33,29 +33,20 @@ _TRANSPOSED = frozenset({"lora_A", "lora_B", "kernel"})
 """Leaves whose last two axes are the other way round in torch."""
 
 
-class Moments(NamedTuple):
-    """Moments of a small parameter, in its shape."""
+class AdamW8bitState(NamedTuple):
+    """Steps done, and three things in each parameter's place.
 
-    m: Float32[Array, "..."]
-    v: Float32[Array, "..."]
+    codes    uint16 [*parameter], m's code in the low byte and v's in the high one; None for what stays in 32 bits
+    m, v     float32 [layer, rows, blocks], the largest |m| and v of each block; [*parameter], the moments
+             themselves, where there are no codes
 
-
-class Moments8bit(NamedTuple):
-    """Moments in 8 bits: codes in the parameter's shape, m's in the low byte and v's in the high one, and scales.
-
-    Columns are torch's last axis where that is a multiple of BLOCK; else each layer is one row, its last block ragged.
+    Rows are torch's where they are whole blocks; else a layer is one row, its last block ragged.
     """
 
-    codes: UInt16[Array, "..."]
-    m_absmax: Float32[Array, "layer rows blocks"]
-    v_absmax: Float32[Array, "layer rows blocks"]
-
-
-class AdamW8bitState(NamedTuple):
-    """Steps done, and in the place of each parameter its moments."""
-
     step: Int32[Array, ""]
-    moments: Any
+    codes: Any
+    m: Any
+    v: Any
 
 
 def adamw8bit(
@@ -69,8 +60,9 @@ def adamw8bit(
     """Return AdamW with 8-bit moments over trees of dicts; the arguments are those of `optax.adamw`."""
 
     def init(params: Any) -> AdamW8bitState:
-        moments = jax.tree_util.tree_map_with_path(_start, params)
-        return AdamW8bitState(jnp.zeros((), jnp.int32), moments)
+        flat, tree = jax.tree_util.tree_flatten_with_path(params)
+        starts = zip(*[_start(path, p) for path, p in flat], strict=True)
+        return AdamW8bitState(jnp.zeros((), jnp.int32), *(tree.unflatten(part) for part in starts))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         learning_rate, step = rate(state.step), state.step + 1
@@ -82,55 +74,60 @@ def adamw8bit(
             v = jnp.where(finite, b2 * v + (1 - b2) * g * g, 0)
             return m / corrections[0] / (jnp.sqrt(v / corrections[1]) + eps), m, v
 
-        def one(path: Any, g: jax.Array, moments: Any, p: jax.Array, decays: bool) -> tuple[jax.Array, Any]:
-            if isinstance(moments, Moments):
-                u, *after = adam(g, *moments)
-                moments = Moments(*after)
+        def one(path: Any, g: Any, p: Any, codes: Any, m: Any, v: Any, decays: bool) -> tuple[Any, ...]:
+            if codes is None:
+                u, m, v = adam(g, m, v)
             else:
-                u, *after = adam(_blocks(path, g), *_decoded(path, moments))
-                u, moments = _unblocked(path, u, g.shape), _encoded(path, *after, g.shape)
+                u, m, v = adam(_blocks(path, g), *_decoded(_blocks(path, codes, fill=ZERO), m, v))
+                blocks, m, v = _encoded(m, v)
+                u, codes = _unblocked(path, u, g.shape), _unblocked(path, blocks, g.shape)
             u = u + weight_decay * p if decays and weight_decay else u
-            return jnp.where(jnp.isfinite(g), -learning_rate * u, 0), moments
+            return jnp.where(jnp.isfinite(g), -learning_rate * u, 0), codes, m, v
 
         flat, tree = jax.tree_util.tree_flatten_with_path(updates)
-        parts = (tree.flatten_up_to(part) for part in (state.moments, params, mask(updates)))
-        moved = [one(*leaf, *part) for leaf, part in zip(flat, zip(*parts, strict=True), strict=True)]
-        moves, moments = (tree.unflatten(part) for part in zip(*moved, strict=True))
-        return moves, AdamW8bitState(step, moments)
+        given = [tree.flatten_up_to(part) for part in (params, *state[1:], mask(updates))]
+        done = [one(path, g, *parts) for (path, g), parts in zip(flat, zip(*given, strict=True), strict=True)]
+        moves, *after = (tree.unflatten(part) for part in zip(*done, strict=True))
+        return moves, AdamW8bitState(step, *after)
 
     return optax.GradientTransformation(init, update)
 
 
-def _start(path: Any, p: Float[Array, "..."]) -> Moments | Moments8bit:
-    """Return the moments before the first step."""
+def _start(path: Any, p: Float[Array, "..."]) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """Return a parameter's codes, m and v before the first step."""
     layers = p.shape[0] if _stacked(path) else 1
     if p.size // layers < MIN_SIZE or path[-1].key == "embedding":
-        return Moments(jnp.zeros(p.shape, jnp.float32), jnp.zeros(p.shape, jnp.float32))
-    scales = jnp.zeros(jax.eval_shape(lambda leaf: _blocks(path, leaf), p).shape[:-1], jnp.float32)
-    return Moments8bit(jnp.zeros(p.shape, jnp.uint16), scales, jnp.copy(scales))  # two: both are donated
+        return None, jnp.zeros(p.shape, jnp.float32), jnp.zeros(p.shape, jnp.float32)
+    scales = jax.eval_shape(lambda leaf: _blocks(path, leaf), p).shape[:-1]
+    return jnp.zeros(p.shape, jnp.uint16), jnp.zeros(scales, jnp.float32), jnp.zeros(scales, jnp.float32)
 
 
-def _decoded(path: Any, moments: Moments8bit) -> tuple[jax.Array, jax.Array]:
-    """Return m and v, both [layer, rows, blocks, BLOCK]."""
-    codes = _blocks(path, moments.codes, fill=ZERO)  # what fills a block up must not count in its scale
+def _decoded(
+    codes: UInt16[Array, "layer rows blocks block"],
+    m_scale: Float32[Array, "layer rows blocks"],
+    v_scale: Float32[Array, "layer rows blocks"],
+) -> tuple[jax.Array, jax.Array]:
+    """Return m and v [layer, rows, blocks, BLOCK]."""
     m, v = decode_signed((codes & 255).astype(jnp.uint8)), decode_unsigned((codes >> 8).astype(jnp.uint8))
-    return m * moments.m_absmax[..., None], v * moments.v_absmax[..., None]
+    return m * m_scale[..., None], v * v_scale[..., None]
 
 
-def _encoded(path: Any, m: jax.Array, v: jax.Array, shape: tuple[int, ...]) -> Moments8bit:
-    """Return m and v [layer, rows, blocks, BLOCK] of a parameter of `shape` in 8 bits."""
-    m_absmax, v_absmax = (jnp.max(jnp.abs(x), axis=-1) for x in (m, v))
-    m, v = (
-        x / jnp.where(scale > 0, scale, 1)[..., None] for x, scale in ((m, m_absmax), (v, v_absmax))
-    )  # a block of zeros stays one
+def _encoded(m: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return codes, m's scales and v's of m and v [layer, rows, blocks, BLOCK]."""
+
+    def in_units(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scale = jnp.max(jnp.abs(x), axis=-1)
+        return x / jnp.where(scale > 0, scale, 1)[..., None], scale
+
+    (m, m_scale), (v, v_scale) = in_units(m), in_units(v)
     codes = encode_signed(m).astype(jnp.uint16) | encode_unsigned(v).astype(jnp.uint16) << 8
-    return Moments8bit(_unblocked(path, codes, shape), m_absmax, v_absmax)
+    return codes, m_scale, v_scale
 
 
 def _blocks(path: Any, leaf: Array, fill: int = 0) -> Array:
     """Return a leaf as blocks [layer, rows, blocks, BLOCK] in torch's order, a ragged one filled up with `fill`.
 
-    Where torch's last axis is whole blocks it stays an axis, so that one cut over a mesh there stays cut.
+    Rows that are whole blocks stay rows, so that they stay cut where a mesh cuts them.
     """
     stack = leaf if _stacked(path) else leaf[None]
     stack = jnp.swapaxes(stack, -1, -2) if path[-1].key in _TRANSPOSED else stack
