@@ -321,6 +321,12 @@ def _check_train(train: TrainOptions) -> None:
         train.num_train_epochs,
         "must be positive where --train.max_steps is not given",
     )
+    _require(
+        train.gradient_checkpointing or train.offload not in ("activations", "both"),
+        "--train.offload",
+        train.offload,
+        "moves the layers' inputs that --train.gradient_checkpointing keeps; switch that on, or give optimizer",
+    )
     for name in ("per_device_eval_batch_size", "save_total_limit"):
         value = getattr(train, name)
         _require(value is None or value > 0, f"--train.{name}", value, "must be positive, or None")

@@ -35,8 +35,19 @@ PRODUCTS = ("query", "key", "value", "mixed", "residual", "gate", "up", "low_ran
 """What is kept for the backward pass without gradient checkpointing: the results of products.
 
 Norms, activations and attention weights are formed again from them, which costs less time than moving them
-through memory, and no product is computed twice. With gradient checkpointing a layer keeps its input alone.
+through memory, and no product is computed twice. With gradient checkpointing a layer keeps its input alone, on the
+device or in the host's memory.
 """
+POLICIES = {
+    "products": jax.checkpoint_policies.save_only_these_names(*PRODUCTS),
+    "input": None,
+    "input in host memory": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 class Cache(NamedTuple):
@@ -128,6 +139,7 @@ class Layer(nn.Module):
         self.mlp = MLP(self.config, self.lora_dropout)
 
     def __call__(self, x: Array, sight: Sight, window: Array | None, cache: Any) -> tuple[Array, Any]:
+        x = checkpoint_name(x, "input")
         mixed, cache = self.self_attn(self.input_layernorm(x), sight, window, cache)
         x = checkpoint_name(constrained(x + mixed), "residual")
         return constrained(x + self.mlp(self.post_attention_layernorm(x))), cache
@@ -140,12 +152,14 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     lora_dropout: float = 0.0
     gradient_checkpointing: bool = False
+    offload_inputs: bool = False
+    """With gradient checkpointing, keep the layers' inputs in the host's memory."""
 
     def setup(self) -> None:
-        policy = (
-            None if self.gradient_checkpointing else jax.checkpoint_policies.save_only_these_names(*PRODUCTS)
-        )
-        layer = nn.remat(Layer, prevent_cse=False, policy=policy)
+        kept = "products"
+        if self.gradient_checkpointing:
+            kept = "input in host memory" if self.offload_inputs else "input"
+        layer = nn.remat(Layer, prevent_cse=False, policy=POLICIES[kept])
         windowed = self.config.windows is not None
         scan: Any = nn.scan  # its stub takes one axis for all arguments
         scanned: Any = scan(

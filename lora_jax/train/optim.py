@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.config import TrainOptions
+from lora_jax.train.adam8bit import adamw8bit
 
 DECAYED = frozenset({"lora_A", "lora_B", "kernel", "embedding", "token_rows"})
 
@@ -52,7 +53,9 @@ def make_optimizer(train: TrainOptions, steps: int) -> optax.GradientTransformat
     """Return the optimiser over the trainable tree, gradients clipped by their global norm first."""
     rate, decay = schedule(train, steps), train.weight_decay
     b1, b2 = train.adam_beta1, train.adam_beta2
-    if train.optim == "adamw":
+    if train.optim in ("adamw8bit", "paged_adamw_8bit"):
+        update = adamw8bit(rate, b1, b2, train.adam_epsilon, decay, decay_mask)
+    elif train.optim in ("adamw", "paged_adamw_32bit"):
         update = optax.adamw(rate, b1, b2, eps=train.adam_epsilon, weight_decay=decay, mask=decay_mask)
     elif train.optim == "lion":
         update = optax.lion(rate, b1, b2, weight_decay=decay, mask=decay_mask)

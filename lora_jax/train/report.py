@@ -25,6 +25,7 @@ from lora_jax.errors import listing
 from lora_jax.models.sharding import left_whole
 from lora_jax.quant.leaf import is_quantized
 from lora_jax.train.feed import Sizes
+from lora_jax.train.offload import HOST
 from lora_jax.train.setup import Run
 
 
@@ -52,7 +53,7 @@ def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> Non
     facts = {
         "device": f"{_devices(run.mesh)}, computing in {run.model.dtype}",
         "base": f"{run.model_config.model_type}, {size_text(tree_bytes(run.frozen or run.trainable))}{_bits(run)}",
-        "trained": f"{trained}, optimiser {optimiser} ({train.optim})",
+        "trained": f"{trained}, optimiser {optimiser}{_place(opt_state)} ({train.optim})",
         "train": run.train_rows.summary(),
         "eval": run.eval_rows.summary() if run.eval_rows else "none (data.eval_path or data.eval_fraction)",
         "a step": f"{padded} (passes: {train.gradient_accumulation_steps})",
@@ -79,6 +80,11 @@ def _devices(mesh: Mesh) -> str:
     shares = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{mesh.size} x {kind}{processes} ({shares})"
+
+
+def _place(opt_state: Any) -> str:
+    hosted = any(leaf.sharding.memory_kind == HOST for leaf in jax.tree.leaves(opt_state))
+    return " in the host's memory" if hosted else ""
 
 
 def _bits(run: Run) -> str:

@@ -26,6 +26,7 @@ from lora_jax.train.checkpoint import Checkpoints, Identity
 from lora_jax.train.export import export_adapter, export_model
 from lora_jax.train.feed import Sizes
 from lora_jax.train.loop import Loop, run_sizes
+from lora_jax.train.offload import nowhere_to_go, offloaded
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.output import (
     ADAPTER,
@@ -78,8 +79,10 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             )
     sizes = run_sizes(run)
     state = init_state(run.trainable, make_optimizer(config.train, sizes.steps), run.key)
-    state_shardings = shardings(state, mesh)
+    state_shardings = offloaded(shardings(state, mesh), config.train)
     state = placed(state, state_shardings)
+    if (note := nowhere_to_go(config.train, mesh.devices.flat[0])) is not None:
+        console.print(note, highlight=False, soft_wrap=True)
     config = run.config  # with the options that an adapter to go on with decides
     folder, progress = output_folder(config), None
     if not config.resume or not (folder / CHECKPOINTS).is_dir():

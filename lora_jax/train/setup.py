@@ -39,6 +39,7 @@ from lora_jax.models.quantization import (
     resolved_model_options,
 )
 from lora_jax.models.sharding import placed, shardings
+from lora_jax.train.offload import has_host_memory, offloads_activations
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
         dtype=compute,
         lora_dropout=lora_config.lora_dropout if lora_config else 0.0,
         gradient_checkpointing=config.train.gradient_checkpointing,
+        offload_inputs=offloads_activations(config.train) and has_host_memory(mesh.devices.flat[0]),
     )
     return Run(
         config, checkpoint, quantization, model_config, model, tokenizer, train_rows, eval_rows, frozen, trainable,

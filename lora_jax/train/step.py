@@ -18,6 +18,7 @@ from lora_jax.data.batches import Batch
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.layers import variables
 from lora_jax.train.losses import head_variables, summed_loss
+from lora_jax.train.offload import fetched, put_back
 
 Tree = Any
 
@@ -91,9 +92,10 @@ def make_train_step(
         trained = jnp.count_nonzero(batch.weights)
         total = jnp.maximum(jnp.sum(batch.weights), 1.0)
         grads = jax.tree.map(lambda leaf: leaf / total, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        updates, opt_state = optimizer.update(grads, fetched(state.opt_state), state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = StepMetrics(loss / total, optax.tree.norm(grads), trained)
+        opt_state = put_back(opt_state, like=state.opt_state)
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 
     return train_step

@@ -193,6 +193,11 @@ OPTIONS: dict[str, Case] = {
         "--train.learning_rate inf: is not a finite number",
     ),
     "dropout": (nothing, (*TRAIN, "--lora.lora_dropout", "1"), "--lora.lora_dropout 1.0: must be in [0, 1)"),
+    "offloading what is not kept": (
+        nothing,
+        (*TRAIN, "--train.offload", "both", "--train.gradient_checkpointing", "False"),
+        "--train.offload both: moves the layers' inputs that --train.gradient_checkpointing keeps",
+    ),
     "rate 0": (
         nothing,
         (*TRAIN, "--train.learning_rate", "0"),

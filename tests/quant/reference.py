@@ -63,3 +63,12 @@ def flat_weights(codes: np.ndarray, absmax: np.ndarray, table: Any, shape: tuple
 def unpacked(packed: np.ndarray) -> np.ndarray:
     """Return the codes of bytes, the high nibble first."""
     return np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)
+
+
+def unsigned_map() -> np.ndarray:
+    """The 256 values of the unsigned 8-bit dynamic map, float32: 0, the middles of 2, 4, … 128 parts of decades, 1."""
+    values = [0.0]
+    for decade in range(7):
+        ends = np.linspace(0.1, 1, 2 ** (decade + 1) + 1)
+        values += list(10.0 ** (decade - 6) * (ends[1:] + ends[:-1]) / 2)
+    return np.array([*values, 1.0], np.float32)

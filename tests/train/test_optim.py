@@ -13,6 +13,7 @@ from lora_jax.config import TrainOptions
 from lora_jax.train.optim import decay_mask, make_optimizer, schedule, warmup_steps
 
 PEAK, STEPS = 2e-4, 40
+OPTIMISERS = ["adamw", "sgd", "lion", "adafactor", "adamw8bit"]
 
 
 def rates(**options: Any) -> np.ndarray:
@@ -54,7 +55,7 @@ def leaves() -> Any:
     return {"module": {name: jnp.ones((3, 2)) for name in names}}
 
 
-@pytest.mark.parametrize("optim", ["adamw", "sgd", "lion", "adafactor"])
+@pytest.mark.parametrize("optim", OPTIMISERS)
 def test_weight_decay_shrinks_matrices_and_neither_biases_nor_norms(optim: Any) -> None:
     options = TrainOptions(
         optim=optim, weight_decay=0.1, learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0
@@ -80,7 +81,7 @@ def test_decoupled_decay_is_the_learning_rate_times_the_decay_times_the_weight()
     np.testing.assert_allclose(updates["module"]["kernel"], -0.5 * 0.1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("optim", ["adamw", "sgd", "lion", "adafactor"])
+@pytest.mark.parametrize("optim", OPTIMISERS)
 def test_every_optimiser_lowers_a_loss(optim: Any) -> None:
     options = TrainOptions(optim=optim, learning_rate=0.05, warmup_steps=2)
     optimizer = make_optimizer(options, 60)
