@@ -18,7 +18,7 @@ from lora_jax.config import TrainOptions
 from lora_jax.data.batches import Batch
 from lora_jax.models.decoder import Decoder
 from lora_jax.quant.kernels.tpu_tiles import compiling_for
-from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.train.checkpoint import Checkpoints, Identity, Progress
 from lora_jax.train.offload import HOST, has_host_memory, nowhere_to_go, offloaded
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.step import TrainState, init_state, make_train_step
@@ -103,9 +103,9 @@ def test_a_checkpoint_brings_state_back_to_the_bit_and_into_the_memory_it_was_in
     host = SingleDeviceSharding(jax.devices()[0], memory_kind=HOST)
     opt_state = jax.device_put(opt_state, host)
     state = state._replace(opt_state=opt_state, step=jnp.asarray(7, jnp.int32))
-    checkpoints = Checkpoints(tmp_path / "checkpoints", 1, {})
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1, Identity({}, {}))
     try:
-        checkpoints.save(state, [0.0, 0.0])
+        checkpoints.save(state, Progress([0.0, 0.0]))
         blank = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), host), opt_state)
         restored, _ = checkpoints.restore(state._replace(opt_state=blank))
     finally:
