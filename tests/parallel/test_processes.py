@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lora_jax.cli import main
 from tests.conftest import ROOT
 from tests.runs import metrics, train_arguments, write_rows
 from tests.tiny import CONFIGS, write_checkpoint
@@ -74,31 +76,34 @@ def ended(processes: Sequence[subprocess.Popen[bytes]], timeout: float = 300) ->
             process.kill()
 
 
-def test_two_processes_have_the_losses_and_adapter_of_one(model: Path, rows: Path, tmp_path: Path) -> None:
-    more = (
-        "--data.eval_fraction",
-        "0.25",
-        "--mesh.fsdp",
-        "2",
-        "--mesh.data",
-        "2",
-        "--train.learning_rate",
-        "0.001",
-    )
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    processes = start_pair(train_arguments(model, rows, shared, *more), tmp_path / "logs")
-    processes.append(start(train_arguments(model, rows, alone, *more), 4, tmp_path / "alone.log"))
-    logs = {path.name: path.read_text() for path in tmp_path.rglob("*.log")}
-    assert ended(processes) == [0, 0, 0], logs
+def check_same(found: Path, expected: Path) -> None:
+    """Compare what two runs have logged, and their adapters."""
     for key in ("loss", "eval_loss", "num_tokens", "epoch"):
-        found = [[entry[key] for entry in metrics(folder) if key in entry] for folder in (shared, alone)]
-        assert found[0]
-        np.testing.assert_allclose(*found, rtol=1e-5)
-    ours, theirs = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (shared, alone))
+        pair = [[entry[key] for entry in metrics(folder) if key in entry] for folder in (found, expected)]
+        assert pair[1]
+        np.testing.assert_allclose(*pair, rtol=1e-5)
+    ours, theirs = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (found, expected))
     for name, tensor in theirs.items():
         assert np.linalg.norm(ours[name] - tensor) < 1e-5 * np.linalg.norm(tensor) + 1e-12, name
-    quiet = [line for line in (tmp_path / "logs/1.log").read_text().splitlines() if "[Gloo]" not in line]
-    assert not quiet  # one process speaks
+
+
+def test_two_processes_have_the_losses_and_adapter_of_one_and_one_device_goes_on(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    more = ("--data.eval_fraction", "0.25", "--train.save_steps", "2", "--train.learning_rate", "0.001")
+    mesh, alone, shared = ("--mesh.fsdp", "2", "--mesh.data", "2"), tmp_path / "alone", tmp_path / "shared"
+    processes = start_pair(train_arguments(model, rows, shared, *more, *mesh), tmp_path / "logs")
+    processes.append(start(train_arguments(model, rows, alone, *more, *mesh), 4, tmp_path / "alone.log"))
+    codes = ended(processes)
+    assert codes == [0, 0, 0], {path.name: path.read_text() for path in tmp_path.rglob("*.log")}
+    check_same(shared, alone)
+    speaks = [line for line in (tmp_path / "logs/1.log").read_text().splitlines() if line and "[Gloo]" not in line]
+    assert not speaks  # one process does
+    for part in ("checkpoints/4", "adapter"):
+        shutil.rmtree(shared / part)
+    one = ("--train.per_device_train_batch_size", "8", "--resume")  # the rows of four devices
+    assert main(train_arguments(model, rows, shared, *more, *one)) == 0
+    check_same(shared, alone)
 
 
 def steps_done(output: Path) -> int:
