@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 
 @dataclass(frozen=True)
 class Rope:
@@ -48,12 +46,9 @@ class ModelConfig:
     qk_norm: bool = False
 
     @property
-    def windows(self) -> np.ndarray | None:
-        """Sliding windows as int32 [layer], a full layer's larger than any length; None where all are full."""
-        if all(window is None for window in self.sliding_windows):
-            return None
-        largest = np.iinfo(np.int32).max
-        return np.array([largest if window is None else window for window in self.sliding_windows], np.int32)
+    def windows_differ(self) -> bool:
+        """Whether layers have different windows."""
+        return len(set(self.sliding_windows)) > 1
 
 
 def decoder_config(config: Any, **fields: Any) -> ModelConfig:

@@ -18,7 +18,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models.attention import Mask, attend, attention_mask, within_window
+from lora_jax.models.attention.attend import attend, attend_over, of_layer
+from lora_jax.models.attention.blocks import Places, Window
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.layers import ADAPTER, FROZEN, STACKS, TRAINABLE, Embedding, Linear, RMSNorm
 from lora_jax.models.rope import angles, rotate
@@ -64,13 +65,12 @@ class Cache(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """What every layer's attention shares: rotations, mask, and the slots of queries and keys."""
+    """What every layer's attention shares: rotations, and where queries and keys stand."""
 
     cosine: Array
     sine: Array
-    mask: Mask
-    query_slots: Array
-    key_slots: Array
+    queries: Places
+    keys: Places
 
 
 class Attention(nn.Module):
@@ -78,6 +78,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     lora_dropout: float
+    packed: bool = True
 
     def setup(self) -> None:
         self.q_proj, self.k_proj = Linear(self.lora_dropout), Linear(self.lora_dropout)
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(self.config.rms_norm_eps), RMSNorm(self.config.rms_norm_eps)
 
-    def __call__(self, x: Array, sight: Sight, window: Array | None, cache: Any) -> tuple[Array, Any]:
+    def __call__(self, x: Array, sight: Sight, index: Array | None, cache: Any) -> tuple[Array, Any]:
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.config.head_dim)
         query, key, value = (
@@ -99,14 +100,18 @@ class Attention(nn.Module):
         key = checkpoint_name(rotate(key, sight.cosine, sight.sine), "key")
         value = checkpoint_name(value, "value")
         if cache is not None:
-            start = (0, sight.query_slots[0], 0, 0)
+            start = (0, sight.queries.slots[0], 0, 0)
             key = jax.lax.dynamic_update_slice(cache[0], key.astype(cache[0].dtype), start)
             value = jax.lax.dynamic_update_slice(cache[1], value.astype(cache[1].dtype), start)
             cache = (key, value)
-        mask = sight.mask
-        if window is not None:
-            mask = within_window(mask, sight.query_slots, sight.key_slots, window)
-        mixed = attend(query, key.astype(query.dtype), value.astype(query.dtype), mask)
+        key, value = key.astype(query.dtype), value.astype(query.dtype)
+
+        def attention(window: Window) -> Array:
+            if cache is None:
+                return attend(query, key, value, sight.queries.segments, window, self.packed)
+            return attend_over(query, key, value, sight.queries, sight.keys, window)
+
+        mixed = of_layer(self.config.sliding_windows, index, key.shape[1], attention)
         mixed = checkpoint_name(mixed.reshape(batch, length, -1), "mixed")
         return self.o_proj(mixed), cache
 
@@ -127,31 +132,41 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One pre-norm block; called by the scan over layers."""
+    """One pre-norm block; called by the scan over layers, with the layer's index where their windows differ."""
 
     config: ModelConfig
     lora_dropout: float
+    packed: bool = True
 
     def setup(self) -> None:
         self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
-        self.self_attn = Attention(self.config, self.lora_dropout)
+        self.self_attn = Attention(self.config, self.lora_dropout, self.packed)
         self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
         self.mlp = MLP(self.config, self.lora_dropout)
 
+<<<<<<< HEAD
     def __call__(self, x: Array, sight: Sight, window: Array | None, cache: Any) -> tuple[Array, Any]:
         x = checkpoint_name(x, "input")
         mixed, cache = self.self_attn(self.input_layernorm(x), sight, window, cache)
+=======
+    def __call__(self, x: Array, sight: Sight, index: Array | None, cache: Any) -> tuple[Array, Any]:
+        mixed, cache = self.self_attn(self.input_layernorm(x), sight, index, cache)
+>>>>>>> cbe82fa (Attention in memory that grows with the length: splash on TPUs, cuDNN on GPUs, blocks of queries elsewhere, by shards under a mesh)
         x = checkpoint_name(constrained(x + mixed), "residual")
         return constrained(x + self.mlp(self.post_attention_layernorm(x))), cache
 
 
 class Decoder(nn.Module):
-    """The whole model: embedding, scanned layers, final norm, head."""
+    """The whole model: embedding, scanned layers, final norm, head.
+
+    Not `packed` says that, without a cache, a row holds one segment from its first place on, which GPUs profit from.
+    """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     lora_dropout: float = 0.0
     gradient_checkpointing: bool = False
+<<<<<<< HEAD
     offload_inputs: bool = False
     """With gradient checkpointing, keep the layers' inputs in the host's memory."""
 
@@ -161,17 +176,26 @@ class Decoder(nn.Module):
             kept = "input in host memory" if self.offload_inputs else "input"
         layer = nn.remat(Layer, prevent_cse=False, policy=POLICIES[kept])
         windowed = self.config.windows is not None
+=======
+    packed: bool = False
+
+    def setup(self) -> None:
+        policy = (
+            None if self.gradient_checkpointing else jax.checkpoint_policies.save_only_these_names(*PRODUCTS)
+        )
+        layer = nn.remat(Layer, prevent_cse=False, policy=policy)
+>>>>>>> cbe82fa (Attention in memory that grows with the length: splash on TPUs, cuDNN on GPUs, blocks of queries elsewhere, by shards under a mesh)
         scan: Any = nn.scan  # its stub takes one axis for all arguments
         scanned: Any = scan(
             layer,
             variable_axes={FROZEN: 0, TRAINABLE: 0, ADAPTER: 0},
             variable_broadcast=STACKS,
             split_rngs={"dropout": True},
-            in_axes=(nn.broadcast, 0 if windowed else nn.broadcast, 0),
+            in_axes=(nn.broadcast, 0 if self.config.windows_differ else nn.broadcast, 0),
             length=self.config.num_hidden_layers,
         )
         self.embed_tokens = Embedding(self.dtype)
-        self.layers = scanned(self.config, self.lora_dropout)
+        self.layers = scanned(self.config, self.lora_dropout, self.packed)
         self.norm = RMSNorm(self.config.rms_norm_eps)
         self.lm_head = Linear(self.lora_dropout)
 
@@ -191,15 +215,9 @@ class Decoder(nn.Module):
             key_segments = jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.used))
             layers_cache = (cache.key, cache.value)
         rotations = angles(self.config.rope, self.config.head_dim, positions, self.dtype)
-        mask = attention_mask(segments, key_segments, slots, key_slots)
-        sight = Sight(*rotations, mask, slots, key_slots)
-        windows = self.config.windows
-        x, grown = self.layers(
-            constrained(self.embed_tokens(tokens)),
-            sight,
-            None if windows is None else jnp.asarray(windows),
-            layers_cache,
-        )
+        sight = Sight(*rotations, Places(segments, slots), Places(key_segments, key_slots))
+        layers = jnp.arange(self.config.num_hidden_layers) if self.config.windows_differ else None
+        x, grown = self.layers(constrained(self.embed_tokens(tokens)), sight, layers, layers_cache)
         if cache is not None:
             key, value = grown
             cache = Cache(key, value, key_segments, cache.used + tokens.shape[1])

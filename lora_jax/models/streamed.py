@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models.attention import attention_mask
+from lora_jax.models.attention.blocks import Places
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Layer, Sight, positions_of
 from lora_jax.models.layers import SCANNED, RMSNorm, product
@@ -36,8 +36,8 @@ def streamed_logits(
     tokens, segments = jnp.asarray(tokens), jnp.asarray(segments)
     slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     rotations = angles(config.rope, config.head_dim, positions_of(segments), jnp.float32)
-    sight = Sight(*rotations, attention_mask(segments, segments, slots, slots), slots, slots)
-    windows, table = config.windows, {entry.name: entry for entry in name_table(config)}
+    sight = Sight(*rotations, Places(segments, slots), Places(segments, slots))
+    table = {entry.name: entry for entry in name_table(config)}
     hidden: Any = None
     embedding = head = jnp.zeros(0)
     for layer, group in groupby(tensors, key=lambda item: table[item[0]].layer):
@@ -48,8 +48,7 @@ def streamed_logits(
             leaves[entry.path] = value
         if layer is not None:
             params = unflatten_dict({path[1:]: leaf for path, leaf in leaves.items() if path[0] == SCANNED})
-            window = None if windows is None else jnp.asarray(windows[layer])
-            hidden = _layer(config, params, hidden, sight, window)
+            hidden = _layer(config, params, hidden, sight, jnp.asarray(layer))
             continue
         if ("embed_tokens", "embedding") in leaves:
             embedding = leaves["embed_tokens", "embedding"]
@@ -63,5 +62,5 @@ def streamed_logits(
 
 
 @partial(jax.jit, static_argnums=0)
-def _layer(config: ModelConfig, params: Any, hidden: Array, sight: Sight, window: Any) -> Array:
-    return Layer(config, 0.0).apply({"params": params}, hidden, sight, window, None)[0]
+def _layer(config: ModelConfig, params: Any, hidden: Array, sight: Sight, index: Array) -> Array:
+    return Layer(config, 0.0).apply({"params": params}, hidden, sight, index, None)[0]

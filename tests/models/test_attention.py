@@ -1,5 +1,8 @@
-"""Attention over many scores: some heads at a time, with the values and gradients of all at once."""
+"""Attention by every path, values and gradients, beside float64's over a mask of all queries and all keys."""
 
+from __future__ import annotations
+
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,31 +10,127 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import attention
-from lora_jax.models.attention import attend, attention_mask, within_window
+from lora_jax.models.attention import blocks, gpu, tpu
+from lora_jax.models.attention.attend import attend, attend_over, of_layer
+from lora_jax.models.attention.blocks import Places, Window
+from tests.models.attention_reference import arrays, check, packed_segments, padded_segments, reference
+
+SMALL = 4 * 2 * 8 * 150
+"""Bytes of scores of eight queries of a group of two over 150 keys: blocks of the fewest queries."""
 
 
-@pytest.mark.parametrize("heads_at_once", [0, 1, 2])
-def test_heads_taken_some_at_a_time_give_what_all_at_once_give(
-    heads_at_once: int, monkeypatch: pytest.MonkeyPatch
+def weighed(attention: Any, pull: Any, segments: Any) -> Any:
+    """Return (values, gradients) of a function of query, key and value; padding counts for nothing."""
+
+    @partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+    def both(*x: Any) -> Any:
+        mixed = attention(*x)
+        real = jnp.where((segments != 0)[..., None, None], mixed, 0)
+        return jnp.sum(real * pull), real
+
+    return jax.jit(lambda *x: (lambda found: (found[0][1], found[1]))(both(*x)))
+
+
+@pytest.mark.parametrize("window", [None, 9, 70])
+@pytest.mark.parametrize(("at_once", "aligned"), [(2**30, True), (SMALL, True), (SMALL, False)])
+def test_blocks_give_what_a_whole_mask_gives(
+    window: Window, at_once: int, aligned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch, length, heads, kv_heads, head_dim = 2, 9, 6, 3, 8
-    keys = jax.random.split(jax.random.key(0), 4)
-    query, key, value, pull = (
-        jax.random.normal(seed, (batch, length, count, head_dim))
-        for seed, count in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
+    monkeypatch.setattr(blocks, "FEWEST", 16)
+    *x, pull = arrays(2, 150, 4, 2, 8)
+    segments = packed_segments(2, 150)
+    places = Places(segments, jnp.arange(150))
+
+    def found(*x: Any) -> Any:
+        return blocks.attend(*x, places, places, window, aligned, at_once)
+
+    check(weighed(found, pull, segments)(*x), reference(*x, pull, segments, window), 2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_queries_over_a_cache_see_what_was_there_before_them(window: Window) -> None:
+    *x, pull = arrays(2, 24, 4, 2, 8)
+    segments = jnp.asarray([[0] * 3 + [1] * 21, [1] * 24])
+    key_slots = jnp.arange(24)
+    queries = Places(segments[:, 17:], key_slots[17:])
+    found = jax.jit(partial(attend_over, window=window))(
+        x[0][:, 17:], *x[1:], queries, Places(segments, key_slots)
     )
-    slots = jnp.arange(length)
-    segments = jnp.where(slots < 4, 1, 2) * jnp.array([[1], [2]]) * (slots < 8)
-    mask = within_window(attention_mask(segments, segments, slots, slots), slots, slots, jnp.int32(5))
+    expected = reference(*x, pull, segments, window)[0][:, 17:]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
-    def weighed(*arrays: Any) -> Any:
-        return jnp.sum(attend(*arrays, mask) * pull * (segments != 0)[..., None, None])
 
-    both = jax.value_and_grad(weighed, argnums=(0, 1, 2))
-    expected = both(query, key, value)
-    scores = 4 * heads // kv_heads * length * length
-    monkeypatch.setattr(attention, "AT_ONCE", heads_at_once * scores)
-    found = both(query, key, value)
-    for ours, whole in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize(("length", "window"), [(200, 37), (600, None), (600, 130)])
+def test_splash_attention_gives_what_a_whole_mask_gives(length: int, window: Window) -> None:
+    *x, pull = arrays(2, length, 4, 2, 16)
+    segments = packed_segments(2, length)
+
+    def found(*x: Any) -> Any:
+        return tpu.attend(*x, segments, window, interpret=True)
+
+    check(weighed(found, pull, segments)(*x), reference(*x, pull, segments, window), 1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_call_for_cudnn_gives_what_a_whole_mask_gives(window: Window) -> None:
+    *x, pull = arrays(3, 20, 4, 2, 8)
+    segments = padded_segments([20, 13, 0], 20)
+
+    def found(*x: Any) -> Any:
+        return gpu.attend(*x, segments, window, implementation="xla")
+
+    values, gradients = weighed(found, pull, segments)(*x)
+    check((values, gradients), reference(*x, pull, segments, window), 1e-4)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((jax.jit(found)(*x), gradients)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sixteen_bits_give_float64s_values_to_their_precision(dtype: Any) -> None:
+    *x, pull = (array.astype(dtype) for array in arrays(2, 40, 4, 2, 16))
+    segments = packed_segments(2, 40)
+    found = weighed(lambda *x: attend(*x, segments), pull, segments)(*x)
+    assert found[0].dtype == dtype
+    check(found, reference(*x, pull, segments, None), 4 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+def test_layer_of_a_scan_has_its_own_window(layer: int) -> None:
+    windows = (None, 3, 40, 3)
+    seen: list[Window] = []
+
+    def attention(window: Window) -> Any:
+        seen.append(window)
+        return jnp.int32(-1 if window is None else window)
+
+    found = jax.jit(lambda index: of_layer(windows, index, 40, attention))(layer)
+    assert found == (-1, 3, -1, 3)[layer], "a window of all the keys is none"
+    assert sorted(seen, key=str) == [3, None], "each is traced once"
+
+
+def test_windows_that_no_text_fills_need_no_index() -> None:
+    assert of_layer((40, 50, None), None, 40, lambda window: jnp.asarray(window is None))
+
+
+def test_rows_of_padding_alone_are_finite_and_give_no_gradient() -> None:
+    *x, pull = arrays(2, 16, 4, 2, 8)
+    segments = padded_segments([16, 0], 16)
+    assert np.isfinite(jax.jit(attend)(*x, segments)).all()
+    gradients = weighed(lambda *x: attend(*x, segments), pull, segments)(*x)[1]
+    assert all((leaf[1] == 0).all() and (leaf[0] != 0).any() for leaf in gradients)
+
+
+def test_memory_on_a_cpu_grows_with_the_length_not_its_square() -> None:
+    def temporary(length: int) -> int:
+        *x, pull = (jax.ShapeDtypeStruct((1, length, count, 16), jnp.float32) for count in (4, 1, 1, 4))
+        segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+        def both(*x: Any) -> Any:
+            values, back = jax.vjp(lambda *y: attend(*y, x[4]), *x[:3])
+            return values, back(x[3])
+
+        memory: Any = jax.jit(both).lower(*x, pull, segments).compile().memory_analysis()
+        return memory.temp_size_in_bytes
+
+    shorter, longer = temporary(4096), temporary(8192)
+    assert longer < 4 * 4 * 4096**2 // 2, "half of the scores of the shorter"
+    assert longer < 2.2 * shorter
