@@ -40,7 +40,7 @@ from lora_jax.quant.kernels import gpu  # noqa: E402
 from lora_jax.quant.kernels.gpu_tiles import CHIPS, OTHER, Tile, compiling_for, tile_for  # noqa: E402
 from lora_jax.quant.leaf import GROUP, groups  # noqa: E402
 
-TARGETS = Path(__file__).with_name("gpu_targets")
+TARGETS = Path(__file__).resolve().parent.parent / "lora_jax" / "plan" / "gpu_targets"
 CAPABILITIES = {"a100": "8.0", "h100": "9.0"}
 MODELS = {  # layers, and each (in, out) of a layer's linear modules
     "Qwen2.5-0.5B": (24, [(896, 896), (896, 128), (896, 4864), (4864, 896)]),
