@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_jax import __version__
+from lora_jax.cache import keep_compiled
 from lora_jax.errors import EXIT_CODE, UserError, nearest
 
 USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{given[0]}: no such command;{nearest(given[0], COMMANDS)} lora-jax --help lists them"
             )
         _without_absent_tpu()
+        if given[0] in COMPILING:
+            keep_compiled()
         return command(given[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -114,6 +117,9 @@ def _inspect(arguments: Sequence[str]) -> int:
 
     return inspect(arguments)
 
+
+COMPILING = ("train", "generate", "plan")
+"""Commands whose compiled programs are kept."""
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,

@@ -11,64 +11,114 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
 from math import prod
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*)$")
+_INSTRUCTION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _COLLECTIVE = re.compile(rf"\b({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+|c\d+|f8\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_LOOP = re.compile(r"\bwhile\(%?([\w.\-]+)\)")
+_COMPARED = re.compile(r"\bcompare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
+_ELEMENT = re.compile(r"\bget-tuple-element\(.*\), index=(\d+)")
+_TUPLE = re.compile(r"\btuple\((.*?)\)")
+_CONSTANT = re.compile(r"\bconstant\((\d+)\)")
+_COPY = re.compile(r"\bcopy\(%?([\w.\-]+)\)")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _COUNTED = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 
-
-@dataclass
-class _Computation:
-    sent: Counter[str] = field(default_factory=Counter)
-    calls: list[tuple[str, int]] = field(default_factory=list)
+Computation = dict[str, str]
+"""What stands behind the equals sign, by the instruction's name."""
 
 
 def sent_bytes(text: str, devices: int) -> dict[str, int]:
     """Return the bytes that a device sends in a program on so many devices, by kind of collective."""
-    computations: dict[str, _Computation] = {}
-    entry, here, name = "", _Computation(), ""
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            name = header[2]
-            here = computations[name] = _Computation()
-            entry = name if header[1] else entry
-        elif instruction := _INSTRUCTION.match(line.strip()):
-            _add(here, instruction[1], devices, scatters="all-reduce-scatter" in name)
+    computations, entry = _computations(text)
     totals: dict[str, Counter[str]] = {}
 
     def total(name: str) -> Counter[str]:
         if name not in totals:
-            computation = computations.get(name, _Computation())
-            totals[name] = Counter(computation.sent)
-            for called, times in computation.calls:
-                totals[name].update({kind: times * sent for kind, sent in total(called).items()})
+            found: Counter[str] = Counter()
+            here = computations.get(name, {})
+            for instruction in here.values():
+                found.update(_sent(instruction, devices, scatters="all-reduce-scatter" in name))
+                times = _trips(instruction, here, computations)
+                for called in _called(instruction):
+                    found.update({kind: times * sent for kind, sent in total(called).items()})
+            totals[name] = found
         return totals[name]
 
     found = total(entry)
     return {kind: found[kind] for kind in KINDS if found[kind]}
 
 
-def _add(computation: _Computation, instruction: str, devices: int, scatters: bool) -> None:
-    """Note what an instruction sends and calls; a TPU's fused reduce-scatter has an all-reduce in it."""
-    loop = " while(" in instruction
-    known = _TRIPS.search(instruction)
-    times = int(known[1]) if loop and known else 1
-    computation.calls += [(called, times) for called in _CALLED.findall(instruction)]
+def _computations(text: str) -> tuple[dict[str, Computation], str]:
+    """Return the computations of a program by name, and the name of the one that it starts with."""
+    computations: dict[str, Computation] = {}
+    entry, here = "", Computation()
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            here = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        elif instruction := _INSTRUCTION.match(line.strip()):
+            here[instruction[1]] = instruction[2]
+    return computations, entry
+
+
+def _called(instruction: str) -> list[str]:
+    names = _CALLED.findall(instruction)
     for branches in _BRANCHES.findall(instruction):
-        computation.calls += [(branch.strip().lstrip("%"), 1) for branch in branches.split(",")]
+        names += [branch.strip().lstrip("%") for branch in branches.split(",")]
+    return names
+
+
+def _trips(instruction: str, here: Computation, computations: dict[str, Computation]) -> int:
+    """Return how often what an instruction calls is run: a loop's trip count if it is known, else once.
+
+    The TPU's compiler writes it nowhere; it follows from a condition `index < limit` where both start as constants.
+    """
+    loop = _LOOP.search(instruction)
+    if loop is None:
+        return 1
+    if known := _TRIPS.search(instruction):
+        return int(known[1])
+    name = _CONDITION.search(instruction)
+    condition = computations.get(name[1], {}) if name else {}
+    compared = [found for text in condition.values() if (found := _COMPARED.search(text))]
+    start = _TUPLE.search(here.get(loop[1], ""))
+    if len(compared) != 1 or start is None:
+        return 1
+    elements = [element.strip().lstrip("%") for element in start[1].split(",")]
+
+    def value(name: str) -> int | None:
+        text = condition.get(name, "")
+        if element := _ELEMENT.search(text):
+            return _constant(elements[int(element[1])], here)
+        return _constant(name, condition)
+
+    first, limit = value(compared[0][1]), value(compared[0][2])
+    return 1 if first is None or limit is None else max(0, limit - first)
+
+
+def _constant(name: str, here: Computation) -> int | None:
+    """Return the number that an instruction is, copies seen through, or None."""
+    text = here.get(name, "")
+    while copied := _COPY.search(text):
+        text = here.get(copied[1], "")
+    found = _CONSTANT.search(text)
+    return int(found[1]) if found else None
+
+
+def _sent(instruction: str, devices: int, scatters: bool) -> dict[str, int]:
+    """Return what a device sends in an instruction; a TPU's fused reduce-scatter has an all-reduce in it."""
     found = _COLLECTIVE.search(instruction)
     if found is None:
-        return
+        return {}
     kind, size = found[1], _bytes(instruction[: found.start()])
     n = _group(instruction, devices)
     if found[2] and kind == "all-gather":  # a start's result is its operand and its result
@@ -83,8 +133,8 @@ def _add(computation: _Computation, instruction: str, devices: int, scatters: bo
         "all-reduce": 2 * size * (n - 1) // n,
         "all-to-all": size * (n - 1) // n,
         "collective-permute": size,
-    }[kind]
-    computation.sent[kind] += sent
+    }
+    return {kind: sent[kind]}
 
 
 def _bytes(types: str) -> int:

@@ -12,10 +12,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.adapters.init import init_adapter
+from lora_jax.adapters.targets import Plan
 from lora_jax.data.batches import Batch
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.load import abstract_params
-from lora_jax.parallel.mesh import row_shards
+from lora_jax.models.sharding import cut, shardings
+from lora_jax.parallel.mesh import POSITIONS, ROWS, row_shards
 from lora_jax.plan.subject import Subject
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.step import TrainState, init_state, make_train_step
@@ -49,33 +51,43 @@ class AbstractStep:
 def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
     """Return the step of a run on a mesh; rows are as many as the options ask for a device, padded to max_length."""
     config, model_config = subject.config, subject.model_config
-    params = abstract_params(model_config, str(subject.stored), subject.quantization)
+    params = cut(abstract_params(model_config, str(subject.stored), subject.quantization), mesh.shape)
     if subject.plan is None:
         frozen, adapter = {}, {}
         trainable = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
     else:
-        frozen, layers = params, model_config.num_hidden_layers
-        start = partial(init_adapter, plan=subject.plan, layers=layers, init_lora_weights="true")
-        trainable, adapter = jax.eval_shape(
-            lambda key, base: start(key, frozen=base), jax.random.key(0), frozen
-        )
-    optimizer = make_optimizer(config.train, STEPS)
+        frozen = params
+        trainable, adapter = _abstract_adapter(subject.plan, params, model_config.num_hidden_layers)
+    optimizer, train = make_optimizer(config.train, STEPS), config.train
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer, jax.random.key(0)), trainable)
-    train = config.train
     rows = train.per_device_train_batch_size * row_shards(mesh.shape)
     shape = (train.gradient_accumulation_steps, rows, config.data.max_length)
-    whole = jax.ShapeDtypeStruct(shape, jnp.int32)
-    batch: Any = Batch(whole, whole, whole, whole, jax.ShapeDtypeStruct(shape, jnp.float32))  # pyright: ignore
+    cells = NamedSharding(mesh, P(None, ROWS, POSITIONS))
+    whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=cells)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=cells)
+    batch: Any = Batch(whole, whole, whole, whole, weights)  # pyright: ignore[reportArgumentType]
     model = Decoder(
         model_config,
         dtype=subject.computed,
         lora_dropout=0.0 if subject.plan is None else config.lora.lora_dropout,
         gradient_checkpointing=train.gradient_checkpointing,
     )
-    here = NamedSharding(mesh, P())
-    place = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here))
-    return AbstractStep(
-        make_train_step(model, optimizer), place(state), place(frozen), place(adapter), place(batch), mesh
+    placed = [_placed(tree, mesh) for tree in (state, frozen, adapter)]
+    step = make_train_step(model, optimizer, shardings(state, mesh))
+    return AbstractStep(step, *placed, batch, mesh)
+
+
+def _abstract_adapter(plan: Plan, params: Any, layers: int) -> tuple[Any, Any]:
+    start = partial(init_adapter, plan=plan, layers=layers, init_lora_weights="true")
+    return jax.eval_shape(lambda key, base: start(key, frozen=base), jax.random.key(0), params)
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    """Return a tree of shapes with where each of them is on the mesh."""
+    return jax.tree.map(
+        lambda leaf, here: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        tree,
+        shardings(tree, mesh),
     )
 
 

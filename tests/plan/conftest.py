@@ -11,8 +11,13 @@ from tests.tiny import CONFIGS, GROUPED
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config.json with no weights beside it."""
-    file = tmp_path_factory.mktemp("model") / "config.json"
-    file.write_text(json.dumps(CONFIGS["llama"] | GROUPED | {"dtype": "bfloat16"}))
+    return write_config(tmp_path_factory.mktemp("model"), **GROUPED)
+
+
+def write_config(folder: Path, **sizes: Any) -> Path:
+    """Write a llama's config.json, with other sizes, and return the file."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(CONFIGS["llama"] | {"dtype": "bfloat16"} | sizes))
     return file
 
 

@@ -87,9 +87,3 @@ def test_bad_options_are_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
-
-
-def test_a_v4_chip_is_two_devices(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = planned(capsys, *small(config_file, "v4:2x2x1"))
-    assert (code, found["devices"], found["mesh"]["fsdp"]) == (0, 8, 8)
-    assert found["tokens_per_step"] == 8 * 2 * 64
