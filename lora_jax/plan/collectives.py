@@ -15,6 +15,8 @@ from math import prod
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
+DONE, BESIDE = "async-collective-done", "async_collective_fusion"
+
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _COLLECTIVE = re.compile(rf"\b({'|'.join(KINDS)})(-start)?\(")
@@ -27,6 +29,7 @@ _LOOP = re.compile(r"\bwhile\(%?([\w.\-]+)\)")
 _COMPARED = re.compile(r"\bcompare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
 _ELEMENT = re.compile(r"\bget-tuple-element\(.*\), index=(\d+)")
 _TUPLE = re.compile(r"\btuple\((.*?)\)")
+_COMMENT = re.compile(r"/\*.*?\*/")
 _CONSTANT = re.compile(r"\bconstant\((\d+)\)")
 _COPY = re.compile(r"\bcopy\(%?([\w.\-]+)\)")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
@@ -45,10 +48,10 @@ def sent_bytes(text: str, devices: int) -> dict[str, int]:
         if name not in totals:
             found: Counter[str] = Counter()
             here = computations.get(name, {})
-            for instruction in here.values():
+            for label, instruction in here.items():
                 found.update(_sent(instruction, devices, scatters="all-reduce-scatter" in name))
                 times = _trips(instruction, here, computations)
-                for called in _called(instruction):
+                for called in _called(label, instruction):
                     found.update({kind: times * sent for kind, sent in total(called).items()})
             totals[name] = found
         return totals[name]
@@ -70,11 +73,17 @@ def _computations(text: str) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
-def _called(instruction: str) -> list[str]:
+def _called(label: str, instruction: str) -> list[str]:
+    """Return the computations that an instruction runs; a collective under way counts where it starts.
+
+    The TPU's compiler repeats it in each fusion that runs beside it, and in the one that waits for it.
+    """
+    if label.startswith(DONE) or " async-done(" in instruction or " async-update(" in instruction:
+        return []
     names = _CALLED.findall(instruction)
     for branches in _BRANCHES.findall(instruction):
         names += [branch.strip().lstrip("%") for branch in branches.split(",")]
-    return names
+    return [name for name in names if not name.startswith(BESIDE)]
 
 
 def _trips(instruction: str, here: Computation, computations: dict[str, Computation]) -> int:
@@ -93,7 +102,7 @@ def _trips(instruction: str, here: Computation, computations: dict[str, Computat
     start = _TUPLE.search(here.get(loop[1], ""))
     if len(compared) != 1 or start is None:
         return 1
-    elements = [element.strip().lstrip("%") for element in start[1].split(",")]
+    elements = [element.strip().lstrip("%") for element in _COMMENT.sub("", start[1]).split(",")]
 
     def value(name: str) -> int | None:
         text = condition.get(name, "")

@@ -21,7 +21,7 @@ import jax
 
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import write_text
-from lora_jax.plan.collectives import sent_bytes
+from lora_jax.plan import collectives
 from lora_jax.plan.step import AbstractStep
 from lora_jax.plan.targets import Target
 
@@ -80,7 +80,7 @@ def _compiled(lowered: Any, target: Target) -> Figures:
             - memory.alias_size_in_bytes
             + memory.temp_size_in_bytes
         )
-    sent = sent_bytes(compiled.as_text(), len(target.devices))
+    sent = collectives.sent_bytes(compiled.as_text(), len(target.devices))
     return Figures(peak, target.memory, peak <= target.memory, sent)
 
 
@@ -122,6 +122,7 @@ def _kept(lowered: Any, target: Target) -> Path | None:
     text = hashlib.sha256(lowered.as_text().encode())
     versions = [f"{name} {_version(name)}" for name in ("lora_jax", "jax", "jaxlib", "libtpu")]
     text.update("\n".join([target.name, *versions]).encode())
+    text.update(Path(collectives.__file__).read_bytes())  # what reads the figures out of the program
     return Path(folder) / f"plan-{text.hexdigest()}.json"
 
 

@@ -50,16 +50,42 @@ def test_collectives_in_a_loop_count_for_each_turn(text: str) -> None:
     }
 
 
-def test_a_loop_of_unknown_length_counts_once() -> None:
-    known = """
+LOOP = """
 %body (p: f32[8]) -> f32[8] {
   ROOT %gather = f32[8]{0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={0}
 }
 
+%condition (p: (s32[], f32[8], s32[])) -> pred[] {
+  %index = s32[] get-tuple-element(%p), index=0
+  %limit = s32[] constant(7)
+  ROOT %less = pred[] compare(%index, %limit), direction=LT
+}
+
 ENTRY %main (p: f32[8]) -> f32[8] {
-  ROOT %loop = f32[8]{0} while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  %zero = s32[] constant(0)
+  %start = s32[] copy(%zero)
+  %operands = (s32[], f32[8], s32[]) tuple(%start, %p, /*index=2*/%start)
+  ROOT %loop = (s32[], f32[8], s32[]) while(%operands), condition=%condition, body=%body
 }
 """
-    unknown = known.replace(', backend_config={"known_trip_count":{"n":"7"}}', "")
-    assert sent_bytes(known, 8) == {"all-gather": 7 * 24}
-    assert sent_bytes(unknown, 8) == {"all-gather": 24}
+ONCE = 8 * 4 * 3 // 4
+
+
+def test_a_loop_whose_length_is_data_counts_once() -> None:
+    assert sent_bytes(LOOP, 8) == {"all-gather": 7 * ONCE}
+    assert sent_bytes(LOOP.replace("constant(7)", "add(%index, %index)"), 8) == {"all-gather": ONCE}
+    known = ', backend_config={"known_trip_count":{"n":"3"}}'
+    assert sent_bytes(LOOP.replace("body=%body", f"body=%body{known}"), 8) == {"all-gather": 3 * ONCE}
+
+
+def test_a_collective_under_way_counts_where_it_starts() -> None:
+    gather = "f32[8]{0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={0}"
+    names = ("start", "async_collective_fusion.1", "done")
+    text = "".join(f"%{name} (p: f32[2]) -> f32[8] {{\n  ROOT %g = {gather}\n}}\n" for name in names)
+    text += """ENTRY %main (p: f32[2]) -> f32[8] {
+  %async-collective-start = (f32[8], f32[2]) fusion(%p), kind=kCustom, calls=%start
+  %fusion.1 = f32[8] fusion(%async-collective-start), kind=kCustom, calls=%async_collective_fusion.1
+  ROOT %async-collective-done = f32[8] fusion(%fusion.1), kind=kCustom, calls=%done
+}
+"""
+    assert sent_bytes(text, 8) == {"all-gather": ONCE}
