@@ -21,7 +21,7 @@ export JAX_PLATFORMS ?= cpu
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak parity check format aot aot-cuda clean
+.PHONY: help demo test soak parity check format memory aot aot-cuda clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -53,6 +53,9 @@ check: $(VENV)/.installed-dev ## Lint, check the formatting, the layers of impor
 format: $(VENV)/.installed-dev ## Mend what ruff can mend.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+memory: $(VENV)/.installed-test ## Compile the steps of docs/memory.md for TPUs and print its table: an hour or more.
+	$(BIN)/python benchmarks/memory.py $(ARGS)
 
 aot: $(VENV)/.installed-test ## Compile the 4-bit kernels for TPUs, in every shape of four models: half an hour or more.
 	$(BIN)/python scripts/aot_tpu.py $(ARGS)

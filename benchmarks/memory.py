@@ -1,135 +1,108 @@
-"""What a LoRA or QLoRA training step needs on a TPU chip, from the TPU compiler, with no TPU at hand.
+"""The peak memory of a step on TPUs, from the TPU compiler, with no TPU at hand: the table of docs/memory.md.
 
-    python benchmarks/memory.py [--bits 16 4] [--batch 1] [--length 1024] [--model NAME ...]
+    python benchmarks/memory.py [--row WORD ...] [--more]
 
-Compiles the very step that training runs (r 16 on all linear layers, AdamW, gradient checkpointing; the base in
-bf16, or in NF4 with double quantisation) for abstract parameters and prints a Markdown table. A model takes
-minutes. Needs the test extra (libtpu).
+Each row is what `lora-jax plan` says of r 16 on all linear layers, or of all parameters: AdamW, gradient
+checkpointing, a row a device and one pass. --row takes those whose name or topology has a word in it, --more adds the
+smaller models of the README. A program takes minutes, unless it is known from before. Exits with 1 where a row is over
+its limit. Needs the test extra (libtpu).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
 
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-}
+from lora_jax.plan.targets import find_target, prepare_environment
 
-from functools import partial
+prepare_environment()
 
-import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from lora_jax.cache import keep_compiled  # noqa: E402
+from lora_jax.commands.plan import PlanOptions  # noqa: E402
+from lora_jax.options import parse  # noqa: E402
+from lora_jax.plan.estimate import estimate  # noqa: E402
+from shapes import write_config  # noqa: E402
 
-from lora_jax.adapters.init import init_adapter
-from lora_jax.adapters.peft import adapter_config
-from lora_jax.adapters.targets import make_plan
-from lora_jax.config import LoraOptions, TrainOptions
-from lora_jax.data.batches import Batch
-from lora_jax.hub.bitsandbytes import QuantizationConfig
-from lora_jax.models.decoder import Decoder
-from lora_jax.models.families import read_config
-from lora_jax.models.load import abstract_params
-from lora_jax.models.names import modules
-from lora_jax.quant.kernels.tpu_tiles import compiling_for
-from lora_jax.train.optim import make_optimizer
-from lora_jax.train.step import init_state, make_train_step
-
-COMMON = {"max_position_embeddings": 8192, "tie_word_embeddings": False}
-MODELS = {
-    "Qwen2.5-0.5B": {
-        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
-        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
-    },
-    "Llama-3.2-1B": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
-        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-    "Qwen2.5-3B": {
-        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008,
-        "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2, "tie_word_embeddings": True,
-    },
-    "Mistral-7B": {
-        "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": None,
-    },
-    "Llama-3-8B": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    },
-}  # fmt: skip
-CHIPS = {  # the smallest chip that holds the model: its name and a topology that has it
-    "Qwen2.5-0.5B": ("v5e, 16 GB", "v5e:2x2"),
-    "Llama-3.2-1B": ("v5e, 16 GB", "v5e:2x2"),
-    "Qwen2.5-3B": ("v5e, 16 GB", "v5e:2x2"),
-    "Mistral-7B": ("v6e, 32 GB", "v6e:2x2"),
-    "Llama-3-8B": ("v6e, 32 GB", "v6e:2x2"),
-}
-SMALL = ("v5e, 16 GB", "v5e:2x2")
+QLORA, LORA, FULL = "QLoRA, NF4", "LoRA, bf16", "full fine-tuning"
+FLAGS = {QLORA: ("--model.load_in_4bit", "True"), LORA: (), FULL: ("--method", "full")}
 
 
-def peak(values: dict, topology: str, rows: int, length: int, bits: int) -> tuple[int, int, str]:
-    """Return (bytes of the base, bytes of adapter and optimiser, peak or why it does not fit)."""
-    quantization = QuantizationConfig(4, "nf4", True) if bits == 4 else None
-    config = read_config(COMMON | values, "benchmark")
-    device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
-    here = SingleDeviceSharding(device)
-    plan = make_plan(adapter_config(LoraOptions(), "benchmark", None), modules(config))
-    frozen = abstract_params(config, "bfloat16", quantization)
-    start = partial(init_adapter, plan=plan, layers=config.num_hidden_layers, init_lora_weights="true")
-    trainable, adapter = jax.eval_shape(lambda key, base: start(key, frozen=base), jax.random.key(0), frozen)
-    optimizer = make_optimizer(TrainOptions(), 100)
-    state = jax.eval_shape(lambda tree: init_state(tree, optimizer, jax.random.key(0)), trainable)
-    shape = (1, rows, length)
-    whole = jax.ShapeDtypeStruct(shape, jnp.int32)
-    batch = Batch(whole, whole, whole, whole, jax.ShapeDtypeStruct(shape, jnp.float32))
-    place = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here))
-    model = Decoder(config, dtype=jnp.bfloat16, lora_dropout=0.05, gradient_checkpointing=True)
-    sizes = [
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        for tree in (frozen, state[1:3])
-    ]
-    try:
-        with compiling_for(topology.partition(":")[0]):
-            lowered = make_train_step(model, optimizer).lower(*map(place, (state, frozen, adapter, batch)))
-        compiled = lowered.compile()
-    except Exception as error:  # the compiler's out-of-memory error has no type of its own in every release
-        if "memory" not in str(error).lower():
-            raise
-        return *sizes, "does not fit"
-    analysis = compiled.memory_analysis()
-    assert analysis is not None
-    return *sizes, f"{analysis.peak_memory_in_bytes / 2**30:.1f}"
+class Row(NamedTuple):
+    """A model, how it is trained, tokens a row, a topology, and the GiB that it may take a device (None: any)."""
+
+    model: str
+    method: str
+    length: int
+    topology: str
+    limit: float | None = None
 
 
-def main() -> None:
-    """Print the table."""
+ROWS = (
+    Row("Mistral-7B", QLORA, 1024, "v5e:1x1", 5.5),
+    Row("Qwen2-7B", QLORA, 1024, "v5e:1x1", 6.5),
+    Row("Llama-3-8B", QLORA, 2048, "v5e:1x1", 7.5),
+    Row("Llama-2-13B", QLORA, 1024, "v5e:1x1", 9.5),
+    Row("LLaMA-65B", QLORA, 512, "v5p:1x1x1", 38),
+    Row("Llama-3-70B", QLORA, 2048, "v5e:2x4", 12),
+    Row("Llama-3-8B", LORA, 4096, "v5e:2x4", 8),
+    Row("Qwen2-7B", FULL, 1024, "v6e:2x4"),
+)
+MORE = (
+    Row("Qwen2.5-0.5B", LORA, 1024, "v5e:1x1"),
+    Row("Llama-3.2-1B", LORA, 1024, "v5e:1x1"),
+    Row("Qwen2.5-3B", LORA, 1024, "v5e:1x1"),
+    Row("Qwen2.5-0.5B", QLORA, 1024, "v5e:1x1"),
+)
+
+
+def cells(row: Row, folder: Path) -> tuple[list[str], bool]:
+    """Return a row of the table, and whether it is within its limit."""
+    options, typed = parse(
+        PlanOptions,
+        [
+            *("--model.path", str(write_config(row.model, folder / row.model)), "--topology", row.topology),
+            *("--data.max_length", str(row.length), "--train.per_device_train_batch_size", "1"),
+            *("--train.gradient_accumulation_steps", "1", *FLAGS[row.method]),
+        ],
+        program="memory.py",
+    )
+    found = estimate(options, typed, find_target(row.topology))
+    held, gib = found.held, 2**30
+    needed = found.figures.peak / gib
+    within = found.figures.fits and (row.limit is None or needed <= row.limit)
+    parts = [held.frozen / gib, held.adapter / gib, held.optimizer / gib, found.activations / gib, needed]
+    allowed = "-" if row.limit is None else f"{row.limit:g}"
+    has = f"{found.figures.limit / gib:.2f}"
+    name = [row.model, row.method, str(row.length), row.topology]
+    return [*name, *(f"{part:.2f}" for part in parts), allowed, has], within
+
+
+def main() -> int:
+    """Print the table; return 1 where a row is over its limit."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--bits", type=int, nargs="*", choices=(16, 4), default=(16, 4), help="of a base weight"
-    )
-    parser.add_argument("--batch", type=int, default=1, help="rows a chip")
-    parser.add_argument("--length", type=int, default=1024, help="tokens a row")
-    parser.add_argument("--model", nargs="*", choices=MODELS, help="models to compile for; all by default")
+    parser.add_argument("--row", nargs="*", default=[""], metavar="WORD")
+    parser.add_argument("--more", action="store_true")
     options = parser.parse_args()
-    print("| model | base | base, GiB | adapter and AdamW, GiB | chip | peak, GiB |")
-    print("|---|---|---|---|---|---|")
-    for name in options.model or MODELS:
-        for bits in options.bits:
-            chip, topology = SMALL if bits == 4 else CHIPS[name]
-            base, trained, needed = peak(MODELS[name], topology, options.batch, options.length, bits)
-            kind = "NF4" if bits == 4 else "bf16"
-            sizes = f"{base / 2**30:.1f} | {trained / 2**30:.2f}"
-            print(f"| {name} | {kind} | {sizes} | {chip} | {needed} |", flush=True)
+    keep_compiled()
+    rows = [*ROWS, *(MORE if options.more else ())]
+    print(
+        "| model | trained | tokens a row | topology | base | adapter | optimiser | rest | peak | at most | has |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    within = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in rows:
+            if any(word in f"{row.model} {row.method} {row.length} {row.topology}" for word in options.row):
+                texts, good = cells(row, Path(folder))
+                within.append(good)
+                print(f"| {' | '.join(texts)} |", flush=True)
+    return int(not all(within))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -41,19 +41,10 @@ from lora_jax.quant.codebooks import NF4
 from lora_jax.quant.kernels.tpu import backward, forward
 from lora_jax.quant.kernels.tpu_tiles import CHIPS, Tiles, compiling_for, tiles
 from lora_jax.quant.leaf import BLOCK, groups
+from shapes import FOR_KERNELS, linear_layers
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-MODELS = {  # embed, kv, mlp: the linear layers are [embed, embed], [embed, kv], [embed, mlp] and [mlp, embed]
-    "Qwen2.5-0.5B": (896, 128, 4864),
-    "Qwen2-7B": (3584, 512, 18944),
-    "Llama-3-8B": (4096, 1024, 14336),
-    "Llama-3-70B": (8192, 1024, 28672),
-}
-LAYERS = [
-    shape
-    for embed, kv, mlp in MODELS.values()
-    for shape in ((embed, embed), (embed, kv), (embed, mlp), (mlp, embed))
-]
+LAYERS = [shape for name in FOR_KERNELS for shape in linear_layers(name)]
 
 
 def plain(x: Any, weight: Any, tile: Tiles, transposed: bool, vmem: int) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_jax import __version__
+from lora_jax.cache import keep_compiled
 from lora_jax.errors import EXIT_CODE, UserError, nearest
 
 USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
@@ -16,6 +17,7 @@ USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
   merge      merge an adapter into its base, as a Hugging Face folder
   quantize   write a checkpoint with its linear layers in 4 or 8 bits, as bitsandbytes stores them
   generate   complete a prompt with a model, and an adapter if given
+  plan       what a run needs on a TPU, a GPU or this machine, from the compiler (--topology v5e:2x4)
   export     rewrite an adapter for another program (--for vllm)
   inspect    show the data as the model is trained on it (inspect data), or an adapter (inspect adapter)
 
@@ -24,7 +26,10 @@ lora-jax COMMAND --help lists the options of a command.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 2 for what the user can mend, 130 when interrupted, 141 unread."""
+    """Run one command; return the exit code.
+
+    0, 2 for what the user can mend, 3 for a plan that does not fit, 130 when interrupted, 141 unread.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] == "--version":
         print(f"lora_jax {__version__}")
@@ -39,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{given[0]}: no such command;{nearest(given[0], COMMANDS)} lora-jax --help lists them"
             )
         _without_absent_tpu()
+        if given[0] in COMPILING:
+            keep_compiled()
         return command(given[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -88,6 +95,16 @@ def _quantize(arguments: Sequence[str]) -> int:
     return quantize(*parse(QuantizeOptions, arguments, program="lora-jax quantize"))
 
 
+def _plan(arguments: Sequence[str]) -> int:
+    from lora_jax.plan.targets import prepare_environment
+
+    prepare_environment()
+    from lora_jax.commands.plan import PlanOptions, plan
+    from lora_jax.options import parse
+
+    return plan(*parse(PlanOptions, arguments, program="lora-jax plan"))
+
+
 def _generate(arguments: Sequence[str]) -> int:
     from lora_jax.commands.generate import GenerateOptions, generate
     from lora_jax.options import parse
@@ -101,11 +118,15 @@ def _inspect(arguments: Sequence[str]) -> int:
     return inspect(arguments)
 
 
+COMPILING = ("train", "generate", "plan")
+"""Commands whose compiled programs are kept."""
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "merge": _merge,
     "quantize": _quantize,
     "generate": _generate,
+    "plan": _plan,
     "export": _export,
     "inspect": _inspect,
 }

@@ -28,26 +28,21 @@ DUMP = Path(tempfile.mkdtemp(prefix="aot-cuda-"))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP}"
 # What is imported below reads the environment.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
+from lora_jax.plan.targets import CAPABILITIES, GPU_TARGETS  # noqa: E402
 from lora_jax.quant.codebooks import NF4  # noqa: E402
 from lora_jax.quant.kernels import gpu  # noqa: E402
 from lora_jax.quant.kernels.gpu_tiles import CHIPS, OTHER, Tile, compiling_for, tile_for  # noqa: E402
 from lora_jax.quant.leaf import GROUP, groups  # noqa: E402
+from shapes import FOR_KERNELS, MODELS, linear_layers  # noqa: E402
 
-TARGETS = Path(__file__).with_name("gpu_targets")
-CAPABILITIES = {"a100": "8.0", "h100": "9.0"}
-MODELS = {  # layers, and each (in, out) of a layer's linear modules
-    "Qwen2.5-0.5B": (24, [(896, 896), (896, 128), (896, 4864), (4864, 896)]),
-    "Qwen2-7B": (28, [(3584, 3584), (3584, 512), (3584, 18944), (18944, 3584)]),
-    "Llama-3-8B": (32, [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]),
-    "Llama-3-70B": (80, [(8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192)]),
-}
 BATCHES = (16, 512, 2048, 8192)
 SHARDS = (2, 4, 8)
 RAGGED = [(200, 4160, 4090), (1999, 3584, 4090), (1999, 4160, 4096)]
@@ -89,8 +84,9 @@ def local_shapes() -> tuple[list[tuple[int, int, int]], list[str]]:
     """Return each (layers, in, out) that a device holds of a module, once, and what cannot be sharded so."""
     shapes: dict[tuple[int, int, int], None] = {}
     undivided = []
-    for model, (layers, modules) in MODELS.items():
-        for rows, outs in modules:
+    for model in FOR_KERNELS:
+        layers = MODELS[model]["num_hidden_layers"]
+        for rows, outs in linear_layers(model):
             shapes[layers, rows, outs] = None
             for parts in SHARDS:
                 for axis, size in (("in", rows), ("out", outs)):
@@ -109,7 +105,7 @@ def check(chip: str, shapes: list[tuple[int, int, int]]) -> Iterator[str]:
         platform="cuda",
         topology_name="1x1x1",
         topology="1x1x1",
-        target_config=(TARGETS / f"{chip}.textproto").read_text(),
+        target_config=(GPU_TARGETS / f"{chip}.textproto").read_text(),
     )
     sharding = SingleDeviceSharding(target.devices[0])
     counts: dict[str, int] = defaultdict(int)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 os.environ |= {
@@ -22,6 +23,7 @@ os.environ |= {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # for shapes.py
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +35,9 @@ from lora_jax.quant.codebooks import NF4
 from lora_jax.quant.kernels.tpu import backward, forward
 from lora_jax.quant.kernels.tpu_tiles import compiling_for
 from lora_jax.quant.leaf import BLOCK, GROUP, groups
+from shapes import FOR_KERNELS, linear_layers
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-MODELS = {  # embed, kv, mlp: the linear layers are [embed, embed], [embed, kv], [embed, mlp] and [mlp, embed]
-    "Qwen2.5-0.5B": (896, 128, 4864),
-    "Qwen2-7B": (3584, 512, 18944),
-    "Llama-3-8B": (4096, 1024, 14336),
-    "Llama-3-70B": (8192, 1024, 28672),
-}
 BATCHES = (16, 512, 2048, 8192)
 PARTS = (2, 4, 8)
 LAYERS = 2
@@ -52,8 +49,8 @@ def local_shapes() -> tuple[list[tuple[int, int]], list[str]]:
     """Return the shapes [in, out] that a device may hold, each once, and what cannot be cut."""
     shapes: dict[tuple[int, int], None] = {}
     uncut = []
-    for name, (embed, kv, mlp) in MODELS.items():
-        for rows, outs in ((embed, embed), (embed, kv), (embed, mlp), (mlp, embed)):
+    for name in FOR_KERNELS:
+        for rows, outs in linear_layers(name):
             shapes[rows, outs] = None
             for parts in PARTS:
                 if rows % (GROUP * parts) == 0:

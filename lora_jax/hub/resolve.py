@@ -5,12 +5,13 @@ reads when it is imported.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_jax.errors import UserError, nearest
 
 # Weights as safetensors, configuration and tokenizer; no code, no pictures, no other frameworks' weights.
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 # Weights that transformers does not read: Mistral's second copy, precision variants, other parts of a
 # pipeline.
 _UNWANTED = [
@@ -29,12 +30,19 @@ def looks_like_id(text: str) -> bool:
     return re.fullmatch(f"{part}(?:/{part})?", text, re.ASCII) is not None and not re.search(r"--|\.\.", text)
 
 
-def resolve(path_or_id: str, revision: str | None = None, *, option: str = "--model.path") -> Path:
+def resolve(
+    path_or_id: str,
+    revision: str | None = None,
+    *,
+    option: str = "--model.path",
+    wanted: Sequence[str] = _WANTED,
+) -> Path:
     """Return the folder that a path or a Hub id stands for, downloading it where needed.
 
     `option` is what the user typed it for and goes into the messages; `revision` is a branch, tag or commit
-    of a Hub id. Raises UserError for a path that is not there, a repository or revision that does not exist
-    or is closed to the user, and where the Hub cannot be reached.
+    of a Hub id, and `wanted` the patterns of the files that are fetched of one. Raises UserError for a path that is
+    not there, a repository or revision that does not exist or is closed to the user, and where the Hub cannot be
+    reached.
     """
     if not path_or_id.strip():
         raise UserError(f"{option}: empty; give a folder or a Hub id")
@@ -51,7 +59,7 @@ def resolve(path_or_id: str, revision: str | None = None, *, option: str = "--mo
         raise UserError(
             f"{option} {path_or_id}: no such folder; check the path, or give a Hub id.{_similar(folder)}"
         )
-    return _download(path_or_id, revision, option)
+    return _download(path_or_id, revision, option, wanted)
 
 
 def _similar(folder: Path) -> str:
@@ -60,12 +68,12 @@ def _similar(folder: Path) -> str:
     return nearest(folder.name, (child.name for child in folder.parent.iterdir() if child.is_dir()))
 
 
-def _download(repo_id: str, revision: str | None, option: str) -> Path:
+def _download(repo_id: str, revision: str | None, option: str, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(
-            repo_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            repo_id, revision=revision, allow_patterns=list(wanted), ignore_patterns=_UNWANTED
         )
     except Exception as error:
         # The HTTP library beneath huggingface_hub raises errors of its own (a bad proxy, a broken

@@ -157,15 +157,20 @@ def read_weight(
     return np.asarray(dequantize(kernel, kernel.dtype if decoded == "auto" else jnp.dtype(decoded))).T
 
 
-def compute_dtype(options: ModelOptions, stored: Any, quantization: QuantizationConfig | None = None) -> Any:
-    """Return the dtype of the matrix products.
+def compute_dtype(
+    options: ModelOptions,
+    stored: Any,
+    quantization: QuantizationConfig | None = None,
+    platform: str | None = None,
+) -> Any:
+    """Return the dtype of the matrix products on a platform, by default that of JAX's default backend.
 
     auto is float32 on a CPU; elsewhere bfloat16, unless the weights are float32 and stay so.
     """
     asked = {options.compute_dtype, options.bnb_4bit_compute_dtype} - {"auto"}
     if asked:
         return jnp.dtype(asked.pop())
-    wide = jax.default_backend() == "cpu" or (stored == jnp.float32 and quantization is None)
+    wide = (platform or jax.default_backend()) == "cpu" or (stored == jnp.float32 and quantization is None)
     return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
 
 

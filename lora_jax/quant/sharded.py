@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.errors import UserError
 from lora_jax.parallel.mesh import POSITIONS, ROWS, rows_and_positions
-from lora_jax.quant.leaf import GROUP, Axes, Int8Kernel, QuantizedKernel
+from lora_jax.quant.leaf import GROUP, Axes, Int8Kernel, QuantizedKernel, at
 
 _GATHERED = (*ROWS, POSITIONS)
 
@@ -82,7 +82,11 @@ def on_shards(product: Callable[..., Any], x: Any, kernel: Any, layer: Any, tran
     contracted, kept = reversed(features) if transposed else features
     rows = rows_and_positions(x.shape[:-1], mesh.shape)
 
+    gathers = any(axis in _GATHERED and mesh.shape[axis] > 1 for axis in kernel.cut)
+
     def local(x: Any, kernel: QuantizedKernel, layer: Any) -> Any:
+        if layer is not None and gathers:  # of its own layer alone, not of the stack
+            kernel, layer = replace(kernel, codes=at(kernel.codes, layer)), None
         y = product(x, _whole(kernel, mesh.shape), layer)
         return y if contracted is None else jax.lax.psum(y.astype(jnp.float32), contracted).astype(y.dtype)
 

@@ -134,4 +134,5 @@ def test_scanned_stack_compiles_for_four_tpu_chips(cut: Axes) -> None:
         lowered = jax.jit(jax.grad(loss)).lower(x, cut_along(kernel, cut), cut_along(back, cut[::-1]))
         compiled = lowered.compile()
     assert "tpu_custom_call" in compiled.as_text()
+    assert f"u8[{layers},{rows // 2},{out}]" not in compiled.as_text()  # a stack that is gathered whole
     assert f"bf16[{rows},{out}]" not in compiled.as_text()

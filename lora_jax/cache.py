@@ -1,0 +1,29 @@
+"""JAX's persistent compilation cache, on by default: what took more than a second to compile is compiled once.
+
+JAX's own variables go before: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps
+nothing, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is the second.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+FOLDER = Path(".cache", "lora_jax", "compiled")
+"""In the home of the user."""
+SIZE = 5 * 2**30
+"""Bytes that the folder may take; what was used longest ago goes first."""
+
+
+def keep_compiled() -> None:
+    """Name a folder in the home to JAX, before it is imported; where none can be written to, nothing is kept."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        folder = Path.home() / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or nothing may be written there
+        return
+    if os.access(folder, os.W_OK | os.X_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(SIZE))

@@ -1,0 +1,144 @@
+"""`lora-jax plan`: what a run needs on a TPU, a GPU or this machine, from the compiler, before anything is rented."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lora_jax.config import DataOptions, RunConfig, check
+from lora_jax.errors import UserError
+from lora_jax.plan.estimate import Estimate, estimate
+from lora_jax.plan.targets import Target, find_target, shown_targets
+from lora_jax.plan.variants import methods, search, what_fits
+from lora_jax.train.report import size_text
+
+TOO_LARGE = 3
+"""Exit code of a run that does not fit."""
+
+
+def _no_data() -> DataOptions:
+    return DataOptions(path="none")
+
+
+@dataclass(frozen=True)
+class PlanOptions(RunConfig):
+    """What a training run needs; takes the options of train. No data is read: rows are of data.max_length tokens."""
+
+    data: DataOptions = field(default_factory=_no_data)
+    output_dir: str = "none"
+    """Not needed: nothing is written."""
+    topology: str = ""
+    """What to plan for: a TPU topology such as v5e:2x4, h100, a100, or cpu for this machine."""
+    search: bool = False
+    """Find the largest batch, and the cheapest mesh and gradient checkpointing, that fit."""
+    compare: bool = False
+    """Show full fine-tuning, LoRA and QLoRA side by side."""
+    json: bool = False
+    """Print one line of JSON instead of tables."""
+
+
+def plan(options: PlanOptions, typed: Collection[str], console: Console | None = None) -> int:
+    """Print what the run needs; return the exit code, 3 where it does not fit. `typed` names what the user gave.
+
+    Raises UserError for a topology that is not known, and for options that training would refuse.
+    """
+    if not options.topology:
+        raise UserError(f"--topology: needed; give one of {shown_targets()}")
+    if options.search and options.compare:
+        raise UserError("--search: excludes --compare; give one of the two")
+    check(options)
+    console = console or Console(stderr=options.json)
+    target = find_target(options.topology)
+    if options.search:
+        record, fits = _search(console, options, typed, target)
+    else:
+        record, fits = _plan(console, options, typed, target)
+    if options.json:
+        print(json.dumps(record))
+    return 0 if fits else TOO_LARGE
+
+
+def _plan(
+    console: Console, options: PlanOptions, typed: Collection[str], target: Target
+) -> tuple[dict[str, Any], bool]:
+    found = estimate(options, typed, target)
+    record = found.to_json()
+    console.print(_table({"": found}))
+    _print_notes(console, found)
+    if options.compare:
+        side_by_side = {
+            name: estimate(variant.config, variant.typed, target) for name, variant in methods(options, typed)
+        }
+        console.print(_table(side_by_side))
+        record["compare"] = {name.lower(): one.to_json() for name, one in side_by_side.items()}
+    if found.figures.fits:
+        return record, True
+    remedy = what_fits(options, typed, found)
+    if remedy is None:
+        console.print("does not fit, nor with anything that was tried", soft_wrap=True)
+    else:
+        flags, fitting = remedy
+        peak = size_text(fitting.figures.peak)
+        console.print(f"does not fit; {flags} would, with a peak of {peak}", highlight=False, soft_wrap=True)
+    record["would_fit"] = remedy and {"flags": remedy[0], **remedy[1].to_json()}
+    return record, False
+
+
+def _search(
+    console: Console, options: PlanOptions, typed: Collection[str], target: Target
+) -> tuple[dict[str, Any], bool]:
+    best = search(options, typed, target, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    if not best:
+        found = estimate(options, typed, target)
+        console.print("no batch fits", highlight=False)
+        return found.to_json(), False
+    console.print(_table({str(index + 1): found.estimate for index, found in enumerate(best)}))
+    for index, found in enumerate(best):
+        console.print(f"{index + 1}: {found.flags}", highlight=False, soft_wrap=True)
+    record = best[0].estimate.to_json()
+    record["search"] = [{"flags": found.flags, "tokens_per_second": found.rate} for found in best]
+    return record, True
+
+
+def _table(found: dict[str, Estimate]) -> Table:
+    """Return a table with a column for each estimate."""
+    table = Table("a device", *found)
+    rows = [_rows(one) for one in found.values()]
+    for index, (name, _) in enumerate(rows[0]):
+        table.add_row(name, *(row[index][1] for row in rows))
+    return table
+
+
+def _rows(found: Estimate) -> list[tuple[str, str]]:
+    figures, least = found.figures, found.least
+    mesh = ", ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1)
+    sent = ", ".join(f"{kind} {size_text(sent)}" for kind, sent in figures.sent.items())
+    return [
+        ("devices", f"{len(found.target.devices)} of {found.target.title}{mesh and f' ({mesh})'}"),
+        ("base, frozen", size_text(found.held.frozen)),
+        ("trained", size_text(found.held.adapter)),
+        ("optimiser", size_text(found.held.optimizer)),
+        ("activations and the rest", size_text(found.activations)),
+        ("peak", f"{size_text(figures.peak)} of {size_text(figures.limit)}{'' if figures.fits else ': too much'}"),
+        ("sends a step", sent or ("not known" if not figures.fits else "nothing")),
+        ("tokens a step, all devices", f"{found.tokens:,}"),
+        ("FLOPs a step, all devices", f"{found.flops:.3g}"),
+        ("a step takes at least", f"{least.seconds:.3g} s ({least.bound})" if least else "not known"),
+    ]  # fmt: skip
+
+
+def _print_notes(console: Console, found: Estimate) -> None:
+    chip, least = found.target.chip, found.least
+    if chip is None or least is None:
+        return
+    parts = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in asdict(least).items())
+    console.print(
+        f"roofline: {parts}; at {chip.flops / 1e12:g} bf16 TFLOP/s, {chip.bandwidth / 1e9:g} GB/s of HBM and "
+        f"{chip.links / 1e9:g} GB/s over links, each as if alone and at its peak; a real step takes longer",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip

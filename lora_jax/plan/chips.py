@@ -1,0 +1,49 @@
+"""What one device of each kind has: memory, and the rates that bound a step's time.
+
+TPU rates are those of Cloud TPU's pages on each version's architecture (peak bf16, HBM bandwidth, and the interconnect
+of all of a chip's links in one direction); a version whose chip is two devices has half of each. The limit of memory
+is what libtpu's compiler says is available when a program does not fit. GPU rates are those of NVIDIA's data sheets,
+dense, and half of NVLink's two directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB, GB, TERA = 2**30, 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One JAX device.
+
+    memory: bytes that a program may take; flops: peak bf16 operations a second; bandwidth: bytes a second from and to
+    memory; links: bytes a second that it sends to its neighbours, over all links; known: the sizes of topologies that
+    the planner names, smallest first (libtpu takes more).
+    """
+
+    title: str
+    memory: int
+    flops: float
+    bandwidth: float
+    links: float
+    known: tuple[str, ...] = ()
+
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+
+TPUS: dict[str, Chip] = {
+    "v4": Chip("TPU v4, a core", int(15.25 * GIB), 275 / 2 * TERA, 1200 / 2 * GB, 300 / 2 * GB, _CUBES),
+    "v5e": Chip("TPU v5e", int(15.75 * GIB), 197 * TERA, 819 * GB, 200 * GB, _FLAT),
+    "v5p": Chip("TPU v5p", int(95.74 * GIB), 459 * TERA, 2765 * GB, 600 * GB, _CUBES),
+    "v6e": Chip("TPU v6e", int(31.25 * GIB), 918 * TERA, 1600 * GB, 400 * GB, _FLAT),
+    "tpu7x": Chip("TPU7x, a core", int(94.75 * GIB), 2307 / 2 * TERA, 7380 / 2 * GB, 600 / 2 * GB, _CUBES),
+}
+"""By the first word of libtpu's topologies. A v4 chip is two devices there; a v4 VM that joins both cores has half as
+many, of twice the memory."""
+GPUS: dict[str, Chip] = {
+    "a100": Chip("A100 SXM, 80 GB", int(0.75 * 85_197_586_432), 312 * TERA, 2039 * GB, 300 * GB),
+    "h100": Chip("H100 SXM, 80 GB", int(0.75 * 84_978_434_048), 989 * TERA, 3352 * GB, 450 * GB),
+}
+"""Memory: the three quarters that JAX takes of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""

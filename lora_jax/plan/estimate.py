@@ -1,0 +1,121 @@
+"""What a run needs on its devices, as one record: bytes by part, peak and limit, collectives, work and least time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from lora_jax.config import MeshOptions, RunConfig
+from lora_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
+from lora_jax.plan.compiled import Figures, figures
+from lora_jax.plan.flops import step_flops
+from lora_jax.plan.roofline import Roofline, roofline
+from lora_jax.plan.step import AbstractStep, abstract_step, held_bytes
+from lora_jax.plan.subject import Subject, read_subject
+from lora_jax.plan.targets import Target
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a device holds between steps: the base, what is trained, and optimiser state."""
+
+    frozen: int
+    adapter: int
+    optimizer: int
+
+    @property
+    def whole(self) -> int:
+        """All of them."""
+        return self.frozen + self.adapter + self.optimizer
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run on a target. Tokens and operations are those of a step over all devices, bytes those of one device."""
+
+    target: Target
+    subject: Subject
+    mesh: Mapping[str, int]
+    held: Held
+    figures: Figures
+    tokens: int
+    flops: int
+    least: Roofline | None
+
+    @property
+    def activations(self) -> int:
+        """What the peak has beyond what is held: activations, gradients, gathered weights and the compiler's own."""
+        return max(0, self.figures.peak - self.held.whole)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record for scripts."""
+        return {
+            "topology": self.target.name,
+            "devices": len(self.target.devices),
+            "mesh": dict(self.mesh),
+            "fits": self.figures.fits,
+            "peak_hbm_bytes": self.figures.peak,
+            "hbm_limit_bytes": self.figures.limit,
+            "frozen_bytes": self.held.frozen,
+            "adapter_bytes": self.held.adapter,
+            "optimizer_bytes": self.held.optimizer,
+            "activation_bytes": self.activations,
+            "collective_bytes": self.figures.sent,
+            "tokens_per_step": self.tokens,
+            "flops_per_step": self.flops,
+            "roofline_seconds": None if self.least is None else asdict(self.least),
+        }
+
+
+def estimate(config: RunConfig, typed: Collection[str], target: Target) -> Estimate:
+    """Compile a run's step for a target and return what it needs; `typed` names the options that the user gave.
+
+    Raises UserError for options that training would refuse.
+    """
+    step, subject = planned_step(config, typed, target)
+    found = figures(step, target)
+    held, devices = held_parts(step), len(target.devices)
+    tokens = step.batch.tokens.size
+    flops = step_flops(subject, tokens, causal=False)
+    least = None
+    if target.chip is not None:
+        read = _traffic(subject, step, held)
+        least = roofline(target.chip, flops / devices, read, sum(found.sent.values()))
+    return Estimate(target, subject, dict(step.mesh.shape), held, found, tokens, flops, least)
+
+
+def planned_step(config: RunConfig, typed: Collection[str], target: Target) -> tuple[AbstractStep, Subject]:
+    """Return the abstract step of a run on a target's devices, and what it trains."""
+    subject = read_subject(config, typed, target.platform)
+    return abstract_step(subject, mesh_of(config.mesh, target)), subject
+
+
+def mesh_of(options: MeshOptions, target: Target) -> Mesh:
+    """Return the mesh over a target's devices; JAX lays none out where a chip is two of them: they stay in order."""
+    if all(getattr(device, "core_on_chip", 0) == 0 for device in target.devices):
+        return make_mesh(options, target.devices)
+    sizes = mesh_shape(options, len(target.devices))
+    devices = np.array(target.devices, dtype=object).reshape([sizes[name] for name in AXES])
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def held_parts(step: AbstractStep) -> Held:
+    """Return what a device holds of a step's arguments."""
+    frozen, adapter = held_bytes(step.frozen), held_bytes((step.state.trainable, step.adapter))
+    return Held(frozen, adapter, held_bytes(step.state.opt_state))
+
+
+def _traffic(subject: Subject, step: AbstractStep, held: Held) -> float:
+    """Return the bytes that a step moves from and to a device's memory, as `roofline` assumes."""
+    config, mesh = subject.config, step.mesh.shape
+    times = 3 if config.train.gradient_checkpointing else 2
+    passes = config.train.gradient_accumulation_steps
+    base = step.frozen if subject.plan is not None else step.state.trainable
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(base))
+    gathered = whole / (step.mesh.size // row_shards(mesh))
+    return passes * times * gathered + 2 * (held.adapter + held.optimizer)

@@ -1,0 +1,104 @@
+"""The step that training would run, with shapes and shardings in place of arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.adapters.init import init_adapter
+from lora_jax.adapters.targets import Plan
+from lora_jax.data.batches import Batch
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.load import abstract_params
+from lora_jax.models.sharding import cut, shardings
+from lora_jax.parallel.mesh import POSITIONS, ROWS, row_shards
+from lora_jax.plan.subject import Subject
+from lora_jax.train.optim import make_optimizer
+from lora_jax.train.step import TrainState, init_state, make_train_step
+
+STEPS = 100
+"""Of the run; a schedule's shape costs nothing."""
+
+
+@dataclass(frozen=True)
+class AbstractStep:
+    """The jitted step, its abstract arguments, and the mesh that they are laid out on."""
+
+    step: Any
+    state: TrainState
+    frozen: Any
+    adapter: Any
+    batch: Batch
+    mesh: Mesh
+
+    @property
+    def arguments(self) -> tuple[TrainState, Any, Any, Batch]:
+        """The arguments in the step's order."""
+        return self.state, self.frozen, self.adapter, self.batch
+
+    def lower(self, platform: str) -> Any:
+        """Trace the step, under its mesh, for a platform."""
+        with jax.set_mesh(self.mesh):
+            return self.step.trace(*self.arguments).lower(lowering_platforms=(platform,))
+
+
+def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
+    """Return the step of a run on a mesh; rows are as many as the options ask for a device, padded to max_length."""
+    config, model_config = subject.config, subject.model_config
+    params = cut(abstract_params(model_config, str(subject.stored), subject.quantization), mesh.shape)
+    if subject.plan is None:
+        frozen, adapter = {}, {}
+        trainable = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
+    else:
+        frozen = params
+        trainable, adapter = _abstract_adapter(subject.plan, params, model_config.num_hidden_layers)
+    optimizer, train = make_optimizer(config.train, STEPS), config.train
+    state = jax.eval_shape(lambda tree: init_state(tree, optimizer, jax.random.key(0)), trainable)
+    rows = train.per_device_train_batch_size * row_shards(mesh.shape)
+    shape = (train.gradient_accumulation_steps, rows, config.data.max_length)
+    cells = NamedSharding(mesh, P(None, ROWS, POSITIONS))
+    whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=cells)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=cells)
+    batch: Any = Batch(whole, whole, whole, whole, weights)  # pyright: ignore[reportArgumentType]
+    model = Decoder(
+        model_config,
+        dtype=subject.computed,
+        lora_dropout=0.0 if subject.plan is None else config.lora.lora_dropout,
+        gradient_checkpointing=train.gradient_checkpointing,
+    )
+    placed = [_placed(tree, mesh) for tree in (state, frozen, adapter)]
+    step = make_train_step(model, optimizer, shardings(state, mesh))
+    return AbstractStep(step, *placed, batch, mesh)
+
+
+def _abstract_adapter(plan: Plan, params: Any, layers: int) -> tuple[Any, Any]:
+    start = partial(init_adapter, plan=plan, layers=layers, init_lora_weights="true")
+    return jax.eval_shape(lambda key, base: start(key, frozen=base), jax.random.key(0), params)
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    """Return a tree of shapes with where each of them is on the mesh."""
+    return jax.tree.map(
+        lambda leaf, here: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def held_bytes(tree: Any) -> int:
+    """Return the bytes that a device holds of a tree of abstract arrays."""
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    shape: Any = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    size = 1
+    for axis in shape:
+        size *= axis
+    return size * leaf.dtype.itemsize

@@ -1,0 +1,121 @@
+"""What is to be planned: a run's model and adapter as training would resolve them, without a weight being read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax.adapters.continued import continued_config, resolved_options
+from lora_jax.adapters.peft import adapter_config
+from lora_jax.adapters.read import vocab_size
+from lora_jax.adapters.targets import Plan, check_unquantized, make_plan
+from lora_jax.config import RunConfig
+from lora_jax.errors import UserError
+from lora_jax.hub.adapter_files import read_adapter
+from lora_jax.hub.bitsandbytes import QuantizationConfig, read_quantization_config
+from lora_jax.hub.checkpoint import CONFIG_FILE, Checkpoint
+from lora_jax.hub.json_file import read_json_object
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from lora_jax.hub.resolve import resolve
+from lora_jax.hub.tokenizer import load_tokenizer
+from lora_jax.models.config import ModelConfig
+from lora_jax.models.families import read_config
+from lora_jax.models.load import check_names, storage_dtype
+from lora_jax.models.names import modules
+from lora_jax.models.quantization import (
+    compute_dtype,
+    quantization_of,
+    quantized_weights,
+    resolved_model_options,
+)
+from lora_jax.plan.targets import Platform
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run's options as resolved, its model, how the base is stored and computed in, and who is adapted.
+
+    `plan` is None where every parameter is trained.
+    """
+
+    config: RunConfig
+    model_config: ModelConfig
+    quantization: QuantizationConfig | None
+    stored: Any
+    computed: Any
+    plan: Plan | None
+
+
+def read_subject(config: RunConfig, typed: Collection[str], platform: Platform) -> Subject:
+    """Return what a run would train on a platform; `typed` names the options that the user gave.
+
+    `config.model.path` is a folder, a config.json or a Hub id, of which config.json alone is fetched; weights that
+    are there are asked for their names and dtypes. Raises UserError as training would.
+    """
+    checkpoint, has_weights = _checkpoint(config)
+    model_config = read_config(checkpoint.config, checkpoint.folder)
+    if has_weights:
+        check_names(checkpoint, model_config)
+    quantization = quantization_of(config.model, checkpoint, model_config, typed)
+    config = replace(config, model=resolved_model_options(config.model, quantization))
+    if config.method == "full" and quantization is not None:
+        raise UserError(
+            f"--method full: trains every weight, and the base has {quantization.bits} bits; train an adapter"
+        )
+    if config.model.resize_vocab:
+        rows = max(model_config.vocab_size, len(load_tokenizer(checkpoint.folder)))
+        model_config = replace(model_config, vocab_size=rows)
+    plan = None
+    if config.method == "lora":
+        config, model_config, plan = _adapted(config, model_config, typed)
+        check_unquantized(plan, quantized_weights(checkpoint, model_config, quantization))
+    if has_weights or config.model.dtype != "auto":
+        stored = storage_dtype(checkpoint, model_config, config.model)
+    else:
+        stored = _written_dtype(checkpoint)
+    computed = compute_dtype(config.model, stored, quantization, platform)
+    return Subject(config, model_config, quantization, stored, computed, plan)
+
+
+def _checkpoint(config: RunConfig) -> tuple[Checkpoint, bool]:
+    """Return the checkpoint, without tensors where no weights are there, and whether they are."""
+    path = Path(config.model.path).expanduser()
+    file = path if path.is_file() else None
+    folder = path.parent if file else resolve(config.model.path, config.model.revision, wanted=(CONFIG_FILE,))
+    if file is None and any(folder.glob("*.safetensors")):
+        return open_checkpoint(folder), True
+    file = file or folder / CONFIG_FILE
+    if not file.exists():
+        raise UserError(f"--model.path {config.model.path}: no {CONFIG_FILE} in it; give a model's folder")
+    checkpoint = Checkpoint(folder, read_json_object(file, "give a model's config.json"), {})
+    packed = read_quantization_config(checkpoint.config, file)
+    return (checkpoint if packed is None else PackedCheckpoint(checkpoint, packed)), False
+
+
+def _written_dtype(checkpoint: Checkpoint) -> Any:
+    """Return the dtype that config.json says the weights have; without one transformers takes float32."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+    try:
+        return jnp.dtype(str(named).removeprefix("torch."))
+    except TypeError as error:
+        raise UserError(
+            f"config.json: dtype {named!r} is not known: {checkpoint.folder}; give --model.dtype"
+        ) from error
+
+
+def _adapted(
+    config: RunConfig, model_config: ModelConfig, typed: Collection[str]
+) -> tuple[RunConfig, ModelConfig, Plan]:
+    asked = adapter_config(config.lora, config.model.path, config.model.revision)
+    if config.lora.init_from is None:
+        return config, model_config, make_plan(asked, modules(model_config))
+    folder = Path(config.lora.init_from).expanduser()
+    stored, tensors = read_adapter(folder)
+    model_config = replace(model_config, vocab_size=vocab_size(folder, stored, tensors, model_config))
+    found = continued_config(asked, stored, typed, modules(model_config))
+    config = replace(config, lora=resolved_options(config.lora, found))
+    return config, model_config, make_plan(found, modules(model_config), strict=False)

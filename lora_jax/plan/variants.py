@@ -1,0 +1,191 @@
+"""Other runs than the one asked for: the three methods side by side, what would fit, and the best that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lora_jax.config import MeshOptions, RunConfig
+from lora_jax.errors import UserError
+from lora_jax.plan.estimate import Estimate, estimate, held_parts, planned_step
+from lora_jax.plan.targets import TPUS, Target, find_target
+
+Typed = Collection[str]
+Note = Callable[[str], None]
+
+MOST_ROWS = 1024
+"""Rows a device that the search goes up to."""
+TENSOR = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run, the options that the user would have typed for it, and the flags that make it of the one asked for."""
+
+    config: RunConfig
+    typed: Typed
+    flags: str
+
+
+def methods(config: RunConfig, typed: Typed) -> list[tuple[str, Variant]]:
+    """Return full fine-tuning, LoRA and QLoRA of a run's model, everything else being the same."""
+    plain = replace(config.model, load_in_4bit=False, load_in_8bit=False, llm_int8_skip_modules=())
+    four = _four_bit(config)
+    unquantized = [name for name in typed if not name.startswith(("model.bnb_4bit", "model.llm_int8"))]
+    return [
+        ("full", Variant(replace(config, model=plain, method="full"), unquantized, "--method full")),
+        ("LoRA", Variant(replace(config, model=plain, method="lora"), unquantized, "")),
+        ("QLoRA", Variant(replace(four, method="lora"), {*typed, "model.load_in_4bit"}, "--model.load_in_4bit True")),
+    ]  # fmt: skip
+
+
+def what_fits(config: RunConfig, typed: Typed, found: Estimate) -> tuple[str, Estimate] | None:
+    """Return the flags of the least change with which a run fits, and its estimate; None where none of them does.
+
+    Changes that are tried: fewer rows a device, gradient checkpointing, 4 bits, all of these, a larger topology of
+    the same chips. One whose parts that are held and former activations are too large together is passed over.
+    """
+    for variant in _changes(config, typed, found):
+        target = found.target
+        name, _, flags = variant.flags.rpartition("--topology ")
+        if name or flags != variant.flags:
+            target = find_target(flags)
+        try:
+            step, _ = planned_step(variant.config, variant.typed, target)
+            fewer = (
+                variant.config.train.per_device_train_batch_size / config.train.per_device_train_batch_size
+            )
+            if held_parts(step).whole + found.activations * fewer / 4 > target.memory:
+                continue
+            tried = estimate(variant.config, variant.typed, target)
+        except UserError:  # a change that does not go with the other options
+            continue
+        if tried.figures.fits:
+            return variant.flags, tried
+    return None
+
+
+def _changes(config: RunConfig, typed: Typed, found: Estimate) -> Iterator[Variant]:
+    whole, names, flags = config, set(typed), []
+    if not config.train.gradient_checkpointing:
+        whole = _train(whole, gradient_checkpointing=True)
+        flags.append("--train.gradient_checkpointing True")
+        yield Variant(whole, names, " ".join(flags))
+    rows = config.train.per_device_train_batch_size
+    if rows > 1:
+        passes = rows * config.train.gradient_accumulation_steps
+        whole = _train(whole, per_device_train_batch_size=1, gradient_accumulation_steps=passes)
+        flags.append(f"--train.per_device_train_batch_size 1 --train.gradient_accumulation_steps {passes}")
+        yield Variant(whole, names, " ".join(flags))
+    if config.method == "full":
+        whole = replace(whole, method="lora")
+        flags.append("--method lora")
+        yield Variant(whole, names, " ".join(flags))
+    if not (config.model.load_in_4bit or config.model.load_in_8bit):
+        whole, names = _four_bit(whole), {*names, "model.load_in_4bit"}
+        flags.append("--model.load_in_4bit True")
+        yield Variant(whole, names, " ".join(flags))
+    kind, _, size = found.target.name.partition(":")
+    sizes = TPUS[kind].known if kind in TPUS else ()
+    for larger in sizes[sizes.index(size) + 1 :] if size in sizes else ():
+        yield Variant(config, typed, f"--topology {kind}:{larger}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: the largest batch with one mesh and one choice of gradient checkpointing."""
+
+    config: RunConfig
+    estimate: Estimate
+
+    @property
+    def flags(self) -> str:
+        """The options that say so."""
+        train, mesh = self.config.train, asdict(self.config.mesh)
+        shown = " ".join(f"--mesh.{name} {size}" for name, size in mesh.items() if size != 1)
+        return (
+            f"--train.per_device_train_batch_size {train.per_device_train_batch_size} "
+            f"--train.gradient_checkpointing {train.gradient_checkpointing} {shown}"
+        ).strip()
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second at most; on this machine, of which no rates are known, tokens an operation."""
+        least = self.estimate.least
+        return self.estimate.tokens / (least.seconds if least else self.estimate.flops)
+
+
+def search(config: RunConfig, typed: Typed, target: Target, note: Note) -> list[Found]:
+    """Return the largest batches that fit, the fastest by the roofline first; empty where no row fits.
+
+    The mesh is the one that sends least of those that hold one row a device with gradient checkpointing; then, with
+    and without it, rows are doubled and halved in between. `note` is told of each program that is compiled.
+    """
+
+    def fitting(candidate: RunConfig) -> Estimate | None:
+        rows, remat = candidate.train.per_device_train_batch_size, candidate.train.gradient_checkpointing
+        sizes = ", ".join(f"{name} {size}" for name, size in asdict(candidate.mesh).items() if size != 1)
+        label = f"{rows} rows a device, gradient checkpointing {remat}, {sizes or 'one device'}"
+        try:
+            step, _ = planned_step(candidate, typed, target)
+            if held_parts(step).whole > target.memory:
+                return None
+            found = estimate(candidate, typed, target)
+        except UserError:  # a mesh that does not divide the model
+            return None
+        note(f"{label}: {found.figures.peak / 2**30:.2f} GiB{'' if found.figures.fits else ', does not fit'}")
+        return found if found.figures.fits else None
+
+    start = _train(config, per_device_train_batch_size=1, gradient_checkpointing=True)
+    held = [(replace(start, mesh=mesh), mesh) for mesh in _meshes(len(target.devices))]
+    tried = [(found, mesh) for candidate, mesh in held if (found := fitting(candidate)) is not None]
+    if not tried:
+        return []
+    mesh = min(tried, key=lambda pair: pair[0].least.seconds if pair[0].least else 0)[1]
+    best = []
+    for remat in (True, False):
+        chosen = replace(_train(config, gradient_checkpointing=remat), mesh=mesh)
+        largest = _largest(lambda rows, c=chosen: fitting(_train(c, per_device_train_batch_size=rows)))
+        if largest is not None:
+            rows, found = largest
+            best.append(Found(_train(chosen, per_device_train_batch_size=rows), found))
+    return sorted(best, key=lambda found: -found.rate)
+
+
+def _largest(fitting: Callable[[int], Estimate | None]) -> tuple[int, Estimate] | None:
+    """Return the most rows that fit, to an eighth of their number, and their estimate.
+
+    Memory grows by so much a row, so that two programs tell where a third is at the limit.
+    """
+    found = fitting(1)
+    if found is None:
+        return None
+    rows, over, step = 1, MOST_ROWS + 1, 2
+    first = found
+    while over - rows > max(1, rows // 8):
+        step = min(max(step, rows + 1), over - 1)
+        tried = fitting(step)
+        if tried is None:
+            over = step
+            step = (rows + over) // 2
+            continue
+        rows, found = step, tried
+        slope = max(1, (found.figures.peak - first.figures.peak) // (rows - 1))
+        step = rows + (found.figures.limit - found.figures.peak) // slope
+    return rows, found
+
+
+def _meshes(devices: int) -> list[MeshOptions]:
+    """Return meshes from the one that sends least: copies of the parameters, shares of them, and of features."""
+    meshes = [MeshOptions(data=devices, fsdp=1)] if devices > 1 else []
+    meshes += [MeshOptions(fsdp=devices // parts, tensor=parts) for parts in TENSOR if devices % parts == 0]
+    return meshes
+
+
+def _four_bit(config: RunConfig) -> RunConfig:
+    return replace(config, model=replace(config.model, load_in_4bit=True, load_in_8bit=False))
+
+
+def _train(config: RunConfig, **values: Any) -> RunConfig:
+    return replace(config, train=replace(config.train, **values))

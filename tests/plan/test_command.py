@@ -1,0 +1,89 @@
+"""`lora-jax plan` from the command line, for chips that are not there."""
+
+from pathlib import Path
+
+import pytest
+
+from lora_jax.cli import main
+from lora_jax.plan.chips import TPUS
+from tests.plan.conftest import planned, small
+
+KEYS = {
+    "topology", "devices", "peak_hbm_bytes", "hbm_limit_bytes", "fits", "frozen_bytes", "adapter_bytes",
+    "optimizer_bytes", "tokens_per_step", "flops_per_step",
+}  # fmt: skip
+
+
+def test_a_config_alone_is_planned_for_one_tpu_chip(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = planned(capsys, *small(config_file, "v5e:1x1", "--model.load_in_4bit", "True"))
+    assert code == 0
+    assert found.keys() >= KEYS
+    assert (found["topology"], found["devices"], found["fits"]) == ("v5e:1x1", 1, True)
+    assert found["hbm_limit_bytes"] == TPUS["v5e"].memory
+    held = found["frozen_bytes"] + found["adapter_bytes"] + found["optimizer_bytes"]
+    assert held < found["peak_hbm_bytes"] < found["hbm_limit_bytes"]
+    assert found["tokens_per_step"] == 2 * 64
+    # AdamW: two moments of each trained number, beside counters and the adapter's scales
+    assert found["optimizer_bytes"] == pytest.approx(2 * found["adapter_bytes"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("topology", "known"),
+    [
+        ("v9:2x2", "v5e:1x1"),
+        ("v5e:3x3", "v5e:2x4"),
+        ("v5e", "v5e:2x4"),
+        ("v4:2x2", "v4:2x2x1"),
+        ("gpu", "h100"),
+    ],
+)
+def test_an_unknown_topology_is_one_line_that_names_known_ones(
+    config_file: Path, capsys: pytest.CaptureFixture[str], topology: str, known: str
+) -> None:
+    assert main(["plan", *small(config_file, topology)]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert output.err.startswith(f"error: --topology {topology}:")
+    assert known in output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--topology: needed"),
+        (("--topology", "cpu"), "--model.path: needed"),
+        (("--topology", "cpu", "--model.path", "no/such/folder"), "--model.path no/such/folder:"),
+        (
+            ("--topology", "cpu", "--model.path", "{file}", "--search", "--compare"),
+            "--search: excludes --compare",
+        ),
+        (
+            ("--topology", "cpu", "--model.path", "{file}", "--lora.target_modules", "q_porj"),
+            'target_modules: "q_porj" matches no module',
+        ),
+        (
+            (
+                "--topology",
+                "cpu",
+                "--model.path",
+                "{file}",
+                "--model.load_in_4bit",
+                "True",
+                "--method",
+                "full",
+            ),
+            "--method full: trains every weight",
+        ),
+    ],
+)
+def test_bad_options_are_one_line(
+    config_file: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    given = [argument.replace("{file}", str(config_file)) for argument in arguments]
+    assert main(["plan", *given]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
