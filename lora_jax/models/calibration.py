@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.models.attention import attention_mask
+from lora_jax.models.attention.blocks import Places
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Layer, Sight, positions_of
 from lora_jax.models.layers import FROZEN, Linear
@@ -101,8 +101,8 @@ def calibrated_tensors(
                 hidden = [_embedded(config, table, *rows, compute) for rows in batches]
         else:
             leaves = {entry.path[1:]: _leaf(entry, tensor, compute) for entry, tensor in entries.items()}
-            window = None if config.windows is None else jnp.asarray(config.windows[layer])
-            moments = _all_moments(config, unflatten_dict(leaves), hidden, window)
+            index = jnp.asarray(layer)
+            moments = _all_moments(config, unflatten_dict(leaves), hidden, index)
             for entry, weight in entries.items():
                 if entry.name in names:
                     kernel = _kernel(weight, moments, entry, quantization, gain)
@@ -110,7 +110,7 @@ def calibrated_tensors(
                     leaves[entry.path[1:]] = dequantize(kernel, compute)
             params = unflatten_dict(leaves)
             hidden = [
-                _Hidden(_layer(config, params, states, sight, window), sight, real)
+                _Hidden(_layer(config, params, states, sight, index), sight, real)
                 for states, sight, real in hidden
             ]
         yield from found.items()
@@ -147,15 +147,15 @@ def _embedded(
     slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     on_device = jnp.asarray(segments)
     rotations = angles(config.rope, config.head_dim, positions_of(on_device), compute)
-    sight = Sight(*rotations, attention_mask(on_device, on_device, slots, slots), slots, slots)
+    sight = Sight(*rotations, Places(on_device, slots), Places(on_device, slots))
     return _Hidden(jnp.asarray(table[tokens], compute), sight, on_device != 0)
 
 
-def _all_moments(config: ModelConfig, params: Any, hidden: Sequence[_Hidden], window: Any) -> Moments:
+def _all_moments(config: ModelConfig, params: Any, hidden: Sequence[_Hidden], index: Array) -> Moments:
     """Return Σ x xᵀ of a layer's inputs over all real tokens."""
     total: Any = None
     for states, sight, real in hidden:
-        found = _moments(config, params, states, sight, real, window)
+        found = _moments(config, params, states, sight, real, index)
         total = found if total is None else _sum(total, found)
     return total
 
@@ -167,7 +167,7 @@ def _sum(total: Moments, found: Moments) -> Moments:
 
 @partial(jax.jit, static_argnums=0)
 def _moments(
-    config: ModelConfig, params: Any, states: Array, sight: Sight, real: Array, window: Any
+    config: ModelConfig, params: Any, states: Array, sight: Sight, real: Array, index: Array
 ) -> Moments:
     moments: Moments = {}
 
@@ -182,10 +182,10 @@ def _moments(
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):
-        Layer(config, 0.0).apply({FROZEN: params}, states, sight, window, None)
+        Layer(config, 0.0).apply({FROZEN: params}, states, sight, index, None)
     return moments
 
 
 @partial(jax.jit, static_argnums=0)
-def _layer(config: ModelConfig, params: Any, states: Array, sight: Sight, window: Any) -> Array:
-    return Layer(config, 0.0).apply({FROZEN: params}, states, sight, window, None)[0]
+def _layer(config: ModelConfig, params: Any, states: Array, sight: Sight, index: Array) -> Array:
+    return Layer(config, 0.0).apply({FROZEN: params}, states, sight, index, None)[0]

@@ -144,47 +144,30 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
         self.mlp = MLP(self.config, self.lora_dropout)
 
-<<<<<<< HEAD
-    def __call__(self, x: Array, sight: Sight, window: Array | None, cache: Any) -> tuple[Array, Any]:
-        x = checkpoint_name(x, "input")
-        mixed, cache = self.self_attn(self.input_layernorm(x), sight, window, cache)
-=======
     def __call__(self, x: Array, sight: Sight, index: Array | None, cache: Any) -> tuple[Array, Any]:
+        x = checkpoint_name(x, "input")
         mixed, cache = self.self_attn(self.input_layernorm(x), sight, index, cache)
->>>>>>> cbe82fa (Attention in memory that grows with the length: splash on TPUs, cuDNN on GPUs, blocks of queries elsewhere, by shards under a mesh)
         x = checkpoint_name(constrained(x + mixed), "residual")
         return constrained(x + self.mlp(self.post_attention_layernorm(x))), cache
 
 
 class Decoder(nn.Module):
-    """The whole model: embedding, scanned layers, final norm, head.
-
-    Not `packed` says that, without a cache, a row holds one segment from its first place on, which GPUs profit from.
-    """
+    """The whole model: embedding, scanned layers, final norm, head."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
     lora_dropout: float = 0.0
     gradient_checkpointing: bool = False
-<<<<<<< HEAD
     offload_inputs: bool = False
     """With gradient checkpointing, keep the layers' inputs in the host's memory."""
+    packed: bool = False
+    """Whether a row, without a cache, may hold other than one segment from its first place on; GPUs gain where not."""
 
     def setup(self) -> None:
         kept = "products"
         if self.gradient_checkpointing:
             kept = "input in host memory" if self.offload_inputs else "input"
         layer = nn.remat(Layer, prevent_cse=False, policy=POLICIES[kept])
-        windowed = self.config.windows is not None
-=======
-    packed: bool = False
-
-    def setup(self) -> None:
-        policy = (
-            None if self.gradient_checkpointing else jax.checkpoint_policies.save_only_these_names(*PRODUCTS)
-        )
-        layer = nn.remat(Layer, prevent_cse=False, policy=policy)
->>>>>>> cbe82fa (Attention in memory that grows with the length: splash on TPUs, cuDNN on GPUs, blocks of queries elsewhere, by shards under a mesh)
         scan: Any = nn.scan  # its stub takes one axis for all arguments
         scanned: Any = scan(
             layer,
