@@ -19,6 +19,7 @@ from lora_jax.models.load import abstract_params
 from lora_jax.models.sharding import cut, shardings
 from lora_jax.parallel.mesh import POSITIONS, ROWS, row_shards
 from lora_jax.plan.subject import Subject
+from lora_jax.train.offload import offloaded, offloads_activations
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.step import TrainState, init_state, make_train_step
 
@@ -71,10 +72,12 @@ def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
         dtype=subject.computed,
         lora_dropout=0.0 if subject.plan is None else config.lora.lora_dropout,
         gradient_checkpointing=train.gradient_checkpointing,
+        offload_inputs=offloads_activations(train),
     )
-    placed = [_placed(tree, mesh) for tree in (state, frozen, adapter)]
-    step = make_train_step(model, optimizer, shardings(state, mesh))
-    return AbstractStep(step, *placed, batch, mesh)
+    kept = offloaded(shardings(state, mesh), train)
+    step = make_train_step(model, optimizer, kept)
+    frozen, adapter = (_placed(tree, shardings(tree, mesh)) for tree in (frozen, adapter))
+    return AbstractStep(step, _placed(state, kept), frozen, adapter, batch, mesh)
 
 
 def _abstract_adapter(plan: Plan, params: Any, layers: int) -> tuple[Any, Any]:
@@ -82,12 +85,10 @@ def _abstract_adapter(plan: Plan, params: Any, layers: int) -> tuple[Any, Any]:
     return jax.eval_shape(lambda key, base: start(key, frozen=base), jax.random.key(0), params)
 
 
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    """Return a tree of shapes with where each of them is on the mesh."""
+def _placed(tree: Any, places: Any) -> Any:
+    """Return a tree of shapes with where each of them is."""
     return jax.tree.map(
-        lambda leaf, here: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-        tree,
-        shardings(tree, mesh),
+        lambda leaf, here: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree, places
     )
 
 

@@ -97,7 +97,9 @@ def test_two_processes_have_the_losses_and_adapter_of_one_and_one_device_goes_on
     codes = ended(processes)
     assert codes == [0, 0, 0], {path.name: path.read_text() for path in tmp_path.rglob("*.log")}
     check_same(shared, alone)
-    speaks = [line for line in (tmp_path / "logs/1.log").read_text().splitlines() if line and "[Gloo]" not in line]
+    speaks = [
+        line for line in (tmp_path / "logs/1.log").read_text().splitlines() if line and "[Gloo]" not in line
+    ]
     assert not speaks  # one process does
     for part in ("checkpoints/4", "adapter"):
         shutil.rmtree(shared / part)
