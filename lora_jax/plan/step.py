@@ -72,9 +72,10 @@ def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
         lora_dropout=0.0 if subject.plan is None else config.lora.lora_dropout,
         gradient_checkpointing=train.gradient_checkpointing,
     )
-    placed = [_placed(tree, mesh) for tree in (state, frozen, adapter)]
     step = make_train_step(model, optimizer, shardings(state, mesh))
-    return AbstractStep(step, *placed, batch, mesh)
+    return AbstractStep(
+        step, _placed(state, mesh), _placed(frozen, mesh), _placed(adapter, mesh), batch, mesh
+    )
 
 
 def _abstract_adapter(plan: Plan, params: Any, layers: int) -> tuple[Any, Any]:
