@@ -19,6 +19,7 @@ from lora_jax.models.load import abstract_params
 from lora_jax.models.sharding import cut, shardings
 from lora_jax.parallel.mesh import POSITIONS, ROWS, row_shards
 from lora_jax.plan.subject import Subject
+from lora_jax.train.offload import HOST, has_host_memory, offloaded, offloads_activations
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.step import TrainState, init_state, make_train_step
 
@@ -71,10 +72,12 @@ def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
         dtype=subject.computed,
         lora_dropout=0.0 if subject.plan is None else config.lora.lora_dropout,
         gradient_checkpointing=train.gradient_checkpointing,
+        offload_inputs=offloads_activations(train) and has_host_memory(mesh.devices.flat[0]),
     )
-    step = make_train_step(model, optimizer, shardings(state, mesh))
+    where = offloaded(shardings(state, mesh), train)
+    frozen, adapter = (_placed(tree, shardings(tree, mesh)) for tree in (frozen, adapter))
     return AbstractStep(
-        step, _placed(state, mesh), _placed(frozen, mesh), _placed(adapter, mesh), batch, mesh
+        make_train_step(model, optimizer, where), _placed(state, where), frozen, adapter, batch, mesh
     )
 
 
@@ -83,22 +86,20 @@ def _abstract_adapter(plan: Plan, params: Any, layers: int) -> tuple[Any, Any]:
     return jax.eval_shape(lambda key, base: start(key, frozen=base), jax.random.key(0), params)
 
 
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    """Return a tree of shapes with where each of them is on the mesh."""
+def _placed(tree: Any, where: Any) -> Any:
+    """Return a tree of shapes with the sharding of each."""
     return jax.tree.map(
-        lambda leaf, here: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-        tree,
-        shardings(tree, mesh),
+        lambda leaf, here: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree, where
     )
 
 
 def held_bytes(tree: Any) -> int:
-    """Return the bytes that a device holds of a tree of abstract arrays."""
-    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree))
+    """Return the bytes that a device holds of a tree of abstract arrays; what is in the host's memory it does not."""
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST)
 
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    shape: Any = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    shape: Any = leaf.sharding.shard_shape(leaf.shape)  # pyright: ignore[reportOptionalMemberAccess]
     size = 1
     for axis in shape:
         size *= axis
