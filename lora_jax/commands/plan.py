@@ -67,15 +67,14 @@ def _plan(
     console: Console, options: PlanOptions, typed: Collection[str], target: Target
 ) -> tuple[dict[str, Any], bool]:
     found = estimate(options, typed, target)
-    record = found.to_json()
-    console.print(_table({"": found}))
-    _print_notes(console, found)
+    record, shown = found.to_json(), {"": found}
     if options.compare:
-        side_by_side = {
+        shown = {
             name: estimate(variant.config, variant.typed, target) for name, variant in methods(options, typed)
         }
-        console.print(_table(side_by_side))
-        record["compare"] = {name.lower(): one.to_json() for name, one in side_by_side.items()}
+        record["compare"] = {name.lower(): one.to_json() for name, one in shown.items()}
+    console.print(_table(shown))
+    _print_notes(console, found)
     if found.figures.fits:
         return record, True
     remedy = what_fits(options, typed, found)

@@ -19,7 +19,7 @@ from lora_jax.models.load import abstract_params
 from lora_jax.models.sharding import cut, shardings
 from lora_jax.parallel.mesh import POSITIONS, ROWS, row_shards
 from lora_jax.plan.subject import Subject
-from lora_jax.train.offload import offloaded, offloads_activations
+from lora_jax.train.offload import HOST, has_host_memory, offloaded, offloads_activations
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.step import TrainState, init_state, make_train_step
 
@@ -72,12 +72,13 @@ def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
         dtype=subject.computed,
         lora_dropout=0.0 if subject.plan is None else config.lora.lora_dropout,
         gradient_checkpointing=train.gradient_checkpointing,
-        offload_inputs=offloads_activations(train),
+        offload_inputs=offloads_activations(train) and has_host_memory(mesh.devices.flat[0]),
     )
-    kept = offloaded(shardings(state, mesh), train)
-    step = make_train_step(model, optimizer, kept)
+    where = offloaded(shardings(state, mesh), train)
     frozen, adapter = (_placed(tree, shardings(tree, mesh)) for tree in (frozen, adapter))
-    return AbstractStep(step, _placed(state, kept), frozen, adapter, batch, mesh)
+    return AbstractStep(
+        make_train_step(model, optimizer, where), _placed(state, where), frozen, adapter, batch, mesh
+    )
 
 
 def _abstract_adapter(plan: Plan, params: Any, layers: int) -> tuple[Any, Any]:
@@ -85,20 +86,20 @@ def _abstract_adapter(plan: Plan, params: Any, layers: int) -> tuple[Any, Any]:
     return jax.eval_shape(lambda key, base: start(key, frozen=base), jax.random.key(0), params)
 
 
-def _placed(tree: Any, places: Any) -> Any:
-    """Return a tree of shapes with where each of them is."""
+def _placed(tree: Any, where: Any) -> Any:
+    """Return a tree of shapes with the sharding of each."""
     return jax.tree.map(
-        lambda leaf, here: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree, places
+        lambda leaf, here: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree, where
     )
 
 
 def held_bytes(tree: Any) -> int:
-    """Return the bytes that a device holds of a tree of abstract arrays."""
-    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree))
+    """Return the bytes that a device holds of a tree of abstract arrays; what is in the host's memory it does not."""
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST)
 
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    shape: Any = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    shape: Any = leaf.sharding.shard_shape(leaf.shape)  # pyright: ignore[reportOptionalMemberAccess]
     size = 1
     for axis in shape:
         size *= axis

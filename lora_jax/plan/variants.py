@@ -110,10 +110,10 @@ class Found:
         ).strip()
 
     @property
-    def rate(self) -> float:
-        """Tokens a second at most; on this machine, of which no rates are known, tokens an operation."""
+    def rate(self) -> float | None:
+        """Tokens a second at most; None for this machine, of which no rates are known."""
         least = self.estimate.least
-        return self.estimate.tokens / (least.seconds if least else self.estimate.flops)
+        return self.estimate.tokens / least.seconds if least else None
 
 
 def search(config: RunConfig, typed: Typed, target: Target, note: Note) -> list[Found]:
@@ -122,20 +122,15 @@ def search(config: RunConfig, typed: Typed, target: Target, note: Note) -> list[
     The mesh is the one that sends least of those that hold one row a device with gradient checkpointing; then, with
     and without it, rows are doubled and halved in between. `note` is told of each program that is compiled.
     """
+    known: dict[str, Estimate | None] = {}
 
     def fitting(candidate: RunConfig) -> Estimate | None:
         rows, remat = candidate.train.per_device_train_batch_size, candidate.train.gradient_checkpointing
         sizes = ", ".join(f"{name} {size}" for name, size in asdict(candidate.mesh).items() if size != 1)
         label = f"{rows} rows a device, gradient checkpointing {remat}, {sizes or 'one device'}"
-        try:
-            step, _ = planned_step(candidate, typed, target)
-            if held_parts(step).whole > target.memory:
-                return None
-            found = estimate(candidate, typed, target)
-        except UserError:  # a mesh that does not divide the model
-            return None
-        note(f"{label}: {found.figures.peak / 2**30:.2f} GiB{'' if found.figures.fits else ', does not fit'}")
-        return found if found.figures.fits else None
+        if label not in known:
+            known[label] = _fitting(candidate, typed, target, lambda line: note(f"{label}: {line}"))
+        return known[label]
 
     start = _train(config, per_device_train_batch_size=1, gradient_checkpointing=True)
     held = [(replace(start, mesh=mesh), mesh) for mesh in _meshes(len(target.devices))]
@@ -150,7 +145,21 @@ def search(config: RunConfig, typed: Typed, target: Target, note: Note) -> list[
         if largest is not None:
             rows, found = largest
             best.append(Found(_train(chosen, per_device_train_batch_size=rows), found))
-    return sorted(best, key=lambda found: -found.rate)
+    # By the roofline or, where there is none, by operations a token.
+    return sorted(best, key=lambda found: (-(found.rate or 0), found.estimate.flops / found.estimate.tokens))
+
+
+def _fitting(config: RunConfig, typed: Typed, target: Target, note: Note) -> Estimate | None:
+    """Return a run's estimate if it fits; what is held between steps tells of many that they do not."""
+    try:
+        step, _ = planned_step(config, typed, target)
+        if held_parts(step).whole > target.memory:
+            return None
+        found = estimate(config, typed, target)
+    except UserError:  # a mesh that does not divide the model
+        return None
+    note(f"{found.figures.peak / 2**30:.2f} GiB{'' if found.figures.fits else ', does not fit'}")
+    return found if found.figures.fits else None
 
 
 def _largest(fitting: Callable[[int], Estimate | None]) -> tuple[int, Estimate] | None:

@@ -12,12 +12,14 @@ KEYS = {
     "topology", "devices", "peak_hbm_bytes", "hbm_limit_bytes", "fits", "frozen_bytes", "adapter_bytes",
     "optimizer_bytes", "tokens_per_step", "flops_per_step",
 }  # fmt: skip
+FEW = ("--lora.target_modules", "minimal")
+"""Fewer adapted modules: a smaller program."""
 
 
 def test_a_config_alone_is_planned_for_one_tpu_chip(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, found = planned(capsys, *small(config_file, "v5e:1x1", "--model.load_in_4bit", "True"))
+    code, found = planned(capsys, *small(config_file, "v5e:1x1", *FEW, "--model.load_in_4bit", "True"))
     assert code == 0
     assert found.keys() >= KEYS
     assert (found["topology"], found["devices"], found["fits"]) == ("v5e:1x1", 1, True)
@@ -87,3 +89,20 @@ def test_bad_options_are_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
+
+
+def test_a_run_that_does_not_fit_exits_with_3_and_what_would(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = 2**22  # of 64 tokens: no machine holds the activations of so many at once
+    code, found = planned(
+        capsys, *small(config_file, "cpu", *FEW, "--train.per_device_train_batch_size", str(rows))
+    )
+    assert code == 3
+    assert found.keys() >= KEYS
+    assert not found["fits"]
+    assert found["peak_hbm_bytes"] > found["hbm_limit_bytes"]
+    assert found["would_fit"]["flags"] == (
+        f"--train.per_device_train_batch_size 1 --train.gradient_accumulation_steps {rows}"
+    )
+    assert found["would_fit"]["fits"]

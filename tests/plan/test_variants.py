@@ -1,0 +1,49 @@
+"""Other runs than the one asked for."""
+
+from pathlib import Path
+
+from lora_jax.config import DataOptions, MeshOptions, ModelOptions, RunConfig, TrainOptions
+from lora_jax.plan.estimate import held_parts, planned_step
+from lora_jax.plan.targets import find_target, prepare_environment
+from lora_jax.plan.variants import methods, search
+from tests.plan.conftest import write_config
+
+
+def options(config_file: Path) -> RunConfig:
+    return RunConfig(
+        model=ModelOptions(path=str(config_file)),
+        data=DataOptions(max_length=64),
+        train=TrainOptions(per_device_train_batch_size=2, gradient_accumulation_steps=1),
+    )
+
+
+def test_methods_differ_in_what_is_held(config_file: Path) -> None:
+    target = find_target("cpu")
+    held = {
+        name: held_parts(planned_step(variant.config, variant.typed, target)[0])
+        for name, variant in methods(options(config_file), ())
+    }
+    full, lora, qlora = held["full"], held["LoRA"], held["QLoRA"]
+    assert full.frozen == 0
+    assert 0 < qlora.frozen < lora.frozen
+    assert qlora.adapter == lora.adapter < full.adapter / 2
+    assert full.optimizer >= 2 * full.adapter  # AdamW's moments, in float32 as the parameters
+
+
+def test_each_device_of_fsdp_holds_its_share(config_file: Path) -> None:
+    prepare_environment()
+    alone, eight = (
+        held_parts(planned_step(options(config_file), (), find_target(name))[0])
+        for name in ("v5e:1x1", "v5e:2x4")
+    )
+    assert alone.frozen / 8 <= eight.frozen < 1.1 * alone.frozen / 8  # norms are whole on each
+    assert eight.adapter < alone.adapter
+
+
+def test_search_finds_nothing_where_nothing_fits(tmp_path: Path) -> None:
+    prepare_environment()
+    wide = options(write_config(tmp_path, vocab_size=2**33))
+    notes: list[str] = []
+    assert search(wide, (), find_target("v5e:2x2"), notes.append) == []
+    assert notes == []  # what is held tells, and nothing is compiled
+    assert wide.mesh == MeshOptions()
