@@ -261,7 +261,6 @@ def check(config: RunConfig) -> None:
     )
     check_model(config.model)
     _check_train(train)
-    _check_devices(config.mesh, config.distributed)
 
 
 def check_model(model: ModelOptions) -> None:
@@ -330,39 +329,6 @@ def _check_train(train: TrainOptions) -> None:
     for name in ("per_device_eval_batch_size", "save_total_limit"):
         value = getattr(train, name)
         _require(value is None or value > 0, f"--train.{name}", value, "must be positive, or None")
-
-
-def _check_devices(mesh: MeshOptions, distributed: DistributedOptions) -> None:
-    sizes = {name: getattr(mesh, name) for name in ("data", "fsdp", "tensor", "sequence")}
-    for name, size in sizes.items():
-        _require(size == -1 or size > 0, f"--mesh.{name}", size, "must be positive, or -1 for what is left")
-    left = [name for name, size in sizes.items() if size == -1]
-    _require(
-        len(left) < 2, f"--mesh.{left[-1] if left else ''}", -1, "only one axis can take what is left; "
-        f"--mesh.{left[0] if left else ''} does already",
-    )  # fmt: skip
-    given = {
-        f"--distributed.{name}": getattr(distributed, name)
-        for name in ("coordinator_address", "num_processes", "process_id")
-    }
-    missing = [name for name, value in given.items() if value is None]
-    _require(
-        len(missing) in (0, 3), missing[0] if missing else "", "", "goes with the other two of "
-        "--distributed.{coordinator_address, num_processes, process_id}; give all three, or none",
-    )  # fmt: skip
-    address, processes, number = given.values()
-    if address is not None and processes is not None and number is not None:
-        host, _, port = str(address).rpartition(":")
-        _require(
-            bool(host) and port.isdigit() and 0 < int(port) < 65536,
-            "--distributed.coordinator_address", address, "must be host:port of process 0, such as 10.0.0.2:8476",
-        )  # fmt: skip
-        _require(processes > 0, "--distributed.num_processes", processes, "must be positive")
-        _require(
-            0 <= number < processes, "--distributed.process_id", number,
-            f"must be from 0 to {processes - 1}, one less than --distributed.num_processes",
-        )  # fmt: skip
-    _require(distributed.timeout > 0, "--distributed.timeout", distributed.timeout, "must be positive")
 
 
 def _require(holds: bool, option: str, value: object, remedy: str) -> None:

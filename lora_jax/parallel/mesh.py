@@ -29,8 +29,16 @@ AXES = (*ROWS, FEATURES, POSITIONS)
 def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
     """Return the devices of each axis, -1 resolved; raises UserError where they do not multiply out to `devices`."""
     sizes = asdict(options)
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            raise UserError(f"--mesh.{name} {size}: must be positive, or -1 for what is left")
+    left = sorted((name for name, size in sizes.items() if size == -1), key=PARAMETERS.__eq__)
+    if len(left) > 1:
+        remedy = (
+            "which does by default: give --mesh.fsdp 1 too" if PARAMETERS in left else "which does already"
+        )
+        raise UserError(f"--mesh.{left[0]} -1: cannot take what is left beside --mesh.{left[-1]}, {remedy}")
     given = prod(size for size in sizes.values() if size != -1)
-    left = [name for name, size in sizes.items() if size == -1]
     shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
     if (devices % given) if left else (devices != given):
         whole = "divides" if left else "is"

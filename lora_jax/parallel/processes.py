@@ -46,8 +46,10 @@ if doing != ["done"]:
 def start(options: DistributedOptions) -> None:
     """Join the other processes of the run, if the options or the environment say that there are any.
 
-    Raises UserError where process 0 does not answer in time. To be called before any other use of JAX.
+    Raises UserError for options that say it wrongly, and where process 0 does not answer in time. To be called
+    before any other use of JAX.
     """
+    _check(options)
     address, given = options.coordinator_address, options.process_id
     if (
         address is None
@@ -142,6 +144,31 @@ def on_host(array: Any) -> np.ndarray:
     if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
+
+
+def _check(options: DistributedOptions) -> None:
+    names = ("coordinator_address", "num_processes", "process_id")
+    address, processes, number = (getattr(options, name) for name in names)
+    missing = [name for name in names if getattr(options, name) is None]
+    if options.timeout < 1:
+        raise UserError(f"--distributed.timeout {options.timeout}: must be positive")
+    if len(missing) == len(names):
+        return
+    if missing:
+        others = " and ".join(f"--distributed.{name}" for name in names if name != missing[0])
+        raise UserError(f"--distributed.{missing[0]}: needed beside {others}; give all three, or none")
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(
+            f"--distributed.coordinator_address {address}: must be host:port of process 0, such as 10.0.0.2:8476"
+        )
+    if processes < 1:
+        raise UserError(f"--distributed.num_processes {processes}: must be positive")
+    if not 0 <= number < processes:
+        raise UserError(
+            f"--distributed.process_id {number}: must be from 0 to {processes - 1}, for --distributed.num_processes "
+            f"{processes}"
+        )
 
 
 def _reach(address: str, timeout: int) -> None:

@@ -10,13 +10,14 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.config import MeshOptions, TrainOptions
+from lora_jax.config import DistributedOptions, MeshOptions, TrainOptions
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.models.families import read_config
 from lora_jax.models.load import abstract_params
 from lora_jax.models.sharding import cut, left_whole, shardings
 from lora_jax.parallel.mesh import AXES, mesh_shape, rows_and_positions
+from lora_jax.parallel.processes import start
 from lora_jax.parallel.rules import RULES, dividing, spec_of
 from lora_jax.quant.leaf import is_quantized
 from lora_jax.train.optim import make_optimizer
@@ -105,3 +106,40 @@ def test_every_rule_divides_or_stays_whole() -> None:
     for _, axes in RULES:
         assert dividing((7,) * len(axes), axes, SIZES) == (None,) * len(axes)
         assert dividing((8,) * len(axes), axes, SIZES) == axes
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (MeshOptions(tensor=0), "--mesh.tensor 0: must be positive"),
+        (
+            MeshOptions(data=-1),
+            "--mesh.data -1: cannot take what is left beside --mesh.fsdp, which does by default",
+        ),
+        (
+            MeshOptions(data=-1, fsdp=1, sequence=-1),
+            "--mesh.data -1: cannot .* beside --mesh.sequence, which does",
+        ),
+    ],
+)
+def test_an_axis_of_no_size_and_a_second_rest_are_errors(options: MeshOptions, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        mesh_shape(options, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (DistributedOptions(process_id=1), "--distributed.coordinator_address: needed beside"),
+        (DistributedOptions("host", 2, 1), "coordinator_address host: must be host:port"),
+        (DistributedOptions("host:99999", 2, 1), "coordinator_address host:99999: must be host:port"),
+        (DistributedOptions("host:80", 2, 2), "process_id 2: must be from 0 to 1"),
+        (DistributedOptions("host:80", 0, 0), "num_processes 0: must be positive"),
+        (DistributedOptions(timeout=0), "timeout 0: must be positive"),
+    ],
+)
+def test_processes_that_cannot_meet_are_errors_before_anything_starts(
+    options: DistributedOptions, said: str
+) -> None:
+    with pytest.raises(UserError, match=f"^--distributed.*{said.removeprefix('--distributed')}"):
+        start(options)
