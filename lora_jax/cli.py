@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_jax import __version__
 from lora_jax.cache import keep_compiled
-from lora_jax.errors import EXIT_CODE, UserError, nearest
+from lora_jax.errors import EXIT_CODE, INTERRUPTED, UserError, nearest
 
 USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # what reads the output has gone, as in --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -68,10 +69,15 @@ def _train(arguments: Sequence[str]) -> int:
 
     try:
         return train(config, typed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        leave(EXIT_CODE)  # the others must not wait for a process that has given up
-        return EXIT_CODE
+    except UserError as error:  # whatever it is, the others must not wait for a process that has given up
+        leave(EXIT_CODE, f"error: {error}")
+        raise
+    except KeyboardInterrupt:
+        leave(INTERRUPTED, "interrupted")
+        raise
+    except Exception:
+        leave(1, traceback.format_exc())
+        raise
 
 
 def _merge(arguments: Sequence[str]) -> int:

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 
 EXIT_CODE = 2
+INTERRUPTED = 130
+"""Exit code of what Ctrl-C has ended, as a shell gives it: 128 + SIGINT."""
 
 
 class UserError(Exception):

@@ -100,9 +100,11 @@ def lost(error: Exception) -> UserError | None:
     )
 
 
-def leave(code: int) -> None:
-    """End this process at once where there are others, which would else wait for it at the end of their work."""
-    if jax.process_count() > 1:
+def leave(code: int, last: str | None = None) -> None:
+    """End this process at once, its last words to standard error, where there are others: else each waits for all."""
+    if _WATCHDOGS and jax.process_count() > 1:
+        if last is not None:
+            print(last, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         for watchdog in _WATCHDOGS:

@@ -16,7 +16,7 @@ from rich.console import Console
 from lora_jax import __version__
 from lora_jax.adapters.notes import read_notes
 from lora_jax.config import RunConfig, check
-from lora_jax.errors import UserError
+from lora_jax.errors import INTERRUPTED, UserError
 from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.model_card import TrainingFacts
 from lora_jax.models.sharding import placed, shardings
@@ -43,8 +43,6 @@ from lora_jax.train.setup import Run, prepare
 from lora_jax.train.signals import Signals
 from lora_jax.train.step import init_state
 
-INTERRUPTED = 128 + signal.SIGINT
-
 
 def train(config: RunConfig, typed: Collection[str] = (), console: Console | None = None) -> int:
     """Train as the options say and leave the results in output_dir; return the exit code.
@@ -56,10 +54,10 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
     check(config)
     start(config.distributed)
     console = console or Console(quiet=not writes())
-    mesh = make_mesh(config.mesh)
-    check_output(config)
-    wait_for_all("output folder checked")
     try:
+        mesh = make_mesh(config.mesh)
+        check_output(config)
+        wait_for_all("output folder checked")
         with jax.set_mesh(mesh), Signals(console, mesh) as signals:
             return _train(config, typed, mesh, console, signals)
     except Exception as error:
