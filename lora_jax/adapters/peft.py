@@ -114,7 +114,7 @@ def import_tensors(
     Raises UserError, naming `where`, that lists all missing, extra and misshapen tensors.
     """
     check_tensors(tensors, plan, where)
-    leaves = {path: np.array(leaf) for path, leaf in flatten_dict(dict(trainable)).items()}
+    leaves = {path: np.array(on_host(leaf)) for path, leaf in flatten_dict(dict(trainable)).items()}
     for entry in adapter_table(plan):
         value = np.asarray(tensors[entry.name], np.float32)
         value = value.T if entry.transposed else value
