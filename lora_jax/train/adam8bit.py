@@ -94,12 +94,12 @@ def adamw8bit(
 
 
 def _start(path: Any, p: Float[Array, "..."]) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """Return a parameter's codes, m and v before the first step."""
+    """Return a parameter's codes, m and v before the first step, cut over a mesh as it is."""
     layers = p.shape[0] if _stacked(path) else 1
     if p.size // layers < MIN_SIZE or path[-1].key == "embedding":
-        return None, jnp.zeros(p.shape, jnp.float32), jnp.zeros(p.shape, jnp.float32)
+        return None, jnp.zeros_like(p, jnp.float32), jnp.zeros_like(p, jnp.float32)
     scales = jax.eval_shape(lambda leaf: _blocks(path, leaf), p).shape[:-1]
-    return jnp.zeros(p.shape, jnp.uint16), jnp.zeros(scales, jnp.float32), jnp.zeros(scales, jnp.float32)
+    return jnp.zeros_like(p, jnp.uint16), jnp.zeros(scales, jnp.float32), jnp.zeros(scales, jnp.float32)
 
 
 def _decoded(
