@@ -2,7 +2,7 @@
 
     python measured_steps.py OPTIONS OF TRAIN
 
-Prints JSON: the bytes of the arrays that a step is given, and the growth of the resident set at its peak while two
+Prints JSON: the bytes of the arrays that a step is given, and the growth of the resident set at its peak while three
 more steps are run. Linux alone lets the peak be set back.
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
         where = shardings(state, mesh)
         step, state = make_train_step(run.model, optimizer, where), placed(state, where)
         feed = Feed(run.train_rows, sizes, mesh, 0, 0)
-        batches = [feed.batch(number) for number in (1, 2, 3)]
+        batches = [feed.batch(number) for number in range(1, 5)]
         held = sum(leaf.nbytes for leaf in jax.tree.leaves((state[1:3], run.frozen, run.adapter, batches[0])))
         state, _ = jax.block_until_ready(step(state, run.frozen, run.adapter, batches[0]))
         gc.collect()
