@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from lora_jax.adapters.notes import Notes
 from lora_jax.adapters.peft import TOKEN_ROWS
 from lora_jax.adapters.targets import Plan, Target
+from lora_jax.errors import UserError
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.load import grown
@@ -46,6 +48,8 @@ def merged_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every tensor of the merged model by name, in dtype (auto: as the base stores it).
 
+    Raises UserError, which names the tensor, where float16 cannot hold it.
+
     `config` is the base's; its vocab_size may be larger than the checkpoint's where rows were added. With `notes`
     of a quantised base it is merged onto what the codes stand for, an unquantised one's as they say.
     """
@@ -65,7 +69,7 @@ def merged_tensors(
         target_dtype = stored if dtype == "auto" else jnp.dtype(dtype)
         whole = tensors.get(entry.name, tensors.get(biases.get(entry.name, "")))
         if whole is not None:
-            yield entry.name, whole.astype(target_dtype)
+            yield entry.name, _converted(whole, target_dtype, entry.name)
             continue
         held = quantization if source in quantized else None
         value = read_weight(base, source, held, notes.dtype, notes.decoded)
@@ -77,7 +81,18 @@ def merged_tensors(
         if plan.token_indices and source == EMBEDDING_NAME:
             value = value.astype(np.float32)
             value[list(plan.token_indices)] = tensors[TOKEN_ROWS]
-        yield entry.name, value.astype(target_dtype)
+        yield entry.name, _converted(value, target_dtype, entry.name)
+
+
+def _converted(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is infinite then is an error with a name
+        converted = value.astype(dtype)
+    if dtype == np.float16 and value.dtype != np.float16 and not np.isfinite(converted).all():
+        raise UserError(
+            f"--dtype float16: {name} has weights of up to {np.abs(value.astype(np.float32)).max():.3g}, beyond "
+            "float16's 65504; give --dtype bfloat16 or float32"
+        )
+    return converted
 
 
 def delta(target: Target, tensors: Mapping[str, np.ndarray]) -> np.ndarray:

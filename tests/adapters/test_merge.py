@@ -27,6 +27,7 @@ from tests.tiny import (
     lora,
     open_base,
     random_adapter,
+    random_tensors,
     text,
     tiny_base,
     write_checkpoint,
@@ -117,6 +118,19 @@ def test_merged_weights_are_one_rounding_of_the_float32_sum(tmp_path: Path, dtyp
     np.testing.assert_array_equal(
         written.checkpoint.tensor(other), base.checkpoint.tensor(other).astype(target)
     )
+
+
+def test_weights_that_float16_cannot_hold_are_not_written(tmp_path: Path) -> None:
+    config = CONFIGS["llama"]
+    tensors = random_tensors(read_config(config, tmp_path), dtype=jnp.bfloat16)
+    tensors["model.norm.weight"][0] = 1e5
+    base = open_base(write_checkpoint(tmp_path / "base", config, tensors=tensors))
+    options = MergeOptions(
+        str(write(tmp_path / "adapter", base)), output=str(tmp_path / "merged"), dtype="float16"
+    )
+    with pytest.raises(UserError, match=r"--dtype float16: model.norm.weight has weights of up to 9.98e\+04"):
+        merge(options)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_merge_writes_nothing_where_the_adapter_does_not_fit(tmp_path: Path) -> None:
