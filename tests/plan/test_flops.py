@@ -1,13 +1,20 @@
 """Operations of a step by formula, beside XLA's count of a program of one layer."""
 
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from lora_jax.config import DataOptions, LoraOptions, ModelOptions, RunConfig, TrainOptions
 from lora_jax.plan.estimate import planned_step
 from lora_jax.plan.flops import step_flops
-from lora_jax.plan.targets import find_target
+from lora_jax.plan.targets import find_target, prepare_environment
+from lora_jax.quant.codebooks import NF4
+from lora_jax.quant.kernels.tpu import forward
+from lora_jax.quant.leaf import groups
 from tests.plan.conftest import write_config
 
 ONE_LAYER = {
@@ -37,3 +44,23 @@ def test_formula_equals_the_compilers_count(tmp_path: Path, method: str, remat: 
     counted = step.lower("cpu").cost_analysis()["flops"]
     products = step_flops(subject, step.batch.tokens.size, causal=False)
     assert products < counted < 1.02 * products
+
+
+def test_compiler_counts_a_4_bit_product_in_a_kernel() -> None:
+    batch, rows, outs = 512, 1024, 512
+    prepare_environment()
+    target = find_target("v5e:1x1")
+    array = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(target.devices[0]))
+    blocks = 2 * groups(rows)
+    arguments = (
+        array((batch, rows), jnp.bfloat16),
+        array((3, rows // 2, outs), jnp.uint8),
+        array((blocks, 1, outs), jnp.float32),
+        array((), jnp.int32),
+    )
+    with target.compiling():
+        traced = jax.jit(partial(forward, table=NF4)).trace(*arguments)
+        cost = traced.lower(lowering_platforms=("tpu",)).compile().cost_analysis()
+    assert cost["flops"] == 2 * batch * rows * outs
+    read = 2 * batch * rows + rows * outs // 2 + 4 * blocks * outs  # x, one layer's codes, its scales
+    assert read + 2 * batch * outs <= cost["bytes accessed"] < 1.1 * (read + 2 * batch * outs)
