@@ -46,8 +46,8 @@ if doing != ["done"]:
 def start(options: DistributedOptions) -> None:
     """Join the other processes of the run, if the options or the environment say that there are any.
 
-    Raises UserError for options that say it wrongly, and where process 0 does not answer in time. To be called
-    before any other use of JAX.
+    Raises UserError for options that say it wrongly, where process 0 does not answer in time, and where its port is
+    taken. To be called before any other use of JAX.
     """
     _check(options)
     address, given = options.coordinator_address, options.process_id
@@ -57,8 +57,8 @@ def start(options: DistributedOptions) -> None:
         and not any(map(os.environ.get, _CLUSTERS))
     ):
         return
-    if address is not None and given:
-        _reach(address, options.timeout)
+    if address is not None:
+        _reach(address, options.timeout) if given else _check_free(address)
     watchdog = _Watchdog(f"process {given}" if address is not None else "a process", address)
     try:
         jax.distributed.initialize(
@@ -95,8 +95,8 @@ def lost(error: Exception) -> UserError | None:
         return None
     first = text.partition("\n")[0]
     return UserError(
-        f"process {jax.process_index()} of {jax.process_count()} lost another one ({first[:160]}); start all "
-        "processes again with --resume"
+        f"process {jax.process_index()} of {jax.process_count()} lost another one, whose log tells why "
+        f"({first[:160]}); start all processes again with --resume"
     )
 
 
@@ -171,6 +171,19 @@ def _check(options: DistributedOptions) -> None:
             f"--distributed.process_id {number}: must be from 0 to {processes - 1}, for --distributed.num_processes "
             f"{processes}"
         )
+
+
+def _check_free(address: str) -> None:
+    """Raise UserError where process 0 cannot listen: JAX would share a port that is taken, and wait in vain."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(address.rpartition(":")[2])))
+        except OSError as error:
+            raise UserError(
+                f"--distributed.coordinator_address {address}: process 0 cannot listen there ({error.strerror}); give "
+                "a free port, and each process a --distributed.process_id of its own"
+            ) from error
 
 
 def _reach(address: str, timeout: int) -> None:

@@ -24,6 +24,8 @@ METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL = (
     "model",
 )
 OURS = (METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL)
+SHARED = 60
+"""Seconds within which a shared file system shows what another machine wrote: NFS remembers what was not there."""
 
 
 def check_output(config: RunConfig) -> None:
@@ -61,12 +63,20 @@ def open_output(config: RunConfig) -> Place:
     """Make output_dir, emptied of an earlier run with overwrite, and write config.yaml; return the folder.
 
     Only what a run writes is removed, and what a killed run left half written. One process of a run does so, the
-    others wait for it.
+    others wait for it; raises UserError in those that do not see what it wrote.
     """
     folder = output_folder(config)
     if writes():
         _open(folder, config)
     wait_for_all("output folder")
+    until = time.monotonic() + SHARED
+    while not (folder / CONFIG).exists():
+        if time.monotonic() > until:
+            raise UserError(
+                f"--output_dir {folder}: what process 0 wrote there does not show here; give a folder that all "
+                "processes share, or one in a bucket: gs://"
+            )
+        time.sleep(1)
     return folder
 
 

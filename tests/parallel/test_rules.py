@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import jax
@@ -143,3 +144,11 @@ def test_processes_that_cannot_meet_are_errors_before_anything_starts(
 ) -> None:
     with pytest.raises(UserError, match=f"^--distributed.*{said.removeprefix('--distributed')}"):
         start(options)
+
+
+def test_a_port_that_is_taken_is_an_error_in_process_0() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(UserError, match=r"cannot listen there"),
+    ):
+        start(DistributedOptions(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0))
