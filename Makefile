@@ -36,13 +36,13 @@ demo: $(VENV)/.installed ## Train the shipped model on the shipped rows, merge, 
 	@$(BIN)/lora-jax generate --model.path $(DEMO)/merged --prompt "$(PROMPT)"
 
 test: $(VENV)/.installed-test ## Run the tests that need no torch.
-	$(BIN)/python -m pytest --ignore=tests/parity $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/parity -n 2 --dist loadfile $(ARGS)
 
 soak: $(VENV)/.installed ## Kill a training run 25 times at random moments and resume it; some minutes.
 	$(BIN)/python scripts/soak.py $(ARGS)
 
 parity: $(VENV)/.installed-parity ## Run the tests beside torch, transformers and peft.
-	$(BIN)/python -m pytest tests/parity $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/python -m pytest tests/parity $(ARGS)
 
 check: $(VENV)/.installed-dev ## Lint, check the formatting, the layers of imports and the types.
 	$(BIN)/ruff check .

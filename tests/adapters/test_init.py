@@ -13,10 +13,9 @@ import pytest
 from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.targets import make_plan
 from lora_jax.config import TrainOptions
-from lora_jax.models.decoder import Decoder
 from lora_jax.models.names import modules
 from lora_jax.train.optim import make_optimizer
-from tests.tiny import LAYERS, Base, adapted_logits, logits, lora, text, tiny_base
+from tests.tiny import LAYERS, Base, adapted_logits, lora, text, tiny_base
 
 EVERYTHING: dict[str, dict[str, Any]] = {
     "linear": {"target_modules": "all-linear"},
@@ -25,6 +24,8 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "biases": {"bias": "all", "layers_to_transform": (1,)},
     "tokens": {"trainable_token_indices": (9, 4, 11)},
 }
+FACTORS = ("linear", "embedding and head")
+"""Those with factors that an init is of."""
 UNEQUAL = lora(
     target_modules=("q_proj", "down_proj"),
     layers_to_transform=(0, 2),
@@ -38,14 +39,25 @@ def fresh(base: Base, config: Any, init: str = "true", seed: int = 0) -> tuple[A
     return init_adapter(jax.random.key(seed), plan, base.params, LAYERS, init)
 
 
-@pytest.mark.parametrize("init", ["true", "gaussian", "orthogonal"])
-@pytest.mark.parametrize("settings", EVERYTHING.values(), ids=EVERYTHING)
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: tiny_base(folder / name, name) for name in ("llama-biases", "llama-biases-tied")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "init"),
+    [
+        *((settings, "true") for settings in EVERYTHING),
+        *((settings, init) for settings in FACTORS for init in ("gaussian", "orthogonal")),
+    ],
+)
 @pytest.mark.parametrize("name", ["llama-biases", "llama-biases-tied"])
 def test_fresh_adapter_leaves_logits_unchanged(
-    tmp_path: Path, name: str, settings: dict[str, Any], init: str
+    bases: dict[str, Base], name: str, settings: str, init: str
 ) -> None:
-    base = tiny_base(tmp_path / "base", name)
-    trainable, adapter = fresh(base, lora(**settings), init)
+    base = bases[name]
+    trainable, adapter = fresh(base, lora(**EVERYTHING[settings]), init)
     assert jax.tree.leaves(trainable)
     assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
     tolerance = 1e-4 if init == "orthogonal" else 1e-6  # there A B is zero up to rounding
@@ -84,34 +96,41 @@ def test_ranks_are_padded_with_zeros_and_layers_left_out_are_zero(tmp_path: Path
 
 def gradients(base: Base, adapter: Any, trainable: Any, tokens: jax.Array, segments: jax.Array) -> Any:
     def loss(tree: Any) -> jax.Array:
-        variables = {"params": base.params, "lora": tree, "adapter": adapter}
-        return jnp.mean(jax.nn.logsumexp(logits(Decoder(base.config), variables, tokens, segments), axis=-1))
+        return jnp.mean(jax.nn.logsumexp(adapted_logits(base, tree, adapter, tokens, segments), axis=-1))
 
     return jax.grad(loss)(trainable)
 
 
-@pytest.mark.parametrize("optim", ["adamw", "sgd", "lion", "adafactor"])
-def test_padding_gets_no_gradient_and_stays_zero_under_each_optimiser(tmp_path: Path, optim: Any) -> None:
-    base = tiny_base(tmp_path / "base", "llama-biases")
+@pytest.fixture(scope="module")
+def unequal(bases: dict[str, Base]) -> tuple[Any, Any]:
+    """An adapter of unequal ranks over some layers, and its gradients as a function of it and of a text."""
+    base = bases["llama-biases"]
     trainable, adapter = fresh(base, UNEQUAL, "gaussian")
+    return trainable, jax.jit(partial(gradients, base, adapter))
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd", "lion", "adafactor"])
+def test_padding_gets_no_gradient_and_stays_zero_under_each_optimiser(
+    unequal: tuple[Any, Any], optim: Any
+) -> None:
+    start, gradients_of = unequal
     options = TrainOptions(optim=optim, weight_decay=0.1, learning_rate=0.05, lr_scheduler_type="constant")
     optimizer = make_optimizer(options, 5)
-    state, start = optimizer.init(trainable), trainable
-    step = jax.jit(partial(gradients, base, adapter))
+    state, trainable = jax.jit(optimizer.init)(start), start
+    update = jax.jit(optimizer.update)
     for number in range(5):
-        grads = step(trainable, *text(seed=number))
+        grads = gradients_of(trainable, *text(seed=number))
         for factors in (grads["layers"]["self_attn"]["q_proj"], grads["layers"]["mlp"]["down_proj"]):
             _assert_padding_is_zero(
                 factors, adapted={0, 2}, rank=4 if factors["lora_A"].shape[-1] == 6 else None
             )
             assert not np.any(factors["bias"][1])
-        updates, state = optimizer.update(grads, state, trainable)
+        updates, state = update(grads, state, trainable)
         trainable = optax.apply_updates(trainable, updates)
-    for old, new in ((start, trainable),):
-        query, before = new["layers"]["self_attn"]["q_proj"], old["layers"]["self_attn"]["q_proj"]
-        _assert_padding_is_zero(query, adapted={0, 2}, rank=4)
-        assert np.all(query["lora_B"][0][:4] != before["lora_B"][0][:4])
-        np.testing.assert_array_equal(query["bias"][1], before["bias"][1])
+    query, before = trainable["layers"]["self_attn"]["q_proj"], start["layers"]["self_attn"]["q_proj"]
+    _assert_padding_is_zero(query, adapted={0, 2}, rank=4)
+    assert np.all(query["lora_B"][0][:4] != before["lora_B"][0][:4])
+    np.testing.assert_array_equal(query["bias"][1], before["bias"][1])
 
 
 def _assert_padding_is_zero(factors: Any, adapted: set[int], rank: int | None) -> None:
@@ -133,7 +152,7 @@ def test_leaf_of_a_layer_left_out_is_the_bases_whatever_the_tree_holds(tmp_path:
     np.testing.assert_array_equal(
         adapted_logits(base, changed, adapter, *text()), adapted_logits(base, trainable, adapter, *text())
     )
-    grads = gradients(base, adapter, trainable, *text())["layers"]
+    grads = jax.jit(partial(gradients, base, adapter))(trainable, *text())["layers"]
     for leaf in (grads["mlp"]["up_proj"]["kernel"], grads["input_layernorm"]["weight"]):
         assert np.any(leaf[1])
         assert not np.any(leaf[0])

@@ -268,7 +268,10 @@ OPTIONS: dict[str, Case] = {
     "near a choice": (
         nothing,
         (*TRAIN, "--train.optim", "adam"),
-        "--train.optim adam: is not one of: adamw, sgd, lion, adafactor. Perhaps you meant 'adamw'?",
+        (
+            "--train.optim adam: is not one of: adamw, sgd, lion, adafactor, adamw8bit, paged_adamw_8bit, "
+            "paged_adamw_32bit. Perhaps you meant 'adamw'?"
+        ),
     ),
     "half a pair": (
         nothing,

@@ -89,8 +89,9 @@ def assert_same(found: Any, expected: Any) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    ("sizes", "kind"), [*(("grouped", kind) for kind in KINDS), ("flat", "nf4, double"), ("flat", "int8")]
+)
 def test_logits_are_those_of_the_weights_that_the_codes_stand_for(
     tmp_path: Path, kind: str, sizes: str
 ) -> None:
@@ -99,14 +100,12 @@ def test_logits_are_those_of_the_weights_that_the_codes_stand_for(
     base = open_base(folder, **KINDS[kind][0])
     assert all(is_quantized(kernel) for kernel in kernels(base).values())
     _, _, trainable, adapter = adapted(base, lora(target_modules="all-linear"))
-    tokens, segments = text()
-    for trees in (({}, {}), (trainable, adapter)):
-        found = adapted_logits(base, *trees, tokens, segments)
-        np.testing.assert_allclose(
-            found, adapted_logits(decoded(base), *trees, tokens, segments), rtol=1e-4, atol=1e-4
-        )
-    whole = adapted_logits(open_base(folder), {}, {}, tokens, segments)
-    assert np.abs(whole - adapted_logits(base, {}, {}, tokens, segments)).max() > 1e-3
+    found, of_codes, whole = (
+        adapted_logits(model, trainable, adapter, *text())
+        for model in (base, decoded(base), open_base(folder))
+    )
+    np.testing.assert_allclose(found, of_codes, rtol=1e-4, atol=1e-4)
+    assert np.abs(whole - found).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -269,7 +268,7 @@ print((after - before) * 1024, sum(leaf.nbytes for leaf in jax.tree.leaves(param
 
 
 def test_peak_memory_of_quantising_is_the_4bit_model_and_little_more(tmp_path: Path) -> None:
-    large = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 24}
+    large = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 12}
     for name, changes in (("small", large | {"num_hidden_layers": 1}), ("large", large)):
         write_checkpoint(tmp_path / name, CONFIGS["llama"] | changes)
     done = subprocess.run(
@@ -278,5 +277,5 @@ def test_peak_memory_of_quantising_is_the_4bit_model_and_little_more(tmp_path: P
     )  # fmt: skip
     used, model = map(int, done.stdout.split())
     weights = json.loads((tmp_path / "large" / "config.json").read_text())["hidden_size"] * 2048 * 4
-    assert model > 100 * 2**20
-    assert used < model + 2 * weights + 60 * 2**20  # the whole of it in float32 is 800 MiB
+    assert model > 60 * 2**20
+    assert used < model + 2 * weights + 60 * 2**20  # the whole of it in float32 is 400 MiB
