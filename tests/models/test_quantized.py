@@ -277,5 +277,5 @@ def test_peak_memory_of_quantising_is_the_4bit_model_and_little_more(tmp_path: P
     )  # fmt: skip
     used, model = map(int, done.stdout.split())
     weights = json.loads((tmp_path / "large" / "config.json").read_text())["hidden_size"] * 2048 * 4
-    assert model > 60 * 2**20
+    assert model > 50 * 2**20
     assert used < model + 2 * weights + 60 * 2**20  # the whole of it in float32 is 400 MiB

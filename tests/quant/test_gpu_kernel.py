@@ -127,9 +127,8 @@ def test_tiles_cover_the_result_and_reach_no_row_beyond_it(
 ) -> None:
     """An interpreted store beyond an array does nothing, so this is not seen in results."""
     down, across = -(-batch // height), -(-size // width)
-    first, left = jax.vmap(partial(_place, batch=batch, size=size, height=height, width=width))(
-        jnp.arange(down * across, dtype=jnp.int32)
-    )
+    place_of = jax.jit(jax.vmap(partial(_place, batch=batch, size=size, height=height, width=width)))
+    first, left = map(np.asarray, place_of(jnp.arange(down * across, dtype=jnp.int32)))
     there = _rows(height, batch)
     inside = np.arange(height) if there is None else np.flatnonzero(np.asarray(there)[:, 0])
     tiles = {(int(row), int(column)) for row, column in zip(first, left, strict=True)}

@@ -94,7 +94,7 @@ def test_a_sigterm_while_compiling_ends_the_run_at_once_and_keeps_its_checkpoint
     back_to(output, 2)
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *arguments[1:], "--resume"],
-        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert process.stdout is not None
