@@ -103,8 +103,8 @@ def config_yaml(config: RunConfig) -> str:
         idle.append("llm_int8_skip_modules")
     for name in idle:
         options["model"].pop(name)
-    for switch in ("resume", "overwrite"):
-        options.pop(switch)
+    for name in ("resume", "overwrite", "distributed"):  # how it was started, not what it does
+        options.pop(name)
     return yaml.safe_dump(options, sort_keys=False)
 
 

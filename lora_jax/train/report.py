@@ -61,7 +61,7 @@ def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> Non
         "output": run.config.output_dir,
     }
     if whole := left_whole(run.frozen or run.trainable, run.mesh.shape):
-        facts["uncut"] = f"whole along an axis: {listing(whole)}"
+        facts["uncut"] = f"whole along an axis: {listing(whole, 3)}"
     if not console.is_terminal:  # a log is read and searched by line: none is wrapped
         for name, fact in facts.items():
             console.print(f"{name:<8} {fact}", highlight=False, markup=False, soft_wrap=True)

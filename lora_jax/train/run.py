@@ -21,7 +21,7 @@ from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.model_card import TrainingFacts
 from lora_jax.models.sharding import placed, shardings
 from lora_jax.parallel.mesh import make_mesh
-from lora_jax.parallel.processes import lost, start, wait_for_all, writes
+from lora_jax.parallel.processes import lost, same_in_all, start, writes
 from lora_jax.train.checkpoint import Checkpoints, Identity
 from lora_jax.train.export import export_adapter, export_model
 from lora_jax.train.feed import Sizes
@@ -35,6 +35,7 @@ from lora_jax.train.output import (
     MODEL,
     MetricsLog,
     check_output,
+    config_yaml,
     open_output,
     output_folder,
 )
@@ -57,7 +58,13 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
     try:
         mesh = make_mesh(config.mesh)
         check_output(config)
-        wait_for_all("output folder checked")
+        if not same_in_all(
+            f"{config_yaml(config)}{config.resume}{config.overwrite}"
+        ):  # and the output folder is checked by all
+            raise UserError(
+                "the processes of this run were given different options; start all of them with the same command line, "
+                "but for --distributed.process_id"
+            )
         with jax.set_mesh(mesh), Signals(console, mesh) as signals:
             return _train(config, typed, mesh, console, signals)
     except Exception as error:
