@@ -44,10 +44,14 @@ def test_segments_of_a_row_do_not_see_each_other(tmp_path: Path, name: str) -> N
     alone = logits(model, {"params": base.params}, tokens, jnp.ones((2, 9), jnp.int32))
     segments = jnp.repeat(jnp.asarray([[1, 2]]), 9, axis=1)
     positions = jnp.tile(jnp.arange(9, dtype=jnp.int32), (1, 2))
-    hidden, _ = model.apply(
-        {"params": base.params}, tokens.reshape(1, 18), positions, segments.astype(jnp.int32)
-    )
-    packed = model.apply({"params": base.params}, hidden, method="logits")
+
+    @jax.jit
+    def packed_logits(params: Any) -> jax.Array:
+        given = (tokens.reshape(1, 18), positions, segments.astype(jnp.int32))
+        hidden, _ = model.apply({"params": params}, *given)
+        return model.apply({"params": params}, hidden, method="logits")
+
+    packed = packed_logits(base.params)
     np.testing.assert_allclose(packed.reshape(2, 9, -1), alone, atol=1e-5)
 
 
@@ -95,12 +99,14 @@ def test_dropout_is_off_without_a_key_and_differs_from_key_to_key(
     variables = {"params": base.params, "lora": trainable, "adapter": adapter}
     model = Decoder(base.config, lora_dropout=0.5, gradient_checkpointing=checkpointing)
     tokens, segments = text()
+    place = (tokens, positions_of(segments), segments)
+    dropping = jax.jit(lambda key: model.apply(variables, *place, rngs={"dropout": key})[0])
 
     def hidden(key: int | None) -> np.ndarray:
-        rngs = None if key is None else {"dropout": jax.random.key(key)}
-        return np.asarray(model.apply(variables, tokens, positions_of(segments), segments, rngs=rngs)[0])
+        found = model.apply(variables, *place)[0] if key is None else dropping(jax.random.key(key))
+        return np.asarray(found)
 
-    plain, _ = Decoder(base.config).apply(variables, tokens, positions_of(segments), segments)
+    plain, _ = Decoder(base.config).apply(variables, *place)
     np.testing.assert_allclose(hidden(None), plain, atol=1e-6)
     np.testing.assert_array_equal(hidden(1), hidden(1))
     assert np.abs(hidden(1) - hidden(2)).max() > 1e-3 < np.abs(hidden(1) - hidden(None)).max()
