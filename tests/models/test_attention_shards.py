@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -14,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.models.attention import attend, blocks
 from lora_jax.parallel.mesh import AXES
-from tests.conftest import ROOT
+from tests.apart import on_eight_devices
 from tests.models.attention_reference import arrays, check, packed_segments, reference
 
 MESHES = [(1, 8, 1, 1), (1, 4, 2, 1), (2, 2, 2, 1), (1, 2, 1, 4), (1, 2, 2, 2), (1, 1, 8, 1), (1, 1, 1, 8)]
@@ -49,14 +46,6 @@ def check_on_eight_devices() -> None:
 
 
 def test_every_mesh_gives_the_values_and_gradients_of_one_device() -> None:
-    code = "from tests.models.test_attention_shards import check_on_eight_devices as check; check()"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-        check=False,
+    on_eight_devices(
+        "from tests.models.test_attention_shards import check_on_eight_devices as check; check()"
     )
-    assert done.returncode == 0, done.stderr[-3000:]

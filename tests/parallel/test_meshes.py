@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from lora_jax.models.sharding import placed, shardings
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.train.feed import batch_on_mesh
 from lora_jax.train.step import init_state, make_train_step
-from tests.conftest import ROOT
+from tests.apart import on_eight_devices
 from tests.tiny import CONFIGS, Base, adapted, lora, open_base, write_checkpoint
 
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (2, 2, 2, 1), (1, 2, 1, 4)]
@@ -102,14 +99,4 @@ def check_on_eight_devices(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_five_steps_on_every_mesh_are_those_of_one_device(bits: int) -> None:
-    code = f"from tests.parallel.test_meshes import check_on_eight_devices as check; check({bits})"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    on_eight_devices(f"from tests.parallel.test_meshes import check_on_eight_devices as check; check({bits})")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -23,7 +20,7 @@ from lora_jax.quant.matmul import matmul
 from lora_jax.quant.quantize import abstract_quantized, quantize
 from lora_jax.quant.sharded import partition_specs, shard
 from lora_jax.quant.stack import empty_stack, place
-from tests.conftest import ROOT
+from tests.apart import on_eight_devices
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (2, 2, 2, 1), (1, 2, 1, 4), (1, 1, 8, 1)]
@@ -76,17 +73,7 @@ def check_on_eight_devices() -> None:
 
 
 def test_every_mesh_and_cut_gives_the_products_of_one_device_and_sends_codes_alone() -> None:
-    code = "from tests.quant.test_sharded import check_on_eight_devices; check_on_eight_devices()"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_eight_devices("from tests.quant.test_sharded import check_on_eight_devices; check_on_eight_devices()")
 
 
 @pytest.mark.parametrize(
