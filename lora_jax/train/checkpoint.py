@@ -29,6 +29,7 @@ from etils import epath
 
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import write_failure
+from lora_jax.parallel.processes import lost
 from lora_jax.train.step import TrainState
 
 FREE = frozenset(
@@ -210,6 +211,8 @@ class Checkpoints:
 
     def _failure(self, error: Exception) -> UserError:
         self._failed = True
+        if (gone := lost(error)) is not None:  # processes meet where a checkpoint is written
+            return gone
         found = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's errors are texts
         if found:
             error = OSError(int(found[1]), os.strerror(int(found[1])))
