@@ -5,7 +5,7 @@ The stages are in lora_jax/commands/merge.py; this is `lora-jax merge`.
 
 import sys
 
-from lora_jax.cli import main
+from lora_jax.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["merge", *sys.argv[1:]]))
+    run(["merge", *sys.argv[1:]])

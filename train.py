@@ -5,7 +5,7 @@ The stages are in lora_jax/train/run.py; this is `lora-jax train`.
 
 import sys
 
-from lora_jax.cli import main
+from lora_jax.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run(["train", *sys.argv[1:]])

@@ -1,8 +1,6 @@
 """python -m lora_jax is lora-jax."""
 
-import sys
-
-from lora_jax.cli import main
+from lora_jax.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

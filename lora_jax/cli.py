@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from lora_jax import __version__
 from lora_jax.cache import keep_compiled
@@ -57,6 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # what reads the output has gone, as in --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def run(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command as a program.
+
+    After an error the program ends at once: threads of a checkpoint that failed would wait minutes for one another.
+    """
+    code = main(arguments)
+    if code == EXIT_CODE:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _train(arguments: Sequence[str]) -> int:

@@ -208,7 +208,7 @@ def test_a_file_in_the_folders_place_is_one_clear_error(tmp_path: Path) -> None:
 
 
 FULL = """
-import resource, signal, sys, time
+import os, resource, signal, sys, time
 from pathlib import Path
 import jax.numpy as jnp
 from lora_jax.errors import UserError
@@ -230,6 +230,8 @@ for limit, noticed in ((100_000, "at the end"), (100_000, "between steps"), (1, 
     except UserError as error:
         print(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+sys.stdout.flush()
+os._exit(0)  # as the command line ends after an error: what failed leaves threads that wait for one another
 """
 
 
