@@ -96,7 +96,8 @@ class Checkpoints:
         """Open the folder, made if need be; raises UserError where it cannot be used."""
         for name in ("absl", "concurrent.futures"):  # what they report is raised here, in one line
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self.folder, self.identity = epath.Path(folder), identity
+        whole = folder if "://" in str(folder) else Path(folder).absolute()  # Orbax takes no relative path
+        self.folder, self.identity = epath.Path(whole), identity
         self._failed = self._cleaned = self._writing = False
         policies = ocp.checkpoint_managers
         kept: list[Any] = [policies.LatestN(keep)]

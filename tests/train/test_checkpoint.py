@@ -251,6 +251,13 @@ def test_a_checkpoint_that_does_not_fit_is_one_clear_line_and_leaves_the_others(
     assert names(saved) == ["4", "8"]
 
 
+def test_a_folder_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with opened(Path("out/checkpoints")) as checkpoints:
+        checkpoints.save(state(), Progress([0.0, 0.0]))
+    assert names(tmp_path / "out/checkpoints")
+
+
 def test_the_state_before_the_first_step_can_be_saved(tmp_path: Path) -> None:
     trainable = {"lora_A": jnp.ones((2, 3))}
     first = init_state(trainable, optax.sgd(0.1), jax.random.key(0))
