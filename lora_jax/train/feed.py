@@ -69,12 +69,6 @@ def evaluation(rows: TokenDataset, sizes: Sizes, mesh: Mesh, padding_id: int) ->
         yield _on_mesh(local, here, shape)
 
 
-def batch_on_mesh(batch: Batch, mesh: Mesh) -> Batch:
-    """Return a step's whole batch [accumulation, batch, length], the same in every process, cut over the mesh."""
-    here = NamedSharding(mesh, P(None, ROWS, POSITIONS))
-    return Batch(*(jax.device_put(array, here) for array in batch))
-
-
 def _part(sharding: NamedSharding, shape: tuple[int, ...], axis: int) -> list[int]:
     """Return the indices along an axis that this process's devices hold."""
     held = sharding.addressable_devices_indices_map(shape).values()

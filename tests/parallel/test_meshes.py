@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lora_jax.config import MeshOptions, ModelOptions
 from lora_jax.data.batches import Batch
@@ -20,8 +21,7 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.load import load_params
 from lora_jax.models.quantization import quantization_of
 from lora_jax.models.sharding import placed, shardings
-from lora_jax.parallel.mesh import make_mesh
-from lora_jax.train.feed import batch_on_mesh
+from lora_jax.parallel.mesh import POSITIONS, ROWS, make_mesh
 from lora_jax.train.step import init_state, make_train_step
 from tests.apart import on_eight_devices
 from tests.tiny import CONFIGS, Base, adapted, lora, open_base, write_checkpoint
@@ -32,15 +32,15 @@ MLP = 640
 CONFIG = {
     **CONFIGS["llama"], "hidden_size": 256, "intermediate_size": MLP, "num_hidden_layers": 2, "head_dim": 32,
 }  # fmt: skip
-ROWS, LENGTH, STEPS = 8, 32, 5
+BATCH, LENGTH, STEPS = 8, 32, 5
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(1e-3))
 
 
 def batch() -> Batch:
     """Rows of every length, all but the first few tokens trained."""
     rng = np.random.default_rng(0)
-    filled = np.arange(LENGTH) < rng.integers(LENGTH // 2, LENGTH + 1, (ROWS, 1))
-    tokens = np.where(filled, rng.integers(3, CONFIG["vocab_size"], (ROWS, LENGTH)), 0).astype(np.int32)
+    filled = np.arange(LENGTH) < rng.integers(LENGTH // 2, LENGTH + 1, (BATCH, 1))
+    tokens = np.where(filled, rng.integers(3, CONFIG["vocab_size"], (BATCH, LENGTH)), 0).astype(np.int32)
     trained = filled & (np.arange(LENGTH) > 3)
     positions = np.where(filled, np.arange(LENGTH), 0).astype(np.int32)
     whole = (tokens, positions, filled.astype(np.int32), np.roll(tokens, -1, 1), trained.astype(np.float32))
@@ -57,7 +57,7 @@ def losses_and_adapter(base: Base, bits: int, mesh: Mesh) -> tuple[list[float], 
         state = init_state(jax.tree.map(jnp.copy, trainable), OPTIMIZER, jax.random.key(0))
         kept = shardings(state, mesh)
         state, adapter = placed(state, kept), placed(adapter, shardings(adapter, mesh))
-        rows = batch_on_mesh(batch(), mesh)
+        rows = jax.device_put(batch(), NamedSharding(mesh, P(None, ROWS, POSITIONS)))
         model = Decoder(base.config, lora_dropout=0.1, gradient_checkpointing=True)
         step: Any = make_train_step(model, OPTIMIZER, kept)
         compiled = step.lower(state, frozen, adapter, rows).compile()
