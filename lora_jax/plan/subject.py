@@ -9,13 +9,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax.adapters.continued import continued_config, resolved_options
-from lora_jax.adapters.peft import adapter_config
-from lora_jax.adapters.read import vocab_size
-from lora_jax.adapters.targets import Plan, check_unquantized, make_plan
+from lora_jax.adapters.targets import Plan, check_unquantized
 from lora_jax.config import RunConfig
 from lora_jax.errors import UserError
-from lora_jax.hub.adapter_files import read_adapter
 from lora_jax.hub.bitsandbytes import QuantizationConfig, read_quantization_config
 from lora_jax.hub.checkpoint import CONFIG_FILE, Checkpoint
 from lora_jax.hub.json_file import read_json_object
@@ -25,7 +21,6 @@ from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.families import read_config
 from lora_jax.models.load import check_names, storage_dtype
-from lora_jax.models.names import modules
 from lora_jax.models.quantization import (
     compute_dtype,
     quantization_of,
@@ -33,6 +28,7 @@ from lora_jax.models.quantization import (
     resolved_model_options,
 )
 from lora_jax.plan.targets import Platform
+from lora_jax.train.adapted import adapted, check_full
 
 
 @dataclass(frozen=True)
@@ -62,16 +58,14 @@ def read_subject(config: RunConfig, typed: Collection[str], platform: Platform) 
         check_names(checkpoint, model_config)
     quantization = quantization_of(config.model, checkpoint, model_config, typed)
     config = replace(config, model=resolved_model_options(config.model, quantization))
-    if config.method == "full" and quantization is not None:
-        raise UserError(
-            f"--method full: trains every weight, and the base has {quantization.bits} bits; train an adapter"
-        )
+    check_full(config, quantization)
     if config.model.resize_vocab:
         rows = max(model_config.vocab_size, len(load_tokenizer(checkpoint.folder)))
         model_config = replace(model_config, vocab_size=rows)
     plan = None
     if config.method == "lora":
-        config, model_config, plan = _adapted(config, model_config, typed)
+        found = adapted(config, model_config, typed)
+        config, model_config, plan = found.config, found.model_config, found.plan
         check_unquantized(plan, quantized_weights(checkpoint, model_config, quantization))
     if has_weights or config.model.dtype != "auto":
         stored = storage_dtype(checkpoint, model_config, config.model)
@@ -105,17 +99,3 @@ def _written_dtype(checkpoint: Checkpoint) -> Any:
         raise UserError(
             f"config.json: dtype {named!r} is not known: {checkpoint.folder}; give --model.dtype"
         ) from error
-
-
-def _adapted(
-    config: RunConfig, model_config: ModelConfig, typed: Collection[str]
-) -> tuple[RunConfig, ModelConfig, Plan]:
-    asked = adapter_config(config.lora, config.model.path, config.model.revision)
-    if config.lora.init_from is None:
-        return config, model_config, make_plan(asked, modules(model_config))
-    folder = Path(config.lora.init_from).expanduser()
-    stored, tensors = read_adapter(folder)
-    model_config = replace(model_config, vocab_size=vocab_size(folder, stored, tensors, model_config))
-    found = continued_config(asked, stored, typed, modules(model_config))
-    config = replace(config, lora=resolved_options(config.lora, found))
-    return config, model_config, make_plan(found, modules(model_config), strict=False)

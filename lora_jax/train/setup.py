@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lora_jax.adapters.continued import continued_config, resolved_options
 from lora_jax.adapters.count import trainable_parameters
 from lora_jax.adapters.init import init_adapter
-from lora_jax.adapters.peft import Tensors, adapter_config, check_tensors, import_tensors
-from lora_jax.adapters.read import vocab_size
-from lora_jax.adapters.targets import Plan, check_unquantized, make_plan
+from lora_jax.adapters.peft import import_tensors
+from lora_jax.adapters.targets import Plan, check_unquantized
 from lora_jax.config import RunConfig
 from lora_jax.data.dataset import TokenDataset, hold_out, load_examples
 from lora_jax.errors import UserError
-from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
+from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.packed_checkpoint import open_checkpoint
@@ -31,7 +29,7 @@ from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
 from lora_jax.models.load import check_names, load_params, storage_dtype
-from lora_jax.models.names import Module, modules, name_table
+from lora_jax.models.names import name_table
 from lora_jax.models.quantization import (
     compute_dtype,
     quantization_of,
@@ -39,6 +37,7 @@ from lora_jax.models.quantization import (
     resolved_model_options,
 )
 from lora_jax.models.sharding import placed, shardings
+from lora_jax.train.adapted import adapted, check_full
 from lora_jax.train.offload import has_host_memory, offloads_activations
 
 
@@ -92,21 +91,15 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
     check_names(checkpoint, model_config)
     quantization = quantization_of(config.model, checkpoint, model_config, typed)
     config = replace(config, model=resolved_model_options(config.model, quantization))
-    _check_full(config, quantization)
+    check_full(config, quantization)
     tokenizer = load_tokenizer(checkpoint.folder)
     if config.model.resize_vocab and len(tokenizer) > model_config.vocab_size:
         model_config = replace(model_config, vocab_size=len(tokenizer))
     plan, lora_config, tensors = None, None, None
     if config.method == "lora":
-        stored = _stored_adapter(config)
-        if stored is not None:
-            model_config = replace(model_config, vocab_size=vocab_size(*stored, model_config))
-        lora_config, tensors = _adapter(config, typed, modules(model_config), stored)
-        if tensors is not None:
-            config = replace(config, lora=resolved_options(config.lora, lora_config))
-        plan = make_plan(lora_config, modules(model_config), strict=tensors is None)
-        if tensors is not None:
-            check_tensors(tensors, plan, config.lora.init_from)
+        found = adapted(config, model_config, typed)
+        config, model_config, plan = found.config, found.model_config, found.plan
+        lora_config, tensors = found.lora_config, found.tensors
         _check_resized(checkpoint, model_config, plan)
         check_unquantized(plan, quantized_weights(checkpoint, model_config, quantization))
     train_rows, eval_rows = _rows(config, tokenizer, model_config.vocab_size)
@@ -137,34 +130,6 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
         config, checkpoint, quantization, model_config, model, tokenizer, train_rows, eval_rows, frozen, trainable,
         adapter, plan, lora_config, run_key, mesh,
     )  # fmt: skip
-
-
-def _check_full(config: RunConfig, quantization: QuantizationConfig | None) -> None:
-    if config.method == "full" and quantization is not None:
-        raise UserError(
-            f"--method full: trains every weight, and the base has {quantization.bits} bits; train an adapter, or "
-            "give the unquantised checkpoint"
-        )
-
-
-def _stored_adapter(config: RunConfig) -> tuple[Path, AdapterConfig, Tensors] | None:
-    """Return the folder, config and tensors of the adapter to go on with, if one is given."""
-    if config.lora.init_from is None:
-        return None
-    folder = Path(config.lora.init_from).expanduser()
-    return folder, *read_adapter(folder)
-
-
-def _adapter(
-    config: RunConfig,
-    typed: Collection[str],
-    known: Sequence[Module],
-    stored: tuple[Path, AdapterConfig, Tensors] | None,
-) -> tuple[AdapterConfig, Tensors | None]:
-    asked = adapter_config(config.lora, config.model.path, config.model.revision)
-    if stored is None:
-        return asked, None
-    return continued_config(asked, stored[1], typed, known), stored[2]
 
 
 def _rows(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[TokenDataset, TokenDataset | None]:
