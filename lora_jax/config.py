@@ -16,6 +16,7 @@ from lora_jax.errors import UserError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 FOUR_BIT = "bnb_4bit_"
 """What the names of options that only a 4-bit model has begin with."""
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 DataFormat = Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"]
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
@@ -165,6 +166,12 @@ class TrainOptions:
     """Checkpoints kept; None keeps all."""
     seed: int = 42
     """Seed of initialisation, data order and dropout."""
+    report_to: tuple[Tracker, ...] = ()
+    """Trackers to send what is logged to: tensorboard, wandb, mlflow, trackio; metrics.jsonl is written always."""
+    run_name: str | None = None
+    """Name of the run in trackers; unset is the name of output_dir."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step of a profiler trace, written to output_dir/profile; one number traces one step."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +220,12 @@ class RunConfig:
     """Go on from the last checkpoint of output_dir."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
+    push_to_hub: str | None = None
+    """Id on the Hub, owner/name, to upload the adapter or model to when the run is done."""
+    hub_private_repo: bool = False
+    """Make the repository private, where push_to_hub makes it."""
+    hub_revision: str | None = None
+    """Branch of push_to_hub to upload to, made where it is not there; unset is main."""
 
 
 def check(config: RunConfig) -> None:
@@ -325,6 +338,13 @@ def _check_train(train: TrainOptions) -> None:
         "--train.offload",
         train.offload,
         "moves the layers' inputs that --train.gradient_checkpointing keeps; switch that on, or give optimizer",
+    )
+    traced = list(train.profile_steps)
+    _require(
+        not traced or (len(traced) <= 2 and 0 < traced[0] <= traced[-1]),
+        "--train.profile_steps",
+        " ".join(map(str, traced)),
+        "takes the first and the last step to trace, such as 3 5",
     )
     for name in ("per_device_eval_batch_size", "save_total_limit"):
         value = getattr(train, name)

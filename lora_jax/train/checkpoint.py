@@ -40,6 +40,9 @@ FREE = frozenset(
         "train.save_total_limit",
         "train.per_device_train_batch_size",  # the rows of a step are compared instead
         "train.per_device_eval_batch_size",
+        "train.report_to",
+        "train.run_name",
+        "train.profile_steps",
     }
 )
 """Options that may differ between a run and its resumption without changing the result."""

@@ -19,10 +19,12 @@ from lora_jax.train.checkpoint import EVAL_LOSS, Checkpoints, Progress
 from lora_jax.train.feed import Feed, Sizes, evaluation
 from lora_jax.train.optim import make_optimizer, schedule
 from lora_jax.train.output import MetricsLog
+from lora_jax.train.profile import Profiler
 from lora_jax.train.report import Reporter
 from lora_jax.train.setup import Run
 from lora_jax.train.signals import Signals
 from lora_jax.train.step import StepMetrics, TrainState, make_eval_step, make_train_step
+from lora_jax.train.utilisation import utilisation_of_a_token
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,10 @@ class Loop:
         checkpoints: Checkpoints,
         reporter: Reporter,
         signals: Signals,
+        profiler: Profiler,
     ) -> None:
         self.run, self.sizes, self.log, self.reporter = run, sizes, log, reporter
+        self.profiler, self.utilisation = profiler, utilisation_of_a_token(run)
         self.checkpoints, self.signals = checkpoints, signals
         self.options: TrainOptions = run.config.train
         self.train_step = make_train_step(
@@ -97,11 +101,13 @@ class Loop:
         stopped: int | None = None
         self.signals.compiling()
         for step in range(first + 1, self.sizes.steps + 1):
+            self.profiler.before(step)
             batch = self.feed.batch(step)
             state, metrics = self.train_step(state, self.run.frozen, self.run.adapter, batch)
             self.signals.stepping()
             window.add(self.feed.tokens(step), metrics)
             last = step == self.sizes.steps
+            self.profiler.after(step, metrics)
             self.reporter.at(step)
             evaluates, loss = self._evaluates(step), None
             if evaluates or self._logs(step):
@@ -153,6 +159,8 @@ class Loop:
 
     def _entry(self, step: int, window: _Window) -> dict[str, Any]:
         loss, figures = window.figures()
+        if self.utilisation is not None:
+            figures["mfu"] = self.utilisation * figures["tokens_per_second"]
         return {
             "step": step,
             "epoch": round(step / self.sizes.steps_per_epoch, 4),

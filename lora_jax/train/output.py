@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,7 +24,22 @@ METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL = (
     "adapter",
     "model",
 )
+RECORD, SAMPLES, PROFILE, TENSORBOARD, WANDB, REPORT = (
+    "run.json",
+    "samples.jsonl",
+    "profile",
+    "tensorboard",
+    "wandb",
+    "report.html",
+)
 OURS = (METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL)
+"""What a run is told by, and what it writes."""
+BESIDE = (RECORD, SAMPLES, PROFILE, TENSORBOARD, WANDB, REPORT)
+"""What is written beside it, and goes away with it."""
+STARTING = (
+    "resume", "overwrite", "distributed", "push_to_hub", "hub_private_repo", "hub_revision",
+)  # fmt: skip
+"""Options that say how a run is started and where it goes, not what it does."""
 SHARED = 60
 """Seconds within which a shared file system shows what another machine wrote: NFS remembers what was not there."""
 
@@ -83,7 +99,7 @@ def open_output(config: RunConfig) -> Place:
 def _open(folder: Place, config: RunConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in OURS:
+        for name in (*OURS, *BESIDE):
             remove_leftovers(folder / name)
             if config.overwrite:
                 remove(folder / name)
@@ -103,7 +119,7 @@ def config_yaml(config: RunConfig) -> str:
         idle.append("llm_int8_skip_modules")
     for name in idle:
         options["model"].pop(name)
-    for name in ("resume", "overwrite", "distributed"):  # how it was started, not what it does
+    for name in STARTING:
         options.pop(name)
     return yaml.safe_dump(options, sort_keys=False)
 
@@ -122,9 +138,11 @@ class MetricsLog:
 
     SECONDS = 30
 
-    def __init__(self, path: Place, keep_to: int | None = None) -> None:
-        """Open the file; on resuming, lines past the step `keep_to` are cut first."""
-        self.path = path
+    def __init__(
+        self, path: Place, keep_to: int | None = None, also: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        """Open the file; on resuming, lines past the step `keep_to` are cut first. `also` is given each new object."""
+        self.path, self._also = path, also
         kept: list[dict[str, Any]] = []
         if keep_to is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -142,6 +160,8 @@ class MetricsLog:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one object."""
+        if self._also is not None:
+            self._also(entry)
         line = json.dumps(entry) + "\n"
         if self._file is not None:
             self._file.write(line)

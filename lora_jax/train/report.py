@@ -134,6 +134,8 @@ class Reporter:
             self.progress.update(self.task, completed=entry["step"], figures=figures)
             parts += [f"loss {entry['loss']:.4f}", f"lr {entry['learning_rate']:.2e}"]
             parts += [f"grad_norm {entry['grad_norm']:.3f}", f"{entry['tokens_per_second']:,.0f} tokens/s"]
+            if "mfu" in entry:
+                parts.append(f"MFU {100 * entry['mfu']:.1f}%")
         if "eval_loss" in entry:
             parts.append(f"eval_loss {entry['eval_loss']:.4f}")
         if "eval_loss" in entry or not self.console.is_terminal:
