@@ -21,7 +21,7 @@ export JAX_PLATFORMS ?= cpu
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak parity check format memory aot aot-cuda clean
+.PHONY: help demo test soak parity check check-report format memory aot aot-cuda clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,6 +49,9 @@ check: $(VENV)/.installed-dev ## Lint, check the formatting, the layers of impor
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+check-report: $(VENV)/.installed-browser ## Click through the pages of lora-jax report in Debian's chromium; some minutes.
+	$(BIN)/python scripts/check_report.py $(ARGS)
 
 format: $(VENV)/.installed-dev ## Mend what ruff can mend.
 	$(BIN)/ruff check --fix .

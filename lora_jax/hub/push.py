@@ -12,7 +12,7 @@ from lora_jax.errors import UserError, listing
 LOG_IN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
 
 
-def check_push(repo_id: str, revision: str | None, folder: PurePath) -> None:
+def check_push(repo_id: str, folder: PurePath) -> None:
     """Raise UserError where a push would be refused for its id, its token or its owner, or the Hub does not answer."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -53,7 +53,7 @@ def check_push(repo_id: str, revision: str | None, folder: PurePath) -> None:
 
 
 def push(
-    folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None, option: str = "--push_to_hub"
+    folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None
 ) -> str:  # fmt: skip
     """Upload a folder's files to a model's repository, made where it is not there; return its address.
 
@@ -69,7 +69,7 @@ def push(
     except Exception as error:
         branch = f" --revision {quote(revision)}" if revision is not None else ""
         raise UserError(
-            f"{option} {repo_id}: not pushed ({_first(error)}); {folder} is complete, push it by hand: "
+            f"--push_to_hub {repo_id}: not pushed ({_first(error)}); {folder} is complete, push it by hand: "
             f"hf upload {quote(repo_id)} {quote(str(folder))} .{branch}"
         ) from error
     return str(made)
@@ -90,5 +90,7 @@ def _role(me: Any) -> str | None:
 
 
 def _first(error: Exception) -> str:
-    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    """Return what the Hub said, else the first line of the error."""
+    said = getattr(error, "server_message", None) or str(error.__cause__ or error)
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

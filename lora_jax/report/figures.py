@@ -56,7 +56,7 @@ def loss_figure(runs: Sequence[RunFiles]) -> Figure | None:
             label = "eval" if name is None else f"eval {name}"
             colour = _colour(index) if several else _colour(1 + number)
             _points(figure, index, run, key, f"{run.name}, {label}" if several else label, colour, number)
-        _mark(figure, run)
+        _mark(figure, run, f"{_plain(run.name)}: " if several else "")
     caption = "Nats a token."
     if several:
         caption += " Lines are training, dotted lines with points evaluation."
@@ -220,14 +220,14 @@ def _running_mean(values: Sequence[float]) -> list[float | None]:
     return found
 
 
-def _mark(figure: go.Figure, run: RunFiles) -> None:
+def _mark(figure: go.Figure, run: RunFiles, name: str) -> None:
     """Draw where a run was gone on with, and where its loss was lost."""
     resumed = run.record.get("resumed")
     for entry in resumed if isinstance(resumed, list) else ():
         if isinstance(entry, Mapping) and isinstance(entry.get("step"), int):
-            _line(figure, entry["step"], "resumed", "var(--line)", "dot")
+            _line(figure, entry["step"], f"{name}resumed", "var(--line)", "dot")
     if run.diverged is not None:
-        _line(figure, run.diverged, "loss not finite", "var(--bad)", "dash")
+        _line(figure, run.diverged, f"{name}loss not finite", "var(--bad)", "dash")
 
 
 def _line(figure: go.Figure, step: int, text: str, colour: str, dash: str) -> None:

@@ -76,9 +76,9 @@ def _of_adapter(folder: Path) -> Movement | None:
     for name, norm in norms.items():
         weight = _norm(base, f"{name}.weight")
         found.append(_moved(name, norm, None if weight is None else norm / weight))
-    for name, tensor in tensors.items() if base is not None else ():
-        if name.endswith(".weight") and ".lora_" not in name and name in base.names:
-            found.append(_difference(name, tensor, base))
+    whole = [name for name in tensors if name.endswith(".weight") and ".lora_" not in name]
+    if base is not None:
+        found += [_difference(name, tensors[name], base) for name in whole if name in base.names]
     if not found:
         return None
     if reason is None and any(module.relative is None for module in found):

@@ -89,6 +89,8 @@ class RunFiles:
     @cached_property
     def status(self) -> str:
         """How the run ended, in a few words."""
+        if self.diverged is not None:
+            return f"diverged at step {self.diverged:,}"
         status = self.record.get("status")
         done = (self.folder / ADAPTER).is_dir() or (self.folder / MODEL).is_dir()
         if status == "finished" or (status is None and done):

@@ -43,7 +43,7 @@ def troubles(run: RunFiles) -> list[str]:
     found = []
     if run.diverged is not None:
         found.append(f"The loss is no finite number from step {run.diverged:,} on: the run diverged.")
-    if run.status != "finished":
+    elif run.status != "finished":
         found.append(f"The run is not finished: {run.status}. What is shown is what it had written by then.")
     if not run.lines:
         found.append("Nothing is logged yet.")

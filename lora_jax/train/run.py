@@ -62,7 +62,7 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
         check_output(config)
         check_tracking(config)
         if config.push_to_hub is not None and writes():
-            check_push(config.push_to_hub, config.hub_revision, output_folder(config))
+            check_push(config.push_to_hub, output_folder(config))
         if not same_in_all(
             f"{config_yaml(config)}{config.resume}{config.overwrite}"
         ):  # and the output folder is checked by all

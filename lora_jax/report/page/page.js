@@ -74,7 +74,9 @@
     const scale = (value) => (log ? Math.log10(value) : value);
     const values = ends.flatMap((end) => end.trace.y).filter((value) => value !== null).map(scale);
     const span = values.reduce((a, b) => Math.max(a, b), -Infinity) - values.reduce((a, b) => Math.min(a, b), Infinity) || 1;
-    const near = ends.length === 2 && Math.abs(scale(ends[0].y) - scale(ends[1].y)) < 0.09 * span;
+    const reach = layout.xaxis.range[1] - layout.xaxis.range[0];
+    const beside = ends.length === 2 && Math.abs(ends[0].x - ends[1].x) < 0.15 * reach;
+    const near = beside && Math.abs(scale(ends[0].y) - scale(ends[1].y)) < 0.09 * span;
     const order = ends.length === 2 && ends[0].y < ends[1].y ? 1 : -1;
     ends.forEach((end, index) => layout.annotations.push({
       x: end.x, y: scale(end.y), text: `<b>${end.trace.name.split(", ").pop()}</b> ${Number(end.y).toFixed(3)}`,
