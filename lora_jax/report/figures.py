@@ -26,7 +26,7 @@ KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 """Modules of a layer in the order of a forward pass; others come after them."""
 APART = 10
 """How many times more than another one's a run's greatest update may be before the two have scales of their own."""
-QUIET = ("step", "epoch", "num_tokens", "step_seconds")
+QUIET = ("step", "epoch", "num_tokens", "step_seconds", "base_eval_loss")
 """Figures that get no curve of their own."""
 TITLES = {
     "learning_rate": "Learning rate",
@@ -64,19 +64,36 @@ def loss_figure(runs: Sequence[RunFiles]) -> Figure | None:
 
 
 def small_figures(runs: Sequence[RunFiles]) -> list[Figure]:
-    """Return a figure for each other curve: first the usual ones, then whatever else was logged."""
-    logged = dict.fromkeys(key for run in runs for key in run.keys)
-    rest = [key for key in logged if key not in QUIET and key not in TITLES and key != "loss"]
+    """Return a figure for each other curve: first the usual ones, then whatever else was logged.
+
+    What was measured both in training and on evaluation rows shares a figure.
+    """
+    groups: dict[str, list[tuple[str, str]]] = {key: [] for key in TITLES}
+    for key in dict.fromkeys(key for run in runs for key in run.keys):
+        if key not in QUIET and key != "loss" and not EVAL_LOSS.fullmatch(key):
+            figure, label = _group(key, [name for run in runs for name in run.eval_sets])
+            groups.setdefault(figure, []).append((key, label))
     found = []
-    for key in (*TITLES, *(key for key in rest if not EVAL_LOSS.fullmatch(key))):
-        figure = _figure(220)
+    for name, members in groups.items():
+        figure, several = _figure(220), len(runs) > 1
         for index, run in enumerate(runs):
-            draw = _points if key.startswith("eval_") else _curve
-            draw(figure, index, run, key, run.name if len(runs) > 1 else _words(key).lower(), _colour(index))
-        if key == "mfu":
+            for number, (key, label) in enumerate(members):
+                draw = _curve if label == "train" else _points
+                words = label if len(members) > 1 else _words(name).lower()
+                words = (f"{run.name}, {words}" if len(members) > 1 else run.name) if several else words
+                draw(figure, index, run, key, words, _colour(index if several else number))
+        if name == "mfu":
             figure.update_yaxes(tickformat=".0%")
-        found.append(_shown(key, _words(key), figure))
+        found.append(_shown(name, _words(name), figure))
     return [figure for figure in found if figure is not None]
+
+
+def _group(key: str, sets: Sequence[str]) -> tuple[str, str]:
+    """Return what a figure of metrics.jsonl measures, and on which rows: train, eval or a named set."""
+    for name in sorted(sets, key=len, reverse=True):
+        if key.startswith(f"eval_{name}_"):
+            return key.removeprefix(f"eval_{name}_"), f"eval {name}"
+    return (key.removeprefix("eval_"), "eval") if key.startswith("eval_") else (key, "train")
 
 
 def lengths_figure(runs: Sequence[RunFiles]) -> Figure | None:
@@ -88,14 +105,20 @@ def lengths_figure(runs: Sequence[RunFiles]) -> Figure | None:
             continue
         width, counts = lengths["width"], lengths["counts"]
         bars = range(next((i for i, count in enumerate(counts) if count), 0), len(counts))
-        name = _plain(run.name) if len(runs) > 1 else ""
+        middles, heights = [(i + 0.5) * width + 0.5 for i in bars], [counts[i] for i in bars]
+        if len(runs) > 1:  # bars that lie over each other hide one another
+            figure.add_scatter(
+                x=[middles[0] - width, *middles, middles[-1] + width], y=[0, *heights, 0], mode="lines",
+                name=_plain(run.name), line={"color": _colour(index), "width": 2, "shape": "hvh"},
+                meta={"run": index},
+            )  # fmt: skip
+            continue
         figure.add_bar(
-            x=[(i + 0.5) * width + 0.5 for i in bars], y=[counts[i] for i in bars], width=width * 0.92, name=name,
-            marker={"color": _colour(index)}, opacity=1 if len(runs) == 1 else 0.55,
+            x=middles, y=heights, width=width * 0.92, marker={"color": _colour(index)}, meta={"run": index},
             customdata=[f"{i * width + 1:,} to {(i + 1) * width:,}" if width > 1 else str(i + 1) for i in bars],
-            hovertemplate="%{customdata} tokens: %{y:,} rows<extra>" + name + "</extra>", meta={"run": index},
+            hovertemplate="%{customdata} tokens: %{y:,} rows<extra></extra>",
         )  # fmt: skip
-    figure.update_layout(barmode="overlay", xaxis_title_text="tokens of a row", yaxis_title_text="rows")
+    figure.update_layout(xaxis_title_text="tokens of a row", yaxis_title_text="rows")
     return _shown("lengths", "Lengths of the training rows", figure)
 
 

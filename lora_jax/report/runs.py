@@ -63,17 +63,29 @@ class RunFiles:
         )
 
     @cached_property
+    def eval_sets(self) -> tuple[str, ...]:
+        """Names of the named evaluation sets."""
+        found = [match[1] for key in self.keys if (match := EVAL_LOSS.fullmatch(key))]
+        return tuple(name for name in found if name is not None)
+
+    @cached_property
     def diverged(self) -> int | None:
-        """The first step whose loss is no finite number."""
-        for line in self.lines:
-            for key, value in line.items():
-                if (
-                    (key == "loss" or EVAL_LOSS.fullmatch(key))
-                    and _number(value)
-                    and not math.isfinite(value)
-                ):
-                    return int(line["step"])
-        return None
+        """The step from which on a loss is no finite number; None where it came back, as after a skipped step."""
+        found = []
+        for key in self.keys:
+            if key == "loss" or EVAL_LOSS.fullmatch(key):
+                steps, values, _ = self.series(key)
+                lost = next(
+                    (i for i, value in enumerate(reversed(values)) if math.isfinite(value)), len(values)
+                )
+                found += steps[len(steps) - lost :][:1]
+        return min(found, default=None)
+
+    @cached_property
+    def warnings(self) -> tuple[tuple[int, str], ...]:
+        """What the run warned of, with the steps."""
+        listed = [(int(line["step"]), line.get("warnings")) for line in self.lines]
+        return tuple((step, str(text)) for step, texts in listed if isinstance(texts, list) for text in texts)
 
     @cached_property
     def step(self) -> int:

@@ -1,4 +1,4 @@
-"""A profiler trace of some steps (`train.profile_steps`), for TensorBoard's profile plugin or Perfetto."""
+"""A profiler trace of some steps (`train.profile_steps`), for xprof, alone or in TensorBoard."""
 
 from __future__ import annotations
 

@@ -218,8 +218,33 @@ def test_figure_that_is_new_gets_a_curve_of_its_own(copied: Copy) -> None:
     page = page_of(output)
     assert page.curve("loss", "eval math") == ([1, 2], [1.5, 1.25])
     assert page.curve("mfu", "model flops utilisation")[1] == [0.4, 0.5]
-    assert page.curve("eval_accuracy", "eval accuracy")[1] == [0.5, 0.75]
+    assert page.curve("accuracy", "accuracy")[1] == [0.5, 0.75]
     assert page.curve("skipped_steps", "skipped steps")[1] == [0, 1]
+
+
+def test_what_is_measured_in_training_and_on_named_sets_shares_a_figure(copied: Copy) -> None:
+    output = copied("sets")
+    line = {"loss": 2.0, "token_accuracy": 0.25, "eval_loss": 1.0, "eval_token_accuracy": 0.5}
+    write_lines(
+        output, {"step": 1, **line, "eval_hard_sums_loss": 3.0, "eval_hard_sums_token_accuracy": 0.125}
+    )
+    page = page_of(output)
+    drawn = {trace["name"]: trace["y"] for trace in page.figures["token_accuracy"]["data"]}
+    assert drawn == {"train": [0.25], "eval": [0.5], "eval hard_sums": [0.125]}
+
+
+def test_step_that_was_skipped_is_a_gap_and_no_divergence(copied: Copy) -> None:
+    output = copied("skipped")
+    write_lines(output, *({"step": step, "loss": math.nan if step == 2 else 1.0} for step in (1, 2, 3)))
+    page = page_of(output)
+    assert "diverged" not in page.text
+    assert page.curve("loss", "train")[1] == [1.0, None, 1.0]
+
+
+def test_warnings_that_were_logged_are_told_with_their_steps(copied: Copy) -> None:
+    output = copied("warned")
+    write_lines(output, {"step": 3, "loss": 1.0, "warnings": ["the loss is <high>", "so is the rate"]})
+    assert "step 3 the loss is <high> step 3 so is the rate" in page_of(output).text
 
 
 def test_long_curve_is_drawn_whole_beside_its_running_mean(copied: Copy) -> None:

@@ -12,12 +12,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from lora_jax.adapters.flops import needed_flops
+from lora_jax.adapters.targets import make_plan
 from lora_jax.cli import main
 from lora_jax.config import RunConfig, TrainOptions
+from lora_jax.models.families import read_config
+from lora_jax.models.names import modules
+from lora_jax.parallel.chips import KINDS, Chip
 from lora_jax.train.output import open_output
 from lora_jax.train.record import Record, command_line, histogram
 from lora_jax.train.tracking import Tracking, named
 from tests.runs import metrics, train_arguments
+from tests.tiny import CONFIGS, lora
 
 LINES: list[dict[str, Any]] = [
     {"step": 0, "epoch": 0.0, "eval_loss": 3.5},
@@ -160,9 +166,15 @@ def test_missing_client_is_one_error_before_the_run_that_names_what_to_install(
     assert not (tmp_path / "out").exists()
 
 
-def test_run_writes_its_record_its_trace_and_its_events_and_overwriting_removes_them(
-    tmp_path: Path, model: Path, rows: Path
+def test_run_writes_its_record_its_trace_its_events_and_its_utilisation(
+    tmp_path: Path,
+    model: Path,
+    rows: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    peak = 1e9
+    monkeypatch.setitem(KINDS, "cpu", Chip("this machine", 0, peak, 0, 0))
     output = tmp_path / "out"
     more = (
         "--train.report_to",
@@ -183,6 +195,12 @@ def test_run_writes_its_record_its_trace_and_its_events_and_overwriting_removes_
     assert "--lora.r 2" in record["command"]
     assert list((output / "profile").rglob("*.xplane.pb"))
     assert list((output / "tensorboard").glob("events*"))
+    *_, line = metrics(output)
+    config = read_config(CONFIGS["qwen2-tied"], "here")
+    plan = make_plan(lora(r=2, target_modules="all-linear"), modules(config))
+    needed = needed_flops(config, plan, np.full(8, 7), record["data"]["train"]["trained_tokens"]) / (8 * 7)
+    assert line["mfu"] == pytest.approx(needed * line["tokens_per_second"] / peak)
+    assert f"MFU {100 * line['mfu']:.1f}%" in capsys.readouterr().out
     open_output(RunConfig(output_dir=str(output), overwrite=True))
     assert [file.name for file in output.iterdir()] == ["config.yaml"]
 
