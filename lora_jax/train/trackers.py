@@ -83,7 +83,7 @@ class WandB:
             resume=None if start.run_id is None else "allow",
             config=dict(start.options),
             dir=str(start.folder) if isinstance(start.folder, Path) else None,
-            settings=wandb.Settings(console="off"),
+            settings=wandb.Settings(console="off", init_timeout=60),
         )
         self.run_id: str | None = self.run.id
 
