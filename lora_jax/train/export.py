@@ -20,7 +20,6 @@ from lora_jax.hub.resolve import looks_like_id
 from lora_jax.hub.tokenizer import copy_tokenizer
 from lora_jax.models.save import save_model, tree_tensors
 from lora_jax.parallel.processes import writes
-from lora_jax.train.feed import Sizes
 from lora_jax.train.loop import Outcome
 from lora_jax.train.output import ADAPTER, MODEL
 from lora_jax.train.setup import Run
@@ -48,7 +47,7 @@ def export_adapter(run: Run, trainable: Any, folder: Place, facts: TrainingFacts
     return target
 
 
-def training_facts(run: Run, sizes: Sizes, outcome: Outcome) -> TrainingFacts:
+def training_facts(run: Run, outcome: Outcome) -> TrainingFacts:
     """Return what a model card says about a run."""
     config = run.config
     data, eval_data = config.data.path, config.data.eval_path
@@ -59,7 +58,7 @@ def training_facts(run: Run, sizes: Sizes, outcome: Outcome) -> TrainingFacts:
     ]
     return TrainingFacts(
         data=data,
-        steps=sizes.steps,
+        steps=int(outcome.state.step),
         num_tokens=outcome.num_tokens,
         trainable_parameters=run.parameters[0],
         learning_rate=config.train.learning_rate,

@@ -86,7 +86,6 @@ def run_facts(run: Run, sizes: Sizes, typed: Collection[str]) -> dict[str, Any]:
         "parameters": {"trainable": trainable, "all": total},
         "steps": sizes.steps,
         "rows_per_step": sizes.rows_per_step,
-        "length": sizes.length,
         "data": {
             "train": data_facts(run.train_rows),
             "eval": run.eval_rows and data_facts(run.eval_rows),
@@ -97,9 +96,7 @@ def run_facts(run: Run, sizes: Sizes, typed: Collection[str]) -> dict[str, Any]:
 def data_facts(rows: TokenDataset) -> dict[str, Any]:
     """Return the counts of a data set and the histogram of its lengths."""
     names = ("name", "rows", "tokens", "trained_tokens", "truncated", "dropped", "longest", "max_length")
-    return {name: getattr(rows, name) for name in names} | {
-        "lengths": histogram(np.array([len(row) for row in rows]))
-    }
+    return {name: getattr(rows, name) for name in names} | {"lengths": histogram(rows.lengths)}
 
 
 def histogram(lengths: np.ndarray) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             f"stopped; step {int(outcome.state.step)} is saved, go on with --resume", highlight=False
         )
         return INTERRUPTED if outcome.stopped_by == signal.SIGINT else 0
-    facts = training_facts(run, sizes, outcome)
+    facts = training_facts(run, outcome)
     export = export_model if run.plan is None else export_adapter
     written = export(run, outcome.state.trainable, folder, facts)
     if outcome.eval_before is not None and outcome.eval_after is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from lora_jax.adapters.flops import needed_flops
 from lora_jax.parallel.chips import peak_flops
 from lora_jax.train.setup import Run
@@ -18,6 +16,5 @@ def utilisation_of_a_token(run: Run) -> float | None:
     if peak is None:
         return None
     rows = run.train_rows
-    lengths = np.array([len(row) for row in rows])
-    needed = needed_flops(run.model_config, run.plan, lengths, rows.trained_tokens)
+    needed = needed_flops(run.model_config, run.plan, rows.lengths, rows.trained_tokens)
     return needed / rows.tokens / (peak * run.mesh.size)
