@@ -33,7 +33,7 @@ def outcome(run: RunFiles) -> list[Fact]:
         ("tokens a second", _whole(statistics.median(speeds)) if speeds else None),
         ("MFU", f"{statistics.median(mfus):.1%}" if mfus else None),
         ("time", _time(run)),
-        ("trained parameters", _share(parameters)),
+        ("trained", _share(parameters)),
     ]  # fmt: skip
     return [(name, value) for name, value in facts if value is not None]
 
