@@ -113,14 +113,13 @@ class Found:
     @property
     def rate(self) -> float | None:
         """Tokens a second at most; None for this machine, of which no rates are known."""
-        least = self.estimate.least
-        return self.estimate.tokens / least.seconds if least else None
+        return 1 / seconds if (seconds := _seconds_a_token(self.estimate)) else None
 
 
 def search(config: RunConfig, typed: Typed, target: Target, note: Note) -> list[Found]:
     """Return the largest batches that fit, the fastest by the roofline first; empty where no row fits.
 
-    The mesh is the one that sends least of those that hold one row a device with gradient checkpointing; then, with
+    The mesh is the fastest a token of those that hold one row a device with gradient checkpointing; then, with
     and without it, the rows are found (`largest_batch`). `note` is told of each program that is compiled.
     """
     known: dict[str, Estimate | None] = {}
@@ -140,7 +139,7 @@ def search(config: RunConfig, typed: Typed, target: Target, note: Note) -> list[
     ]
     if not fitting:
         return []
-    mesh = min(fitting, key=lambda pair: pair[0].least.seconds if pair[0].least else 0)[1]
+    mesh = min(fitting, key=lambda pair: _seconds_a_token(pair[0]))[1]
     best = []
     for remat in (True, False):
         chosen = replace(_train(config, gradient_checkpointing=remat), mesh=mesh)
@@ -153,6 +152,10 @@ def search(config: RunConfig, typed: Typed, target: Target, note: Note) -> list[
             best.append(Found(_train(chosen, per_device_train_batch_size=rows), found))
     # By the roofline or, where there is none, by operations a token.
     return sorted(best, key=lambda found: (-(found.rate or 0), found.estimate.flops / found.estimate.tokens))
+
+
+def _seconds_a_token(found: Estimate) -> float:
+    return found.least.seconds / found.tokens if found.least else 0
 
 
 def _tried(config: RunConfig, typed: Typed, target: Target, note: Note) -> Estimate | None:
@@ -190,7 +193,7 @@ def largest_batch(figures: Callable[[int], Figures | None]) -> int | None:
         else:
             a_row = max(1, (found.peak - first.peak) // (step - 1))
             step = 1 + (first.limit - first.peak) // a_row
-        step = min(max(step, rows + max(1, rows // 8)), over - 1)
+        step = min(max(step, rows + max(1, rows // 8)), over - max(1, over // 32))
     return rows
 
 
