@@ -13,7 +13,8 @@ The span comes from, in this order,
    by rendering the conversation with a mark put at an end of that content, and holds only if the rest of
    the text is the same to the last character.
 
-A turn that none of these finds is an error: a guess would train on the wrong tokens in silence.
+A turn that none of these finds is an error: a guess would train on the wrong tokens in silence. A conversation
+that is trained on as a whole has one span, to the end of the text.
 """
 
 from __future__ import annotations
@@ -77,9 +78,40 @@ def render_turns(chat: ChatExample, tokenizer: PreTrainedTokenizerBase, where: s
         text, marked = conversation.render_marked()
     except _TEMPLATE_ERRORS as error:
         raise UserError(f"{where}: the chat template refuses the messages ({error}); mend the row") from error
+    if chat.whole:
+        return Rendered(text, conversation.whole_span(text))
     if conversation.has_marks:
         return Rendered(text, conversation.spans_of_marks(text, marked))
-    return Rendered(text, conversation.spans_of_prefixes(text))
+    return Rendered(text, conversation.spans_of_turns(text, conversation.turns))
+
+
+def without_ends(
+    rendered: Rendered, tokenizer: PreTrainedTokenizerBase, *, whole: bool, keep_last: bool
+) -> list[Span]:
+    """Return spans without the end tokens that close turns, but for the last one with keep_last."""
+    text, spans = rendered
+    found: list[Span] = []
+    for span in spans:
+        special = _closing(text[: span.end], tokenizer)
+        if not span.closed or special is None:
+            found.append(span)
+            continue
+        at = [text.rindex(special, span.start, span.end)]
+        if whole:
+            at = [match.start() for match in re.finditer(re.escape(special), text[: span.end])]
+        ends = [(place, place + len(special)) for place in at if place >= span.start]
+        if keep_last and span is spans[-1]:
+            ends.pop()
+        starts = [span.start, *(end for _, end in ends)]
+        stops = [*(start for start, _ in ends), span.end]
+        found += [Span(a, b, b == span.end) for a, b in zip(starts, stops, strict=True) if a < b]
+    return found
+
+
+def _closing(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the special token that a text ends with, spaces aside."""
+    spoken = text.rstrip()
+    return next((special for special in _special_texts(tokenizer) if spoken.endswith(special)), None)
 
 
 @dataclass(frozen=True)
@@ -104,6 +136,10 @@ class _Conversation:
     @property
     def turns(self) -> list[int]:
         """Indices of the trained messages."""
+        return [turn for turn in self._assistants if turn not in self.chat.silent]
+
+    @property
+    def _assistants(self) -> list[int]:
         numbered = enumerate(self.chat.messages)
         return [i for i, item in numbered if item["role"] == "assistant" and i >= self.chat.prompt_messages]
 
@@ -125,12 +161,18 @@ class _Conversation:
         # What apply_chat_template calls; that one gives no places of characters.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        words: dict[str, Any] = {**self.tokenizer.special_tokens_map, **how}
+        words: dict[str, Any] = {**self.tokenizer.special_tokens_map, **self.chat.words, **how}
         return render_jinja_template(  # pyright: ignore[reportReturnType]
             [messages], tools=self.chat.tools, chat_template=self.template, **words
         )
 
     def spans_of_marks(self, text: str, marked: list[tuple[int, int]]) -> list[Span]:
+        silent = self.spans_of_turns(text, [turn for turn in self._assistants if turn in self.chat.silent])
+        marked = [
+            (start, end)
+            for start, end in marked
+            if not any(start < span.end and span.start < end for span in silent)
+        ]
         if self.turns and not marked:
             raise UserError(
                 f"{self.where}: the chat template's generation marks cover no assistant turn; mend the "
@@ -150,9 +192,22 @@ class _Conversation:
             for span in spans
         ]
 
-    def spans_of_prefixes(self, text: str) -> list[Span]:
+    def whole_span(self, text: str) -> list[Span]:
+        head, start = self.chat.messages[: self.chat.prompt_messages], 0
+        if head:
+            plain = self.render(head)
+            start = shared_prefix(self.render(head, ask=True) or plain or "", text)
+            if plain is None or start < len(plain):
+                raise UserError(
+                    f"{self.where}: the chat template rewrites the prompt once the completion follows, so where it "
+                    "ends cannot be told; give the row as messages"
+                )
+        closed = _closing(text, self.tokenizer) is not None
+        return [Span(start, len(text), closed)] if start < len(text) else []
+
+    def spans_of_turns(self, text: str, turns: list[int]) -> list[Span]:
         spans: list[Span] = []
-        for turn in self.turns:
+        for turn in turns:
             start = self._start(text, turn, spans[-1].end if spans else 0)
             span = None if start is None else self._end(text, turn, start)
             if span is None:

@@ -34,6 +34,8 @@ from lora_jax.train.step import TrainState
 
 FREE = frozenset(
     {
+        "data.cache",
+        "data.num_proc",
         "train.logging_steps",
         "train.save_strategy",
         "train.save_steps",

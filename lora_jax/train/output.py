@@ -54,7 +54,7 @@ def check_output(config: RunConfig) -> None:
         raise UserError(
             f"--output_dir {folder}: holds a run already; add --resume, --overwrite, or give another folder"
         )
-    for option, source in _sources(config).items() if config.overwrite and isinstance(folder, Path) else ():
+    for option, source in _sources(config) if config.overwrite and isinstance(folder, Path) else ():
         path = Path(source or "").expanduser().resolve()
         if source and any(path.is_relative_to((folder / name).resolve()) for name in OURS):
             raise UserError(f"--overwrite: would remove {option} {source}; give another --output_dir")
@@ -65,14 +65,14 @@ def output_folder(config: RunConfig) -> Place:
     return place(config.output_dir, "--output_dir")
 
 
-def _sources(config: RunConfig) -> dict[str, str | None]:
+def _sources(config: RunConfig) -> list[tuple[str, str | None]]:
     data = config.data
-    return {
-        "--model.path": config.model.path,
-        "--data.path": data.path,
-        "--data.eval_path": data.eval_path,
-        "--lora.init_from": config.lora.init_from,
-    }
+    return [
+        ("--model.path", config.model.path),
+        *(("--data.path", path) for path in data.path),
+        ("--data.eval_path", data.eval_path),
+        ("--lora.init_from", config.lora.init_from),
+    ]
 
 
 def open_output(config: RunConfig) -> Place:

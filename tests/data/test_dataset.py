@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_jax.config import DataOptions
-from lora_jax.data.dataset import hold_out, load_examples
+from lora_jax.data.dataset import load_examples
+from lora_jax.data.mixture import hold_out
 from lora_jax.errors import UserError
 
 TEXTS = [{"text": f"Hello, good day {i}."} for i in range(10)]
