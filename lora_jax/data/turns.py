@@ -251,18 +251,22 @@ class _Conversation:
         if through is not None and text.startswith(through) and len(through) >= start:
             return self._close(text, start, len(through))
         end = self._content_at(text, turn, end=True)
-        if end is None or end < start:
-            return None
-        ending = self._ending(turn)
-        at = text.find(ending, end) if ending else -1
-        if ending is None or at < 0:
-            return Span(start, end, closed=False)
         following = self._content_at(text, turn + 1, end=False)
-        if following is None and text[end:at].strip():
+        ending = self._ending(turn)
+        if end is None:
+            # A call of a tool has no content to mark: its end token has to be the only one before what follows.
+            if not ending or following is None or text.count(ending, start, following) != 1:
+                return None
+            return Span(start, text.index(ending, start) + len(ending), closed=True)
+        if end < start:
             return None
-        if following is not None and at > following:
-            return Span(start, end, closed=False)
-        return Span(start, at + len(ending), closed=True)
+        # Some templates close a turn of the past otherwise than the last one: as the turn before it is closed.
+        for closing in filter(None, (ending, self._ending(turn - 1) if turn else None)):
+            at = text.find(closing, end)
+            if 0 <= at and (not text[end:at].strip() if following is None else at <= following):
+                return Span(start, at + len(closing), closed=True)
+        unsure = following is None and ending is not None and ending in text[end:]
+        return None if unsure else Span(start, end, closed=False)
 
     def _close(self, text: str, start: int, end: int) -> Span:
         """Return the span without what follows its end token; whole where it has none."""
