@@ -267,14 +267,15 @@ def _message(item: Any, where: str) -> Message:
     }  # Arrow fills absent keys with nulls
     if "role" not in message and "from" in message:
         speaker = message["from"]
-        if speaker not in _SHAREGPT_ROLES:
-            raise UserError(f"{where} is from {speaker!r}; use one of: {listing(_SHAREGPT_ROLES)}")
-        message = {"role": _SHAREGPT_ROLES[speaker], "content": message.get("value")}
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+            raise UserError(f"{where} is from {str(speaker)[:40]!r}; use one of: {listing(_SHAREGPT_ROLES)}")
+        marks = {key: message[key] for key in ("train", "weight") if key in message}
+        message = {"role": _SHAREGPT_ROLES[speaker], "content": message.get("value"), **marks}
     role = message.get("role")
     if not isinstance(role, str):
         raise UserError(f"{where} has no role; it has {listing(message) or 'nothing'}; give role and content")
     if role not in ROLES:
-        raise UserError(f"{where} has role {role!r};{nearest(role, ROLES)} Roles: {listing(ROLES)}")
+        raise UserError(f"{where} has role {role[:40]!r};{nearest(role[:40], ROLES)} Roles: {listing(ROLES)}")
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], where)
     content = message.get("content")

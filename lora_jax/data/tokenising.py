@@ -79,7 +79,10 @@ class Worker:
         for number, piece in pieces:
             where = f"{self.name} {self.unit} {number}"
             row = piece if self.parser is None else self.parser(piece, where)
-            parts = self.recipe.tokens(row, self.form, self.tokenizer, where, number)
+            try:
+                parts = self.recipe.tokens(row, self.form, self.tokenizer, where, number)
+            except RecursionError as error:
+                raise UserError(f"{where}: nested too deeply to be read; mend the row") from error
             trained = [part for part in parts if part.trained.any()]
             kept += trained
             if not parts:

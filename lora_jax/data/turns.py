@@ -23,6 +23,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARK = "\u241emark\u241e"
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 
 
@@ -171,7 +171,7 @@ class _Conversation:
         marked = [
             (start, end)
             for start, end in marked
-            if not any(start < span.end and span.start < end for span in silent)
+            if not any(start < span.end and span.start < max(end, start + 1) for span in silent)
         ]
         if self.turns and not marked:
             raise UserError(
@@ -184,13 +184,15 @@ class _Conversation:
             asked = self.render(messages[: self.chat.prompt_messages], ask=True) or ""
             first = shared_prefix(asked, text)
         ending = self._ending(self.turns[-1]) if self.turns else None
-        spans = [self._close(text, start, end) for start, end in marked if end > max(start, first)]
-        return [
-            Span(span.start, span.end + len(ending), closed=True)
-            if ending and not span.closed and text.startswith(ending, span.end)
-            else span
-            for span in spans
-        ]
+        spans: list[Span] = []
+        for start, end in marked:
+            if end < first:  # of the prompt
+                continue
+            if ending and text.startswith(ending, end):  # the marks stop just before it
+                spans.append(Span(start, end + len(ending), closed=True))
+            elif start < end:
+                spans.append(self._close(text, start, end))
+        return spans
 
     def whole_span(self, text: str) -> list[Span]:
         head, start = self.chat.messages[: self.chat.prompt_messages], 0
@@ -263,7 +265,7 @@ class _Conversation:
         # Some templates close a turn of the past otherwise than the last one: as the turn before it is closed.
         for closing in filter(None, (ending, self._ending(turn - 1) if turn else None)):
             at = text.find(closing, end)
-            if 0 <= at and (not text[end:at].strip() if following is None else at <= following):
+            if at >= 0 and (not text[end:at].strip() if following is None else at <= following):
                 return Span(start, at + len(closing), closed=True)
         unsure = following is None and ending is not None and ending in text[end:]
         return None if unsure else Span(start, end, closed=False)
@@ -284,14 +286,15 @@ class _Conversation:
         """Return where a message's content ends, or starts, in the whole text; None if it cannot be told."""
         messages = self.chat.messages
         content = messages[turn].get("content") if turn < len(messages) else None
-        if not isinstance(content, str) or _MARK in text:
+        if not isinstance(content, str):
             return None
+        mark = next(mark for number in count() if (mark := f"\u241e{number}\u241e") not in text)
         # Templates that trim the content keep a mark only behind the trimmed form.
         for said in (content, content.rstrip() if end else content.lstrip()):
-            message = {**messages[turn], "content": said + _MARK if end else _MARK + said}
+            message = {**messages[turn], "content": said + mark if end else mark + said}
             marked = self.render([*messages[:turn], message, *messages[turn + 1 :]])
-            if marked is not None and marked.count(_MARK) == 1 and marked.replace(_MARK, "") == text:
-                return marked.index(_MARK)
+            if marked is not None and marked.count(mark) == 1 and marked.replace(mark, "") == text:
+                return marked.index(mark)
         return None
 
 
