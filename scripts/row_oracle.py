@@ -210,14 +210,13 @@ def _chat(
         mine = message["role"] == "assistant" and index not in silent and index >= head
         for text, taught in (
             (f"<|im_start|>{message['role']}\n", False),
-            (message["content"], mine),
-            ("<|im_end|>", mine),
+            (f"{message['content']}<|im_end|>", mine),
             ("\n", False),
         ):
             tokens += _tokens(text)
             trained += [taught] * (len(tokens) - len(trained))
-            if text == "<|im_end|>" and taught:
-                ends.append(len(tokens) - 1)
+        if mine:
+            ends.append(len(tokens) - 2)
     if whole:
         read = len(
             _tokens("".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages[:head]))
