@@ -48,7 +48,11 @@ def measure(file: str, tokenizer: str, processes: int) -> None:
     from lora_jax.hub.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(Path(tokenizer))
-    loaded("warm")
+    with tempfile.TemporaryDirectory() as folder:  # imports what it needs
+        first = Path(folder) / "rows.jsonl"
+        with Path(file).open() as lines:
+            first.write_text(lines.readline())
+        load_examples(DataOptions(cache=False), loaded, str(first), "train", None)
     before, started = _peak(), time.monotonic()
     found = load_examples(DataOptions(num_proc=processes, max_length=2048), loaded, file, "train", None)
     seconds = time.monotonic() - started
