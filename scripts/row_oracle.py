@@ -188,10 +188,10 @@ def _eos(trained: list[bool], options: Options) -> list[bool]:
 def _chat(
     messages: list[dict[str, Any]], head: int, whole: bool, row: dict[str, Any], number: int, options: Options
 ) -> tuple[list[bytes], list[bool]]:
-    words, tools = row.get("chat_template_kwargs"), row.get("tools")
-    if words is not None and not (isinstance(words, dict) and not {"messages", "tools"} & set(words)):
+    words, tools = _from_text(row.get("chat_template_kwargs"), "{"), _from_text(row.get("tools"), "[")
+    if words and not (isinstance(words, dict) and not {"messages", "tools"} & set(words)):
         raise BadRowError(number)
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRowError(number)
     _encodable([words, tools], number)
     silent = set()

@@ -236,7 +236,7 @@ def _is_trained(message: Message, where: str) -> bool | None:
 
 
 def _words(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    words = _parsed(row.get("chat_template_kwargs"), "{")
+    words = _parsed(row.get("chat_template_kwargs") or None, "{")
     if words is None:
         return {}
     if not isinstance(words, dict):
@@ -318,7 +318,7 @@ def _encodable(value: Any, where: str) -> Any:
 
 
 def _tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
-    tools = _parsed(row.get("tools"))
+    tools = _parsed(row.get("tools") or None)  # an empty field of a CSV file is none
     if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         return _encodable(tools, f"{where}: column tools") or None
     raise UserError(f"{where}: column tools is {kind(tools)}; give a list of JSON schemas")
