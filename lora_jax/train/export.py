@@ -53,11 +53,11 @@ def training_facts(run: Run, outcome: Outcome) -> TrainingFacts:
     data, eval_data = config.data.path, config.data.eval_path
     on_hub = [
         path
-        for path in (data, eval_data)
+        for path in (*data, eval_data)
         if path and looks_like_id(path) and not Path(path).expanduser().exists()
     ]
     return TrainingFacts(
-        data=data,
+        data=", ".join(data),
         steps=int(outcome.state.step),
         num_tokens=outcome.num_tokens,
         trainable_parameters=run.parameters[0],
@@ -67,7 +67,7 @@ def training_facts(run: Run, outcome: Outcome) -> TrainingFacts:
         resized_vocabulary=run.resized_vocabulary,
         quantization=run.quantization.summary() if run.quantization else None,
         version=__version__,
-        datasets=(data,) if data in on_hub else (),
+        datasets=tuple(path for path in data if path in on_hub),
         eval_dataset=eval_data if eval_data in on_hub else None,
         eval_split=config.data.eval_split or config.data.split,
         hub_id=config.push_to_hub,
