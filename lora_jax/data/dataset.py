@@ -57,9 +57,14 @@ class TokenDataset(Sequence[Tokens]):
         return len(self.examples)
 
     @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 [rows]."""
+        return np.array([len(example) for example in self.examples], np.int64)
+
+    @cached_property
     def tokens(self) -> int:
         """Tokens in all rows."""
-        return sum(len(example) for example in self.examples)
+        return int(self.lengths.sum())
 
     @cached_property
     def trained_tokens(self) -> int:
@@ -72,9 +77,14 @@ class TokenDataset(Sequence[Tokens]):
         return sum(example.truncated for example in self.examples)
 
     @cached_property
+    def cut_tokens(self) -> int:
+        """Tokens beyond max_length, in the rows that were cut."""
+        return sum(example.cut for example in self.examples)
+
+    @cached_property
     def longest(self) -> int:
         """Tokens in the longest row."""
-        return max((len(example) for example in self.examples), default=0)
+        return int(self.lengths.max(initial=0))
 
     def where(self, index: int) -> str:
         """Return the place of a row in its source, in words."""
@@ -87,7 +97,10 @@ class TokenDataset(Sequence[Tokens]):
             f"{self.trained_tokens:,} trained, longest row {self.longest:,}"
         )
         if self.truncated:
-            line += f"; {self.truncated:,} cut at {self.max_length:,} tokens"
+            line += (
+                f"; {self.truncated:,} cut at {self.max_length:,} tokens, "
+                f"{_count(self.cut_tokens, 'token')} left out"
+            )
         if self.dropped:
             line += f"; {self.dropped:,} dropped, nothing in them to train on"
         return line

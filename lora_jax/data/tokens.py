@@ -43,11 +43,18 @@ class Tokens:
     """bool [length]: the token is a target of the loss."""
     row: int
     """1-based number of the row, or the line, that it comes from."""
-    truncated: bool
-    """Tokens beyond the greatest length were cut off."""
+    cut: int = 0
+    """Tokens beyond the greatest length, which were cut off."""
+    weight: float = 1.0
+    """Factor of the row's trained tokens in the loss."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def truncated(self) -> bool:
+        """Some of the row's tokens were cut off."""
+        return self.cut > 0
 
 
 def tokenise(
@@ -75,9 +82,8 @@ def tokenise(
         ids = _ended(_plain(example.text, tokenizer), tokenizer)
         trained = np.full(len(ids), bool(example.text.strip()))
     trained[:1] = False
-    return Tokens(
-        np.asarray(ids[:max_length], np.int32), trained[:max_length], row=row, truncated=len(ids) > max_length
-    )
+    kept = np.asarray(ids[:max_length], np.int32)
+    return Tokens(kept, trained[:max_length], row=row, cut=len(ids) - len(kept))
 
 
 def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
