@@ -16,6 +16,7 @@ from lora_jax.errors import UserError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 FOUR_BIT = "bnb_4bit_"
 """What the names of options that only a 4-bit model has begin with."""
+Packing = Literal["none", "bfd", "wrapped"]
 DataFormat = Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"]
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
@@ -107,6 +108,14 @@ class DataOptions:
     """Share of the rows of path held out for evaluation where eval_path is not given."""
     max_length: int = 1024
     """Longest sequence in tokens; longer rows are cut at the end."""
+    packing: Packing = "none"
+    """Rows that share max_length tokens: none, whole rows that fit best (bfd), or rows cut anywhere (wrapped)."""
+    eval_packing: Packing | None = None
+    """Packing of the rows of evaluation; None is that of training."""
+    length_buckets: int = 4
+    """Lengths that steps are padded to, at most, where rows are not packed; each is compiled once."""
+    pad_to_multiple_of: int | None = None
+    """What those lengths are multiples of; None is 128 on TPUs, 64 elsewhere."""
     text_field: str = "text"
     """Column that holds the text in the format text."""
 
@@ -252,6 +261,9 @@ def check(config: RunConfig) -> None:
         "needs --data.eval_path",
     )
     _require(data.max_length > 1, "--data.max_length", data.max_length, "must be at least 2 tokens")
+    for name in ("length_buckets", "pad_to_multiple_of"):
+        value = getattr(data, name)
+        _require(value is None or value > 0, f"--data.{name}", value, "must be positive")
     _require(0 <= data.eval_fraction < 1, "--data.eval_fraction", data.eval_fraction, "must be in [0, 1)")
     _require(
         not (data.eval_path and data.eval_fraction),
