@@ -57,6 +57,14 @@ class Bins:
         inside = np.flatnonzero(self.starts)
         return sum(bool(dataset[int(self.rows[piece])].trained[self.starts[piece]]) for piece in inside)
 
+    def summary(self, packing: Packing, dataset: Sequence[Tokens]) -> str:
+        """Return how many rows share how many bins, and what that costs, in words."""
+        shared = (
+            f"{packing}: {len(dataset):,} rows share {len(self):,} of at most {self.lengths.max():,} tokens"
+        )
+        lost = self.lost_targets(dataset)
+        return f"{shared}; {lost:,} trained tokens follow a cut and are no targets" if lost else shared
+
 
 def packs(data: DataOptions) -> bool:
     """Return whether a row of some batch of the run may hold more than one segment."""

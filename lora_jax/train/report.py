@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_jax.adapters.count import trainable_line
-from lora_jax.data.packing import Bins
 from lora_jax.errors import listing
 from lora_jax.models.sharding import left_whole
 from lora_jax.quant.leaf import is_quantized
@@ -45,7 +44,7 @@ def tree_bytes(tree: Any) -> int:
 
 def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> None:
     """Print PEFT's line of parameters, then devices, bytes, tokens a step, steps and where the output goes."""
-    train, steps, plan = run.config.train, sizes.steps, sizes.plan
+    train, packing, steps, plan = run.config.train, run.config.data.packing, sizes.steps, sizes.plan
     console.print(trainable_line(*run.parameters), highlight=False, soft_wrap=True)
     trained, optimiser = size_text(tree_bytes(run.trainable)), size_text(tree_bytes(opt_state))
     facts = {
@@ -55,7 +54,7 @@ def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> Non
         "train": run.train_rows.summary(),
         "eval": run.eval_rows.summary() if run.eval_rows else "none (data.eval_path or data.eval_fraction)",
         "a step": f"{sizes.rows_per_step} rows (passes: {train.gradient_accumulation_steps})",
-        **({} if run.config.data.packing == "none" else {"packing": _packing(run, plan.bins)}),
+        **({} if packing == "none" else {"packing": plan.bins.summary(packing, run.train_rows)}),
         "buckets": plan.summary(),
         "steps": f"{steps:,} ({steps / sizes.steps_per_epoch:.2f} epochs)",
         "output": run.config.output_dir,
@@ -70,14 +69,6 @@ def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> Non
     for name, fact in facts.items():
         table.add_row(Text(name, "dim"), Text(fact))
     console.print(table)
-
-
-def _packing(run: Run, bins: Bins) -> str:
-    """Return how many rows share how many rows of batches, and what that costs."""
-    data, lost = run.config.data, bins.lost_targets(run.train_rows)
-    shared = f"{len(run.train_rows):,} rows share {len(bins):,} of at most {data.max_length:,} tokens"
-    cuts = f"; {lost:,} trained tokens come first after a cut and are no targets" if lost else ""
-    return f"{data.packing}: {shared}{cuts}"
 
 
 def _devices(mesh: Mesh) -> str:

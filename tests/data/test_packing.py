@@ -85,6 +85,8 @@ def test_a_piece_that_starts_inside_its_row_loses_a_target_only_where_that_was_t
     bins = pack(np.array([3, 5, 4]), "wrapped", 5)  # 3 + 2, 3 + 2, 2
     assert bins.starts.tolist() == [0, 0, 2, 0, 2]
     assert bins.lost_targets(rows) == 2
+    shared = "wrapped: 3 rows share 3 of at most 5 tokens"
+    assert bins.summary("wrapped", rows) == f"{shared}; 2 trained tokens follow a cut and are no targets"
     rows[2] = Tokens(rows[2].input_ids, np.array([False, True, False, True]), 3)
     assert bins.lost_targets(rows) == 1
 
