@@ -75,6 +75,12 @@ class StepPlan:
         bins = found.order[start : start + self.per_step]
         return Step(bins, int(found.lengths[place]), int(found.tokens[place]))
 
+    def rows_of(self, step: int) -> list[int]:
+        """Return the rows that a step takes all or some of, in order."""
+        bins = self.at(step).bins
+        pieces = [self.bins.rows[self.bins.bounds[bin] : self.bins.bounds[bin + 1]] for bin in bins]
+        return np.unique(np.concatenate(pieces)).tolist()
+
     def tokens_before(self, step: int) -> int:
         """Return the real tokens of all steps before this one."""
         epochs, place = divmod(step, self.steps_per_epoch)

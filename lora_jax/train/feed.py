@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,6 +16,7 @@ from lora_jax.config import DataOptions
 from lora_jax.data.batches import Batch
 from lora_jax.data.dataset import TokenDataset
 from lora_jax.data.steps import Shaping, StepPlan, step_batch
+from lora_jax.data.tokens import Tokens
 from lora_jax.parallel.mesh import POSITIONS, ROWS
 
 
@@ -48,11 +49,11 @@ class Sizes:
 class Feed:
     """The batches of a run's training rows; steps are counted from 1.
 
-    They are made when they are asked for. The loop asks while the step before is under way, so the devices do not
-    wait for a batch that takes less than a step.
+    A batch is made when it is asked for. The loop asks while the step before is under way, so that no device waits
+    where a batch is made in less time than a step.
     """
 
-    def __init__(self, rows: TokenDataset, sizes: Sizes, mesh: Mesh, padding_id: int) -> None:
+    def __init__(self, rows: Sequence[Tokens], sizes: Sizes, mesh: Mesh, padding_id: int) -> None:
         self.rows, self.sizes, self.mesh, self.padding_id = rows, sizes, mesh, padding_id
         self.plan = sizes.plan
 
@@ -74,6 +75,10 @@ class Feed:
             abstract_batch((self.sizes.accumulation, self.sizes.batch, length), here)
             for length in self.plan.lengths_of(range(first - 1, self.sizes.steps))
         ]
+
+    def rows_of(self, step: int) -> list[int]:
+        """Return the rows that a step takes all or some of, over all processes."""
+        return self.plan.rows_of(step - 1)
 
     def tokens(self, step: int) -> int:
         """Return the real tokens of a step, over all processes."""

@@ -8,15 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+
 from lora_jax.data.batches import Batch
 
 
 class Programs:
-    """A jitted function whose last argument is a batch, and the programs compiled of it, one for each shape."""
+    """A jitted function whose last argument is a batch, and the programs compiled of it.
+
+    There is one for each shape of batch and structure of the other arguments, whose own shapes stay the same.
+    """
 
     def __init__(self, function: Any) -> None:
         self._function = function
-        self._compiled: dict[tuple[int, ...], Any] = {}
+        self._compiled: dict[Any, Any] = {}
 
     def compile(self, *constant: Any, batches: Iterable[Batch]) -> None:
         """Compile for batches, arrays or shapes alone, behind the arguments that stay the same; runs nothing."""
@@ -28,7 +33,7 @@ class Programs:
         return self._program(*arguments)(*arguments)
 
     def _program(self, *arguments: Any) -> Any:
-        shape = arguments[-1].tokens.shape
-        if shape not in self._compiled:
-            self._compiled[shape] = self._function.lower(*arguments).compile()
-        return self._compiled[shape]
+        kind = (arguments[-1].tokens.shape, jax.tree.structure(arguments))
+        if kind not in self._compiled:
+            self._compiled[kind] = self._function.lower(*arguments).compile()
+        return self._compiled[kind]

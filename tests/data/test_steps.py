@@ -49,6 +49,7 @@ def test_an_epoch_sees_every_token_once_and_no_step_is_over_its_length(lengths, 
     for step, batch in zip(steps, batches, strict=True):
         assert batch.tokens.shape == (1, PER_STEP, plan.at(step).length)
         assert plan.at(step).tokens == len(tokens_of(batch))
+        assert plan.rows_of(step) == sorted({token // 1000 - 1 for token in tokens_of(batch)})
     assert [len(plan.at(step).bins) for step in steps[:-1]] == [PER_STEP] * (len(steps) - 1)
     widths = np.unique([batch.tokens.shape[-1] for batch in batches], return_counts=True)
     assert dict(zip(*(found.tolist() for found in widths), strict=True)) == plan.steps_by_length
