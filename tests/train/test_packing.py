@@ -109,7 +109,7 @@ def assert_same_step(parts: Any, first: Batch, second: Batch) -> None:
 
 
 @LLAMA
-@pytest.mark.parametrize(("packing", "passes", "length"), [("bfd", 1, 24), ("bfd", 2, 24), ("none", 5, 32)])
+@pytest.mark.parametrize(("packing", "passes", "length"), [("bfd", 2, 24), ("none", 5, 32)])
 def test_a_step_is_the_same_however_its_rows_are_packed_padded_and_passed(
     parts: Any, packing: Packing, passes: int, length: int
 ) -> None:
