@@ -17,6 +17,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 FOUR_BIT = "bnb_4bit_"
 """What the names of options that only a 4-bit model has begin with."""
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+Packing = Literal["none", "bfd", "wrapped"]
 DataFormat = Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"]
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
@@ -114,6 +115,14 @@ class DataOptions:
     """Longest sequence in tokens; truncation_mode says what becomes of longer rows."""
     truncation_mode: Literal["keep_start", "windows", "drop"] = "keep_start"
     """Longer rows are cut at the end, cut into full windows that are all trained on, or left out."""
+    packing: Packing = "none"
+    """Rows that share max_length tokens: none, whole rows that fit best (bfd), or rows cut anywhere (wrapped)."""
+    eval_packing: Packing | None = None
+    """Packing of the rows of evaluation; None is that of training."""
+    length_buckets: int = 4
+    """Lengths that steps are padded to, at most, where rows are not packed; each is compiled once."""
+    pad_to_multiple_of: int | None = None
+    """What those lengths are multiples of; None is 128 on TPUs, 64 elsewhere."""
     text_field: str = "text"
     """Column that holds the text in the format text."""
     completion_only_loss: bool | None = None
@@ -283,6 +292,9 @@ def check(config: RunConfig) -> None:
         data.eval_split,
         "needs --data.eval_path",
     )
+    for name in ("length_buckets", "pad_to_multiple_of"):
+        value = getattr(data, name)
+        _require(value is None or value > 0, f"--data.{name}", value, "must be positive")
     _require(0 <= data.eval_fraction < 1, "--data.eval_fraction", data.eval_fraction, "must be in [0, 1)")
     _require(
         not (data.eval_path and data.eval_fraction),

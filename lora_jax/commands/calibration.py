@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_jax.adapters.notes import NOTES_FILE
 from lora_jax.config import DataFormat, DataOptions, ModelOptions
-from lora_jax.data.batches import eval_batches, padded_length
+from lora_jax.data.batches import make_batch, padded_length
 from lora_jax.data.dataset import load_examples
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import write_text
@@ -145,5 +145,6 @@ class Calibration:
         for start in range(0, len(by_length), BATCH):
             part = by_length[start : start + BATCH]
             length = padded_length(len(part[-1]), self._options.max_length, PADDED_TO)
-            found += [(batch.tokens, batch.segment_ids) for batch in eval_batches(part, BATCH, length, 0)]
+            batch = make_batch(part, BATCH, length, 0)
+            found.append((batch.tokens, batch.segment_ids))
         return found

@@ -13,12 +13,14 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.targets import Plan
-from lora_jax.data.batches import Batch
+from lora_jax.data.batches import Batch, padded_length
+from lora_jax.data.packing import packs
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.load import abstract_params
 from lora_jax.models.sharding import cut, shardings
 from lora_jax.parallel.mesh import POSITIONS, ROWS, row_shards
 from lora_jax.plan.subject import Subject
+from lora_jax.train.feed import abstract_batch
 from lora_jax.train.offload import HOST, has_host_memory, offloaded, offloads_activations
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.step import TrainState, init_state, make_train_step
@@ -50,7 +52,7 @@ class AbstractStep:
 
 
 def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
-    """Return the step of a run on a mesh; rows are as many as the options ask for a device, padded to max_length."""
+    """Return the step of a run on a mesh: the longest that it can have, of rows padded or packed to max_length."""
     config, model_config = subject.config, subject.model_config
     params = cut(abstract_params(model_config, str(subject.stored), subject.quantization), mesh.shape)
     if subject.plan is None:
@@ -62,17 +64,16 @@ def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
     optimizer, train = make_optimizer(config.train, STEPS), config.train
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer, jax.random.key(0)), trainable)
     rows = train.per_device_train_batch_size * row_shards(mesh.shape)
-    shape = (train.gradient_accumulation_steps, rows, config.data.max_length)
-    cells = NamedSharding(mesh, P(None, ROWS, POSITIONS))
-    whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=cells)
-    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=cells)
-    batch: Any = Batch(whole, whole, whole, whole, weights)  # pyright: ignore[reportArgumentType]
+    length = padded_length(config.data.max_length, config.data.max_length, parts=mesh.shape[POSITIONS])
+    shape = (train.gradient_accumulation_steps, rows, length)
+    batch = abstract_batch(shape, NamedSharding(mesh, P(None, ROWS, POSITIONS)))
     model = Decoder(
         model_config,
         dtype=subject.computed,
         lora_dropout=0.0 if subject.plan is None else config.lora.lora_dropout,
         gradient_checkpointing=train.gradient_checkpointing,
         offload_inputs=offloads_activations(train) and has_host_memory(mesh.devices.flat[0]),
+        packed=packs(config.data),
     )
     where = offloaded(shardings(state, mesh), train)
     frozen, adapter = (_placed(tree, shardings(tree, mesh)) for tree in (frozen, adapter))

@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
 from lora_jax.config import TrainOptions
-from lora_jax.data.batches import Batch, padded_length, steps_per_epoch
+from lora_jax.data.batches import Batch
+from lora_jax.data.steps import Shaping
 from lora_jax.hub.tokenizer import padding_token_id
 from lora_jax.parallel.mesh import POSITIONS, row_shards
 from lora_jax.train.checkpoint import EVAL_LOSS, Checkpoints, Progress
-from lora_jax.train.feed import Feed, Sizes, evaluation
+from lora_jax.train.feed import Feed, Sizes, evaluation, evaluation_shapes, padding_multiple
 from lora_jax.train.optim import make_optimizer, schedule
 from lora_jax.train.output import MetricsLog
 from lora_jax.train.profile import Profiler
+from lora_jax.train.programs import Programs
 from lora_jax.train.report import Reporter
 from lora_jax.train.setup import Run
 from lora_jax.train.signals import Signals
@@ -39,19 +40,30 @@ class Outcome:
 
 
 def run_sizes(run: Run) -> Sizes:
-    """Return the padded length, rows a pass and number of steps of a run."""
-    train, rows, shards = run.config.train, len(run.train_rows), row_shards(run.mesh.shape)
-    longest = max(run.train_rows.longest, run.eval_rows.longest if run.eval_rows else 0)
-    batch = train.per_device_train_batch_size
-    eval_batch = train.per_device_eval_batch_size or batch
-    epoch = steps_per_epoch(rows, batch * shards * train.gradient_accumulation_steps)
+    """Return which rows each step takes, rows a pass and the number of steps of a run."""
+    train, data, mesh = run.config.train, run.config.data, run.mesh
+    shards, passes = row_shards(mesh.shape), train.gradient_accumulation_steps
+    batch = train.per_device_train_batch_size * shards
+    multiple, parts = padding_multiple(data, mesh), mesh.shape[POSITIONS]
+    shaping = Shaping(data.packing, data.max_length, data.length_buckets, multiple, parts)
+    plan = shaping.plan(
+        run.train_rows.lengths,
+        batch * passes,
+        train.seed,
+        steps=train.max_steps,
+        epochs=train.num_train_epochs,
+    )
+    steps = train.max_steps
+    if steps <= 0:
+        steps = math.ceil(train.num_train_epochs * plan.steps_per_epoch)
     return Sizes(
-        length=padded_length(longest, run.config.data.max_length, parts=run.mesh.shape[POSITIONS]),
-        batch=batch * shards,
-        accumulation=train.gradient_accumulation_steps,
-        eval_batch=eval_batch * shards,
-        steps_per_epoch=epoch,
-        steps=train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * epoch),
+        plan=plan,
+        batch=batch,
+        accumulation=passes,
+        eval_batch=(train.per_device_eval_batch_size or train.per_device_train_batch_size) * shards,
+        eval_shaping=replace(shaping, packing=data.eval_packing or data.packing),
+        evaluations=2 + (steps // train.eval_steps if train.eval_steps else 0),
+        steps=steps,
     )
 
 
@@ -73,13 +85,12 @@ class Loop:
         self.profiler, self.utilisation = profiler, utilisation_of_a_token(run)
         self.checkpoints, self.signals = checkpoints, signals
         self.options: TrainOptions = run.config.train
-        self.train_step = make_train_step(
-            run.model, make_optimizer(self.options, sizes.steps), state_shardings
-        )
-        self.eval_step = make_eval_step(run.model)
+        optimizer = make_optimizer(self.options, sizes.steps)
+        self.train_step = Programs(make_train_step(run.model, optimizer, state_shardings))
+        self.eval_step = Programs(make_eval_step(run.model))
         self.rate = schedule(self.options, sizes.steps)
         self.padding_id = padding_token_id(run.tokenizer)
-        self.feed = Feed(run.train_rows, sizes, run.mesh, self.options.seed, self.padding_id)
+        self.feed = Feed(run.train_rows, sizes, run.mesh, self.padding_id)
 
     def train(self, state: TrainState, progress: Progress | None = None) -> Outcome:
         """Run from the state's step to the last one, or until SIGINT or SIGTERM; save what is asked for.
@@ -97,6 +108,8 @@ class Loop:
             progress = None
         elif 0 < first < self.sizes.steps:
             self._compile_evaluation(state)
+        shapes = self.feed.shapes(first + 1)
+        self.train_step.compile(state, self.run.frozen, self.run.adapter, batches=shapes)
         window = _Window(self.feed.tokens_before(first + 1), None if progress is None else progress.window)
         stopped: int | None = None
         self.signals.compiling()
@@ -149,9 +162,10 @@ class Loop:
         return total / weight
 
     def _compile_evaluation(self, state: TrainState) -> None:
-        """Evaluate one batch, so that no compilation comes between a signal and the checkpoint it asks for."""
-        for batch in islice(self._eval_batches(), 1):
-            self.eval_step(state.trainable, self.run.frozen, self.run.adapter, batch)
+        """Compile what evaluates, so that no compilation comes between a signal and the checkpoint it asks for."""
+        if self.run.eval_rows is not None:
+            shapes = evaluation_shapes(self.run.eval_rows, self.sizes, self.run.mesh)
+            self.eval_step.compile(state.trainable, self.run.frozen, self.run.adapter, batches=shapes)
 
     def _eval_batches(self) -> Iterator[Batch]:
         rows = self.run.eval_rows
@@ -167,6 +181,7 @@ class Loop:
             "loss": loss,
             "learning_rate": float(f"{float(self.rate(step - 1)):.7g}"),  # 0.0002, as float32 can tell
             **figures,
+            "padding": round(self.feed.padding(step), 4),
         }
 
     def _write(self, entry: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -45,19 +44,19 @@ def tree_bytes(tree: Any) -> int:
 
 def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> None:
     """Print PEFT's line of parameters, then devices, bytes, tokens a step, steps and where the output goes."""
-    train, length, steps = run.config.train, sizes.length, sizes.steps
+    train, packing, steps, plan = run.config.train, run.config.data.packing, sizes.steps, sizes.plan
     console.print(trainable_line(*run.parameters), highlight=False, soft_wrap=True)
-    rows = sizes.rows_per_step
     trained, optimiser = size_text(tree_bytes(run.trainable)), size_text(tree_bytes(opt_state))
-    padded = f"{rows} rows padded to {length} tokens: {rows * length:,}"
     facts = {
         "device": f"{_devices(run.mesh)}, computing in {run.model.dtype}",
         "base": f"{run.model_config.model_type}, {size_text(tree_bytes(run.frozen or run.trainable))}{_bits(run)}",
         "trained": f"{trained}, optimiser {optimiser}{_place(opt_state)} ({train.optim})",
         "train": run.train_rows.summary(),
         "eval": run.eval_rows.summary() if run.eval_rows else "none (data.eval_path or data.eval_fraction)",
-        "a step": f"{padded} (passes: {train.gradient_accumulation_steps})",
-        "steps": f"{steps:,} ({steps / math.ceil(len(run.train_rows) / rows):.2f} epochs)",
+        "a step": f"{sizes.rows_per_step} rows (passes: {train.gradient_accumulation_steps})",
+        **({} if packing == "none" else {"packing": plan.bins.summary(packing, run.train_rows)}),
+        "buckets": plan.summary(),
+        "steps": f"{steps:,} ({steps / sizes.steps_per_epoch:.2f} epochs)",
         "output": run.config.output_dir,
     }
     if whole := left_whole(run.frozen or run.trainable, run.mesh.shape):

@@ -23,7 +23,7 @@ from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.processes import lost, same_in_all, start, writes
 from lora_jax.train.checkpoint import Checkpoints, Identity
 from lora_jax.train.export import export_adapter, export_model, training_facts
-from lora_jax.train.feed import Sizes
+from lora_jax.train.feed import Sizes, padding_multiple
 from lora_jax.train.loop import Loop, Outcome, run_sizes
 from lora_jax.train.offload import nowhere_to_go, offloaded
 from lora_jax.train.optim import make_optimizer
@@ -163,6 +163,7 @@ def _identity(run: Run, sizes: Sizes) -> Identity:
         "training rows": len(run.train_rows),
         "training tokens": run.train_rows.tokens,
         "rows a step": sizes.rows_per_step,
+        "data.pad_to_multiple_of": padding_multiple(run.config.data, run.mesh),
     }
     flat = {"method": run.config.method, **flatten_dict(sections, sep="."), **counted}
     return Identity(flat, fingerprint(run.checkpoint))

@@ -20,6 +20,7 @@ from lora_jax.adapters.targets import Plan, check_unquantized
 from lora_jax.config import RunConfig
 from lora_jax.data.dataset import TokenDataset, load_examples
 from lora_jax.data.mixture import hold_out, mixed
+from lora_jax.data.packing import packs
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.bitsandbytes import QuantizationConfig
@@ -128,6 +129,7 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
         lora_dropout=lora_config.lora_dropout if lora_config else 0.0,
         gradient_checkpointing=config.train.gradient_checkpointing,
         offload_inputs=offloads_activations(config.train) and has_host_memory(mesh.devices.flat[0]),
+        packed=packs(config.data),
     )
     return Run(
         config, checkpoint, quantization, model_config, model, tokenizer, train_rows, eval_rows, frozen, trainable,

@@ -1,6 +1,4 @@
-"""Batches: what is in them, and that the step alone decides it."""
-
-from types import SimpleNamespace
+"""Batches: what is in them, and the order of an epoch."""
 
 import numpy as np
 import pytest
@@ -10,12 +8,9 @@ from hypothesis import strategies as st
 from lora_jax.data.batches import (
     Batch,
     epoch_order,
-    eval_batches,
     make_batch,
+    packed_batch,
     padded_length,
-    step_batch,
-    steps_per_epoch,
-    tokens_before,
 )
 from lora_jax.data.tokens import Tokens
 
@@ -33,16 +28,6 @@ def rows_of(lengths: list[int]) -> list[Tokens]:
             [100 * number + place for place in range(length)], [place > 0 for place in range(length)], number
         )
         for number, length in enumerate(lengths, start=1)
-    ]
-
-
-def real_rows(batch: Batch) -> list[int]:
-    """Numbers of the rows in a batch of `rows_of`, in order."""
-    first = batch.tokens[..., 0].ravel()
-    return [
-        int(number) // 100
-        for number, used in zip(first, batch.segment_ids[..., 0].ravel(), strict=True)
-        if used
     ]
 
 
@@ -67,6 +52,23 @@ def test_row_of_full_length_and_row_of_one_token_fit():
     batch = make_batch(rows_of([4, 1]), rows=2, length=4, padding_id=PADDING)
     assert batch.weights.sum(axis=1).tolist() == [3, 0]
     assert batch.segment_ids.sum(axis=1).tolist() == [4, 1]
+
+
+def test_examples_that_share_a_row_are_segments_that_predict_nothing_of_each_other():
+    """Pain 13: no target of a segment is a token of the next, even where all tokens are trained."""
+    first, second = row_of([5, 6, 7], [True] * 3), row_of([8, 9], [True] * 2)
+    batch = packed_batch([[first, second]], rows=2, length=7, padding_id=PADDING)
+    np.testing.assert_array_equal(batch.tokens[0], [5, 6, 7, 8, 9, 0, 0])
+    np.testing.assert_array_equal(batch.positions[0], [0, 1, 2, 0, 1, 0, 0])
+    np.testing.assert_array_equal(batch.segment_ids[0], [1, 1, 1, 2, 2, 0, 0])
+    np.testing.assert_array_equal(batch.weights[0], [1, 1, 0, 1, 0, 0, 0])
+    np.testing.assert_array_equal(batch.targets[0, [0, 1, 3]], [6, 7, 9])
+
+
+def test_a_rows_weight_is_that_of_its_targets():
+    heavy = Tokens(np.arange(4, dtype=np.int32), np.array([False, False, True, True]), 1, weight=2.5)
+    batch = packed_batch([[heavy, row_of([1, 2], [False, True])]], rows=1, length=6, padding_id=PADDING)
+    np.testing.assert_array_equal(batch.weights, [[0, 2.5, 2.5, 0, 1, 0]])
 
 
 def test_what_does_not_fit_is_refused():
@@ -110,71 +112,3 @@ def test_order_differs_by_epoch_and_seed_and_is_the_same_for_all_time():
     assert epoch_order(8, 42, 0).tolist() == ORDER_42
     with pytest.raises(ValueError, match="read-only"):
         epoch_order(8, 42, 0)[0] = 3
-
-
-SIZES = SimpleNamespace(batch=2, accumulation=3, length=8)
-
-
-def batch_of_step(dataset, step, seed=1):
-    return step_batch(
-        dataset,
-        step,
-        seed=seed,
-        batch=SIZES.batch,
-        accumulation=SIZES.accumulation,
-        length=SIZES.length,
-        padding_id=PADDING,
-    )
-
-
-@given(rows=st.integers(1, 30), epoch=st.integers(0, 3))
-def test_epoch_sees_each_row_once_in_the_order_of_the_epoch(rows, epoch):
-    dataset = rows_of([1 + i % 8 for i in range(rows)])
-    steps = steps_per_epoch(rows, 6)
-    seen = [number for i in range(steps) for number in real_rows(batch_of_step(dataset, epoch * steps + i))]
-    assert seen == [int(i) + 1 for i in epoch_order(rows, 1, epoch)]
-
-
-def test_batch_of_a_step_is_the_same_whatever_came_before():
-    dataset = rows_of([3, 5, 8, 1, 2, 7, 4, 6, 3, 2])
-    forward = [batch_of_step(dataset, step) for step in range(6)]
-    backward = [batch_of_step(dataset, step) for step in reversed(range(6))][::-1]
-    for one, other in zip(forward, backward, strict=True):
-        for first, second in zip(one, other, strict=True):
-            np.testing.assert_array_equal(first, second)
-
-
-def test_every_step_has_the_same_shape_and_the_last_is_filled_with_padding():
-    dataset = rows_of([3, 5, 8, 1, 2, 7, 4])
-    first, last = batch_of_step(dataset, 0), batch_of_step(dataset, 1)
-    assert {array.shape for batch in (first, last) for array in batch} == {(3, 2, 8)}
-    assert len(real_rows(first)) == 6
-    assert len(real_rows(last)) == 1
-    assert last.weights[1:].sum() == 0
-
-
-def test_accumulation_splits_the_same_rows():
-    dataset = rows_of([3, 5, 8, 1, 2, 7, 4])
-    whole = step_batch(dataset, 0, seed=1, batch=6, accumulation=1, length=8, padding_id=PADDING)
-    for one, other in zip(whole, batch_of_step(dataset, 0), strict=True):
-        np.testing.assert_array_equal(one.reshape(6, 8), other.reshape(6, 8))
-
-
-def test_evaluation_sees_every_row_once_in_order():
-    dataset = rows_of([3, 5, 8, 1, 2])
-    batches = list(eval_batches(dataset, batch=2, length=8, padding_id=PADDING))
-    assert [real_rows(batch) for batch in batches] == [[1, 2], [3, 4], [5]]
-    assert {array.shape for batch in batches for array in batch} == {(2, 8)}
-
-
-@given(st.lists(st.integers(2, 9), min_size=1, max_size=12), st.integers(0, 20), st.integers(1, 5))
-def test_tokens_before_a_step_are_those_of_the_batches_before_it(
-    lengths: list[int], step: int, rows: int
-) -> None:
-    dataset = rows_of(lengths)
-    batches = (
-        step_batch(dataset, past, seed=3, batch=rows, accumulation=1, length=9, padding_id=PADDING)
-        for past in range(step)
-    )
-    seen = sum(int(np.count_nonzero(batch.segment_ids)) for batch in batches)
-    assert tokens_before(np.array([len(row) for row in dataset]), step, seed=3, rows_per_step=rows) == seen

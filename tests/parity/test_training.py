@@ -14,7 +14,8 @@ from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.peft import adapter_config, export_tensors, import_tensors
 from lora_jax.adapters.targets import make_plan
 from lora_jax.config import LoraOptions, TrainOptions
-from lora_jax.data.batches import Batch, step_batch
+from lora_jax.data.batches import Batch
+from lora_jax.data.steps import Shaping, step_batch
 from lora_jax.data.tokens import Tokens
 from lora_jax.hub.adapter_files import read_adapter
 from lora_jax.models.decoder import Decoder
@@ -56,10 +57,9 @@ def rows() -> list[Tokens]:
 
 
 def batches(accumulation: int) -> list[Batch]:
-    return [
-        step_batch(rows(), step, seed=0, batch=2, accumulation=accumulation, length=LENGTH, padding_id=0)
-        for step in range(STEPS)
-    ]
+    lengths = np.array([len(row) for row in rows()])
+    plan = Shaping("none", LENGTH, most=1, multiple=LENGTH, parts=1).plan(lengths, 2 * accumulation, 0)
+    return [step_batch(rows(), plan, step, accumulation=accumulation, padding_id=0) for step in range(STEPS)]
 
 
 def train_peft(model: PeftModel, steps: list[Batch]) -> list[float]:

@@ -43,7 +43,7 @@ def main() -> None:
         state: Any = init_state(run.trainable, optimizer, run.key)
         where = shardings(state, mesh)
         step, state = make_train_step(run.model, optimizer, where), placed(state, where)
-        feed = Feed(run.train_rows, sizes, mesh, 0, 0)
+        feed = Feed(run.train_rows, sizes, mesh, 0)
         batches = [feed.batch(number) for number in range(1, 5)]
         held = sum(leaf.nbytes for leaf in jax.tree.leaves((state[1:3], run.frozen, run.adapter, batches[0])))
         state, _ = jax.block_until_ready(step(state, run.frozen, run.adapter, batches[0]))

@@ -106,3 +106,10 @@ def test_a_run_that_does_not_fit_exits_with_3_and_what_would(
         f"--train.per_device_train_batch_size 1 --train.gradient_accumulation_steps {rows}"
     )
     assert found["would_fit"]["fits"]
+
+
+def test_packed_rows_are_planned_at_their_full_length(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = planned(capsys, *small(config_file, "cpu", *FEW, "--data.packing", "bfd"))
+    assert (code, found["tokens_per_step"]) == (0, 2 * 64)

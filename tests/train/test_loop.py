@@ -22,6 +22,7 @@ KEYS = [
     "num_tokens",
     "tokens_per_second",
     "step_seconds",
+    "padding",
 ]
 
 
