@@ -14,6 +14,14 @@ from typing import Literal
 from lora_jax.errors import UserError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+NOT_NEGATIVE = (
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "eval_steps",
+    "neftune_noise_alpha",
+)
+"""Options of training that may be 0 but not less."""
 FOUR_BIT = "bnb_4bit_"
 """What the names of options that only a 4-bit model has begin with."""
 DataFormat = Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"]
@@ -151,6 +159,8 @@ class TrainOptions:
     """Optimiser; 8bit holds AdamW's moments in 8 bits, paged in the host's memory."""
     offload: Literal["none", "optimizer", "activations", "both"] = "none"
     """What is kept in the host's memory between its uses: optimiser state, layer inputs, or both (TPU and GPU)."""
+    neftune_noise_alpha: float = 0.0
+    """Noise on the embeddings while training, uniform in ± this / sqrt(tokens of the row · embed); 0 for none."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass to save memory."""
     logging_steps: int = 10
@@ -306,7 +316,7 @@ def _check_train(train: TrainOptions) -> None:
     )
     for name in positive:
         _require(getattr(train, name) > 0, f"--train.{name}", getattr(train, name), "must be positive")
-    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "eval_steps"):
+    for name in NOT_NEGATIVE:
         _require(getattr(train, name) >= 0, f"--train.{name}", getattr(train, name), "must not be negative")
     for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
         _require(0 <= getattr(train, name) < 1, f"--train.{name}", getattr(train, name), "must be in [0, 1)")

@@ -125,6 +125,7 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
         lora_dropout=lora_config.lora_dropout if lora_config else 0.0,
         gradient_checkpointing=config.train.gradient_checkpointing,
         offload_inputs=offloads_activations(config.train) and has_host_memory(mesh.devices.flat[0]),
+        neftune_noise_alpha=config.train.neftune_noise_alpha,
     )
     return Run(
         config, checkpoint, quantization, model_config, model, tokenizer, train_rows, eval_rows, frozen, trainable,

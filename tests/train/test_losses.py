@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models.decoder import Decoder
-from lora_jax.train.losses import CHUNK, head_variables, summed_loss, token_losses
+from lora_jax.train.losses import CHUNK, head_variables, right_tokens, summed_loss, token_losses
 from tests.tiny import Base, adapted, lora, tiny_base
 
 HEADS: dict[str, tuple[str, Any]] = {
@@ -46,7 +46,7 @@ def plain_loss(model: Decoder, trainable: Any, constant: Any, hidden: Any, targe
 
 
 def chunked_loss(model: Decoder, trainable: Any, constant: Any, hidden: Any, targets: Any, scale: Any) -> Any:
-    return summed_loss(model, trainable, constant, hidden, targets, scale, None)
+    return summed_loss(model, trainable, constant, hidden, targets, scale, None)[0]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -140,11 +140,31 @@ def test_dropout_of_an_adapted_head_differs_between_chunks_and_repeats_with_its_
 
     @jax.jit
     def gradient(key: jax.Array) -> jax.Array:
-        return jax.grad(partial(summed_loss, model, leaves, constant))(
-            hidden, targets, jnp.ones((ROWS, LENGTH)), key
-        )
+        given = (hidden, targets, jnp.ones((ROWS, LENGTH)), key)
+        return jax.grad(partial(summed_loss, model, leaves, constant), has_aux=True)(*given)[0]
 
     first = gradient(jax.random.key(0))
     assert jnp.array_equal(first, gradient(jax.random.key(0)))
     assert not jnp.allclose(first, gradient(jax.random.key(1)))
     assert not jnp.allclose(first[0], first[1])
+
+
+@pytest.mark.parametrize("kind", ["some", "none", "all, uneven", "some negative"])
+def test_tokens_right_are_those_whose_logit_is_the_greatest_and_counted_once(kind: str, base: Base) -> None:
+    constant = head_variables({"params": base.params, "adapter": {}}, base.config.tie_word_embeddings)
+    model = Decoder(base.config)
+    hidden = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, 32))
+    likeliest = jnp.argmax(model.apply({**constant, "lora": {}}, hidden, method="logits"), -1)
+    targets = jnp.where(jnp.arange(LENGTH) % 3 == 0, likeliest, 7)
+    scale = jnp.asarray(weights(kind))
+    summed = partial(summed_loss, model, {}, constant)
+    _, evaluated = jax.jit(summed)(hidden, targets, scale, None)
+    (_, trained), _ = jax.jit(jax.value_and_grad(summed, has_aux=True))(hidden, targets, scale, None)
+    expected = int(jnp.sum((likeliest == targets) & (scale != 0)))
+    assert int(evaluated) == int(trained) == expected
+    assert expected > 0 or kind == "none"
+
+
+def test_a_token_without_a_number_for_a_logit_is_not_right() -> None:
+    logits = jnp.asarray([[0.0, jnp.nan], [0.0, 1.0]])
+    assert right_tokens(logits, jnp.asarray([0, 1])).tolist() == [False, True]

@@ -151,8 +151,8 @@ def test_evaluation_has_no_dropout(parts: Any) -> None:
         make_eval_step(Decoder(base.config, lora_dropout=rate))(trainable, base.params, adapter, rows)
         for rate in (0.5, 0.0)
     )
-    assert float(with_dropout[0]) == float(without[0])
-    assert float(without[1]) == sum(row.trained[1:].sum() for row in examples())
+    assert with_dropout == without
+    assert float(without.weight) == without.trained_tokens == sum(row.trained[1:].sum() for row in examples())
 
 
 def test_a_step_leaves_the_frozen_tree_as_it_is_and_consumes_its_state(parts: Any) -> None:
