@@ -19,11 +19,15 @@ NOT_NEGATIVE = (
     "max_grad_norm",
     "warmup_steps",
     "eval_steps",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "max_nonfinite_steps",
     "neftune_noise_alpha",
 )
 """Options of training that may be 0 but not less."""
 FOUR_BIT = "bnb_4bit_"
 """What the names of options that only a 4-bit model has begin with."""
+GenerationMetric = Literal["exact_match", "bleu", "rouge"]
 DataFormat = Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"]
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
@@ -109,8 +113,10 @@ class DataOptions:
     """Form of a row; auto recognises it by the columns."""
     eval_path: str | None = None
     """Rows to evaluate on; a file or a Hub id, like path."""
+    eval_paths: dict[str, str] = field(default_factory=dict)
+    """Several sets to evaluate on: a name, then its file or Hub id; each has figures of its own: eval_NAME_loss."""
     eval_split: str | None = None
-    """Split of eval_path; unset means data.split for a Hub id and all rows of a file."""
+    """Split of eval_path or eval_paths; unset means data.split for a Hub id and all rows of a file."""
     eval_fraction: float = 0.0
     """Share of the rows of path held out for evaluation where eval_path is not given."""
     max_length: int = 1024
@@ -167,6 +173,26 @@ class TrainOptions:
     """Steps between lines of metrics.jsonl; the first and the last step are always logged."""
     eval_steps: int = 0
     """Steps between evaluations; 0 evaluates before the first step and after the last one only."""
+    metric_for_best_model: str | None = None
+    """Figure that tells the best checkpoint, such as eval_token_accuracy; unset is the first set's loss."""
+    load_best_model_at_end: bool = False
+    """Export what the best checkpoint holds, not the last; save_steps has to be a multiple of eval_steps."""
+    early_stopping_patience: int = 0
+    """Evaluations in a row without a better figure after which the run ends; 0 never stops it."""
+    early_stopping_threshold: float = 0.0
+    """How much better than the best so far a figure has to be for early_stopping_patience."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts to complete at each evaluation, before the first step too; they go to samples.jsonl."""
+    sample_max_new_tokens: int = 64
+    """Greatest number of tokens in a sample."""
+    generation_metrics: tuple[GenerationMetric, ...] = ()
+    """Scores of greedy completions against the answers of the evaluation rows: exact_match, bleu, rouge."""
+    generation_rows: int = 64
+    """Rows of each evaluation set that generation_metrics completes, from the first on."""
+    generation_max_new_tokens: int = 128
+    """Greatest number of tokens in a completion that is scored."""
+    max_nonfinite_steps: int = 5
+    """Steps in a row, skipped for a loss or gradient that is not finite, that end the run; 0 is as 1."""
     save_strategy: Literal["no", "steps", "epoch"] = "steps"
     """When checkpoints are written; steps and epoch also keep the last step."""
     save_steps: int = 500
@@ -256,7 +282,7 @@ def check(config: RunConfig) -> None:
     _check_regexes(lora)
     _require(bool(lora.target_modules), "--lora.target_modules", "", f"name modules, or use {ALL_LINEAR}")
     _require(
-        not (data.eval_split and not data.eval_path),
+        not data.eval_split or bool(data.eval_path or data.eval_paths),
         "--data.eval_split",
         data.eval_split,
         "needs --data.eval_path",
@@ -271,6 +297,7 @@ def check(config: RunConfig) -> None:
     )
     check_model(config.model)
     _check_train(train)
+    _check_evaluation(data, train)
 
 
 def check_model(model: ModelOptions) -> None:
@@ -339,6 +366,59 @@ def _check_train(train: TrainOptions) -> None:
     for name in ("per_device_eval_batch_size", "save_total_limit"):
         value = getattr(train, name)
         _require(value is None or value > 0, f"--train.{name}", value, "must be positive, or None")
+
+
+def _check_evaluation(data: DataOptions, train: TrainOptions) -> None:
+    sources = [name for name in ("eval_path", "eval_paths", "eval_fraction") if getattr(data, name)]
+    for name in data.eval_paths:
+        _require(
+            re.fullmatch(r"[\w.-]+", name) is not None,
+            "--data.eval_paths",
+            name,
+            "a name is part of a figure's, eval_NAME_loss; use letters, digits, and the signs _ . -",
+        )
+    others = [name for name in sources if name != "eval_paths"]
+    _require(
+        not (data.eval_paths and others),
+        "--data.eval_paths",
+        "",
+        f"excludes {' and '.join(f'--data.{name}' for name in others)}; give one of them",
+    )
+    for name in ("sample_max_new_tokens", "generation_rows", "generation_max_new_tokens"):
+        _require(getattr(train, name) > 0, f"--train.{name}", getattr(train, name), "must be positive")
+    needs_rows = {
+        "metric_for_best_model": train.metric_for_best_model,
+        "load_best_model_at_end": train.load_best_model_at_end,
+        "early_stopping_patience": train.early_stopping_patience,
+        "generation_metrics": " ".join(train.generation_metrics),
+    }
+    for name, value in needs_rows.items():
+        _require(
+            not value or bool(sources),
+            f"--train.{name}",
+            value,
+            "needs rows to evaluate on; give --data.eval_path or --data.eval_fraction",
+        )
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        _require(
+            not getattr(train, name) or train.eval_steps > 0,
+            f"--train.{name}",
+            getattr(train, name),
+            "needs evaluations between the steps; give --train.eval_steps",
+        )
+    if train.load_best_model_at_end:
+        _require(
+            train.save_strategy != "no",
+            "--train.load_best_model_at_end",
+            True,
+            "needs checkpoints; leave out --train.save_strategy no",
+        )
+        _require(
+            train.save_strategy != "steps" or train.save_steps % train.eval_steps == 0,
+            "--train.save_steps",
+            train.save_steps,
+            f"must be a multiple of --train.eval_steps {train.eval_steps} for --train.load_best_model_at_end",
+        )
 
 
 def _require(holds: bool, option: str, value: object, remedy: str) -> None:

@@ -111,7 +111,7 @@ def step_batch(
         Arrays [accumulation, batch or len(part), length]. Where an epoch's last step has fewer rows, rows of padding
         follow; they are dealt so that real rows fill the passes in order.
     """
-    chosen = _rows_of(step, len(dataset), seed, batch * accumulation)
+    chosen = rows_of(step, len(dataset), seed, batch * accumulation)
     part = range(batch) if part is None else part
     places = [start + row for start in range(0, batch * accumulation, batch) for row in part]
     examples = [dataset[int(chosen[place])] for place in places if place < len(chosen)]
@@ -122,7 +122,7 @@ def step_batch(
 
 def tokens_of(lengths: np.ndarray, step: int, *, seed: int, rows_per_step: int) -> int:
     """Return the real tokens of a step, counted from 0, given the length of each row."""
-    return int(lengths[_rows_of(step, len(lengths), seed, rows_per_step)].sum())
+    return int(lengths[rows_of(step, len(lengths), seed, rows_per_step)].sum())
 
 
 def tokens_before(lengths: np.ndarray, step: int, *, seed: int, rows_per_step: int) -> int:
@@ -134,8 +134,8 @@ def tokens_before(lengths: np.ndarray, step: int, *, seed: int, rows_per_step: i
     )
 
 
-def _rows_of(step: int, rows: int, seed: int, rows_per_step: int) -> np.ndarray:
-    """Return the indices of the rows of a step, fewer in the last step of an epoch."""
+def rows_of(step: int, rows: int, seed: int, rows_per_step: int) -> np.ndarray:
+    """Return the indices of the rows of a step counted from 0, fewer in the last step of an epoch."""
     epoch, place = divmod(step, steps_per_epoch(rows, rows_per_step))
     return epoch_order(rows, seed, epoch)[place * rows_per_step : (place + 1) * rows_per_step]
 

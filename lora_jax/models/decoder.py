@@ -5,7 +5,8 @@
     logits = model.apply(collections, hidden, method="logits")
 
 `trainable` may be empty: an un-adapted model is the same code. Dropout is on where a "dropout" rng is
-given, the embedding's noise where a "noise" rng is. With a `Cache` the call appends to it and attends over it (generation).
+given, the embedding's noise where a "noise" rng is. With a `Cache` the call appends to it and attends over
+it (generation).
 """
 
 from __future__ import annotations

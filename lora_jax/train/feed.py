@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.data.batches import Batch, eval_batches, step_batch, tokens_before, tokens_of
+from lora_jax.data.batches import Batch, eval_batches, rows_of, step_batch, tokens_before, tokens_of
 from lora_jax.data.dataset import TokenDataset
 from lora_jax.parallel.mesh import POSITIONS, ROWS
 
@@ -52,6 +52,10 @@ class Feed:
             length=sizes.length, padding_id=self.padding_id, part=_part(here, shape, 1),
         )  # fmt: skip
         return _on_mesh(local, here, shape)
+
+    def rows_of(self, step: int) -> list[int]:
+        """Return the indices of the rows of a step counted from 1, over all processes."""
+        return rows_of(step - 1, len(self.rows), self.seed, self.sizes.rows_per_step).tolist()
 
     def tokens(self, step: int) -> int:
         """Return the real tokens of a step counted from 1, over all processes."""

@@ -52,7 +52,9 @@ def _token_losses_backward(residuals: Any, cotangent: Array) -> tuple[Array, Non
 token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
-def right_tokens(logits: Float[Array, "tokens vocab"], targets: Int[Array, " tokens"]) -> Bool[Array, " tokens"]:
+def right_tokens(
+    logits: Float[Array, "tokens vocab"], targets: Int[Array, " tokens"]
+) -> Bool[Array, " tokens"]:
     """Return where no logit is above the target's: its maximum is there already, where an argmax is a pass of its own.
 
     It differs from the argmax where 16-bit logits tie.
@@ -132,7 +134,7 @@ def _local_loss(
     ) -> tuple[Array, Array]:
         variables = {**constant, "lora": trainable}
         rngs = None if key is None else {"dropout": jax.random.fold_in(key, rows[0])}
-        logits = model.apply(variables, hidden_rows, method="logits", rngs=rngs)
+        logits: Any = model.apply(variables, hidden_rows, method="logits", rngs=rngs)
         label = labels.at[rows].get(mode="fill", fill_value=0)
         weight = scale.at[rows].get(mode="fill", fill_value=0)
         right = right_tokens(jax.lax.stop_gradient(logits), label) & (weight != 0)

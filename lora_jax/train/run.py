@@ -31,18 +31,19 @@ from lora_jax.train.optim import make_optimizer
 from lora_jax.train.output import (
     ADAPTER,
     CHECKPOINTS,
-    METRICS,
     MODEL,
-    MetricsLog,
+    Logs,
     check_output,
     config_yaml,
     open_output,
     output_folder,
 )
 from lora_jax.train.report import Reporter, print_facts
+from lora_jax.train.scores import check_installed
 from lora_jax.train.setup import Run, prepare
 from lora_jax.train.signals import Signals
 from lora_jax.train.step import init_state
+from lora_jax.train.stopping import check_saves, goal
 
 
 def train(config: RunConfig, typed: Collection[str] = (), console: Console | None = None) -> int:
@@ -53,6 +54,7 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
     a checkpoint cannot be.
     """
     check(config)
+    check_installed(config.train.generation_metrics)
     start(config.distributed)
     console = console or Console(quiet=not writes())
     try:
@@ -83,6 +85,8 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
                 f"note: --lora.init_from was trained on a quantised base ({before.summary()})", soft_wrap=True
             )
     sizes = run_sizes(run)
+    aim = goal(config.train, list(run.eval_rows))
+    check_saves(config.train, sizes.steps_per_epoch)
     state = init_state(run.trainable, make_optimizer(config.train, sizes.steps), run.key)
     state_shardings = offloaded(shardings(state, mesh), config.train)
     state = placed(state, state_shardings)
@@ -92,7 +96,8 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     folder, progress = output_folder(config), None
     if not config.resume or not (folder / CHECKPOINTS).is_dir():
         open_output(config)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, config.train.save_total_limit, _identity(run, sizes))
+    limit, identity = config.train.save_total_limit, _identity(run, sizes)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, limit, identity, aim.metric, aim.greater_is_better)
     try:
         if config.resume and checkpoints.latest() is not None:
             state, progress = checkpoints.restore(state)
@@ -108,10 +113,10 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             open_output(config)  # only now: a resumption that is refused leaves the folder as it was
         print_facts(console, run, state.opt_state, sizes)
         with (
-            closing(MetricsLog(folder / METRICS, signals.resumed_at)) as log,
+            closing(Logs(folder, signals.resumed_at, bool(config.train.sample_prompts))) as logs,
             Reporter(console, sizes.steps, int(state.step)) as reporter,
         ):
-            loop = Loop(run, sizes, state_shardings, log, checkpoints, reporter, signals)
+            loop = Loop(run, sizes, state_shardings, logs, checkpoints, reporter, signals)
             outcome = loop.train(state, progress)
     finally:
         checkpoints.close()
@@ -120,26 +125,32 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             f"stopped; step {int(outcome.state.step)} is saved, go on with --resume", highlight=False
         )
         return INTERRUPTED if outcome.stopped_by == signal.SIGINT else 0
+    if (step := int(outcome.state.step)) < sizes.steps and not config.train.load_best_model_at_end:
+        console.print(f"stopped early after step {step}", highlight=False)
+    loss = next((name for name in outcome.before if name.endswith("loss")), "")
+    losses = outcome.before.get(loss), outcome.after.get(loss)
     if run.plan is None:
         written = export_model(run, outcome.state.trainable, folder)
     else:
         facts = TrainingFacts(
             data=config.data.path,
-            steps=sizes.steps,
+            steps=step,
             num_tokens=outcome.num_tokens,
             trainable_parameters=run.parameters[0],
             learning_rate=config.train.learning_rate,
-            eval_loss_before=outcome.eval_before,
-            eval_loss_after=outcome.eval_after,
+            eval_loss_before=losses[0],
+            eval_loss_after=losses[1],
             resized_vocabulary=run.resized_vocabulary,
             quantization=run.quantization.summary() if run.quantization else None,
             version=__version__,
         )
         written = export_adapter(run, outcome.state.trainable, folder, facts)
-    if outcome.eval_before is not None and outcome.eval_after is not None:
-        console.print(f"eval loss {outcome.eval_before:.4f} -> {outcome.eval_after:.4f}", highlight=False)
-    if (best := checkpoints.best) is not None and best.step < sizes.steps:
-        console.print(f"best checkpoint: step {best.step}, eval loss {best.eval_loss:.4f}", highlight=False)
+    if None not in losses:
+        console.print(f"eval loss {losses[0]:.4f} -> {losses[1]:.4f}", highlight=False)
+    if (found := checkpoints.best) is not None and found.step < sizes.steps:
+        whose = " (exported)" if found.step == step else ""
+        shown = f"{checkpoints.metric.replace('eval_', 'eval ', 1)} {found.value:.4f}"
+        console.print(f"best checkpoint: step {found.step}, {shown}{whose}", highlight=False)
     console.print(f"wrote {written}", highlight=False, soft_wrap=True)
     return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,8 @@ class Run:
     model: Decoder
     tokenizer: Any
     train_rows: TokenDataset
-    eval_rows: TokenDataset | None
+    eval_rows: Mapping[str, TokenDataset]
+    """The sets to evaluate on by their names; a single one without a name has the empty one."""
     frozen: Any
     trainable: Any
     adapter: Any
@@ -133,17 +134,25 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
     )  # fmt: skip
 
 
-def _rows(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[TokenDataset, TokenDataset | None]:
+def _rows(
+    config: RunConfig, tokenizer: Any, vocab_size: int
+) -> tuple[TokenDataset, Mapping[str, TokenDataset]]:
     data = config.data
     train_rows = load_examples(data, tokenizer, data.path, data.split, vocab_size)
+    paths, option = data.eval_paths, "--data.eval_paths"
     if data.eval_path:
-        local = Path(data.eval_path).expanduser().exists()
+        paths, option = {"": data.eval_path}, "--data.eval_path"
+    sets = {}
+    for name, path in paths.items():
+        local = Path(path).expanduser().exists()
         split = data.eval_split or ("train" if local else data.split)
-        option = "--data.eval_path"
-        return train_rows, load_examples(data, tokenizer, data.eval_path, split, vocab_size, option=option)
+        sets[name] = load_examples(
+            data, tokenizer, path, split, vocab_size, option=f"{option} {name}".rstrip()
+        )
     if data.eval_fraction:
-        return hold_out(train_rows, data.eval_fraction, config.train.seed)
-    return train_rows, None
+        train_rows, held = hold_out(train_rows, data.eval_fraction, config.train.seed)
+        sets = {} if held is None else {"": held}
+    return train_rows, sets
 
 
 def _check_resized(checkpoint: Checkpoint, config: ModelConfig, plan: Plan) -> None:
