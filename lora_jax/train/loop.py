@@ -121,23 +121,28 @@ class Loop:
             state, metrics = self.train_step(state, self.run.frozen, self.run.adapter, batch)
             self.signals.stepping()
             window.add(self.feed.tokens(step), metrics)
-            broken, last = self.skipped.add(metrics), step == sizes.steps
+            self.skipped.add(step, metrics)
+            last = step == sizes.steps
             self.reporter.at(step)
-            evaluates, value = self._evaluates(step), None
-            if not broken and (evaluates or self._logs(step)):
-                broken = self.skipped.read()
+            evaluates, value, unlogged = self._evaluates(step), None, None
+            if evaluates or self._logs(step):
+                self.skipped.read()
                 entry = self._entry(step, window)  # before the evaluation, whose time is not a step's
-                try:
-                    evaluation = self._evaluate(state) if evaluates and not broken else Evaluation()
-                except Interrupted as stop:
-                    self._save(state, window, entry)
-                    stopped = stop.number
-                    break
-                self._write(entry, state, evaluation)
-                value = evaluation.figures.get(goal.metric)
-                window.restart()
-            if broken:
-                raise self._broken(state, window)
+                if evaluates and self.skipped.too_many:
+                    unlogged = entry
+                else:
+                    try:
+                        evaluation = self._evaluate(state) if evaluates else Evaluation()
+                    except Interrupted as stop:
+                        self._save(state, window, entry)
+                        stopped = stop.number
+                        break
+                    self._write(entry, state, evaluation)
+                    value = evaluation.figures.get(goal.metric)
+                    window.restart()
+            if self.skipped.too_many:
+                self._save(state, window, unlogged)
+                raise self._broken(self.skipped.too_many, step)
             ends = last or self.patience.over
             received = self.signals.received()
             if received or self._saves(step) or (ends and self.options.save_strategy != "no"):
@@ -179,20 +184,15 @@ class Loop:
             leaf.delete()  # both would have to fit otherwise
         return self.checkpoints.restore(state, best.step)[0]
 
-    def _broken(self, state: TrainState, window: _Window) -> UserError:
-        """Save the state, and return what to say of steps in a row that were not finite."""
-        count, total = self.skipped.in_a_row, self.skipped.total
-        step = int(state.step)
-        late = self.skipped.unread  # a step may be under way already
-        first, last = step - late - count + 1, step - late
-        rows = [row for number in range(first, last + 1) for row in self.feed.rows_of(number)]
-        self._save(state, window)
+    def _broken(self, steps: range, saved: int) -> UserError:
+        """Return what to say of steps in a row that were not finite, once the state is saved."""
         self.signals.finishing()
-        which = f"step {last}" if count == 1 else f"steps {first} to {last}"
+        rows = [row for step in steps for row in self.feed.rows_of(step)]
+        which = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
         return UserError(
-            f"loss or gradient not finite in {which}, {total} skipped in all: {places(self.run.train_rows, rows)}; "
-            "look at those rows, lower --train.learning_rate, or go on behind them with --resume: "
-            f"step {step} is saved, and no skipped step has changed it"
+            f"loss or gradient not finite in {which}, on {places(self.run.train_rows, rows)}; look at those rows, "
+            f"lower --train.learning_rate, or go on behind them with --resume: step {saved} is saved, and no skipped "
+            "step has changed it"
         )
 
     def _save(

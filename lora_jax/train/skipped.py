@@ -19,28 +19,24 @@ class Skipped:
         """`limit` is how many in a row end the run; 0 is as 1."""
         self.limit = max(1, limit)
         self.total, self.in_a_row = total, in_a_row
-        self._unread: deque[StepMetrics] = deque()
+        self.too_many: range | None = None
+        """The steps that end the run, once there are that many in a row."""
+        self._unread: deque[tuple[int, StepMetrics]] = deque()
 
-    def add(self, metrics: StepMetrics) -> bool:
-        """Note a step that was queued and read all before it; return whether too many of these were skipped."""
-        over = self.read()
-        self._unread.append(metrics)
-        return over
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        """Note a step that was queued, and read all before it."""
+        self.read()
+        self._unread.append((step, metrics))
 
-    @property
-    def unread(self) -> int:
-        """Steps that were queued and not read."""
-        return len(self._unread)
-
-    def read(self) -> bool:
-        """Read the flags of all steps so far, waiting for them; return whether too many in a row were skipped."""
+    def read(self) -> None:
+        """Read the flags of all steps so far, waiting for them."""
         while self._unread:
-            finite = bool(self._unread.popleft().finite)
+            step, metrics = self._unread.popleft()
+            finite = bool(metrics.finite)
             self.total += not finite
             self.in_a_row = 0 if finite else self.in_a_row + 1
-            if self.in_a_row >= self.limit:
-                return True
-        return False
+            if self.in_a_row >= self.limit and self.too_many is None:
+                self.too_many = range(step - self.in_a_row + 1, step + 1)
 
 
 def places(rows: TokenDataset, indices: Sequence[int]) -> str:
