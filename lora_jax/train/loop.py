@@ -44,6 +44,18 @@ class Outcome:
     after: Mapping[str, float]
     num_tokens: int
     stopped_by: int | None
+    steps: int
+    """Steps that were trained, though an earlier one's state may be exported."""
+
+    @property
+    def eval_before(self) -> float | None:
+        """The first set's loss before the first step, None where it was not measured."""
+        return _loss(self.before)
+
+    @property
+    def eval_after(self) -> float | None:
+        """The first set's loss of the exported state, None where it was not measured."""
+        return _loss(self.after)
 
 
 def run_sizes(run: Run) -> Sizes:
@@ -153,11 +165,12 @@ class Loop:
             self.checkpoints.check()
         self.signals.finishing()
         jax.block_until_ready(state)
+        steps = int(state.step)
         if stopped is None:
             state = self._exported(state)
         step = int(state.step)
-        after = self.evaluations.get(step, {})
-        return Outcome(state, self.evaluations.get(0, {}), after, self.feed.tokens_before(step + 1), stopped)
+        before, after = (self.evaluations.get(number, {}) for number in (0, step))
+        return Outcome(state, before, after, self.feed.tokens_before(step + 1), stopped, steps)
 
     def _before_training(self, state: TrainState) -> None:
         """Evaluate the start; a line of step 0 is written where there is a figure."""
@@ -313,6 +326,10 @@ def evaluated_figures(line: Mapping[str, Any]) -> dict[str, float]:
     """Return what a line of metrics.jsonl holds of an evaluation; NaN for what is no number."""
     found = {name: value for name, value in line.items() if name.startswith(EVALUATED)}
     return {name: math.nan if value is None else value for name, value in found.items()}
+
+
+def _loss(figures: Mapping[str, float]) -> float | None:
+    return next((value for name, value in figures.items() if name.endswith("loss")), None)
 
 
 def _number(value: Any) -> Any:

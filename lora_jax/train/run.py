@@ -125,10 +125,10 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             f"stopped; step {int(outcome.state.step)} is saved, go on with --resume", highlight=False
         )
         return INTERRUPTED if outcome.stopped_by == signal.SIGINT else 0
-    if (step := int(outcome.state.step)) < sizes.steps and not config.train.load_best_model_at_end:
-        console.print(f"stopped early after step {step}", highlight=False)
-    loss = next((name for name in outcome.before if name.endswith("loss")), "")
-    losses = outcome.before.get(loss), outcome.after.get(loss)
+    if outcome.steps < sizes.steps:
+        count = f"{config.train.early_stopping_patience} evaluations in a row without a better {aim.metric}"
+        console.print(f"stopped early after step {outcome.steps}: {count}", highlight=False)
+    step = int(outcome.state.step)
     if run.plan is None:
         written = export_model(run, outcome.state.trainable, folder)
     else:
@@ -138,19 +138,19 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             num_tokens=outcome.num_tokens,
             trainable_parameters=run.parameters[0],
             learning_rate=config.train.learning_rate,
-            eval_loss_before=losses[0],
-            eval_loss_after=losses[1],
+            eval_loss_before=outcome.eval_before,
+            eval_loss_after=outcome.eval_after,
             resized_vocabulary=run.resized_vocabulary,
             quantization=run.quantization.summary() if run.quantization else None,
             version=__version__,
         )
         written = export_adapter(run, outcome.state.trainable, folder, facts)
-    if None not in losses:
-        console.print(f"eval loss {losses[0]:.4f} -> {losses[1]:.4f}", highlight=False)
+    if outcome.eval_before is not None and outcome.eval_after is not None:
+        console.print(f"eval loss {outcome.eval_before:.4f} -> {outcome.eval_after:.4f}", highlight=False)
     if (found := checkpoints.best) is not None and found.step < sizes.steps:
         whose = " (exported)" if found.step == step else ""
-        shown = f"{checkpoints.metric.replace('eval_', 'eval ', 1)} {found.value:.4f}"
-        console.print(f"best checkpoint: step {found.step}, {shown}{whose}", highlight=False)
+        shown = f"step {found.step}, {checkpoints.metric} {found.value:.4f}{whose}"
+        console.print(f"best checkpoint: {shown}", highlight=False)
     console.print(f"wrote {written}", highlight=False, soft_wrap=True)
     return 0
 

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from lora_jax.config import MeshOptions, RunConfig, TrainOptions
-from lora_jax.data.dataset import TokenDataset
-from lora_jax.data.tokens import Tokens
+from lora_jax.config import DataOptions, MeshOptions, RunConfig, TrainOptions
+from lora_jax.data.dataset import TokenDataset, load_examples
+from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.train.cautions import about_leaks, about_rows, learning_rate, start, untouched
+from tests.runs import write_rows
+from tests.tiny import write_tokenizer
 
 
-def dataset(ids: Sequence[int], cut: int = 0, name: str = "rows.jsonl") -> TokenDataset:
-    """Return rows of three tokens each, told apart by their ids; the first `cut` were cut."""
-    rows = [
-        Tokens(np.array([1, 2, id_], np.int32), np.array([False, True, True]), place, place <= cut)
-        for place, id_ in enumerate(ids, start=1)
-    ]
-    return TokenDataset(name, "line", tuple(rows), 3)
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TokenDataset]:
+    """Return a maker of rows told apart by their ids, the first `cut` of them longer than fits."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+
+    def made(ids: Sequence[int], cut: int = 0) -> TokenDataset:
+        rows = [
+            {"prompt": f"{id_:03}", "completion": "long" if place < cut else "."}
+            for place, id_ in enumerate(ids)
+        ]
+        options = DataOptions(max_length=5)
+        return load_examples(options, tokenizer, str(write_rows(folder / "rows.jsonl", rows)), "train", None)
+
+    return made
 
 
 @pytest.mark.parametrize(
@@ -44,20 +54,24 @@ def test_a_learning_rate_of_the_other_method_is_warned_of(
     assert (found is None) if warns is None else (found is not None and found.startswith(warns))
 
 
-def test_rows_cut_in_bulk_are_warned_of_with_their_share() -> None:
+def test_rows_cut_in_bulk_are_warned_of_with_their_share(dataset: Callable[..., TokenDataset]) -> None:
     assert about_rows(dataset(range(100), cut=5)) == {}
     found = about_rows(dataset(range(100), cut=6))["max_length"]
     assert found is not None
-    assert found.startswith("6 of 100 (6.0%) training rows are longer than --data.max_length 3")
+    assert found.startswith("6 of 100 (6.0%) training rows are longer than --data.max_length 5")
 
 
-def test_training_rows_that_repeat_others_in_bulk_are_warned_of() -> None:
+def test_training_rows_that_repeat_others_in_bulk_are_warned_of(
+    dataset: Callable[..., TokenDataset],
+) -> None:
     assert about_rows(dataset([*range(95), *range(5)])) == {}
     found = about_rows(dataset([*range(90), *range(10)]))["duplicates"]
     assert found == "10 of 100 (10.0%) training rows repeat another row to the token"
 
 
-def test_rows_both_trained_on_and_evaluated_on_are_counted_set_by_set() -> None:
+def test_rows_both_trained_on_and_evaluated_on_are_counted_set_by_set(
+    dataset: Callable[..., TokenDataset],
+) -> None:
     train = dataset(range(10))
     assert about_leaks(train, {}) == {}
     assert about_leaks(train, {"": dataset(range(10, 20))}) == {}
