@@ -222,3 +222,36 @@ def test_scores_of_rows_without_prompts_are_refused(
     more = ("--data.eval_fraction", "0.5", "--train.generation_metrics", "exact_match")
     assert main(train_arguments(model, texts, tmp_path / "out", *more)) == 2
     assert "no whole row of" in capsys.readouterr().err
+
+
+def test_any_checkpoints_adapter_can_be_exported_after_the_fact(
+    watched: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, exported = watched[1], tree(watched[1] / "adapter")
+    found = losses(output)
+    best = min((step for step in found if step), key=found.__getitem__)
+    files = {}
+    for which in (":best", f":{best}", "", f":{max(found)}"):
+        capsys.readouterr()
+        folder = tmp_path / (which.strip(":") or "plain")
+        run("export", "--checkpoint", f"{output}{which}", "--output", str(folder))
+        assert (
+            f"the adapter of step {best if which in (':best', f':{best}') else max(found)}"
+            in capsys.readouterr().out
+        )
+        files[which] = tree(folder)
+    assert files[":best"] == files[f":{best}"] == {k: v for k, v in exported.items() if k != "README.md"}
+    assert files[""] == files[f":{max(found)}"] != files[":best"]
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line_with_those_that_are(
+    watched: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ("--output", str(tmp_path / "adapter"))
+    for given, message in (
+        (f"{watched[1]}:77", "no such checkpoint; give one of 1, 2, 3, best or last"),
+        (str(tmp_path), f"no config.yaml in {tmp_path}; give the output_dir of a run"),
+    ):
+        assert main(["export", "--checkpoint", given, *out]) == 2
+        assert capsys.readouterr().err == f"error: --checkpoint {given}: {message}\n"
+    assert not (tmp_path / "adapter").exists()
