@@ -2,9 +2,10 @@
 
 The head is the widest product of a step and only positions with a weight need it. They are sorted to the front and
 taken a chunk at a time, for as many chunks as there are trained positions; a chunk's logits are gone before the next
-begins. The forward pass already forms the gradients with respect to the hidden states and to whatever is trained in
-the head, so the backward pass repeats no product: two head-sized products a trained token in all, and no residual of
-the size of the vocabulary. Which tokens are predicted right is told by the same chunk of logits, at no measurable cost.
+begins. Where nothing in the head is trained, they are formed a block of the vocabulary at a time (`blocks.py`), so that
+memory does not grow with it. The forward pass already forms the gradients with respect to the hidden states and to
+whatever is trained in the head, so the backward pass repeats no product: two head-sized products a trained token in
+all, and no residual of the size of the vocabulary. The same logits tell which tokens are right, at no measurable cost.
 
 Under a mesh every device does so with positions of its own, whatever the axis that it shares out elsewhere: the head is
 gathered once, and nothing is sent while chunks are computed.
@@ -12,6 +13,7 @@ gathered once, and nothing is sent while chunks are computed.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.decoder import Decoder
 from lora_jax.parallel.mesh import FEATURES, POSITIONS, rows_and_positions
+from lora_jax.train.blocks import losses_in_blocks, wide_table
 
 CHUNK = 512
 """Positions whose logits exist at once; fewer make the head's products slower, as each reads its whole table."""
@@ -128,6 +131,10 @@ def _local_loss(
     )  # out of range: dropped, and read as 0
     labels, scale = targets.reshape(tokens), weights.reshape(tokens)
     chunks = (jnp.count_nonzero(scale) + chunk - 1) // chunk
+    wide = wide_table(trainable, constant, model.config.tie_word_embeddings) is not None
+
+    def labelled(rows: Array, labels: Array, scale: Array) -> tuple[Array, Array]:
+        return tuple(array.at[rows].get(mode="fill", fill_value=0) for array in (labels, scale))
 
     def chunk_loss(
         trainable: Any, rows: Array, constant: Any, hidden_rows: Array, labels: Array, scale: Array, key: Any
@@ -135,10 +142,32 @@ def _local_loss(
         variables = {**constant, "lora": trainable}
         rngs = None if key is None else {"dropout": jax.random.fold_in(key, rows[0])}
         logits: Any = model.apply(variables, hidden_rows, method="logits", rngs=rngs)
-        label = labels.at[rows].get(mode="fill", fill_value=0)
-        weight = scale.at[rows].get(mode="fill", fill_value=0)
+        label, weight = labelled(rows, labels, scale)
         right = right_tokens(jax.lax.stop_gradient(logits), label) & (weight != 0)
         return jnp.sum(token_losses(logits, label) * weight), jnp.sum(right, dtype=jnp.float32)
+
+    def chunk_gradients(*given: Any) -> tuple[Array, Array, Any, Array]:
+        (loss, right), gradients = jax.value_and_grad(chunk_loss, argnums=(0, 3), has_aux=True)(*given)
+        return loss, right, *gradients
+
+    def in_blocks(with_gradient: bool, *given: Any) -> Any:
+        trainable, rows, constant, hidden_rows, labels, scale, _ = given
+        table = wide_table(trainable, constant, model.config.tie_word_embeddings)
+        assert table is not None
+        label, weight = labelled(rows, labels, scale)
+        found = losses_in_blocks(table, hidden_rows, label, with_gradient)
+        sums = jnp.sum(found.loss * weight), jnp.sum(found.right & (weight != 0), dtype=jnp.float32)
+        if found.gradient is None:
+            return sums
+        return *sums, trainable, (found.gradient * weight[:, None]).astype(hidden_rows.dtype)
+
+    def chosen(whole: Any, with_gradient: bool, given: tuple[Any, ...]) -> Any:
+        if not wide:
+            return whole(*given)
+        blocks = partial(in_blocks, with_gradient)
+        if flat.dtype.itemsize > 2:
+            return blocks(*given)
+        return jax.lax.platform_dependent(*given, cpu=whole, default=blocks)
 
     @jax.custom_vjp
     def total(
@@ -154,7 +183,8 @@ def _local_loss(
         def body(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             rows = jax.lax.dynamic_slice_in_dim(order, index * chunk, chunk)
             picked = flat.at[rows].get(mode="fill", fill_value=0)
-            loss, right = chunk_loss(trainable, rows, constant, picked, labels, scale, key)
+            given = (trainable, rows, constant, picked, labels, scale, key)
+            loss, right = chosen(chunk_loss, False, given)
             return sums[0] + loss, sums[1] + right
 
         return jax.lax.fori_loop(0, chunks, body, (jnp.float32(0), jnp.float32(0)))
@@ -173,9 +203,8 @@ def _local_loss(
             loss, right, d_trainable, d_flat = carry
             rows = jax.lax.dynamic_slice_in_dim(order, index * chunk, chunk)
             picked = flat.at[rows].get(mode="fill", fill_value=0)
-            (value, more), (d_head, d_rows) = jax.value_and_grad(chunk_loss, argnums=(0, 3), has_aux=True)(
-                trainable, rows, constant, picked, labels, scale, key
-            )
+            given = (trainable, rows, constant, picked, labels, scale, key)
+            value, more, d_head, d_rows = chosen(chunk_gradients, True, given)
             d_trainable = jax.tree.map(jnp.add, d_trainable, d_head)
             return loss + value, right + more, d_trainable, d_flat.at[rows].set(d_rows, mode="drop")
 
