@@ -59,7 +59,11 @@ class Cautions:
 
     def about_start(self, figures: Mapping[str, Any], base_loss: float | None = None) -> list[str]:
         """Return the reason to warn of the first loss that is known; `base_loss` is that of the base alone."""
-        losses = [(name, value) for name, value in figures.items() if name.endswith("loss")]
+        losses = [
+            (name, value if math.isfinite(value) else None)
+            for name, value in figures.items()
+            if name.endswith("loss")
+        ]
         return self._new(
             {"start": start(*losses[0], self.run.model_config.vocab_size, base_loss)} if losses else {}
         )

@@ -111,6 +111,17 @@ def skipping(broken: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory)
     return arguments, output
 
 
+def test_a_start_that_is_no_number_is_warned_of_and_null_in_the_log(
+    broken: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--data.eval_path", str(rows), "--train.max_steps", "1")
+    run(*train_arguments(broken, rows, tmp_path / "out", *more))
+    assert "warning: start: eval_loss is not finite before the first step" in capsys.readouterr().out
+    first = metrics(tmp_path / "out")[0]
+    assert (first["eval_loss"], first["eval_perplexity"]) == (None, None)
+    assert [text.partition(":")[0] for text in first["warnings"]] == ["leaked", "start"]
+
+
 def test_a_run_counts_what_it_skips_and_its_figures_and_adapter_are_numbers(
     skipping: tuple[list[str], Path],
 ) -> None:
