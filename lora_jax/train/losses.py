@@ -13,6 +13,7 @@ gathered once, and nothing is sent while chunks are computed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,10 @@ from lora_jax.parallel.mesh import FEATURES, POSITIONS, rows_and_positions
 from lora_jax.train.blocks import losses_in_blocks, wide_table
 
 CHUNK = 512
-"""Positions whose logits exist at once; fewer make the head's products slower, as each reads its whole table."""
+"""Positions whose logits exist at once; fewer make the head's products slower, as each reads its whole table.
+
+What is left below a whole chunk is taken as a half and a quarter of one, so that few positions are computed in vain.
+"""
 
 
 @jax.custom_vjp
@@ -123,14 +127,14 @@ def _local_loss(
     key: Array | None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     tokens = hidden.shape[0] * hidden.shape[1]
-    chunk = min(CHUNK, tokens)
+    least, sizes = _sizes(tokens)
     flat = hidden.reshape(tokens, -1)
     order = jnp.argsort(weights.reshape(tokens) == 0, stable=True)
     order = jnp.pad(
-        order, (0, -tokens % chunk), constant_values=tokens
+        order, (0, -tokens % least), constant_values=tokens
     )  # out of range: dropped, and read as 0
     labels, scale = targets.reshape(tokens), weights.reshape(tokens)
-    chunks = (jnp.count_nonzero(scale) + chunk - 1) // chunk
+    parts = (jnp.count_nonzero(scale) + least - 1) // least
     wide = wide_table(trainable, constant, model.config.tie_word_embeddings) is not None
 
     def labelled(rows: Array, labels: Array, scale: Array) -> tuple[Array, Array]:
@@ -175,33 +179,31 @@ def _local_loss(
         flat: Array,
         constant: Any,
         order: Array,
-        chunks: Array,
+        parts: Array,
         labels: Array,
         scale: Array,
         key: Any,
     ) -> tuple[Array, Array]:
-        def body(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            rows = jax.lax.dynamic_slice_in_dim(order, index * chunk, chunk)
+        def body(rows: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             picked = flat.at[rows].get(mode="fill", fill_value=0)
             given = (trainable, rows, constant, picked, labels, scale, key)
             loss, right = chosen(chunk_loss, False, given)
             return sums[0] + loss, sums[1] + right
 
-        return jax.lax.fori_loop(0, chunks, body, (jnp.float32(0), jnp.float32(0)))
+        return _over_chunks(body, (jnp.float32(0), jnp.float32(0)), order, parts, sizes)
 
     def forward(
         trainable: Any,
         flat: Array,
         constant: Any,
         order: Array,
-        chunks: Array,
+        parts: Array,
         labels: Array,
         scale: Array,
         key: Any,
     ) -> Any:
-        def body(index: Array, carry: Any) -> Any:
+        def body(rows: Array, carry: Any) -> Any:
             loss, right, d_trainable, d_flat = carry
-            rows = jax.lax.dynamic_slice_in_dim(order, index * chunk, chunk)
             picked = flat.at[rows].get(mode="fill", fill_value=0)
             given = (trainable, rows, constant, picked, labels, scale, key)
             value, more, d_head, d_rows = chosen(chunk_gradients, True, given)
@@ -210,7 +212,7 @@ def _local_loss(
 
         zeros = jax.tree.map(jnp.zeros_like, trainable), jnp.zeros_like(flat)
         start = (jnp.float32(0), jnp.float32(0), *zeros)
-        loss, right, d_trainable, d_flat = jax.lax.fori_loop(0, chunks, body, start)
+        loss, right, d_trainable, d_flat = _over_chunks(body, start, order, parts, sizes)
         return (loss, right), (d_trainable, d_flat)
 
     def backward(residuals: Any, cotangents: tuple[Array, Array]) -> Any:
@@ -219,4 +221,27 @@ def _local_loss(
         return d_trainable, d_flat, None, None, None, None, None, None
 
     total.defvjp(forward, backward)
-    return total(trainable, flat, constant, order, chunks, labels, scale, key)
+    return total(trainable, flat, constant, order, parts, labels, scale, key)
+
+
+def _sizes(tokens: int) -> tuple[int, tuple[int, ...]]:
+    """Return the least chunk for so many positions, and the sizes of all chunks, each twice the next."""
+    least = min(CHUNK // 4, tokens)
+    larger = (size for size in (CHUNK, CHUNK // 2) if least < size <= tokens)
+    return least, (*larger, least)
+
+
+def _over_chunks(
+    body: Callable[[Array, Any], Any], start: Any, order: Array, parts: Array, sizes: tuple[int, ...]
+) -> Any:
+    """Fold `body` over the first `parts` x the least size of `order`, the largest chunks first."""
+    carry, done, left = start, jnp.int32(0), parts * sizes[-1]
+    for size in sizes:
+        count = left // size
+
+        def chunk(number: Array, carry: Any, size: int = size, done: Array = done) -> Any:
+            return body(jax.lax.dynamic_slice_in_dim(order, done + number * size, size), carry)
+
+        carry = jax.lax.fori_loop(0, count, chunk, carry)
+        done, left = done + count * size, left - count * size
+    return carry
