@@ -21,7 +21,7 @@ export JAX_PLATFORMS ?= cpu
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak parity check format memory aot aot-cuda clean
+.PHONY: help demo test soak parity check check-report format memory aot aot-cuda clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,8 +38,9 @@ demo: $(VENV)/.installed ## Train the shipped model on the shipped rows, merge, 
 test: $(VENV)/.installed-test ## Run the tests that need no torch.
 	$(BIN)/python -m pytest --ignore=tests/parity -n 2 --dist loadfile $(ARGS)
 
-soak: $(VENV)/.installed ## Kill a training run 25 times at random moments and resume it; some minutes.
+soak: $(VENV)/.installed-test ## Kill a training run 25 times and resume it, then check 10,000 generated files of rows; some minutes.
 	$(BIN)/python scripts/soak.py $(ARGS)
+	$(BIN)/python -m scripts.fuzz_rows
 
 parity: $(VENV)/.installed-parity ## Run the tests beside torch, transformers and peft.
 	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/python -m pytest tests/parity $(ARGS)
@@ -49,6 +50,9 @@ check: $(VENV)/.installed-dev ## Lint, check the formatting, the layers of impor
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+check-report: $(VENV)/.installed-browser ## Click through the pages of lora-jax report in Debian's chromium; some minutes.
+	$(BIN)/python scripts/check_report.py $(ARGS)
 
 format: $(VENV)/.installed-dev ## Mend what ruff can mend.
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,6 @@
-"""JAX's persistent compilation cache, on by default: what took more than a second to compile is compiled once.
+"""Where work of earlier runs is kept: JAX's compiled programs, and the tokens of data sets.
+
+JAX's persistent compilation cache is on by default: what took more than a second to compile is compiled once.
 
 JAX's own variables go before: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps
 nothing, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is the second.
@@ -13,6 +15,17 @@ FOLDER = Path(".cache", "lora_jax", "compiled")
 """In the home of the user."""
 SIZE = 5 * 2**30
 """Bytes that the folder may take; what was used longest ago goes first."""
+
+
+def token_folder() -> Path | None:
+    """Return where tokens of data sets are kept: below LORA_JAX_CACHE, XDG_CACHE_HOME or the home; None without any."""
+    for variable, below in (("LORA_JAX_CACHE", "tokens"), ("XDG_CACHE_HOME", "lora_jax/tokens")):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]) / below
+    try:
+        return Path.home() / ".cache" / "lora_jax" / "tokens"
+    except RuntimeError:
+        return None
 
 
 def keep_compiled() -> None:

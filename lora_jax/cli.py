@@ -21,6 +21,7 @@ USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
   generate   complete a prompt with a model, and an adapter if given
   plan       what a run needs on a TPU, a GPU or this machine, from the compiler (--topology v5e:2x4)
   export     rewrite an adapter for another program (--for vllm)
+  report     write a page about a run, or several: curves, layers that moved, data, samples, options
   inspect    show the data as the model is trained on it (inspect data), or an adapter (inspect adapter)
 
 lora-jax COMMAND --help lists the options of a command.
@@ -132,6 +133,12 @@ def _generate(arguments: Sequence[str]) -> int:
     return generate(*parse(GenerateOptions, arguments, program="lora-jax generate"))
 
 
+def _report(arguments: Sequence[str]) -> int:
+    from lora_jax.commands.report import report
+
+    return report(arguments)
+
+
 def _inspect(arguments: Sequence[str]) -> int:
     from lora_jax.commands.inspect import inspect
 
@@ -148,6 +155,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": _generate,
     "plan": _plan,
     "export": _export,
+    "report": _report,
     "inspect": _inspect,
 }
 

@@ -28,6 +28,7 @@ NOT_NEGATIVE = (
 FOUR_BIT = "bnb_4bit_"
 """What the names of options that only a 4-bit model has begin with."""
 GenerationMetric = Literal["exact_match", "bleu", "rouge"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 DataFormat = Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"]
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
@@ -105,12 +106,16 @@ class LoraOptions:
 class DataOptions:
     """The rows and how they become tokens."""
 
-    path: str = ""
-    """JSON, JSONL, CSV or Parquet file, or a data set's id on the Hub."""
+    path: tuple[str, ...] = ()
+    """JSON, JSONL, CSV or Parquet files, or ids of data sets on the Hub; several are mixed."""
     split: str = "train"
-    """Split to read, slices included: train[:200]."""
+    """Split to read, of each path; slices included: train[:200]."""
     format: DataFormat = "auto"
-    """Form of a row; auto recognises it by the columns."""
+    """Form of a row; auto recognises it by the columns, in each path anew."""
+    mixture_weights: tuple[float, ...] = ()
+    """Shares of the paths in an epoch, one number each; none takes every row of each path once."""
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    """With mixture_weights an epoch ends when the first path would repeat a row, or when each has given all."""
     eval_path: str | None = None
     """Rows to evaluate on; a file or a Hub id, like path."""
     eval_paths: dict[str, str] = field(default_factory=dict)
@@ -120,9 +125,23 @@ class DataOptions:
     eval_fraction: float = 0.0
     """Share of the rows of path held out for evaluation where eval_path is not given."""
     max_length: int = 1024
-    """Longest sequence in tokens; longer rows are cut at the end."""
+    """Longest sequence in tokens; truncation_mode says what becomes of longer rows."""
+    truncation_mode: Literal["keep_start", "windows", "drop"] = "keep_start"
+    """Longer rows are cut at the end, cut into full windows that are all trained on, or left out."""
     text_field: str = "text"
     """Column that holds the text in the format text."""
+    completion_only_loss: bool | None = None
+    """Train on completions, outputs and answers alone (unset does so), or with False on prompts as well."""
+    assistant_only_loss: bool | None = None
+    """Train on the assistant's turns alone (unset does so), or with False on whole conversations."""
+    train_on_eos: Literal["turn", "last", "none"] = "turn"
+    """End tokens that are trained: that of each trained turn, of the row's last one, or none."""
+    weight_field: str | None = None
+    """Column of numbers by which each row's trained tokens are weighted in the loss."""
+    num_proc: int | None = None
+    """Processes that tokenise; unset is up to 8 for large files and one for small ones."""
+    cache: bool = True
+    """Keep tokens in ~/.cache/lora_jax/tokens (LORA_JAX_CACHE names another folder) for the next run."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +220,12 @@ class TrainOptions:
     """Checkpoints kept; None keeps all."""
     seed: int = 42
     """Seed of initialisation, data order and dropout."""
+    report_to: tuple[Tracker, ...] = ()
+    """Trackers to send what is logged to: tensorboard, wandb, mlflow, trackio; metrics.jsonl is written always."""
+    run_name: str | None = None
+    """Name of the run in trackers; unset is the name of output_dir."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step of a profiler trace, written to output_dir/profile; one number traces one step."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +274,12 @@ class RunConfig:
     """Go on from the last checkpoint of output_dir."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
+    push_to_hub: str | None = None
+    """Id on the Hub, owner/name, to upload the adapter or model to when the run is done."""
+    hub_private_repo: bool = False
+    """Make the repository private, where push_to_hub makes it."""
+    hub_revision: str | None = None
+    """Branch of push_to_hub to upload to, made where it is not there; unset is main."""
 
 
 def check(config: RunConfig) -> None:
@@ -256,10 +287,10 @@ def check(config: RunConfig) -> None:
     lora, data, train = config.lora, config.data, config.train
     for name, value, remedy in (
         ("--model.path", config.model.path, "give the model's folder or its Hub id"),
-        ("--data.path", data.path, "give a file of rows or the Hub id of a data set"),
+        ("--data.path", all(data.path) and data.path, "give a file of rows or the Hub id of a data set"),
         ("--output_dir", config.output_dir, "give the folder to write to"),
     ):
-        _require(bool(value), name, value, f"needed; {remedy}")
+        _require(bool(value), name, "", f"needed; {remedy}")
     _require(
         not (config.resume and config.overwrite),
         "--resume",
@@ -281,13 +312,13 @@ def check(config: RunConfig) -> None:
         _require(value > 0, f"--lora.alpha_pattern {name}", value, "must be positive")
     _check_regexes(lora)
     _require(bool(lora.target_modules), "--lora.target_modules", "", f"name modules, or use {ALL_LINEAR}")
+    check_data(data)
     _require(
         not data.eval_split or bool(data.eval_path or data.eval_paths),
         "--data.eval_split",
         data.eval_split,
         "needs --data.eval_path",
     )
-    _require(data.max_length > 1, "--data.max_length", data.max_length, "must be at least 2 tokens")
     _require(0 <= data.eval_fraction < 1, "--data.eval_fraction", data.eval_fraction, "must be in [0, 1)")
     _require(
         not (data.eval_path and data.eval_fraction),
@@ -298,6 +329,27 @@ def check(config: RunConfig) -> None:
     check_model(config.model)
     _check_train(train)
     _check_evaluation(data, train)
+
+
+def check_data(data: DataOptions) -> None:
+    """Raise UserError for options of the rows that are wrong whatever the rows are."""
+    _require(data.max_length > 1, "--data.max_length", data.max_length, "must be at least 2 tokens")
+    shares = " ".join(f"{share:g}" for share in data.mixture_weights)
+    _require(
+        len(data.mixture_weights) in (0, len(data.path)),
+        "--data.mixture_weights",
+        shares,
+        f"give as many numbers as paths: {len(data.path)}",
+    )
+    _require(
+        all(share > 0 for share in data.mixture_weights), "--data.mixture_weights", shares, "must be positive"
+    )
+    _require(
+        data.num_proc is None or data.num_proc > 0,
+        "--data.num_proc",
+        data.num_proc,
+        "must be positive, or None",
+    )
 
 
 def check_model(model: ModelOptions) -> None:
@@ -362,6 +414,13 @@ def _check_train(train: TrainOptions) -> None:
         "--train.offload",
         train.offload,
         "moves the layers' inputs that --train.gradient_checkpointing keeps; switch that on, or give optimizer",
+    )
+    traced = list(train.profile_steps)
+    _require(
+        not traced or (len(traced) <= 2 and 0 < traced[0] <= traced[-1]),
+        "--train.profile_steps",
+        " ".join(map(str, traced)),
+        "takes the first and the last step to trace, such as 3 5",
     )
     for name in ("per_device_eval_batch_size", "save_total_limit"):
         value = getattr(train, name)

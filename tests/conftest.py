@@ -27,6 +27,7 @@ _ENVIRONMENT = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "HF_HOME": _hub_home.name,  # neither the user's token nor their cached files
+    "LORA_JAX_CACHE": _hub_home.name,
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",  # else tokenizers complains about every fork
 }

@@ -136,9 +136,14 @@ def _target(module: Module, config: AdapterConfig) -> Target:
             f"target_modules: {module.name} is a norm, which has no low-rank form; "
             "train it whole with --lora.modules_to_save"
         )
-    r = int(_pattern(config.rank_pattern, module.name, config.r))
-    alpha = _pattern(config.alpha_pattern, module.name, config.lora_alpha)
-    return Target(module, r, alpha, alpha / (math.sqrt(r) if config.use_rslora else r))
+    return Target(module, *scaled(module.name, config))
+
+
+def scaled(name: str, config: AdapterConfig) -> tuple[int, float, float]:
+    """Return rank, alpha and scaling of an adapted module."""
+    r = int(_pattern(config.rank_pattern, name, config.r))
+    alpha = _pattern(config.alpha_pattern, name, config.lora_alpha)
+    return r, alpha, alpha / (math.sqrt(r) if config.use_rslora else r)
 
 
 def _token_indices(

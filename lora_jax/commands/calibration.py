@@ -14,7 +14,7 @@ import numpy as np
 from lora_jax.adapters.notes import NOTES_FILE
 from lora_jax.config import DataFormat, DataOptions, ModelOptions
 from lora_jax.data.batches import eval_batches, padded_length
-from lora_jax.data.dataset import TokenDataset, load_examples
+from lora_jax.data.dataset import load_examples
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.bitsandbytes import QuantizationConfig
@@ -83,7 +83,7 @@ class Calibration:
             config.vocab_size,
             option="--calibration.path",
         )
-        self._rows = TokenDataset(found.name, found.unit, found[: options.rows], found.max_length)
+        self._rows = found.select(np.arange(min(options.rows, len(found))))
 
     def tensors(
         self,

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from lora_jax import __version__
 from lora_jax.adapters.notes import NOTES_FILE, write_notes
 from lora_jax.adapters.peft import fold_for_vllm, saved_config
 from lora_jax.adapters.read import open_adapter
@@ -17,8 +18,10 @@ from lora_jax.commands.checkpoints import saved_adapter
 from lora_jax.commands.merge import base_folder, check_target
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter_config, write_adapter
-from lora_jax.hub.atomic import whole_folder
+from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.model_card import TrainingFacts, adapter_card
+from lora_jax.hub.push import check_push, push
 from lora_jax.hub.tokenizer import copy_tokenizer
 from lora_jax.models.families import read_config
 
@@ -39,6 +42,12 @@ class ExportOptions:
     """Base model: a folder or a Hub id; unset is the one that the adapter names."""
     overwrite: bool = False
     """Replace what output holds."""
+    push_to_hub: str | None = None
+    """Id on the Hub, owner/name, to upload what was written to."""
+    hub_private_repo: bool = False
+    """Make the repository private, where push_to_hub makes it."""
+    hub_revision: str | None = None
+    """Branch of push_to_hub to upload to, made where it is not there; unset is main."""
 
 
 def export(options: ExportOptions, console: Console | None = None) -> int:
@@ -48,18 +57,35 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
         return _from_checkpoint(options, console)
     if not options.adapter or not options.output:
         raise UserError("export: needs --adapter and --output; give both folders")
+    if options.push_to_hub is not None:
+        check_push(options.push_to_hub, Path(options.output))
     folder = Path(options.adapter).expanduser()
     config = read_adapter_config(folder)
     base = Checkpoint.open(base_folder(folder, config, options.base))
     check_target(options.output, ADAPTER_CONFIG_FILE, folder, base.folder)
-    adapter = open_adapter(folder, read_config(base.config, base.folder))
+    model_config = read_config(base.config, base.folder)
+    adapter = open_adapter(folder, model_config)
     folded, tensors = fold_for_vllm(saved_config(config, adapter.plan), adapter.tensors, adapter.plan)
     with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:
         write_adapter(aside, folded, tensors)
         copy_tokenizer(folder, aside)
         if (folder / NOTES_FILE).exists():
             shutil.copyfile(folder / NOTES_FILE, aside / NOTES_FILE)
+        rows = adapter.model_config.vocab_size
+        resized = rows if rows > model_config.vocab_size else None
+        facts = TrainingFacts(resized_vocabulary=resized, version=__version__, hub_id=options.push_to_hub)
+        named = folded.base_model_name_or_path
+        card = adapter_card(
+            folded, facts, base_is_local=named is not None and Path(named).expanduser().exists()
+        )
+        write_text(aside / "README.md", card)
     console.print(f"wrote {options.output}, rank {folded.r} and scale 1 in all modules", soft_wrap=True)
+    if options.push_to_hub is not None:
+        url = push(
+            Path(options.output).expanduser(), options.push_to_hub, private=options.hub_private_repo,
+            revision=options.hub_revision,
+        )  # fmt: skip
+        console.print(f"pushed to {url}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -67,6 +93,10 @@ def _from_checkpoint(options: ExportOptions, console: Console) -> int:
     """Write a checkpoint's adapter as it is, for PEFT and for lora_jax."""
     if options.adapter:
         raise UserError("--checkpoint: excludes --adapter; give one of the two")
+    if options.push_to_hub is not None:
+        raise UserError(
+            "--checkpoint: excludes --push_to_hub; push the folder written with huggingface-cli upload"
+        )
     if not options.output:
         raise UserError("export: needs --output; give the folder to write to")
     saved = saved_adapter(options.checkpoint)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lora_jax.config import DataOptions, ModelOptions
+from lora_jax.config import DataOptions, ModelOptions, TrainOptions, check_data
 from lora_jax.errors import UserError
 from lora_jax.options import parse
 
@@ -21,7 +21,7 @@ class InspectDataOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     limit: int = 3
-    """Rows to show."""
+    """Rows to show of each path."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,20 @@ def inspect_data(options: InspectDataOptions, console: Console | None = None) ->
     """Print the first rows as tokens with what is trained; return the exit code."""
     from lora_jax.data.dataset import load_examples
     from lora_jax.data.inspect import render
+    from lora_jax.data.mixture import mixed
     from lora_jax.hub.resolve import resolve
     from lora_jax.hub.tokenizer import load_tokenizer
 
-    if not options.model.path or not options.data.path:
+    if not options.model.path or not options.data.path or not all(options.data.path):
         raise UserError("inspect data: needs --model.path (for its tokenizer) and --data.path")
+    check_data(options.data)
     if options.limit < 1:
         raise UserError(f"--limit {options.limit}: must be positive")
     console = console or Console()
     tokenizer = load_tokenizer(resolve(options.model.path, options.model.revision))
-    rows = load_examples(options.data, tokenizer, options.data.path, options.data.split, None)
+    data = options.data
+    found = load_examples(data, tokenizer, data.path, data.split, None, console=console)
+    rows = mixed(found, data.mixture_weights, data.stopping_strategy, TrainOptions.seed)
     marks = not console.is_terminal or console.no_color
     console.print(render(rows, tokenizer, options.limit, marks=marks), soft_wrap=True)
     return 0

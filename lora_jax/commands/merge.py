@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 from rich.console import Console
 
+from lora_jax import __version__
 from lora_jax.adapters.merge import merged_config
 from lora_jax.adapters.notes import NOTES_FILE, Notes
 from lora_jax.adapters.read import base_of, open_adapter
 from lora_jax.commands.comparison import PROMPTS, Choice, Comparison, Precision, trained_notes
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter_config
+from lora_jax.hub.atomic import write_text
 from lora_jax.hub.bitsandbytes import Bits, QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.model_card import TrainingFacts, model_card
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from lora_jax.hub.push import check_push, push
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.tokenizer import TOKENIZER_FILE
 from lora_jax.hub.writer import parse_size
@@ -48,6 +53,12 @@ class MergeOptions:
     """Greatest size of one safetensors file."""
     overwrite: bool = False
     """Replace what output holds."""
+    push_to_hub: str | None = None
+    """Id on the Hub, owner/name, to upload what was written to."""
+    hub_private_repo: bool = False
+    """Make the repository private, where push_to_hub makes it."""
+    hub_revision: str | None = None
+    """Branch of push_to_hub to upload to, made where it is not there; unset is main."""
 
 
 def base_folder(adapter: Path, config: AdapterConfig, given: str | None) -> Path:
@@ -89,6 +100,8 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     console = console or Console()
     if not options.adapter or not options.output:
         raise UserError("merge: needs --adapter and --output; give both folders")
+    if options.push_to_hub is not None:
+        check_push(options.push_to_hub, Path(options.output))
     parse_size(options.max_shard_size)
     folder = Path(options.adapter).expanduser()
     config = read_adapter_config(folder)
@@ -113,6 +126,7 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
         "dtype": written,
         "quantization_config": None if chosen.quantization is None else chosen.quantization.to_json(),
     }
+    named = options.base or base_of(folder, config)
     tokenizer = folder if (folder / TOKENIZER_FILE).exists() else base.folder
     save_model(
         Path(options.output).expanduser(),
@@ -122,6 +136,7 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
         tokenizer=tokenizer,
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
+        also=partial(_write_card, named, options.push_to_hub),
     )
     if options.base and differs(config.base_model_name_or_path, base_path):
         named = config.base_model_name_or_path
@@ -135,7 +150,19 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     console.print(f"merged {len(adapter.plan.targets)} modules into {options.output}{how}", soft_wrap=True)
     if quantized:
         comparison.print(console, options.prompts, tokenizer)
+    if options.push_to_hub is not None:
+        url = push(
+            Path(options.output).expanduser(), options.push_to_hub, private=options.hub_private_repo,
+            revision=options.hub_revision,
+        )  # fmt: skip
+        console.print(f"pushed to {url}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _write_card(base: str, hub_id: str | None, folder: Path) -> None:
+    facts = TrainingFacts(version=__version__, hub_id=hub_id)
+    card = model_card(base, facts, base_is_local=Path(base).expanduser().exists())
+    write_text(folder / "README.md", card)
 
 
 def _precision(asked: str, base: Checkpoint, trained: Notes, folder: Path) -> Precision:

@@ -22,7 +22,7 @@ TOO_LARGE = 3
 
 
 def _no_data() -> DataOptions:
-    return DataOptions(path="none")
+    return DataOptions(path=("none",))
 
 
 @dataclass(frozen=True)

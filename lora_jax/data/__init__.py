@@ -9,8 +9,9 @@ from lora_jax.data.batches import (
     step_batch,
     steps_per_epoch,
 )
-from lora_jax.data.dataset import TokenDataset, hold_out, load_examples
+from lora_jax.data.dataset import TokenDataset, load_examples
 from lora_jax.data.formats import alpaca_prompt
+from lora_jax.data.mixture import hold_out, mixed
 from lora_jax.data.rows import Rows, read_rows
 from lora_jax.data.tokens import Tokens, tokenise
 
@@ -25,6 +26,7 @@ __all__ = [
     "hold_out",
     "load_examples",
     "make_batch",
+    "mixed",
     "padded_length",
     "read_rows",
     "step_batch",

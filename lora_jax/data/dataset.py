@@ -2,83 +2,145 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
+from rich.console import Console
 
-from lora_jax.config import DataOptions
-from lora_jax.data.batches import epoch_order
-from lora_jax.data.formats import recognise, to_example
-from lora_jax.data.rows import read_rows
-from lora_jax.data.tokens import Tokens, tokenise
-from lora_jax.errors import UserError
+from lora_jax.cache import token_folder
+from lora_jax.config import DataFormat, DataOptions
+from lora_jax.data import token_cache
+from lora_jax.data.recipe import Recipe
+from lora_jax.data.rows import Source, find_rows
+from lora_jax.data.store import Store
+from lora_jax.data.tokenising import Counts, Worker, processes, write_tokens
+from lora_jax.data.tokens import Tokens
+from lora_jax.errors import UserError, listing
+from lora_jax.hub.atomic import write_failure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_NO_EPOCH = 2**32 - 1
-"""Stands for the draw of the rows held out, so that no epoch's order repeats it."""
-
-
 @dataclass(frozen=True, eq=False)
-class TokenDataset(Sequence[Tokens]):
-    """Rows of tokens, in the order of their source."""
+class Part:
+    """The tokens of one file or Hub data set."""
 
     name: str
     """The file, or the Hub id and split."""
     unit: str
     """What `Tokens.row` counts: line or row."""
-    examples: tuple[Tokens, ...]
+    form: DataFormat
+    """Format of its rows."""
+    store: Store
+    counts: Counts
+    """What was left out."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDataset(Sequence[Tokens]):
+    """Rows of tokens of one or several sources. They are read from the disk when they are asked for."""
+
+    parts: tuple[Part, ...]
+    order: np.ndarray
+    """int64 [rows]: the rows by their place in the parts, one part after the other; one may stand there twice."""
     max_length: int
-    """Length that rows were cut to."""
-    dropped: int = 0
-    """Rows left out because nothing in them would be trained."""
+    """Greatest length of a row."""
+    counts: Counts
+    """What was left out of all parts."""
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.order)
 
     @overload
     def __getitem__(self, index: int) -> Tokens: ...
     @overload
     def __getitem__(self, index: slice) -> tuple[Tokens, ...]: ...
     def __getitem__(self, index: int | slice) -> Tokens | tuple[Tokens, ...]:
-        return self.examples[index]
+        if isinstance(index, slice):
+            return tuple(self[row] for row in range(len(self))[index])
+        part, row = self.place(index)
+        return part.store[row]
 
     def __iter__(self) -> Iterator[Tokens]:
-        return iter(self.examples)
+        return map(self.__getitem__, range(len(self)))
+
+    def place(self, index: int) -> tuple[Part, int]:
+        """Return the part that a row is of, and its place there."""
+        row = int(self.order[index])
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.parts[number], row - int(self.starts[number])
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where each part starts among the rows of all, int64 [parts + 1]; the last is their number."""
+        return np.cumsum([0, *(len(part.store) for part in self.parts)], dtype=np.int64)
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of the store (see `store.SCALARS`) for each row."""
+        return np.concatenate([part.store.columns[name] for part in self.parts])[self.order]
+
+    def select(self, chosen: np.ndarray) -> TokenDataset:
+        """Return the rows at these places, in this order."""
+        return replace(self, order=self.order[chosen])
+
+    @property
+    def name(self) -> str:
+        """The sources, in words."""
+        return listing((part.name for part in self.parts), 4)
 
     @property
     def rows(self) -> int:
         """Rows that are used."""
-        return len(self.examples)
+        return len(self)
+
+    @property
+    def dropped(self) -> int:
+        """Rows left out because nothing in them would be trained."""
+        return self.counts.empty
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 [rows]."""
+        return np.concatenate([part.store.lengths for part in self.parts])[self.order]
 
     @cached_property
     def tokens(self) -> int:
         """Tokens in all rows."""
-        return sum(len(example) for example in self.examples)
+        return int(self.lengths.sum())
 
     @cached_property
     def trained_tokens(self) -> int:
         """Tokens that are targets of the loss."""
-        return sum(int(example.trained.sum()) for example in self.examples)
+        return int(self.column("targets").sum(dtype=np.int64))
 
     @cached_property
     def truncated(self) -> int:
         """Rows that were cut at max_length."""
-        return sum(example.truncated for example in self.examples)
+        return int((self.column("cut") > 0).sum())
+
+    @cached_property
+    def cut_tokens(self) -> int:
+        """Tokens beyond max_length, in the rows that were cut."""
+        return int(self.column("cut").sum())
 
     @cached_property
     def longest(self) -> int:
         """Tokens in the longest row."""
-        return max((len(example) for example in self.examples), default=0)
+        return int(self.lengths.max(initial=0))
 
     def where(self, index: int) -> str:
         """Return the place of a row in its source, in words."""
-        return f"{self.name} {self.unit} {self.examples[index].row}"
+        part, row = self.place(index)
+        window = part.store.columns["window"][row]
+        place = f"{part.name} {part.unit} {part.store.columns['row'][row]}"
+        return f"{place} window {window}" if window else place
 
     def summary(self) -> str:
         """Return the counts as one line."""
@@ -86,110 +148,145 @@ class TokenDataset(Sequence[Tokens]):
             f"{self.name}: {_count(self.rows, 'row')}, {_count(self.tokens, 'token')}, "
             f"{self.trained_tokens:,} trained, longest row {self.longest:,}"
         )
+        if len(self.parts) > 1:
+            of_part = np.searchsorted(self.starts, self.order, side="right") - 1
+            rows = np.bincount(of_part, minlength=len(self.parts))
+            each = (f"{part.name} {count:,}" for part, count in zip(self.parts, rows, strict=True))
+            line += f"; rows of each: {listing(each)}"
+        windows = int((self.column("window") > 0).sum())
+        if windows:
+            line += f"; {windows:,} of the rows are windows of longer ones"
         if self.truncated:
-            line += f"; {self.truncated:,} cut at {self.max_length:,} tokens"
+            line += (
+                f"; {self.truncated:,} cut at {self.max_length:,} tokens, "
+                f"{_count(self.cut_tokens, 'token')} left out"
+            )
+        weights = self.column("weight")
+        if (weights != 1).any():
+            line += f"; weights from {weights.min():g} to {weights.max():g}"
+        if self.counts.long:
+            line += f"; {self.counts.long:,} dropped, longer than {self.max_length:,} tokens"
         if self.dropped:
             line += f"; {self.dropped:,} dropped, nothing in them to train on"
+        if self.counts.windows:
+            line += f"; {_count(self.counts.windows, 'window')} dropped, nothing in them to train on"
         return line
 
 
 def load_examples(
     options: DataOptions,
     tokenizer: PreTrainedTokenizerBase,
-    path: str,
+    path: str | Sequence[str],
     split: str,
     vocab_size: int | None,
     *,
     option: str = "--data.path",
+    console: Console | None = None,
 ) -> TokenDataset:
-    """Return the rows of a file or Hub data set as tokens.
+    """Return the rows of files or Hub data sets as tokens, one source after the other.
+
+    Tokens that an earlier run has left in the cache are taken from there, unless `options.cache` is False.
 
     Args:
-        options: format, text_field and max_length are used.
+        options: what decides the tokens (see `Recipe`), num_proc and cache are used.
         tokenizer: the model's.
-        path: file or Hub id.
-        split: split or slice of it.
+        path: file or Hub id, or several.
+        split: split or slice of each.
         vocab_size: number of token ids that the model has; None does not check.
         option: the option that gave the path, for messages.
+        console: shows progress if it is a terminal.
 
     Raises:
         UserError: the rows cannot be read, a row does not fit its format, a token is not in the model's
             vocabulary, or nothing is left to train on.
     """
-    rows = read_rows(path, split, option=option)
-    form = recognise(rows[0], options, rows.where(0))
-    chat = bool(tokenizer.chat_template)
-    examples: list[Tokens] = []
-    cut = 0
-    for index, row in enumerate(rows):
-        where = rows.where(index)
-        example = to_example(row, form, where, text_field=options.text_field, chat=chat)
-        tokens = tokenise(example, tokenizer, options.max_length, where, row=rows.number(index))
-        _check_vocabulary(tokens, tokenizer, vocab_size, where)
-        if tokens.trained.any():
-            examples.append(tokens)
-        else:
-            cut += tokens.truncated
-    dropped = len(rows) - len(examples)
-    if not examples:
-        raise UserError(_nothing_left(rows.name, form, options.max_length, dropped, cut, option))
-    return TokenDataset(rows.name, rows.unit, tuple(examples), options.max_length, dropped)
+    recipe = Recipe.of(options)
+    sources = [find_rows(one, split, option=option) for one in ([path] if isinstance(path, str) else path)]
+    parts = tuple(_part(source, recipe, tokenizer, options, console) for source in sources)
+    rows = sum(len(part.store) for part in parts)
+    counts = sum((part.counts for part in parts), Counts())
+    found = TokenDataset(parts, np.arange(rows, dtype=np.int64), options.max_length, counts)
+    _check_vocabulary(found, tokenizer, vocab_size)
+    return found
 
 
-def hold_out(dataset: TokenDataset, fraction: float, seed: int) -> tuple[TokenDataset, TokenDataset | None]:
-    """Split off a share of the rows, drawn by the seed, for evaluation.
+def _part(
+    source: Source,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions,
+    console: Console | None,
+) -> Part:
+    folder = token_folder() if options.cache else None
+    before, content = source.state(), source.content() if folder else ""
+    key = token_cache.key(content, asdict(recipe), tokenizer) if folder else None
+    if folder and key and (entry := token_cache.find(folder, key)) is not None:
+        about = entry.about
+        return Part(source.name, about["unit"], about["format"], entry.store, Counts(**about["counts"]))
+    aside = token_cache.begin(folder) if folder and key else None
+    keep = aside is not None
+    if aside is None:
+        aside = Path(tempfile.mkdtemp(prefix="lora_jax-tokens-"))
+    try:
+        part = _tokenised(source, recipe, tokenizer, options, console, aside / token_cache.ROWS)
+        if keep and folder and key and source.state() == before:
+            about = {"unit": part.unit, "format": part.form, "counts": asdict(part.counts)}
+            token_cache.note(aside, about)
+            token_cache.publish(aside, folder, key)
+    except OSError as error:
+        raise write_failure(aside, error) from error
+    finally:  # what is mapped stays readable
+        shutil.rmtree(aside, ignore_errors=True)
+    return part
 
-    Returns:
-        The rows to train on and the rows held out, each in the order of the source; None for no share.
 
-    Raises:
-        UserError: a part would have no rows.
-    """
-    if fraction == 0:
-        return dataset, None
-    size = max(1, round(len(dataset) * fraction))
-    if size >= len(dataset):
-        raise UserError(
-            f"--data.eval_fraction {fraction}: leaves none of the {_count(len(dataset), 'row')} of "
-            f"{dataset.name} to train on; lower it or give --data.eval_path"
-        )
-    held = np.zeros(len(dataset), bool)
-    held[epoch_order(len(dataset), seed, _NO_EPOCH)[:size]] = True
-    train, evaluation = (
-        TokenDataset(
-            dataset.name,
-            dataset.unit,
-            tuple(dataset.examples[i] for i in np.flatnonzero(mask)),
-            dataset.max_length,
-            dropped,
-        )
-        for mask, dropped in ((~held, dataset.dropped), (held, 0))
-    )
-    return train, evaluation
+def _tokenised(
+    source: Source,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions,
+    console: Console | None,
+    file: Path,
+) -> Part:
+    rows = source.read()
+    form = recipe.form(rows[0], rows.where(0))
+    worker = Worker(recipe, form, tokenizer, rows.parser, rows.name, rows.unit)
+    workers = processes(options.num_proc, source.bytes, len(rows))
+    counts = write_tokens(rows, worker, file, workers, console)
+    store = Store(file)
+    if not len(store):
+        raise UserError(_nothing_left(source, form, recipe, counts))
+    return Part(rows.name, rows.unit, form, store, counts)
 
 
 def _check_vocabulary(
-    tokens: Tokens, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None, where: str
+    dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None
 ) -> None:
-    largest = int(tokens.input_ids.max(initial=-1))
-    if vocab_size is not None and largest >= vocab_size:
+    for part, start in zip(dataset.parts, dataset.starts, strict=False):
+        if vocab_size is None or part.store.largest() < vocab_size:
+            continue
+        row = part.store.first_with(vocab_size)
+        token = int(part.store[row].input_ids.max())
         raise UserError(
-            f"{where}: token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is beyond the model's "
-            f"vocabulary of {vocab_size}; use --model.resize_vocab True, or the checkpoint's own tokenizer"
+            f"{dataset.where(int(start) + row)}: token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) is beyond "
+            f"the model's vocabulary of {vocab_size}; use --model.resize_vocab True, or the checkpoint's own tokenizer"
         )
 
 
-def _nothing_left(name: str, form: str, max_length: int, dropped: int, cut: int, option: str) -> str:
-    section = option.rpartition(".")[0]
-    if cut:
+def _nothing_left(source: Source, form: str, recipe: Recipe, counts: Counts) -> str:
+    section = source.option.rpartition(".")[0]
+    if cut := counts.cut_empty + counts.long:
         return (
-            f"{option} {name}: nothing is left to train on, as {section}.max_length {max_length} cuts off all that "
-            f"would be trained ({cut:,} of {_count(dropped, 'row')}); raise it"
+            f"{source.option} {source.name}: nothing is left to train on, as {section}.max_length {recipe.max_length} "
+            f"cuts off all that would be trained ({cut:,} of {_count(counts.empty + counts.long, 'row')}); raise it"
         )
     remedy = "give conversations with a turn of role assistant"
     if form != "messages":
         remedy = "give rows with text in them"
-    return f"{option} {name}: nothing to train on in {_count(dropped, 'row')} of format {form}; {remedy}"
+    if recipe.weight_field is not None:
+        remedy += f", and weights above 0 in the column {recipe.weight_field}"
+    rows = f"{_count(counts.empty, 'row')} of format {form}"
+    return f"{source.option} {source.name}: nothing to train on in {rows}; {remedy}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -3,17 +3,21 @@
 Text and string prompts and completions are taken as they are. Conversations, and instructions and
 questions where the tokenizer has a chat template, become messages; without a template an instruction
 takes Alpaca's layout of headings, `alpaca_prompt`.
+
+A message may say whether it is trained: `train`, true or false, or `weight`, 1 or 0. Arguments of tool calls
+that come as text are parsed, since a template that writes them as JSON would put quotes around all of it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_jax.config import DataFormat, DataOptions
-from lora_jax.data.files import kind
+from lora_jax.data.lines import kind
 from lora_jax.errors import UserError, listing, nearest
 
 Message = dict[str, Any]
@@ -26,6 +30,12 @@ COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "text": ("text",),
 }
 CONVERSATIONS = "conversations"
+
+RESERVED = (
+    "messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "return_assistant_tokens_mask",
+)  # fmt: skip
+"""Words for a template that are not a row's to say."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SHAREGPT_ROLES = {
@@ -52,6 +62,8 @@ class CompletionExample:
 
     prompt: str
     completion: str
+    whole: bool = False
+    """The prompt is trained on as well."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +75,33 @@ class ChatExample:
     """Leading messages that are only read, whoever speaks."""
     tools: list[Any] | None = None
     """Tools that the chat template describes to the model."""
+    whole: bool = False
+    """All that follows the leading messages is trained on, whoever speaks."""
+    silent: frozenset[int] = frozenset()
+    """Indices of the assistant's turns that are only read."""
+    words: Mapping[str, Any] = field(default_factory=dict)
+    """What the row says to the chat template beside messages and tools."""
 
 
 Example = TextExample | CompletionExample | ChatExample
 
 
-def recognise(columns: Iterable[str], options: DataOptions, where: str) -> DataFormat:
-    """Return the format that the columns of a row fit, or the one that the options state.
+def recognise(columns: Iterable[str], stated: DataFormat, text_field: str, where: str) -> DataFormat:
+    """Return the format that the columns of a row fit, or the one that is stated.
 
     Raises:
         UserError: the format is auto and the columns fit none.
     """
-    if options.format != "auto":
-        return options.format
+    if stated != "auto":
+        return stated
     have = list(columns)
-    if options.text_field != DataOptions.text_field and options.text_field in have:
+    if text_field != DataOptions.text_field and text_field in have:
         return "text"  # naming the column says which format is meant
     if CONVERSATIONS in have and "messages" not in have:
         return "messages"
     for form, needed in COLUMNS.items():
         if form == "text":
-            needed = (options.text_field,)
+            needed = (text_field,)
         if all(column in have for column in needed):
             return form
     known = "; ".join(" and ".join(needed) for needed in COLUMNS.values())
@@ -94,7 +112,14 @@ def recognise(columns: Iterable[str], options: DataOptions, where: str) -> DataF
 
 
 def to_example(
-    row: Mapping[str, Any], form: DataFormat, where: str, *, text_field: str, chat: bool
+    row: Mapping[str, Any],
+    form: DataFormat,
+    where: str,
+    *,
+    text_field: str,
+    chat: bool,
+    completion_only: bool | None = None,
+    assistant_only: bool | None = None,
 ) -> Example:
     """Return the example that a row holds.
 
@@ -104,16 +129,35 @@ def to_example(
         where: the row's place, for messages.
         text_field: the column of the format text.
         chat: the tokenizer has a chat template.
+        completion_only: prompts are only read; None, like True, except for what assistant_only says.
+        assistant_only: of conversations only the assistant's turns are trained on; None, like True, but for
+            prompts and completions with completion_only False, which are then trained on as a whole.
 
     Raises:
         UserError: a column is missing, or its value is null or of the wrong type.
     """
+    whole = assistant_only is False or (
+        assistant_only is None and completion_only is False and form != "messages"
+    )
     if form == "text":
         return TextExample(_text(row, text_field, where))
     if form == "messages":
-        return _conversation(row, where)
+        column = "messages"
+        if row.get(column) is None and row.get(CONVERSATIONS) is not None:
+            column = CONVERSATIONS
+        return _chat(row, _messages(_column(row, column, where), column, where), 0, whole, where)
     if form == "prompt_completion":
-        return _prompt_completion(row, where)
+        prompt, completion = _column(row, "prompt", where), _column(row, "completion", where)
+        if isinstance(prompt, str) and isinstance(completion, str):
+            texts = _text(row, "prompt", where), _text(row, "completion", where)
+            return CompletionExample(*texts, whole=completion_only is False)
+        if isinstance(prompt, str) or isinstance(completion, str):
+            raise UserError(
+                f"{where}: prompt is {kind(prompt)} and completion is {kind(completion)}; "
+                "give both as strings, or both as lists of messages"
+            )
+        head, tail = _messages(prompt, "prompt", where), _messages(completion, "completion", where)
+        return _chat(row, head + tail, 0 if completion_only is False else len(head), whole, where)
     if form == "instruction":
         instruction, response = _text(row, "instruction", where), _text(row, "output", where)
         extra = _text(row, "input", where) if row.get("input") is not None else ""
@@ -123,9 +167,29 @@ def to_example(
     else:
         raise ValueError(f"{form!r} is no format of a row")
     if not chat:
-        return CompletionExample(alpaca_prompt(instruction, extra), response)
+        return CompletionExample(alpaca_prompt(instruction, extra), response, completion_only is False)
     request = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    return ChatExample([{"role": "user", "content": request}, {"role": "assistant", "content": response}])
+    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": response}]
+    return ChatExample(messages, whole=whole)
+
+
+def row_weight(row: Mapping[str, Any], column: str | None, where: str) -> float:
+    """Return the number by which a row is weighted, 1 where no column is named.
+
+    Raises:
+        UserError: the column is missing, or holds no finite number that is at least 0.
+    """
+    if column is None:
+        return 1.0
+    value = _column(row, column, where, "--data.weight_field")
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)  # text too: CSV has nothing else
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        shown = repr(value)[:40] if isinstance(value, int | float | str) else kind(value)
+        raise UserError(f"{where}: column {column} is {shown}; give a weight: a finite number, 0 or more")
+    return weight
 
 
 def alpaca_prompt(instruction: str, extra: str = "") -> str:
@@ -136,25 +200,51 @@ def alpaca_prompt(instruction: str, extra: str = "") -> str:
     return body + "### Response:\n"
 
 
-def _prompt_completion(row: Mapping[str, Any], where: str) -> Example:
-    prompt, completion = _column(row, "prompt", where), _column(row, "completion", where)
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return CompletionExample(_text(row, "prompt", where), _text(row, "completion", where))
-    if isinstance(prompt, str) or isinstance(completion, str):
-        raise UserError(
-            f"{where}: prompt is {kind(prompt)} and completion is {kind(completion)}; "
-            "give both as strings, or both as lists of messages"
-        )
-    head, tail = _messages(prompt, "prompt", where), _messages(completion, "completion", where)
-    return ChatExample(head + tail, len(head), _tools(row, where))
+def _chat(row: Mapping[str, Any], messages: list[Message], head: int, whole: bool, where: str) -> ChatExample:
+    """Return the conversation of a row without its messages' own marks of what is trained."""
+    silent = set[int]()
+    for index, message in enumerate(messages):
+        place = f"{where}: message {index + 1}"
+        trained = _is_trained(message, place)
+        if trained is None:
+            continue
+        if whole:
+            raise UserError(
+                f"{place} says whether it is trained, which goes with the assistant's turns alone; "
+                "set --data.assistant_only_loss True, or remove train and weight"
+            )
+        if message["role"] == "assistant":
+            silent |= set() if trained else {index}
+        elif trained:
+            raise UserError(
+                f"{place} is to be trained but of role {message['role']}; only the assistant's can be"
+            )
+    plain = [{key: message[key] for key in message if key not in ("train", "weight")} for message in messages]
+    return ChatExample(plain, head, _tools(row, where), whole, frozenset(silent), _words(row, where))
 
 
-def _conversation(row: Mapping[str, Any], where: str) -> ChatExample:
-    if row.get("messages") is None and row.get(CONVERSATIONS) is not None:
-        return ChatExample(_messages(row[CONVERSATIONS], CONVERSATIONS, where), tools=_tools(row, where))
-    return ChatExample(
-        _messages(_column(row, "messages", where), "messages", where), tools=_tools(row, where)
-    )
+def _is_trained(message: Message, where: str) -> bool | None:
+    """Return what a message says of itself: `train`, or `weight` as in the files of OpenAI."""
+    said = {key: message[key] for key in ("train", "weight") if key in message}
+    for key, value in said.items():
+        if value not in (0, 1):
+            shown = repr(value)[:40]
+            raise UserError(f"{where}: its {key} is {shown}; give true or false (train), or 1 or 0 (weight)")
+    if len({bool(value) for value in said.values()}) > 1:
+        raise UserError(f"{where}: its train and weight contradict each other; give one")
+    return next((bool(value) for value in said.values()), None)
+
+
+def _words(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    words = _parsed(row.get("chat_template_kwargs") or None, "{")
+    if words is None:
+        return {}
+    if not isinstance(words, dict):
+        raise UserError(f"{where}: column chat_template_kwargs is {kind(words)}; give an object")
+    for word in words:
+        if word in RESERVED:
+            raise UserError(f"{where}: chat_template_kwargs may not set {word}; remove it")
+    return _encodable(words, f"{where}: column chat_template_kwargs")
 
 
 def _messages(value: Any, column: str, where: str) -> list[Message]:
@@ -177,46 +267,77 @@ def _message(item: Any, where: str) -> Message:
     }  # Arrow fills absent keys with nulls
     if "role" not in message and "from" in message:
         speaker = message["from"]
-        if speaker not in _SHAREGPT_ROLES:
-            raise UserError(f"{where} is from {speaker!r}; use one of: {listing(_SHAREGPT_ROLES)}")
-        message = {"role": _SHAREGPT_ROLES[speaker], "content": message.get("value")}
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+            raise UserError(f"{where} is from {str(speaker)[:40]!r}; use one of: {listing(_SHAREGPT_ROLES)}")
+        marks = {key: message[key] for key in ("train", "weight") if key in message}
+        message = {"role": _SHAREGPT_ROLES[speaker], "content": message.get("value"), **marks}
     role = message.get("role")
     if not isinstance(role, str):
         raise UserError(f"{where} has no role; it has {listing(message) or 'nothing'}; give role and content")
     if role not in ROLES:
-        raise UserError(f"{where} has role {role!r};{nearest(role, ROLES)} Roles: {listing(ROLES)}")
+        raise UserError(f"{where} has role {role[:40]!r};{nearest(role[:40], ROLES)} Roles: {listing(ROLES)}")
+    if "tool_calls" in message:
+        message["tool_calls"] = _tool_calls(message["tool_calls"], where)
     content = message.get("content")
     if isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" for part in content
     ):
         content = "".join(_checked(part.get("text"), f"{where}: its text", "give text") for part in content)
     elif content is None and "tool_calls" in message:
-        return message
+        return _encodable(message, where)
     remedy = "give the text of the message"
-    return {**message, "content": _checked(content, f"{where}: its content", remedy)}
+    content = _checked(content, f"{where}: its content", remedy)
+    return _encodable({**message, "content": content}, where)
+
+
+def _tool_calls(calls: Any, where: str) -> list[Any]:
+    """Return calls with their arguments as objects, which is what templates expect."""
+    calls = _parsed(calls)
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise UserError(f"{where}: its tool_calls are {kind(calls)}; give a list of objects")
+    found = []
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"{where}: a tool call has no name; give function with name and arguments")
+        arguments = _parsed(function.get("arguments"), "{")
+        function = {**function, "arguments": arguments} if "arguments" in function else function
+        found.append({**call, "function": function} if "function" in call else function)
+    return found
+
+
+def _encodable(value: Any, where: str) -> Any:
+    """Return a value whose every text can be written as UTF-8; raises UserError for half a surrogate pair."""
+    if isinstance(value, str):
+        _checked(value, where, "mend the text")
+    for item in (
+        value.items() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    ):
+        _encodable(item, where)
+    return value
 
 
 def _tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
-    tools = _parsed(row.get("tools"))
-    if tools is None or isinstance(tools, list):
-        return tools or None
+    tools = _parsed(row.get("tools") or None)  # an empty field of a CSV file is none
+    if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        return _encodable(tools, f"{where}: column tools") or None
     raise UserError(f"{where}: column tools is {kind(tools)}; give a list of JSON schemas")
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: Any, opening: str = "[") -> Any:
     """Return what a string holds as JSON, as CSV has no lists; other values are returned as they are."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+    if not isinstance(value, str) or not value.lstrip().startswith(opening):
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return value
 
 
-def _column(row: Mapping[str, Any], column: str, where: str) -> Any:
+def _column(row: Mapping[str, Any], column: str, where: str, option: str = "--data.format") -> Any:
     if column not in row:
         raise UserError(
-            f"{where}: no column {column!r}, only {listing(row) or 'none'}; add it or set --data.format"
+            f"{where}: no column {column!r}, only {listing(row) or 'none'}; add it or set {option}"
         )
     return row[column]
 

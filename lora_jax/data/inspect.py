@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.text import Text
 
 from lora_jax.data.dataset import TokenDataset
@@ -22,12 +22,12 @@ _LONGEST_CHARACTER = 4
 
 
 def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, limit: int, *, marks: bool) -> Text:
-    """Return the first rows of a dataset as tokens, under a line of counts and a legend.
+    """Return the first rows of each source of a dataset as tokens, under a line of counts and a legend.
 
     Args:
         dataset: the rows.
         tokenizer: the one that made them.
-        limit: greatest number of rows to show.
+        limit: greatest number of rows to show of each source.
         marks: mark trained tokens by brackets and boundaries by dots, for output without colour; else
             trained tokens have a green background and neighbouring tokens differ in shade.
     """
@@ -37,16 +37,29 @@ def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, limit: int
     else:
         shown.append("trained", _TRAINED[0]).append(" ").append("tokens", _TRAINED[1])
         shown.append(" and the rest, which is only read; the shade changes from token to token\n")
-    for index, example in enumerate(islice(dataset, limit)):
-        cut = f", cut at {dataset.max_length}" if example.truncated else ""
-        heading = f"{dataset.where(index)}: {len(example)} tokens, {int(example.trained.sum())} trained{cut}"
+    chosen = _first_of_each(dataset, limit)
+    for index in chosen:
+        example = dataset[index]
+        heading = f"{dataset.where(index)}: {len(example)} tokens, {int(example.trained.sum())} trained"
+        if example.truncated:
+            heading += f", cut at {dataset.max_length}, {example.cut} left out"
+        if example.weight != 1:
+            heading += f", weight {example.weight:g}"
         shown.append(f"\n{heading}\n", "bold")
         shown.append_text(_row(example, tokenizer, marks))
         shown.append("\n")
-    left = len(dataset) - limit
+    left = len(dataset) - len(chosen)
     if left > 0:
         shown.append(f"\n{left:,} more\n")
     return shown
+
+
+def _first_of_each(dataset: TokenDataset, limit: int) -> list[int]:
+    """Return the places of the first rows of each part."""
+    of_part = np.searchsorted(dataset.starts, dataset.order, side="right") - 1
+    return [
+        int(index) for part in range(len(dataset.parts)) for index in np.flatnonzero(of_part == part)[:limit]
+    ]
 
 
 def _row(example: Tokens, tokenizer: PreTrainedTokenizerBase, marks: bool) -> Text:

@@ -2,11 +2,57 @@
 
 from __future__ import annotations
 
-from lora_jax.data.files import Table, quiet_datasets
+from collections.abc import Iterator
+from typing import Any
+
+from lora_jax.data.files import quiet_datasets
+from lora_jax.data.parquet import BATCH, without_absent
 from lora_jax.errors import UserError
 
 
-def read_hub(path: str, split: str, option: str) -> Table:
+class HubRows:
+    """The rows of a `datasets.Dataset`, which lies in its cache on the disk; one batch of them is in memory."""
+
+    unit = "row"
+
+    def __init__(self, found: Any, name: str) -> None:
+        self.found, self.name = found, name
+        self._batch: list[dict[str, Any]] = []
+        self._start = 0
+
+    @property
+    def numbers(self) -> range:
+        """1-based number of each row."""
+        return range(1, len(self) + 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """What `datasets` tells these rows from all others by."""
+        return str(self.found._fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not self._start <= index < self._start + len(self._batch):
+            self._start = index - index % BATCH
+            try:
+                batch = self.found[self._start : self._start + BATCH]
+            except Exception as error:  # what decodes a column, of images say, raises what it likes
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise UserError(
+                    f"{self.name} row {self._start + 1} or after it: cannot be read ({reason}); mend the data set"
+                ) from error
+            size = min(BATCH, len(self) - self._start)
+            rows = [{name: column[row] for name, column in batch.items()} for row in range(size)]
+            self._batch = without_absent(rows)
+        return self._batch[index - self._start]
+
+
+def read_hub(path: str, split: str, option: str) -> HubRows:
     """Return the rows of a split of a Hub data set.
 
     Args:
@@ -29,7 +75,7 @@ def read_hub(path: str, split: str, option: str) -> Table:
         raise UserError(f"{option} {path}: {remedy} ({reason})") from error
     if isinstance(found, DatasetDict):
         raise UserError(f"{option} {path}: several splits; name one of {', '.join(map(str, found))}")
-    return Table(found, range(1, len(found) + 1), "row")
+    return HubRows(found, f"{path} {split}")
 
 
 def _remedy(reason: str, identifier: str, configuration: str) -> str:

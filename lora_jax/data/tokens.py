@@ -4,10 +4,12 @@ What is trained, and where the EOS token comes from:
 
 - text: every token; EOS is appended if the text does not end with it.
 - prompt and completion: the tokens after those that the prompt and the whole have in common, and EOS,
-  appended likewise.
+  appended likewise; or all tokens.
 - messages: the assistant's turns with their end tokens, as `turns` finds them. The template writes the end
   token; only where it writes none after a closing turn is EOS appended, since nothing else would teach the
-  model to stop.
+  model to stop. Or the whole conversation.
+
+Whether end tokens are trained can be asked for: those of all trained turns, the row's last one, or none.
 
 A BOS token is what the tokenizer adds to plain text and what the template writes into a conversation,
 never both: a conversation is tokenised as transformers' `apply_chat_template` does, without additions, and
@@ -20,17 +22,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from lora_jax.data.formats import ChatExample, CompletionExample, Example
-from lora_jax.data.turns import Span, render_turns, shared_prefix
+from lora_jax.data.turns import Span, render_turns, shared_prefix, without_ends
 from lora_jax.errors import UserError
 from lora_jax.hub.tokenizer import end_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+TrainOnEos = Literal["turn", "last", "none"]
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no equality of one truth value
@@ -43,41 +47,67 @@ class Tokens:
     """bool [length]: the token is a target of the loss."""
     row: int
     """1-based number of the row, or the line, that it comes from."""
-    truncated: bool
-    """Tokens beyond the greatest length were cut off."""
+    cut: int = 0
+    """Tokens beyond the greatest length, which were cut off."""
+    weight: float = 1.0
+    """Factor of the row's trained tokens in the loss."""
+    window: int = 0
+    """1-based number of the window of the row's text that this is; 0 where it is the row."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def truncated(self) -> bool:
+        """Some of the row's tokens were cut off."""
+        return self.cut > 0
+
 
 def tokenise(
-    example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str, *, row: int = 0
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    where: str,
+    *,
+    row: int = 0,
+    train_on_eos: TrainOnEos = "turn",
 ) -> Tokens:
-    """Return an example as tokens, cut at the end to max_length.
+    """Return an example as tokens, cut at the end to max_length; arguments and errors as of `encode`.
+
+    `row` is the row's number, to be kept with its tokens.
+    """
+    ids, trained = encode(example, tokenizer, where, train_on_eos)
+    return Tokens(ids[:max_length], trained[:max_length], row=row, cut=max(len(ids) - max_length, 0))
+
+
+def encode(
+    example: Example, tokenizer: PreTrainedTokenizerBase, where: str, train_on_eos: TrainOnEos = "turn"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return all tokens of an example, int32 [length], and which of them are trained, bool [length].
 
     Args:
         example: what the row holds.
         tokenizer: the model's; messages need its chat template.
-        max_length: greatest number of tokens.
         where: the row's place, for messages.
-        row: the row's number, to be kept with its tokens.
+        train_on_eos: which end tokens are trained; text and completions have one.
 
     Raises:
         UserError: the tokenizer lacks what the example needs, or its template hides what is the assistant's.
     """
     if isinstance(example, ChatExample):
-        ids, trained = _chat(example, tokenizer, where)
-    elif isinstance(example, CompletionExample):
-        prompt = _plain(example.prompt, tokenizer)
-        ids = _ended(_plain(example.prompt + example.completion, tokenizer), tokenizer)
-        trained = np.arange(len(ids)) >= shared_prefix(prompt, ids)
+        ids, trained = _chat(example, tokenizer, where, train_on_eos)
     else:
-        ids = _ended(_plain(example.text, tokenizer), tokenizer)
-        trained = np.full(len(ids), bool(example.text.strip()))
+        if isinstance(example, CompletionExample):
+            ids = _ended(_plain(example.prompt + example.completion, tokenizer), tokenizer)
+            read = 0 if example.whole else shared_prefix(_plain(example.prompt, tokenizer), ids)
+            trained = np.arange(len(ids)) >= read
+        else:
+            ids = _ended(_plain(example.text, tokenizer), tokenizer)
+            trained = np.full(len(ids), bool(example.text.strip()))
+        if train_on_eos == "none":
+            trained[-1:] = False
     trained[:1] = False
-    return Tokens(
-        np.asarray(ids[:max_length], np.int32), trained[:max_length], row=row, truncated=len(ids) > max_length
-    )
+    return np.asarray(ids, np.int32), trained
 
 
 def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -92,23 +122,30 @@ def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids if ids and ids[-1] == end else [*ids, end]
 
 
-def _chat(chat: ChatExample, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], np.ndarray]:
+def _chat(
+    chat: ChatExample, tokenizer: PreTrainedTokenizerBase, where: str, train_on_eos: TrainOnEos
+) -> tuple[list[int], np.ndarray]:
     if not tokenizer.is_fast:
         raise UserError(
             f"{where}: the tokenizer does not tell where in the text its tokens lie; give the model a "
             "tokenizer.json"
         )
-    text, spans = render_turns(chat, tokenizer, where)
+    rendered = render_turns(chat, tokenizer, where)
+    text, spans = rendered
+    kept = spans
+    if train_on_eos != "turn":
+        last = train_on_eos == "last"
+        kept = without_ends(rendered, tokenizer, whole=chat.whole, keep_last=last)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
     offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-    trained = within(offsets, spans)
+    trained = within(offsets, kept)
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         ids, trained = ids[1:], trained[1:]
     if spans and spans[-1].end == len(text) and not spans[-1].closed:
         closed = _ended(ids, tokenizer)
-        trained = np.append(trained, np.ones(len(closed) - len(ids), bool))
+        trained = np.append(trained, np.full(len(closed) - len(ids), train_on_eos != "none"))
         ids = closed
     return ids, trained
 

@@ -13,7 +13,8 @@ The span comes from, in this order,
    by rendering the conversation with a mark put at an end of that content, and holds only if the rest of
    the text is the same to the last character.
 
-A turn that none of these finds is an error: a guess would train on the wrong tokens in silence.
+A turn that none of these finds is an error: a guess would train on the wrong tokens in silence. A conversation
+that is trained on as a whole has one span, to the end of the text.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARK = "\u241emark\u241e"
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 
 
@@ -77,9 +78,40 @@ def render_turns(chat: ChatExample, tokenizer: PreTrainedTokenizerBase, where: s
         text, marked = conversation.render_marked()
     except _TEMPLATE_ERRORS as error:
         raise UserError(f"{where}: the chat template refuses the messages ({error}); mend the row") from error
+    if chat.whole:
+        return Rendered(text, conversation.whole_span(text))
     if conversation.has_marks:
         return Rendered(text, conversation.spans_of_marks(text, marked))
-    return Rendered(text, conversation.spans_of_prefixes(text))
+    return Rendered(text, conversation.spans_of_turns(text, conversation.turns))
+
+
+def without_ends(
+    rendered: Rendered, tokenizer: PreTrainedTokenizerBase, *, whole: bool, keep_last: bool
+) -> list[Span]:
+    """Return spans without the end tokens that close turns, but for the last one with keep_last."""
+    text, spans = rendered
+    found: list[Span] = []
+    for span in spans:
+        special = _closing(text[: span.end], tokenizer)
+        if not span.closed or special is None:
+            found.append(span)
+            continue
+        at = [text.rindex(special, span.start, span.end)]
+        if whole:
+            at = [match.start() for match in re.finditer(re.escape(special), text[: span.end])]
+        ends = [(place, place + len(special)) for place in at if place >= span.start]
+        if keep_last and span is spans[-1]:
+            ends.pop()
+        starts = [span.start, *(end for _, end in ends)]
+        stops = [*(start for start, _ in ends), span.end]
+        found += [Span(a, b, b == span.end) for a, b in zip(starts, stops, strict=True) if a < b]
+    return found
+
+
+def _closing(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the special token that a text ends with, spaces aside."""
+    spoken = text.rstrip()
+    return next((special for special in _special_texts(tokenizer) if spoken.endswith(special)), None)
 
 
 @dataclass(frozen=True)
@@ -104,6 +136,10 @@ class _Conversation:
     @property
     def turns(self) -> list[int]:
         """Indices of the trained messages."""
+        return [turn for turn in self._assistants if turn not in self.chat.silent]
+
+    @property
+    def _assistants(self) -> list[int]:
         numbered = enumerate(self.chat.messages)
         return [i for i, item in numbered if item["role"] == "assistant" and i >= self.chat.prompt_messages]
 
@@ -125,12 +161,18 @@ class _Conversation:
         # What apply_chat_template calls; that one gives no places of characters.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        words: dict[str, Any] = {**self.tokenizer.special_tokens_map, **how}
+        words: dict[str, Any] = {**self.tokenizer.special_tokens_map, **self.chat.words, **how}
         return render_jinja_template(  # pyright: ignore[reportReturnType]
             [messages], tools=self.chat.tools, chat_template=self.template, **words
         )
 
     def spans_of_marks(self, text: str, marked: list[tuple[int, int]]) -> list[Span]:
+        silent = self.spans_of_turns(text, [turn for turn in self._assistants if turn in self.chat.silent])
+        marked = [
+            (start, end)
+            for start, end in marked
+            if not any(start < span.end and span.start < max(end, start + 1) for span in silent)
+        ]
         if self.turns and not marked:
             raise UserError(
                 f"{self.where}: the chat template's generation marks cover no assistant turn; mend the "
@@ -142,17 +184,32 @@ class _Conversation:
             asked = self.render(messages[: self.chat.prompt_messages], ask=True) or ""
             first = shared_prefix(asked, text)
         ending = self._ending(self.turns[-1]) if self.turns else None
-        spans = [self._close(text, start, end) for start, end in marked if end > max(start, first)]
-        return [
-            Span(span.start, span.end + len(ending), closed=True)
-            if ending and not span.closed and text.startswith(ending, span.end)
-            else span
-            for span in spans
-        ]
-
-    def spans_of_prefixes(self, text: str) -> list[Span]:
         spans: list[Span] = []
-        for turn in self.turns:
+        for start, end in marked:
+            if end < first:  # of the prompt
+                continue
+            if ending and text.startswith(ending, end):  # the marks stop just before it
+                spans.append(Span(start, end + len(ending), closed=True))
+            elif start < end:
+                spans.append(self._close(text, start, end))
+        return spans
+
+    def whole_span(self, text: str) -> list[Span]:
+        head, start = self.chat.messages[: self.chat.prompt_messages], 0
+        if head:
+            plain = self.render(head)
+            start = shared_prefix(self.render(head, ask=True) or plain or "", text)
+            if plain is None or start < len(plain):
+                raise UserError(
+                    f"{self.where}: the chat template rewrites the prompt once the completion follows, so where it "
+                    "ends cannot be told; give the row as messages"
+                )
+        closed = _closing(text, self.tokenizer) is not None
+        return [Span(start, len(text), closed)] if start < len(text) else []
+
+    def spans_of_turns(self, text: str, turns: list[int]) -> list[Span]:
+        spans: list[Span] = []
+        for turn in turns:
             start = self._start(text, turn, spans[-1].end if spans else 0)
             span = None if start is None else self._end(text, turn, start)
             if span is None:
@@ -196,18 +253,22 @@ class _Conversation:
         if through is not None and text.startswith(through) and len(through) >= start:
             return self._close(text, start, len(through))
         end = self._content_at(text, turn, end=True)
-        if end is None or end < start:
-            return None
-        ending = self._ending(turn)
-        at = text.find(ending, end) if ending else -1
-        if ending is None or at < 0:
-            return Span(start, end, closed=False)
         following = self._content_at(text, turn + 1, end=False)
-        if following is None and text[end:at].strip():
+        ending = self._ending(turn)
+        if end is None:
+            # A call of a tool has no content to mark: its end token has to be the only one before what follows.
+            if not ending or following is None or text.count(ending, start, following) != 1:
+                return None
+            return Span(start, text.index(ending, start) + len(ending), closed=True)
+        if end < start:
             return None
-        if following is not None and at > following:
-            return Span(start, end, closed=False)
-        return Span(start, at + len(ending), closed=True)
+        # Some templates close a turn of the past otherwise than the last one: as the turn before it is closed.
+        for closing in filter(None, (ending, self._ending(turn - 1) if turn else None)):
+            at = text.find(closing, end)
+            if at >= 0 and (not text[end:at].strip() if following is None else at <= following):
+                return Span(start, at + len(closing), closed=True)
+        unsure = following is None and ending is not None and ending in text[end:]
+        return None if unsure else Span(start, end, closed=False)
 
     def _close(self, text: str, start: int, end: int) -> Span:
         """Return the span without what follows its end token; whole where it has none."""
@@ -225,14 +286,15 @@ class _Conversation:
         """Return where a message's content ends, or starts, in the whole text; None if it cannot be told."""
         messages = self.chat.messages
         content = messages[turn].get("content") if turn < len(messages) else None
-        if not isinstance(content, str) or _MARK in text:
+        if not isinstance(content, str):
             return None
+        mark = next(mark for number in count() if (mark := f"\u241e{number}\u241e") not in text)
         # Templates that trim the content keep a mark only behind the trimmed form.
         for said in (content, content.rstrip() if end else content.lstrip()):
-            message = {**messages[turn], "content": said + _MARK if end else _MARK + said}
+            message = {**messages[turn], "content": said + mark if end else mark + said}
             marked = self.render([*messages[:turn], message, *messages[turn + 1 :]])
-            if marked is not None and marked.count(_MARK) == 1 and marked.replace(_MARK, "") == text:
-                return marked.index(_MARK)
+            if marked is not None and marked.count(mark) == 1 and marked.replace(mark, "") == text:
+                return marked.index(mark)
         return None
 
 

@@ -1,8 +1,12 @@
-"""README.md of an adapter folder: what was trained on what, and how to load it."""
+"""README.md of an adapter or model folder: what was trained on what, with which results, and how to load it."""
+
+from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from shlex import quote
+from typing import Any
 
 from lora_jax.hub.adapter_config import AdapterConfig
 from lora_jax.hub.resolve import looks_like_id
@@ -32,6 +36,14 @@ class TrainingFacts:
     """How the base was quantised while the adapter was trained."""
     version: str | None = None
     """Version of lora_jax."""
+    datasets: tuple[str, ...] = ()
+    """Ids on the Hub of the data trained on."""
+    eval_dataset: str | None = None
+    """Id on the Hub of the data evaluated on."""
+    eval_split: str | None = None
+    """Its split."""
+    hub_id: str | None = None
+    """Id on the Hub that the folder is going to have."""
 
 
 def adapter_card(
@@ -45,19 +57,13 @@ def adapter_card(
     facts = facts or TrainingFacts()
     base = config.base_model_name_or_path
     base_id = base if base and not base_is_local and looks_like_id(base) else None
-    metadata = [f"base_model: {json.dumps(base_id)}"] if base_id else []
-    metadata += ["library_name: peft", "pipeline_tag: text-generation", "tags:", "- lora", "- lora_jax"]
-    rows = _rows(config, facts, base_id)
-    named_base = base or "BASE_MODEL"
+    named_base, here = base or "BASE_MODEL", facts.hub_id or "."
     return "\n".join(
         [
-            "---",
-            *metadata,
-            "---",
-            "",
+            *_metadata(facts, base_id, "peft", "adapter", ["lora", "lora_jax"]),
             "# LoRA adapter" + (f" for {base_id}" if base_id else ""),
             "",
-            *_table(rows),
+            *_table([*_adapter_rows(config, base_id, facts.quantization), *_training_rows(facts)]),
             "",
             "## Load it with PEFT",
             "",
@@ -65,7 +71,8 @@ def adapter_card(
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            'adapter = "."  # this folder, or its id on the Hub',
+            f"adapter = {json.dumps(here)}"
+            + ("" if facts.hub_id else "  # this folder, or its id on the Hub"),
             f"base = AutoModelForCausalLM.from_pretrained({_arguments(named_base, config.revision)})",
             *_resized(facts.resized_vocabulary),
             "model = PeftModel.from_pretrained(base, adapter)",
@@ -75,12 +82,84 @@ def adapter_card(
             "## Use it with lora_jax",
             "",
             "```sh",
-            f'lora-jax generate --model.path {quote(named_base)} --adapter . --prompt "Hello"',
-            f"lora-jax merge --adapter . --base {quote(named_base)} --output merged",
+            *([f"hf download {facts.hub_id} --local-dir adapter"] if facts.hub_id else []),
+            f'lora-jax generate --model.path {quote(named_base)} --adapter {_folder(facts)} --prompt "Hello"',
+            f"lora-jax merge --adapter {_folder(facts)} --base {quote(named_base)} --output merged",
             "```",
             "",
         ]
     )
+
+
+def model_card(base: str, facts: TrainingFacts, *, base_is_local: bool = False) -> str:
+    """Return README.md for a model of which every parameter was trained, as `adapter_card` does for an adapter."""
+    base_id = base if not base_is_local and looks_like_id(base) else None
+    here = json.dumps(facts.hub_id or ".")
+    return "\n".join(
+        [
+            *_metadata(facts, base_id, "transformers", "finetune", ["lora_jax"]),
+            "# Fine-tuned model" + (f" of {base_id}" if base_id else ""),
+            "",
+            *_table([("base model", _base(base, base_id) or base), *_training_rows(facts)]),
+            "",
+            "## Load it with transformers",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"folder = {here}" + ("" if facts.hub_id else "  # this folder, or its id on the Hub"),
+            "model = AutoModelForCausalLM.from_pretrained(folder)",
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            "```",
+            "",
+            "## Use it with lora_jax",
+            "",
+            "```sh",
+            f'lora-jax generate --model.path {facts.hub_id or "."} --prompt "Hello"',
+            "```",
+            "",
+        ]
+    )
+
+
+def _metadata(
+    facts: TrainingFacts, base_id: str | None, library: str, relation: str, tags: list[str]
+) -> list[str]:
+    """Return the block that the Hub reads, by huggingface_hub, which checks what it is given."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = None
+    if facts.eval_dataset is not None and facts.eval_loss_after is not None:
+        figures = (("loss", "Evaluation loss", facts.eval_loss_after),)
+        figures += (("perplexity", "Perplexity", math.exp(min(facts.eval_loss_after, 700.0))),)
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=facts.eval_dataset,
+                dataset_name=facts.eval_dataset,
+                dataset_split=facts.eval_split,
+                metric_type=kind,
+                metric_name=name,
+                metric_value=round(value, 4),
+            )
+            for kind, name, value in figures
+        ]
+    more: dict[str, Any] = {"base_model_relation": relation} if base_id else {}
+    data = ModelCardData(
+        base_model=base_id,
+        datasets=list(facts.datasets) or None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=tags,
+        model_name=(facts.hub_id or "model").rpartition("/")[2] if results else None,
+        eval_results=results,
+        **more,
+    )
+    return ["---", data.to_yaml(line_break="\n"), "---", ""]
+
+
+def _folder(facts: TrainingFacts) -> str:
+    return "adapter" if facts.hub_id else "."
 
 
 def _arguments(base: str, revision: str | None) -> str:
@@ -92,17 +171,21 @@ def _resized(vocabulary: int | None) -> list[str]:
     return [] if vocabulary is None else [f"base.resize_token_embeddings({vocabulary})"]
 
 
-def _rows(config: AdapterConfig, facts: TrainingFacts, base_id: str | None) -> list[tuple[str, str]]:
-    base = config.base_model_name_or_path
+def _base(base: str | None, base_id: str | None) -> str | None:
+    if base_id:
+        return f"[{base_id}](https://huggingface.co/{base_id})"
+    return base and f"`{base}` (a local folder)"
+
+
+def _adapter_rows(
+    config: AdapterConfig, base_id: str | None, quantization: str | None
+) -> list[tuple[str, object]]:
     scale = "alpha / sqrt(r)" if config.use_rslora else "alpha / r"
     targets = config.target_modules
-    rows: list[tuple[str, object]] = [
-        (
-            "base model",
-            f"[{base}](https://huggingface.co/{base})" if base_id else base and f"`{base}` (a local folder)",
-        ),
+    return [
+        ("base model", _base(config.base_model_name_or_path, base_id)),
         ("base revision", config.revision),
-        ("base in training", facts.quantization),
+        ("base in training", quantization),
         ("rank (r)", config.r),
         ("lora_alpha", f"{config.lora_alpha:g} (scale {scale})"),
         ("lora_dropout", f"{config.lora_dropout:g}"),
@@ -115,6 +198,11 @@ def _rows(config: AdapterConfig, facts: TrainingFacts, base_id: str | None) -> l
         ("trained in full", ", ".join(config.modules_to_save) or None),
         ("trained biases", None if config.bias == "none" else config.bias),
         ("trained tokens", _code(config.trainable_token_indices)),
+    ]
+
+
+def _training_rows(facts: TrainingFacts) -> list[tuple[str, object]]:
+    return [
         ("trainable parameters", _number(facts.trainable_parameters)),
         ("data", facts.data),
         ("optimiser steps", _number(facts.steps)),
@@ -124,15 +212,11 @@ def _rows(config: AdapterConfig, facts: TrainingFacts, base_id: str | None) -> l
         ("evaluation loss after", _loss(facts.eval_loss_after)),
         ("trained with", f"lora_jax {facts.version}" if facts.version else "lora_jax"),
     ]
-    return [(name, str(value)) for name, value in rows if value is not None]
 
 
-def _table(rows: list[tuple[str, str]]) -> list[str]:
-    return [
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows),
-    ]
+def _table(rows: list[tuple[str, object]]) -> list[str]:
+    known = [(name, str(value).replace("|", chr(92) + "|")) for name, value in rows if value is not None]
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in known)]
 
 
 def _code(value: object) -> str | None:

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from lora_jax.adapters.flops import step_flops
 from lora_jax.config import MeshOptions, RunConfig
 from lora_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
 from lora_jax.plan.compiled import Figures, figures
-from lora_jax.plan.flops import step_flops
 from lora_jax.plan.roofline import Roofline, roofline
 from lora_jax.plan.step import AbstractStep, abstract_step, held_bytes
 from lora_jax.plan.subject import Subject, read_subject
@@ -84,7 +84,10 @@ def estimate(config: RunConfig, typed: Collection[str], target: Target) -> Estim
     tokens = step.batch.tokens.size
     # The kernels of TPUs and GPUs skip what lies in the future; XLA does not, but in blocks of long texts.
     skips = target.platform != "cpu" and subject.computed != jnp.float32
-    flops = step_flops(subject, tokens, causal=skips)
+    flops = step_flops(
+        subject.model_config, subject.plan, tokens, subject.config.data.max_length,
+        again=subject.config.train.gradient_checkpointing, causal=skips,
+    )  # fmt: skip
     least = None
     if target.chip is not None:
         read = _traffic(subject, step, held)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_jax.plan.chips import Chip
+from lora_jax.parallel.chips import Chip
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_jax.errors import UserError, listing, nearest
-from lora_jax.plan.chips import GPUS, TPUS, Chip
+from lora_jax.parallel.chips import GPUS, TPUS, Chip
 
 Platform = Literal["tpu", "cuda", "cpu"]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_jax.config import MeshOptions, RunConfig
 from lora_jax.errors import UserError
+from lora_jax.plan.compiled import Figures
 from lora_jax.plan.estimate import Estimate, estimate, held_parts, planned_step
 from lora_jax.plan.targets import TPUS, Target, find_target
 
@@ -112,45 +113,53 @@ class Found:
     @property
     def rate(self) -> float | None:
         """Tokens a second at most; None for this machine, of which no rates are known."""
-        least = self.estimate.least
-        return self.estimate.tokens / least.seconds if least else None
+        return 1 / seconds if (seconds := _seconds_a_token(self.estimate)) else None
 
 
 def search(config: RunConfig, typed: Typed, target: Target, note: Note) -> list[Found]:
     """Return the largest batches that fit, the fastest by the roofline first; empty where no row fits.
 
-    The mesh is the one that sends least of those that hold one row a device with gradient checkpointing; then, with
-    and without it, rows are doubled and halved in between. `note` is told of each program that is compiled.
+    The mesh is the fastest a token of those that hold one row a device with gradient checkpointing; then, with
+    and without it, the rows are found (`largest_batch`). `note` is told of each program that is compiled.
     """
     known: dict[str, Estimate | None] = {}
 
-    def fitting(candidate: RunConfig) -> Estimate | None:
+    def tried(candidate: RunConfig) -> Estimate | None:
         rows, remat = candidate.train.per_device_train_batch_size, candidate.train.gradient_checkpointing
         sizes = ", ".join(f"{name} {size}" for name, size in asdict(candidate.mesh).items() if size != 1)
         label = f"{rows} rows a device, gradient checkpointing {remat}, {sizes or 'one device'}"
         if label not in known:
-            known[label] = _fitting(candidate, typed, target, lambda line: note(f"{label}: {line}"))
+            known[label] = _tried(candidate, typed, target, lambda line: note(f"{label}: {line}"))
         return known[label]
 
     start = _train(config, per_device_train_batch_size=1, gradient_checkpointing=True)
     held = [(replace(start, mesh=mesh), mesh) for mesh in _meshes(len(target.devices))]
-    tried = [(found, mesh) for candidate, mesh in held if (found := fitting(candidate)) is not None]
-    if not tried:
+    fitting = [
+        (found, mesh) for candidate, mesh in held if (found := tried(candidate)) and found.figures.fits
+    ]
+    if not fitting:
         return []
-    mesh = min(tried, key=lambda pair: pair[0].least.seconds if pair[0].least else 0)[1]
+    mesh = min(fitting, key=lambda pair: _seconds_a_token(pair[0]))[1]
     best = []
     for remat in (True, False):
         chosen = replace(_train(config, gradient_checkpointing=remat), mesh=mesh)
-        largest = _largest(lambda rows, c=chosen: fitting(_train(c, per_device_train_batch_size=rows)))
-        if largest is not None:
-            rows, found = largest
+
+        def of_rows(rows: int, chosen: RunConfig = chosen) -> Estimate | None:
+            return tried(_train(chosen, per_device_train_batch_size=rows))
+
+        rows = largest_batch(lambda rows, of_rows=of_rows: (found := of_rows(rows)) and found.figures)
+        if rows is not None and (found := of_rows(rows)) is not None:
             best.append(Found(_train(chosen, per_device_train_batch_size=rows), found))
     # By the roofline or, where there is none, by operations a token.
     return sorted(best, key=lambda found: (-(found.rate or 0), found.estimate.flops / found.estimate.tokens))
 
 
-def _fitting(config: RunConfig, typed: Typed, target: Target, note: Note) -> Estimate | None:
-    """Return a run's estimate if it fits; what is held between steps tells of many that they do not."""
+def _seconds_a_token(found: Estimate) -> float:
+    return found.least.seconds / found.tokens if found.least else 0
+
+
+def _tried(config: RunConfig, typed: Typed, target: Target, note: Note) -> Estimate | None:
+    """Return a run's estimate, None where what is held between steps is too much already."""
     try:
         step, _ = planned_step(config, typed, target)
         if held_parts(step).whole > target.memory:
@@ -159,30 +168,33 @@ def _fitting(config: RunConfig, typed: Typed, target: Target, note: Note) -> Est
     except UserError:  # a mesh that does not divide the model
         return None
     note(f"{found.figures.peak / 2**30:.2f} GiB{'' if found.figures.fits else ', does not fit'}")
-    return found if found.figures.fits else None
+    return found
 
 
-def _largest(fitting: Callable[[int], Estimate | None]) -> tuple[int, Estimate] | None:
-    """Return the most rows that fit, to an eighth of their number, and their estimate.
+def largest_batch(figures: Callable[[int], Figures | None]) -> int | None:
+    """Return the most rows that fit, to an eighth of their number; None where one does not.
 
-    Memory grows by so much a row, so that two programs tell where a third is at the limit.
+    `figures` compiles so many rows, and gives None where it cannot. Memory grows by so much a row, so that two
+    programs, of which one may be too large, tell where a third is at the limit. An eighth more than what fits, and
+    does not, ends it.
     """
-    found = fitting(1)
-    if found is None:
+    first = figures(1)
+    if first is None or not first.fits:
         return None
     rows, over, step = 1, MOST_ROWS + 1, 2
-    first = found
     while over - rows > max(1, rows // 8):
-        step = min(max(step, rows + 1), over - 1)
-        tried = fitting(step)
-        if tried is None:
+        found = figures(step)
+        if found is not None and found.fits:
+            rows = step
+        else:
             over = step
+        if found is None:
             step = (rows + over) // 2
-            continue
-        rows, found = step, tried
-        slope = max(1, (found.figures.peak - first.figures.peak) // (rows - 1))
-        step = rows + (found.figures.limit - found.figures.peak) // slope
-    return rows, found
+        else:
+            a_row = max(1, (found.peak - first.peak) // (step - 1))
+            step = 1 + (first.limit - first.peak) // a_row
+        step = min(max(step, rows + max(1, rows // 8)), over - max(1, over // 32))
+    return rows
 
 
 def _meshes(devices: int) -> list[MeshOptions]:

@@ -34,6 +34,8 @@ from lora_jax.train.step import TrainState
 
 FREE = frozenset(
     {
+        "data.cache",
+        "data.num_proc",
         "train.logging_steps",
         "train.save_strategy",
         "train.save_steps",
@@ -44,6 +46,9 @@ FREE = frozenset(
         "train.max_nonfinite_steps",
         "train.sample_prompts",
         "train.sample_max_new_tokens",
+        "train.report_to",
+        "train.run_name",
+        "train.profile_steps",
     }
 )
 """Options that may differ between a run and its resumption without changing the result."""

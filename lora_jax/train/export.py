@@ -8,16 +8,19 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax import __version__
 from lora_jax.adapters.notes import Notes, write_notes
 from lora_jax.adapters.peft import export_tensors, saved_config
 from lora_jax.hub.adapter_files import write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.bucket import Place
-from lora_jax.hub.model_card import TrainingFacts, adapter_card
+from lora_jax.hub.model_card import TrainingFacts, adapter_card, model_card
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint
+from lora_jax.hub.resolve import looks_like_id
 from lora_jax.hub.tokenizer import copy_tokenizer
 from lora_jax.models.save import save_model, tree_tensors
 from lora_jax.parallel.processes import writes
+from lora_jax.train.loop import Outcome
 from lora_jax.train.output import ADAPTER, MODEL
 from lora_jax.train.setup import Run
 
@@ -44,7 +47,35 @@ def export_adapter(run: Run, trainable: Any, folder: Place, facts: TrainingFacts
     return target
 
 
-def export_model(run: Run, trainable: Any, folder: Place) -> Place:
+def training_facts(run: Run, outcome: Outcome) -> TrainingFacts:
+    """Return what a model card says about a run."""
+    config = run.config
+    data = config.data.path
+    eval_data = config.data.eval_path or next(iter(config.data.eval_paths.values()), None)
+    on_hub = [
+        path
+        for path in (*data, eval_data)
+        if path and looks_like_id(path) and not Path(path).expanduser().exists()
+    ]
+    return TrainingFacts(
+        data=", ".join(data),
+        steps=int(outcome.state.step),
+        num_tokens=outcome.num_tokens,
+        trainable_parameters=run.parameters[0],
+        learning_rate=config.train.learning_rate,
+        eval_loss_before=outcome.eval_before,
+        eval_loss_after=outcome.eval_after,
+        resized_vocabulary=run.resized_vocabulary,
+        quantization=run.quantization.summary() if run.quantization else None,
+        version=__version__,
+        datasets=tuple(path for path in data if path in on_hub),
+        eval_dataset=eval_data if eval_data in on_hub else None,
+        eval_split=config.data.eval_split or config.data.split,
+        hub_id=config.push_to_hub,
+    )
+
+
+def export_model(run: Run, trainable: Any, folder: Place, facts: TrainingFacts) -> Place:
     """Write the fully trained model as a Hugging Face folder in the base's storage dtype; return the folder."""
     dtype = run.storage_dtype
     target = folder / MODEL
@@ -53,5 +84,11 @@ def export_model(run: Run, trainable: Any, folder: Place) -> Place:
         deque(tensors, maxlen=0)  # gathers each with the process that writes
         return target
     changes = {"dtype": str(dtype), "vocab_size": run.model_config.vocab_size}
-    save_model(target, run.checkpoint, tensors, changes, overwrite=True)
+    base = run.config.model.path
+    card = model_card(base, facts, base_is_local=Path(base).expanduser().exists())
+
+    def write_card(aside: Path) -> None:
+        write_text(aside / "README.md", card)
+
+    save_model(target, run.checkpoint, tensors, changes, overwrite=True, also=write_card)
     return target

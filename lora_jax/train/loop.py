@@ -21,12 +21,14 @@ from lora_jax.train.evaluation import Evaluation, Evaluator, Interrupted
 from lora_jax.train.feed import Feed, Sizes
 from lora_jax.train.optim import make_optimizer, schedule
 from lora_jax.train.output import Logs
+from lora_jax.train.profile import Profiler
 from lora_jax.train.report import Reporter
 from lora_jax.train.setup import Run
 from lora_jax.train.signals import Signals
 from lora_jax.train.skipped import Skipped, places
 from lora_jax.train.step import StepMetrics, TrainState, make_train_step
 from lora_jax.train.stopping import EVALUATED, Patience
+from lora_jax.train.utilisation import utilisation_of_a_token
 
 WARNINGS, BASE_LOSS = "warnings", "base_eval_loss"
 """Keys of a line of metrics.jsonl: warnings given since the line before; the first set's loss without an adapter."""
@@ -87,8 +89,10 @@ class Loop:
         checkpoints: Checkpoints,
         reporter: Reporter,
         signals: Signals,
+        profiler: Profiler,
     ) -> None:
         self.run, self.sizes, self.logs, self.reporter = run, sizes, logs, reporter
+        self.profiler, self.utilisation = profiler, utilisation_of_a_token(run)
         self.checkpoints, self.signals = checkpoints, signals
         self.options: TrainOptions = run.config.train
         self.train_step = make_train_step(
@@ -129,12 +133,14 @@ class Loop:
         for step in range(first + 1, sizes.steps + 1):
             if self.patience.over:
                 break
+            self.profiler.before(step)
             batch = self.feed.batch(step)
             state, metrics = self.train_step(state, self.run.frozen, self.run.adapter, batch)
             self.signals.stepping()
             window.add(self.feed.tokens(step), metrics)
             self.skipped.add(step, metrics)
             last = step == sizes.steps
+            self.profiler.after(step, metrics)
             self.reporter.at(step)
             evaluates, value, unlogged = self._evaluates(step), None, None
             if evaluates or self._logs(step):
@@ -222,6 +228,8 @@ class Loop:
 
     def _entry(self, step: int, window: _Window) -> dict[str, Any]:
         loss, figures = window.figures()
+        if self.utilisation is not None:
+            figures["mfu"] = self.utilisation * figures["tokens_per_second"]
         # A step that is skipped does not take the schedule on.
         updates = step - self.skipped.total
         rate = float(self.rate(max(0, updates - (self.skipped.in_a_row == 0))))

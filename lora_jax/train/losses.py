@@ -138,7 +138,8 @@ def _local_loss(
     wide = wide_table(trainable, constant, model.config.tie_word_embeddings) is not None
 
     def labelled(rows: Array, labels: Array, scale: Array) -> tuple[Array, Array]:
-        return tuple(array.at[rows].get(mode="fill", fill_value=0) for array in (labels, scale))
+        label, weight = (array.at[rows].get(mode="fill", fill_value=0) for array in (labels, scale))
+        return label, weight
 
     def chunk_loss(
         trainable: Any, rows: Array, constant: Any, hidden_rows: Array, labels: Array, scale: Array, key: Any

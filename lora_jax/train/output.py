@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,15 +17,29 @@ from lora_jax.hub.atomic import remove_leftovers, write_text
 from lora_jax.hub.bucket import Place, place, remove
 from lora_jax.parallel.processes import wait_for_all, writes
 
-METRICS, SAMPLES, CONFIG, CHECKPOINTS, ADAPTER, MODEL = (
+METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL = (
     "metrics.jsonl",
-    "samples.jsonl",
     "config.yaml",
     "checkpoints",
     "adapter",
     "model",
 )
-OURS = (METRICS, SAMPLES, CONFIG, CHECKPOINTS, ADAPTER, MODEL)
+RECORD, SAMPLES, PROFILE, TENSORBOARD, WANDB, REPORT = (
+    "run.json",
+    "samples.jsonl",
+    "profile",
+    "tensorboard",
+    "wandb",
+    "report.html",
+)
+OURS = (METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL)
+"""What a run is told by, and what it writes."""
+BESIDE = (RECORD, SAMPLES, PROFILE, TENSORBOARD, WANDB, REPORT)
+"""What is written beside it, and goes away with it."""
+STARTING = (
+    "resume", "overwrite", "distributed", "push_to_hub", "hub_private_repo", "hub_revision",
+)  # fmt: skip
+"""Options that say how a run is started and where it goes, not what it does."""
 SHARED = 60
 """Seconds within which a shared file system shows what another machine wrote: NFS remembers what was not there."""
 
@@ -40,7 +54,7 @@ def check_output(config: RunConfig) -> None:
         raise UserError(
             f"--output_dir {folder}: holds a run already; add --resume, --overwrite, or give another folder"
         )
-    for option, source in _sources(config).items() if config.overwrite and isinstance(folder, Path) else ():
+    for option, source in _sources(config) if config.overwrite and isinstance(folder, Path) else ():
         path = Path(source or "").expanduser().resolve()
         if source and any(path.is_relative_to((folder / name).resolve()) for name in OURS):
             raise UserError(f"--overwrite: would remove {option} {source}; give another --output_dir")
@@ -51,15 +65,15 @@ def output_folder(config: RunConfig) -> Place:
     return place(config.output_dir, "--output_dir")
 
 
-def _sources(config: RunConfig) -> dict[str, str | None]:
+def _sources(config: RunConfig) -> list[tuple[str, str | None]]:
     data = config.data
-    return {
-        "--model.path": config.model.path,
-        "--data.path": data.path,
-        "--data.eval_path": data.eval_path,
-        **{f"--data.eval_paths {name}": path for name, path in data.eval_paths.items()},
-        "--lora.init_from": config.lora.init_from,
-    }
+    return [
+        ("--model.path", config.model.path),
+        *(("--data.path", path) for path in data.path),
+        ("--data.eval_path", data.eval_path),
+        *((f"--data.eval_paths {name}", path) for name, path in data.eval_paths.items()),
+        ("--lora.init_from", config.lora.init_from),
+    ]
 
 
 def open_output(config: RunConfig) -> Place:
@@ -86,7 +100,7 @@ def open_output(config: RunConfig) -> Place:
 def _open(folder: Place, config: RunConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in OURS:
+        for name in (*OURS, *BESIDE):
             remove_leftovers(folder / name)
             if config.overwrite:
                 remove(folder / name)
@@ -106,7 +120,7 @@ def config_yaml(config: RunConfig) -> str:
         idle.append("llm_int8_skip_modules")
     for name in idle:
         options["model"].pop(name)
-    for name in ("resume", "overwrite", "distributed"):  # how it was started, not what it does
+    for name in STARTING:
         options.pop(name)
     return yaml.safe_dump(options, sort_keys=False)
 
@@ -125,9 +139,11 @@ class MetricsLog:
 
     SECONDS = 30
 
-    def __init__(self, path: Place, keep_to: int | None = None) -> None:
-        """Open the file; on resuming, lines past the step `keep_to` are cut first."""
-        self.path = path
+    def __init__(
+        self, path: Place, keep_to: int | None = None, also: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        """Open the file; on resuming, lines past the step `keep_to` are cut first. `also` is given each new object."""
+        self.path, self._also = path, also
         kept: list[dict[str, Any]] = []
         if keep_to is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -143,6 +159,8 @@ class MetricsLog:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one object."""
+        if self._also is not None:
+            self._also(entry)
         line = json.dumps(entry) + "\n"
         if self._file is not None:
             self._file.write(line)
@@ -168,9 +186,18 @@ class MetricsLog:
 class Logs:
     """Both logs of a run."""
 
-    def __init__(self, folder: Place, keep_to: int | None = None, samples: bool = False) -> None:
-        """Open those of an output folder; samples.jsonl only where there is a prompt to sample."""
-        self.metrics = MetricsLog(folder / METRICS, keep_to)
+    def __init__(
+        self,
+        folder: Place,
+        keep_to: int | None = None,
+        samples: bool = False,
+        also: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Open those of an output folder; samples.jsonl only where there is a prompt to sample.
+
+        `also` is given each new object of metrics.jsonl.
+        """
+        self.metrics = MetricsLog(folder / METRICS, keep_to, also)
         self.samples = MetricsLog(folder / SAMPLES, keep_to) if samples else None
 
     def write_samples(self, lines: Iterable[dict[str, Any]]) -> None:

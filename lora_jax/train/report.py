@@ -143,6 +143,8 @@ class Reporter:
             self.progress.update(self.task, completed=entry["step"], figures=figures)
             parts += [_figure("loss", entry["loss"]), f"lr {entry['learning_rate']:.2e}"]
             parts += [_figure("grad_norm", entry["grad_norm"], 3), speed]
+            if "mfu" in entry:
+                parts.append(f"MFU {100 * entry['mfu']:.1f}%")
             if entry["skipped_steps"]:
                 parts.append(f"skipped_steps {entry['skipped_steps']}")
         found = [_figure(name, value) for name, value in entry.items() if is_evaluated(name)]

@@ -13,19 +13,18 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lora_jax import __version__
 from lora_jax.adapters.notes import read_notes
 from lora_jax.config import RunConfig, check
 from lora_jax.errors import INTERRUPTED, UserError
 from lora_jax.hub.fingerprint import fingerprint
-from lora_jax.hub.model_card import TrainingFacts
+from lora_jax.hub.push import check_push, push
 from lora_jax.models.sharding import placed, shardings
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.processes import lost, same_in_all, start, writes
 from lora_jax.train.checkpoint import Checkpoints, Identity
-from lora_jax.train.export import export_adapter, export_model
+from lora_jax.train.export import export_adapter, export_model, training_facts
 from lora_jax.train.feed import Sizes
-from lora_jax.train.loop import Loop, run_sizes
+from lora_jax.train.loop import Loop, Outcome, run_sizes
 from lora_jax.train.offload import nowhere_to_go, offloaded
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.output import (
@@ -38,12 +37,15 @@ from lora_jax.train.output import (
     open_output,
     output_folder,
 )
+from lora_jax.train.profile import Profiler
+from lora_jax.train.record import Record, run_facts
 from lora_jax.train.report import Reporter, print_facts
 from lora_jax.train.scores import check_installed
 from lora_jax.train.setup import Run, prepare
 from lora_jax.train.signals import Signals
 from lora_jax.train.step import init_state
 from lora_jax.train.stopping import check_saves, goal
+from lora_jax.train.tracking import check_tracking, tracked
 
 
 def train(config: RunConfig, typed: Collection[str] = (), console: Console | None = None) -> int:
@@ -60,6 +62,9 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
     try:
         mesh = make_mesh(config.mesh)
         check_output(config)
+        check_tracking(config)
+        if config.push_to_hub is not None and writes():
+            check_push(config.push_to_hub, output_folder(config))
         if not same_in_all(
             f"{config_yaml(config)}{config.resume}{config.overwrite}"
         ):  # and the output folder is checked by all
@@ -112,12 +117,19 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         if config.resume:
             open_output(config)  # only now: a resumption that is refused leaves the folder as it was
         print_facts(console, run, state.opt_state, sizes)
+        record = Record(folder, signals.resumed_at)
+        record.note(**run_facts(run, sizes, typed))
         with (
-            closing(Logs(folder, signals.resumed_at, bool(config.train.sample_prompts))) as logs,
+            tracked(config, folder, record, signals.resumed_at, console) as tracking,
+            closing(Profiler(folder, config.train.profile_steps)) as profiler,
+            closing(
+                Logs(folder, signals.resumed_at, bool(config.train.sample_prompts), tracking.log)
+            ) as logs,
             Reporter(console, sizes.steps, int(state.step)) as reporter,
         ):
-            loop = Loop(run, sizes, state_shardings, logs, checkpoints, reporter, signals)
+            loop = Loop(run, sizes, state_shardings, logs, checkpoints, reporter, signals, profiler)
             outcome = loop.train(state, progress)
+            tracking.done(outcome.stopped_by is None, results(outcome))
     finally:
         checkpoints.close()
     if outcome.stopped_by is not None:
@@ -127,24 +139,11 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         return INTERRUPTED if outcome.stopped_by == signal.SIGINT else 0
     if outcome.steps < sizes.steps:
         count = f"{config.train.early_stopping_patience} evaluations in a row without a better {aim.metric}"
-        console.print(f"stopped early after step {outcome.steps}: {count}", highlight=False)
+        console.print(f"stopped early after step {outcome.steps}: {count}", highlight=False, soft_wrap=True)
     step = int(outcome.state.step)
-    if run.plan is None:
-        written = export_model(run, outcome.state.trainable, folder)
-    else:
-        facts = TrainingFacts(
-            data=config.data.path,
-            steps=step,
-            num_tokens=outcome.num_tokens,
-            trainable_parameters=run.parameters[0],
-            learning_rate=config.train.learning_rate,
-            eval_loss_before=outcome.eval_before,
-            eval_loss_after=outcome.eval_after,
-            resized_vocabulary=run.resized_vocabulary,
-            quantization=run.quantization.summary() if run.quantization else None,
-            version=__version__,
-        )
-        written = export_adapter(run, outcome.state.trainable, folder, facts)
+    facts = training_facts(run, outcome)
+    export = export_model if run.plan is None else export_adapter
+    written = export(run, outcome.state.trainable, folder, facts)
     if outcome.eval_before is not None and outcome.eval_after is not None:
         console.print(f"eval loss {outcome.eval_before:.4f} -> {outcome.eval_after:.4f}", highlight=False)
     if (found := checkpoints.best) is not None and found.step < sizes.steps:
@@ -152,7 +151,21 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         shown = f"step {found.step}, {checkpoints.metric} {found.value:.4f}{whose}"
         console.print(f"best checkpoint: {shown}", highlight=False)
     console.print(f"wrote {written}", highlight=False, soft_wrap=True)
+    if config.push_to_hub is not None and writes():
+        assert isinstance(written, Path)
+        url = push(written, config.push_to_hub, private=config.hub_private_repo, revision=config.hub_revision)
+        console.print(f"pushed to {url}", highlight=False, soft_wrap=True)
     return 0
+
+
+def results(outcome: Outcome) -> dict[str, float]:
+    """Return the final figures of a run that are known."""
+    found = {
+        "num_tokens": outcome.num_tokens,
+        "eval_loss_before": outcome.eval_before,
+        "eval_loss": outcome.eval_after,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _identity(run: Run, sizes: Sizes) -> Identity:

@@ -11,13 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from rich.console import Console
 
 from lora_jax.adapters.count import trainable_parameters
 from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.peft import import_tensors
 from lora_jax.adapters.targets import Plan, check_unquantized
 from lora_jax.config import RunConfig
-from lora_jax.data.dataset import TokenDataset, hold_out, load_examples
+from lora_jax.data.dataset import TokenDataset, load_examples
+from lora_jax.data.mixture import hold_out, mixed
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.bitsandbytes import QuantizationConfig
@@ -37,6 +39,7 @@ from lora_jax.models.quantization import (
     resolved_model_options,
 )
 from lora_jax.models.sharding import placed, shardings
+from lora_jax.parallel.processes import writes
 from lora_jax.train.adapted import adapted, check_full
 from lora_jax.train.offload import has_host_memory, offloads_activations
 
@@ -137,22 +140,20 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
 def _rows(
     config: RunConfig, tokenizer: Any, vocab_size: int
 ) -> tuple[TokenDataset, Mapping[str, TokenDataset]]:
-    data = config.data
-    train_rows = load_examples(data, tokenizer, data.path, data.split, vocab_size)
+    data, seed = config.data, config.train.seed
+    load = partial(load_examples, data, tokenizer, console=Console(quiet=not writes()))
     paths, option = data.eval_paths, "--data.eval_paths"
     if data.eval_path:
         paths, option = {"": data.eval_path}, "--data.eval_path"
-    sets = {}
+    train_rows, held = hold_out(
+        load(data.path, data.split, vocab_size), 0 if paths else data.eval_fraction, seed
+    )
+    sets = {} if held is None else {"": held}
     for name, path in paths.items():
         local = Path(path).expanduser().exists()
         split = data.eval_split or ("train" if local else data.split)
-        sets[name] = load_examples(
-            data, tokenizer, path, split, vocab_size, option=f"{option} {name}".rstrip()
-        )
-    if data.eval_fraction:
-        train_rows, held = hold_out(train_rows, data.eval_fraction, config.train.seed)
-        sets = {} if held is None else {"": held}
-    return train_rows, sets
+        sets[name] = load(path, split, vocab_size, option=f"{option} {name}".rstrip())
+    return mixed(train_rows, data.mixture_weights, data.stopping_strategy, seed), sets
 
 
 def _check_resized(checkpoint: Checkpoint, config: ModelConfig, plan: Plan) -> None:

@@ -106,6 +106,26 @@ DATA: dict[str, Case] = {
         (*TRAIN, "--data.path="),
         "--data.path: needed; give a file of rows",
     ),
+    "one of several": (
+        nothing,
+        (*TRAIN, "--data.path", "rows.jsonl", "rows.json"),
+        "--data.path rows.json: no such file",
+    ),
+    "weights without paths": (
+        nothing,
+        (*TRAIN, "--data.mixture_weights", "1", "2"),
+        "--data.mixture_weights 1 2: give as many numbers as paths: 1",
+    ),
+    "data below the output": (
+        nothing,
+        (*TRAIN, "--overwrite", "--data.path", "rows.jsonl", "out/metrics.jsonl"),
+        "--overwrite: would remove --data.path out/metrics.jsonl; give another --output_dir",
+    ),
+    "no column of weights": (
+        nothing,
+        (*TRAIN, "--data.weight_field", "w"),
+        "rows.jsonl line 1: no column 'w', only prompt, completion; add it or set --data.weight_field",
+    ),
     "a folder": (nothing, (*TRAIN, "--data.path", "."), "is a folder; give one of its files: rows.jsonl"),
     "other kind": (write("rows.txt", "a"), (*TRAIN, "--data.path", "rows.txt"), "unknown extension '.txt'"),
     "empty": (

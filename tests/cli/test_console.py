@@ -13,7 +13,7 @@ import pytest
 
 from lora_jax.cli import main
 from tests.conftest import ROOT
-from tests.runs import train_arguments
+from tests.runs import run, train_arguments
 
 
 def arguments(home: Path, *more: str) -> list[str]:
@@ -93,3 +93,17 @@ def test_inspecting_shows_the_rows_and_the_adapter(home: Path, capsys: pytest.Ca
         main(["inspect", "data", "--model.path", "model", "--data.path", "rows.jsonl", "--limit", "1"]) == 0
     )
     assert "1·+·1·=⟦2·.·</s>⟧" in capsys.readouterr().out
+
+
+def test_inspecting_a_mixture_shows_the_shares_that_training_takes(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "more.jsonl").write_text('{"text": "Hello"}\n' * 3)
+    mixed = ("--data.path", "rows.jsonl", "more.jsonl", "--data.mixture_weights", "2", "1")
+    assert main(["inspect", "data", "--model.path", "model", *mixed, "--limit", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "rows of each: rows.jsonl 6, more.jsonl 3" in shown
+    run(
+        *train_arguments(home / "model", home / "rows.jsonl", home / "mixed", *mixed, "--data.split", "train")
+    )
+    assert "rows of each: rows.jsonl 6, more.jsonl 3" in capsys.readouterr().out

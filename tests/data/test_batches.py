@@ -23,7 +23,7 @@ PADDING = 0
 
 
 def row_of(ids: list[int], trained: list[bool], row: int = 1) -> Tokens:
-    return Tokens(np.asarray(ids, np.int32), np.asarray(trained, bool), row, truncated=False)
+    return Tokens(np.asarray(ids, np.int32), np.asarray(trained, bool), row)
 
 
 def rows_of(lengths: list[int]) -> list[Tokens]:

@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_jax.config import DataOptions
-from lora_jax.data.dataset import hold_out, load_examples
+from lora_jax.data.dataset import load_examples
+from lora_jax.data.mixture import hold_out
 from lora_jax.errors import UserError
 
 TEXTS = [{"text": f"Hello, good day {i}."} for i in range(10)]
@@ -23,7 +24,9 @@ def test_counts_are_those_of_the_rows(make_tokenizer, write_lines):
     assert (dataset.rows, len(dataset), dataset.dropped, dataset.truncated) == (2, 2, 1, 0)
     assert dataset.tokens == sum(len(example) for example in dataset)
     assert dataset.trained_tokens == sum(example.trained.sum() for example in dataset)
-    assert dataset.longest == max(len(example) for example in dataset)
+    assert dataset.lengths.tolist() == [len(example) for example in dataset]
+    assert dataset.longest == max(dataset.lengths)
+    assert [example.weight for example in dataset] == [1, 1]
     assert dataset.where(1).endswith("rows.jsonl line 3")
     assert dataset.summary().startswith(f"{dataset.name}: 2 rows, {dataset.tokens} tokens, ")
     assert dataset.summary().endswith("; 1 dropped, nothing in them to train on")
@@ -33,7 +36,8 @@ def test_rows_cut_before_what_is_trained_are_dropped_and_others_counted(make_tok
     rows = [{"prompt": "What is 2 + 3? " * 5, "completion": "5"}, {"prompt": "a", "completion": "day " * 30}]
     dataset = load(write_lines(*rows), make_tokenizer(), max_length=12)
     assert (dataset.rows, dataset.dropped, dataset.truncated, dataset.longest) == (1, 1, 1, 12)
-    assert "1 cut at 12 tokens; 1 dropped" in dataset.summary()
+    assert dataset[0].cut == dataset.cut_tokens > 0
+    assert f"1 cut at 12 tokens, {dataset.cut_tokens} tokens left out; 1 dropped" in dataset.summary()
 
 
 def test_nothing_left_to_train_on_is_one_clear_error(make_tokenizer, write_lines):

@@ -2,7 +2,6 @@
 
 import pytest
 
-from lora_jax.config import DataOptions
 from lora_jax.data.formats import (
     ChatExample,
     CompletionExample,
@@ -17,8 +16,7 @@ MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content
 
 
 def example(row, *, chat=True, form="auto", text_field="text"):
-    options = DataOptions(format=form, text_field=text_field)
-    found = recognise(row, options, "rows.jsonl line 3")
+    found = recognise(row, form, text_field, "rows.jsonl line 3")
     return to_example(row, found, "rows.jsonl line 3", text_field=text_field, chat=chat)
 
 
@@ -36,13 +34,13 @@ def example(row, *, chat=True, form="auto", text_field="text"):
     ],
 )
 def test_columns_tell_the_format(columns, form):
-    assert recognise(columns.split(), DataOptions(), "here") == form
+    assert recognise(columns.split(), "auto", "text", "here") == form
 
 
 def test_naming_the_column_of_text_or_the_format_decides():
     columns = ["instruction", "output", "body"]
-    assert recognise(columns, DataOptions(text_field="body"), "here") == "text"
-    assert recognise(columns, DataOptions(format="question_answer"), "here") == "question_answer"
+    assert recognise(columns, "auto", "body", "here") == "text"
+    assert recognise(columns, "question_answer", "text", "here") == "question_answer"
     assert example({"text": "a", "body": "b"}, text_field="body") == TextExample("b")
 
 

@@ -55,3 +55,16 @@ def test_pieces_put_together_are_the_text(make_tokenizer, write_lines, form):
     text = "a good day  the old mill"
     found = load_examples(DataOptions(), tokenizer, write_lines({"text": text}), "train", None)
     assert "".join(piece for piece, _ in pieces(found[0], tokenizer)).replace("</s>", "").strip() == text
+
+
+def test_weights_windows_and_cut_tokens_are_shown(make_tokenizer, write_lines):
+    path = write_lines({"text": "a good day " * 9, "w": 0.5})
+    for mode, shown in (
+        ("windows", ("line 1 window 2: 8 tokens, 7 trained",)),
+        ("keep_start", ("cut at 8, ",)),
+    ):
+        options = DataOptions(max_length=8, truncation_mode=mode, weight_field="w")
+        found = load_examples(options, make_tokenizer(), path, "train", None)
+        text = render(found, make_tokenizer(), 2, marks=True).plain
+        for words in (*shown, ", weight 0.5", "; weights from 0.5 to 0.5"):
+            assert words in text

@@ -40,7 +40,7 @@ def test_every_kind_of_file_gives_the_same_rows_and_no_file_beside_them(tmp_path
 
 def test_nothing_is_printed_while_reading(tmp_path, capfd):
     for file in write_all(tmp_path):
-        read_rows(str(file), "train[:3]")
+        list(read_rows(str(file), "train[:3]"))
     assert capfd.readouterr() == ("", "")
 
 
@@ -120,7 +120,7 @@ def test_fields_of_csv_are_text_as_written(tmp_path):
 def test_file_that_cannot_be_read_is_one_clear_error(tmp_path, capfd, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        read_rows(str(tmp_path / name), "train")
+        list(read_rows(str(tmp_path / name), "train"))
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
     assert capfd.readouterr() == ("", "")

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import yaml
+from huggingface_hub import ModelCard
 
 from lora_jax.hub.adapter_files import AdapterConfig
-from lora_jax.hub.model_card import TrainingFacts, adapter_card
+from lora_jax.hub.model_card import TrainingFacts, adapter_card, model_card
 
 CONFIG = AdapterConfig(
     r=16, lora_alpha=32, target_modules=("v_proj", "q_proj"), base_model_name_or_path="owner/base"
@@ -30,6 +31,7 @@ def metadata(card: str) -> dict[str, object]:
 def test_metadata_names_the_base_model_on_the_hub() -> None:
     assert metadata(adapter_card(CONFIG, FACTS)) == {
         "base_model": "owner/base",
+        "base_model_relation": "adapter",
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "lora_jax"],
@@ -93,3 +95,39 @@ def test_snippets_load_this_base_and_quote_it() -> None:
     assert r'AutoModelForCausalLM.from_pretrained("/my \"models\"/base")' in card
     assert "lora-jax merge --adapter . --base '/my \"models\"/base' --output merged" in card
     assert "lora-jax generate --model.path '/my \"models\"/base' --adapter . --prompt" in card
+
+
+def test_the_hubs_own_reader_finds_data_and_results_where_both_are_on_the_hub() -> None:
+    facts = replace(
+        FACTS, datasets=("owner/data",), eval_dataset="owner/data", eval_split="test", hub_id="me/it"
+    )
+    for text in (adapter_card(CONFIG, facts), model_card("owner/base", facts)):
+        data = ModelCard(text).data
+        assert data.datasets == ["owner/data"]
+        assert data.base_model == "owner/base"
+        assert data.model_name == "it"
+        loss, perplexity = data.eval_results
+        assert (loss.metric_type, loss.metric_value, loss.dataset_split) == ("loss", 1.2, "test")
+        assert perplexity.metric_value == 3.3201
+        assert '= "me/it"' in text
+
+
+def test_results_on_a_file_of_ones_own_are_told_in_the_text_alone() -> None:
+    text = adapter_card(CONFIG, FACTS)
+    assert ModelCard(text).data.eval_results is None
+    assert "| evaluation loss after | 1.2000 |" in text
+
+
+def test_card_of_a_whole_model_loads_it_with_transformers() -> None:
+    text = model_card("/models/base", FACTS, base_is_local=True)
+    data = ModelCard(text).data
+    assert data.library_name == "transformers"
+    assert data.base_model is None
+    assert "| base model | `/models/base` (a local folder) |" in text
+    assert "AutoModelForCausalLM.from_pretrained(folder)" in text
+    assert "peft" not in text.lower()
+
+
+def test_names_that_yaml_would_read_otherwise_stay_as_they_are() -> None:
+    for name in ("yes", "1.0", "null"):
+        assert ModelCard(adapter_card(replace(CONFIG, base_model_name_or_path=name))).data.base_model == name

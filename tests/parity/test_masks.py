@@ -1,6 +1,8 @@
 """Which tokens are trained, beside TRL's SFTTrainer."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_jax.config import DataOptions
 from lora_jax.data.dataset import load_examples
+from lora_jax.data.formats import to_example
+from lora_jax.data.tokens import encode
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of TRL
@@ -71,11 +75,13 @@ def theirs(
     return [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in trainer.train_dataset]
 
 
-def ours(rows: list[dict], template: str, folder, max_length: int) -> list[tuple[list[int], list[bool]]]:
+def ours(
+    rows: list[dict], template: str, folder, max_length: int, **options
+) -> list[tuple[list[int], list[bool]]]:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = load_examples(
-        DataOptions(max_length=max_length), make_tokenizer(template), str(file), "train", None
+        DataOptions(max_length=max_length, **options), make_tokenizer(template), str(file), "train", None
     )
     return [(tokens.input_ids.tolist(), tokens.trained.tolist()) for tokens in found]
 
@@ -90,11 +96,17 @@ def ours(rows: list[dict], template: str, folder, max_length: int) -> list[tuple
         (MESSAGES, CLOSED, {"assistant_only_loss": True}, 512),
         (MESSAGES, CLOSED, {"assistant_only_loss": True}, 20),
         (MESSAGE_PAIRS, UNMARKED, {}, 512),
+        (COMPLETIONS, UNMARKED, {"completion_only_loss": False}, 512),
+        (MESSAGES, LINE_END, {"assistant_only_loss": False}, 512),
+        (MESSAGE_PAIRS, LINE_END, {"completion_only_loss": False, "assistant_only_loss": False}, 512),
+        (MESSAGE_PAIRS, LINE_END, {"completion_only_loss": True, "assistant_only_loss": False}, 512),
+        (MESSAGE_PAIRS, CLOSED, {"completion_only_loss": False, "assistant_only_loss": True}, 512),
+        (MESSAGE_PAIRS, CLOSED, {"completion_only_loss": True, "assistant_only_loss": True}, 512),
     ],
 )
 def test_same_tokens_are_trained_as_with_trl(tmp_path, rows, template, options, max_length):
     expected = theirs(rows, template, tmp_path, max_length, **options)
-    found = ours(rows, template, tmp_path, max_length)
+    found = ours(rows, template, tmp_path, max_length, **options)
     assert [ids for ids, _ in found] == [ids for ids, _ in expected]
     # The first token is no target of either loss; TRL's label of it is not used.
     assert [trained[1:] for _, trained in found] == [trained[1:] for _, trained in expected]
@@ -110,3 +122,59 @@ def test_line_end_after_the_end_token_is_trained_by_trl_alone(tmp_path):
 
 def test_turns_found_without_marks_are_those_of_the_marks(tmp_path):
     assert ours(MESSAGES, UNMARKED, tmp_path, 512) == ours(MESSAGES, CLOSED, tmp_path, 512)
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+CALL = {
+    "role": "assistant",
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
+}
+TOOLS = {
+    "messages": [USER, CALL, {"role": "tool", "content": "5", "name": "add"}, ASSISTANT],
+    "tools": [TOOL],
+}
+THOUGHT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt is 5."}
+THINKING = {"messages": [USER, THOUGHT, USER, THOUGHT]}
+
+
+def trained_text(name: str, row: dict) -> str:
+    """Return what is trained of a row with one of the chat templates that TRL ships."""
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    tokenizer = make_tokenizer(template)
+    special = set(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", template))
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(special)})
+    ids, trained = encode(
+        to_example(row, "messages", "row 1", text_field="text", chat=True), tokenizer, "row 1"
+    )
+    return tokenizer.decode(ids[trained])
+
+
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    [
+        ("llama3", (MESSAGES[0], TOOLS, THINKING)),
+        ("gemma3", (MESSAGES[0], THINKING)),
+        ("cohere2", (MESSAGES[0], THINKING)),
+        ("lfm2_v2", (MESSAGES[0], TOOLS, THINKING)),
+        ("qwen3_instruct_2507", (MESSAGES[0], TOOLS, THINKING)),
+    ],
+)
+def test_turns_of_stock_templates_are_those_of_the_ones_that_trl_has_marked(family, rows):
+    """Pain 14: the stock template has no marks, TRL's variant for training has."""
+    for row in rows:
+        found = trained_text(family, row)
+        assert found
+        assert found == trained_text(f"{family}_training", row)
+
+
+def test_stock_templates_that_write_the_past_anew_give_up_no_turn():
+    """Pain 14: Qwen3 drops earlier thoughts, gpt-oss closes its last turn otherwise than those before."""
+    thought = "<think>\nhm\n</think>\n\nIt is 5.<|im_end|>"
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>'
+    empty = "<think>\n\n</think>\n\n"
+    assert trained_text("qwen3", THINKING) == "It is 5.<|im_end|>" + thought
+    assert trained_text("qwen3", TOOLS) == f"{call}{empty}The sum is 5.<|im_end|>"
+    said = "<|channel|>final<|message|>The sum is 5."
+    assert trained_text("gptoss", MESSAGES[0]) == f"{said}<|end|>{said}<|return|>"
+    for name in ("llama3_1", "llama3_2"):
+        assert trained_text(name, MESSAGES[0]) == "The sum is 5.<|eot_id|>" * 2

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lora_jax.cli import main
-from lora_jax.plan.chips import TPUS
+from lora_jax.parallel.chips import TPUS
 from tests.plan.conftest import planned, small
 
 KEYS = {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from lora_jax.plan.chips import TPUS
+from lora_jax.parallel.chips import TPUS
 from lora_jax.plan.compiled import out_of_memory
 from lora_jax.plan.targets import find_target, prepare_environment
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from lora_jax.adapters.flops import step_flops
 from lora_jax.config import DataOptions, LoraOptions, ModelOptions, RunConfig, TrainOptions
 from lora_jax.plan.estimate import planned_step
-from lora_jax.plan.flops import step_flops
 from lora_jax.plan.targets import find_target, prepare_environment
 from lora_jax.quant.codebooks import NF4
 from lora_jax.quant.kernels.tpu import forward
@@ -42,7 +42,9 @@ def test_formula_equals_the_compilers_count(tmp_path: Path, method: str, remat: 
     step, subject = planned_step(config, (), find_target("cpu"))
     # Of the program as it is traced: optimised, a loop of one layer is none, and what it repeats is done once.
     counted = step.lower("cpu").cost_analysis()["flops"]
-    products = step_flops(subject, step.batch.tokens.size, causal=False)
+    products = step_flops(
+        subject.model_config, subject.plan, step.batch.tokens.size, 128, again=remat, causal=False
+    )
     assert products < counted < 1.02 * products
 
 

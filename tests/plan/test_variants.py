@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from lora_jax.config import DataOptions, MeshOptions, ModelOptions, RunConfig, TrainOptions
+from lora_jax.plan.compiled import Figures
 from lora_jax.plan.estimate import held_parts, planned_step
 from lora_jax.plan.targets import find_target, prepare_environment
-from lora_jax.plan.variants import methods, search
+from lora_jax.plan.variants import MOST_ROWS, largest_batch, methods, search
 from tests.plan.conftest import write_config
 
 
@@ -47,3 +50,31 @@ def test_search_finds_nothing_where_nothing_fits(tmp_path: Path) -> None:
     assert search(wide, (), find_target("v5e:2x2"), notes.append) == []
     assert notes == []  # what is held tells, and nothing is compiled
     assert wide.mesh == MeshOptions()
+
+
+@pytest.mark.parametrize("limit", [1_050, 1_100, 1_900, 5_000, 60_000, 400_000])
+@pytest.mark.parametrize("curve", [1.0, 1.1, 0.9])
+def test_search_ends_within_an_eighth_of_the_most_rows_and_compiles_few_programs(
+    limit: int, curve: float
+) -> None:
+    tried: list[int] = []
+
+    def peak(rows: int) -> int:
+        return 1_000 + int(100 * (rows - 1) ** curve)
+
+    def program(rows: int) -> Figures:
+        tried.append(rows)
+        return Figures(peak(rows), limit, peak(rows) <= limit, {})
+
+    rows = largest_batch(program)
+    assert rows is not None
+    assert peak(rows) <= limit
+    beyond = rows + max(1, rows // 8)
+    assert beyond > MOST_ROWS or peak(beyond) > limit
+    assert len(tried) <= 8
+
+
+def test_search_halves_where_too_many_rows_cannot_be_compiled() -> None:
+    rows = largest_batch(lambda rows: Figures(10 * rows, 10_000, True, {}) if rows <= 300 else None)
+    assert rows is not None
+    assert 266 <= rows <= 300

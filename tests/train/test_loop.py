@@ -67,7 +67,7 @@ def test_the_loss_falls_and_starts_near_that_of_a_uniform_guess(evaluated: Path)
 
 def test_a_run_leaves_an_adapter_a_log_its_options_and_a_checkpoint(evaluated: Path, model: Path) -> None:
     assert sorted(path.name for path in evaluated.iterdir()) == [
-        "adapter", "checkpoints", "config.yaml", "metrics.jsonl",
+        "adapter", "checkpoints", "config.yaml", "metrics.jsonl", "run.json",
     ]  # fmt: skip
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= {
         path.name for path in (evaluated / "adapter").iterdir()

@@ -236,7 +236,7 @@ def test_overwriting_removes_what_a_run_writes_and_nothing_else(
     run(*arguments, "--overwrite")
     assert timeless(output) == timeless(finished[1])
     assert sorted(path.name for path in output.iterdir()) == [
-        "adapter", "checkpoints", "config.yaml", "merged", "metrics.jsonl", "notes.txt",
+        "adapter", "checkpoints", "config.yaml", "merged", "metrics.jsonl", "notes.txt", "run.json",
     ]  # fmt: skip
 
 

@@ -8,7 +8,9 @@ dense, and half of NVLink's two directions.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 GIB, GB, TERA = 2**30, 1e9, 1e12
 
@@ -47,3 +49,28 @@ GPUS: dict[str, Chip] = {
     "h100": Chip("H100 SXM, 80 GB", int(0.75 * 84_978_434_048), 989 * TERA, 3352 * GB, 450 * GB),
 }
 """Memory: the three quarters that JAX takes of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+
+KINDS: dict[str, Chip] = {
+    "TPU v4": TPUS["v4"],
+    "TPU v5 lite": TPUS["v5e"],
+    "TPU v5e": TPUS["v5e"],
+    "TPU v5": TPUS["v5p"],
+    "TPU v5p": TPUS["v5p"],
+    "TPU v6 lite": TPUS["v6e"],
+    "TPU v6e": TPUS["v6e"],
+    "TPU7x": TPUS["tpu7x"],
+}
+"""By JAX's `device_kind`."""
+_GPUS = {r"NVIDIA A100-SXM.*": GPUS["a100"], r"NVIDIA H100 80GB HBM3": GPUS["h100"]}
+
+
+def peak_flops(device: Any) -> float | None:
+    """Return the peak bf16 operations a second of a JAX device, None where it is of no known kind.
+
+    A v4 chip whose cores are joined is one device of twice a core's peak.
+    """
+    kind = device.device_kind
+    if (chip := KINDS.get(kind)) is not None:
+        joined = kind == "TPU v4" and getattr(device, "num_cores", 1) == 2
+        return chip.flops * (2 if joined else 1)
+    return next((chip.flops for form, chip in _GPUS.items() if re.fullmatch(form, kind)), None)

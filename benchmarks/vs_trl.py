@@ -1,0 +1,201 @@
+"""A fine-tune on chat rows beside TRL's: tokens a second, peak memory, and the loss that both end with.
+
+    python benchmarks/vs_trl.py --model DIR --rows gsm8k/train.jsonl [--eval_rows gsm8k/test.jsonl] [--steps 20]
+
+The rows have a question and an answer (GSM8K); as a prompt of one message and a completion of one, of which the
+completion alone is trained. r 16 on all linear layers, dropout 0.05, AdamW at 2e-4, constant, float32, eight rows an
+optimiser step, on this machine's CPU. Every contender sees the same rows once, in an order of its own, in a process of
+its own: TRL as its defaults have it, TRL with what is known to help on a CPU, and this project with and without
+packing. Tokens are the trained ones; seconds are those between the first step's end and the last one's, so that what is
+compiled or warmed up once counts for nobody. Needs the parity extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+ROWS_A_STEP, EVAL_ROWS, LENGTH, RANK, ALPHA, DROPOUT, RATE = 8, 40, 512, 16, 32, 0.05, 2e-4
+
+Figures = dict[str, float]
+
+
+def chat_rows(source: Path, start: int, number: int, target: Path) -> None:
+    """Write some rows of a file of questions and answers as prompts and completions of one message each."""
+    with source.open(encoding="utf-8") as lines, target.open("w", encoding="utf-8") as rows:
+        for line in islice(lines, start, start + number):
+            row = json.loads(line)
+            prompt = [{"role": "user", "content": row["question"]}]
+            completion = [{"role": "assistant", "content": row["answer"]}]
+            rows.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+
+
+def trl(model: str, folder: Path, steps: int, **options: Any) -> Figures:
+    """Train with SFTTrainer, `options` being those of its SFTConfig that differ from the defaults."""
+    import torch
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    arguments: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": False,
+    }
+    config = SFTConfig(
+        output_dir=str(folder / "trl"), max_steps=steps, learning_rate=RATE, lr_scheduler_type="constant",
+        max_grad_norm=0.3, max_length=LENGTH, use_cpu=True, bf16=False, save_strategy="no", report_to="none",
+        model_init_kwargs={"dtype": torch.float32}, per_device_eval_batch_size=4, disable_tqdm=True,
+        **(arguments | options),
+    )  # fmt: skip
+    files = {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl")}
+    rows: Any = load_dataset("json", data_files=files, cache_dir=str(folder / "cache"))
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear")
+    trainer = SFTTrainer(
+        model,
+        config,
+        train_dataset=rows["train"],
+        eval_dataset=rows["eval"],
+        peft_config=lora,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    loss = float(trainer.evaluate()["eval_loss"])
+    return {"seconds": ends[-1] - ends[0], "peak_bytes": peak, "eval_loss": loss}
+
+
+def ours(model: str, folder: Path, steps: int, *flags: str) -> Figures:
+    """Train as the command line does, with `flags` beside those that make the runs comparable."""
+    from lora_jax.cli import main
+
+    output = folder / "lora_jax"
+    common = {
+        "--model.path": model, "--model.dtype": "float32", "--data.path": str(folder / "train.jsonl"),
+        "--data.eval_path": str(folder / "eval.jsonl"), "--data.max_length": str(LENGTH), "--lora.r": str(RANK),
+        "--lora.lora_alpha": str(ALPHA), "--lora.lora_dropout": str(DROPOUT), "--train.learning_rate": str(RATE),
+        "--train.lr_scheduler_type": "constant", "--train.max_grad_norm": "0.3", "--train.num_train_epochs": "1",
+        "--train.gradient_checkpointing": "False", "--train.logging_steps": "1", "--train.save_strategy": "no",
+        "--output_dir": str(output),
+    }  # fmt: skip
+    code = main(["train", *(word for pair in common.items() for word in pair), *flags])
+    if code:
+        raise SystemExit(code)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    taken = [line["step_seconds"] for line in lines if line["step"] > 1]
+    return {
+        "seconds": sum(taken) * (steps - 1) / len(taken),  # packed rows come in steps of nearly eight rows
+        "peak_bytes": peak,
+        "eval_loss": [line["eval_loss"] for line in lines if "eval_loss" in line][-1],
+    }
+
+
+def batch(rows: int, passes: int) -> tuple[str, ...]:
+    return (
+        "--train.per_device_train_batch_size", str(rows), "--train.gradient_accumulation_steps", str(passes),
+    )  # fmt: skip
+
+
+TRL, BEST, OURS, PACKED = "TRL", "TRL, rows grouped by length", "lora_jax", "lora_jax, packed"
+CONTENDERS: dict[str, Callable[[str, Path, int], Figures]] = {
+    TRL: trl,
+    f"{BEST}, 8 x 1": partial(
+        trl, train_sampling_strategy="group_by_length", per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+    ),
+    f"{BEST}, 2 x 4": partial(
+        trl, train_sampling_strategy="group_by_length", per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    ),
+    OURS: lambda model, folder, steps: ours(model, folder, steps, *batch(2, 4)),
+    PACKED: lambda model, folder, steps: ours(model, folder, steps, *batch(3, 1), "--data.packing", "bfd"),
+}  # fmt: skip
+
+
+def trained_tokens(model: str, folder: Path) -> int:
+    """Return the trained tokens of all rows."""
+    from lora_jax.config import DataOptions
+    from lora_jax.data.dataset import load_examples
+    from lora_jax.hub.tokenizer import load_tokenizer
+
+    options = DataOptions(path=str(folder / "train.jsonl"), max_length=LENGTH)
+    return load_examples(options, load_tokenizer(Path(model)), options.path, "train", None).trained_tokens
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder of a checkpoint with a chat template")
+    parser.add_argument("--rows", type=Path, help="JSON lines with question and answer")
+    parser.add_argument(
+        "--eval_rows", type=Path, help="such rows to evaluate on; unset takes later ones of --rows"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps, of eight rows")
+    parser.add_argument("--skip", nargs="*", default=(), help="contenders to leave out")
+    parser.add_argument("--only", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        name, folder = options.only
+        print(json.dumps(CONTENDERS[name](options.model, Path(folder), options.steps)))
+        return
+    if options.rows is None:
+        parser.error("--rows: needed")
+    results: dict[str, Figures] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        seen = options.steps * ROWS_A_STEP
+        chat_rows(options.rows, 0, seen, folder / "train.jsonl")
+        others = (options.rows, seen) if options.eval_rows is None else (options.eval_rows, 0)
+        chat_rows(*others, EVAL_ROWS, folder / "eval.jsonl")
+        tokens = trained_tokens(options.model, folder) * (options.steps - 1) / options.steps
+        for name in CONTENDERS:
+            if name in options.skip:
+                continue
+            command = [sys.executable, __file__, "--model", options.model, "--steps", str(options.steps)]
+            done = subprocess.run(
+                [*command, "--only", name, scratch], stdout=subprocess.PIPE, check=True, text=True
+            )
+            results[name] = found = json.loads(done.stdout.splitlines()[-1])
+            print(
+                f"{name}: {tokens / found['seconds']:.1f} trained tokens/s, {found['peak_bytes'] / 2**30:.2f} GiB, "
+                f"eval loss {found['eval_loss']:.4f}",
+                flush=True,
+            )
+    _compare(results)
+
+
+def _compare(results: dict[str, Figures]) -> None:
+    peers = [name for name in results if name.startswith(TRL)]
+    best = min((name for name in peers), key=lambda name: results[name]["seconds"], default=None)
+    for name in (OURS, PACKED):
+        for peer in dict.fromkeys(filter(None, (TRL if TRL in results else None, best))):
+            if name in results:
+                one, other = results[name], results[peer]
+                print(
+                    f"{name} beside {peer}: {other['seconds'] / one['seconds']:.2f}x the tokens/s, "
+                    f"{one['peak_bytes'] / other['peak_bytes']:.2f}x the memory, eval loss "
+                    f"{one['eval_loss'] / other['eval_loss'] - 1:+.2%}"
+                )
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,45 @@
+"""`lora-jax report`: one HTML page about a run, or about several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from lora_jax.errors import UserError
+from lora_jax.hub.atomic import write_text
+from lora_jax.options import parse
+
+USAGE = "lora-jax report OUT [OUT2 …] [--output FILE]"
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write a page about the runs whose output folders are given first: lora-jax report OUT [OUT2 …]."""
+
+    output: str | None = None
+    """File to write; unset is report.html in the first folder."""
+
+
+def report(arguments: Sequence[str], console: Console | None = None) -> int:
+    """Write the page; return the exit code. Raises UserError for a folder that holds no run."""
+    from lora_jax.train.output import REPORT
+
+    console = console or Console()
+    words = list(arguments)
+    count = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
+    options = parse(ReportOptions, words[count:], program="lora-jax report")[0]
+    if count == 0:
+        raise UserError(f"report: needs the output folder of a run: {USAGE}")
+    folders = [Path(word).expanduser() for word in words[:count]]
+    from lora_jax.report.html import render
+    from lora_jax.report.runs import read_runs
+
+    target = Path(options.output).expanduser() if options.output else folders[0] / REPORT
+    if target.is_dir():
+        raise UserError(f"--output {target}: is a folder; give a file, such as {target / REPORT}")
+    write_text(target, render(read_runs(folders)))
+    console.print(f"wrote {target}", highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,183 @@
+"""Text files read a row at a time: what is held of a file is where each of its rows starts and ends.
+
+A row is first cut out as bytes, which is cheap, and parsed later, perhaps in another process.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import sys
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_jax.errors import UserError
+
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+
+Parser = Callable[[bytes, str], dict[str, Any]]
+"""Makes a row of its bytes and its place; raises UserError where they are none."""
+
+
+@dataclass(frozen=True)
+class CutFile:
+    """The rows of a text file, each found by its bytes."""
+
+    file: Path
+    starts: array[int]
+    ends: array[int]
+    parse: Parser
+    numbers: array[int]
+    """1-based number of each row."""
+    unit: str
+    """What the numbers count: line or row."""
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.parse(next(self.pieces([index])), f"{self.file} {self.unit} {self.numbers[index]}")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for index, piece in enumerate(self.pieces(range(len(self)))):
+            yield self.parse(piece, f"{self.file} {self.unit} {self.numbers[index]}")
+
+    def pieces(self, indices: Sequence[int]) -> Iterator[bytes]:
+        """Yield the bytes of rows."""
+        with self.file.open("rb") as opened:
+            for index in indices:
+                opened.seek(self.starts[index])
+                yield opened.read(self.ends[index] - self.starts[index])
+
+
+def read_json_lines(file: Path) -> CutFile:
+    """Return the rows of a JSON Lines file; blank lines are skipped but counted."""
+    starts, ends, numbers = array("q"), array("q"), array("q")
+    with file.open("rb") as lines:
+        start = 0
+        # Lines end at \n alone: str.splitlines would also cut inside strings, at U+2028 for one.
+        for number, raw in enumerate(lines, start=1):
+            mark = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
+            if raw[mark:].strip():
+                starts.append(start + mark)
+                ends.append(start + len(raw))
+                numbers.append(number)
+            start += len(raw)
+    return CutFile(file, starts, ends, parse_json_line, numbers, "line")
+
+
+def parse_json_line(raw: bytes, where: str) -> dict[str, Any]:
+    """Return the object that a line holds; raises UserError where it holds none."""
+    try:
+        row = json.loads(decoded(raw, where))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}); write one JSON object a line"
+        ) from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{where}: {unreadable(error)}; mend the line") from error
+    if not isinstance(row, dict):
+        hint = "; a file that is one list is named .json" if isinstance(row, list) else ""
+        raise UserError(f"{where}: {kind(row)} where an object is needed; write one JSON object a line{hint}")
+    return row
+
+
+def unreadable(error: Exception) -> str:
+    """Return why Python refuses JSON that is valid: its depth, or a number of thousands of digits."""
+    return (
+        "nested too deeply to be read"
+        if isinstance(error, RecursionError)
+        else "a number is too long to be read"
+    )
+
+
+@dataclass(frozen=True)
+class CsvRecord:
+    """Makes a row of a record: every field is text, as written."""
+
+    header: tuple[str, ...]
+
+    def __call__(self, raw: bytes, where: str) -> dict[str, Any]:
+        """Return the columns of a row; raises UserError where the fields are not those of the header."""
+        try:
+            fields = next(_records(io.StringIO(decoded(raw, where), newline="")), [])
+        except csv.Error as error:
+            raise UserError(f"{where}: cannot be read as CSV ({error}); mend the file") from error
+        if len(fields) != len(self.header):
+            raise UserError(
+                f"{where}: {len(fields)} fields where the header has {len(self.header)}; "
+                "put fields that hold commas in quotes"
+            )
+        return dict(zip(self.header, fields, strict=True))
+
+
+def read_csv(file: Path) -> CutFile:
+    """Return the rows of a CSV file with a header; blank lines are neither rows nor counted."""
+    starts, ends = array("q"), array("q")
+    header: tuple[str, ...] | None = None
+    with file.open("rb") as opened:
+        lines, start = _Lines(opened, file), 0
+        try:
+            for record in _records(lines):
+                if record and header is None:
+                    header = tuple(record)
+                elif record:
+                    starts.append(start)
+                    ends.append(lines.read)
+                start = lines.read
+        except csv.Error as error:
+            raise UserError(
+                f"{file} line {lines.number}: cannot be read as CSV ({error}); mend the file"
+            ) from error
+    header = header or ()
+    for name in header:
+        if header.count(name) > 1:
+            raise UserError(f"{file}: two columns named {name!r}; give each column its own name")
+    return CutFile(file, starts, ends, CsvRecord(header), array("q", range(1, len(starts) + 1)), "row")
+
+
+class _Lines:
+    """The lines of a file as text, and how many bytes were read so far."""
+
+    def __init__(self, opened: Any, file: Path) -> None:
+        self.opened, self.file, self.read, self.number = opened, file, 0, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for raw in self.opened:
+            self.number += 1
+            self.read += len(raw)
+            line = raw.removeprefix(codecs.BOM_UTF8) if self.number == 1 else raw
+            yield decoded(line, f"{self.file} line {self.number}")
+
+
+def _records(lines: Any) -> Iterator[list[str]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may be longer than csv's 128 KiB
+    return csv.reader(lines, strict=True)
+
+
+def kind(value: object) -> str:
+    """Return what a JSON value is, in words."""
+    if value is None:
+        return "null"
+    return _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def decoded(raw: bytes, where: str) -> str:
+    """Return bytes as text; raises UserError where they are not UTF-8."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text; save the file as UTF-8") from error

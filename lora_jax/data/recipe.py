@@ -1,0 +1,81 @@
+"""How rows become tokens: all options that decide it in one value, which also names the tokens in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_jax.config import DataFormat, DataOptions
+from lora_jax.data.formats import recognise, row_weight, to_example
+from lora_jax.data.tokens import Tokens, TrainOnEos, encode
+from lora_jax.data.windows import TruncationMode, fitted
+from lora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What of the data options decides the tokens of a row; their names and meanings are those of DataOptions."""
+
+    format: DataFormat
+    text_field: str
+    max_length: int
+    truncation_mode: TruncationMode
+    completion_only_loss: bool | None
+    assistant_only_loss: bool | None
+    train_on_eos: TrainOnEos
+    weight_field: str | None
+
+    @classmethod
+    def of(cls, options: DataOptions) -> Recipe:
+        """Return the recipe of data options."""
+        return cls(**{name: getattr(options, name) for name in cls.__dataclass_fields__})
+
+    def form(self, columns: Mapping[str, Any], where: str) -> DataFormat:
+        """Return the format of a source by its first row.
+
+        Raises:
+            UserError: the columns fit none, or one that has not what the loss is to be taken of.
+        """
+        form = recognise(columns, self.format, self.text_field, where)
+        if self.completion_only_loss and form in ("text", "messages"):
+            raise UserError(
+                f"{where}: the format {form} has no completion, which --data.completion_only_loss True asks for; "
+                "leave it out, or give prompt and completion"
+            )
+        if self.assistant_only_loss and form == "text":
+            raise UserError(
+                f"{where}: the format text has no assistant, which --data.assistant_only_loss True asks for; "
+                "leave it out, or give messages"
+            )
+        return form
+
+    def tokens(
+        self,
+        row: Mapping[str, Any],
+        form: DataFormat,
+        tokenizer: PreTrainedTokenizerBase,
+        where: str,
+        number: int,
+    ) -> list[Tokens]:
+        """Return a row's tokens, several for windows, none where the row is too long and to be left out.
+
+        Parts without a trained token are among them. Raises UserError for a row that does not fit.
+        """
+        example = to_example(
+            row,
+            form,
+            where,
+            text_field=self.text_field,
+            chat=bool(tokenizer.chat_template),
+            completion_only=self.completion_only_loss,
+            assistant_only=self.assistant_only_loss,
+        )
+        weight = row_weight(row, self.weight_field, where)
+        ids, trained = encode(example, tokenizer, where, self.train_on_eos)
+        if weight == 0:  # what counts for nothing is not trained
+            trained = trained & False
+        return fitted(ids, trained, self.max_length, self.truncation_mode, row=number, weight=weight)

@@ -1,0 +1,133 @@
+"""Rows of tokens in an Arrow file that is mapped into memory, so that there may be more of them than fit into it.
+
+The file is an Arrow stream, as `datasets.Dataset.from_file` reads it, of these columns:
+
+    input_ids list<int32>    trained list<bool>    targets int32 (trained tokens)    row int64    window int32
+    cut int64 (tokens cut off)    weight float64
+
+Of all columns but the first two the whole is held in memory: 36 bytes a row, and its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.data.tokens import Tokens
+
+SCALARS = {"targets": np.int32, "row": np.int64, "window": np.int32, "cut": np.int64, "weight": np.float64}
+
+
+def as_batch(examples: Sequence[Tokens]) -> Any:
+    """Return rows of tokens as a pyarrow.RecordBatch of the columns of a store."""
+    import pyarrow as pa
+
+    offsets = np.cumsum([0, *map(len, examples)], dtype=np.int32)
+    ids = np.concatenate([np.zeros(0, np.int32), *(example.input_ids for example in examples)])
+    trained = np.concatenate([np.zeros(0, bool), *(example.trained for example in examples)])
+    scalars = {
+        "targets": [int(example.trained.sum()) for example in examples],
+        "row": [example.row for example in examples],
+        "window": [example.window for example in examples],
+        "cut": [example.cut for example in examples],
+        "weight": [example.weight for example in examples],
+    }
+    columns = {
+        "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids)),
+        "trained": pa.ListArray.from_arrays(pa.array(offsets), pa.array(trained)),
+        **{name: pa.array(np.asarray(column, SCALARS[name])) for name, column in scalars.items()},
+    }
+    return pa.record_batch(columns)
+
+
+class StoreWriter:
+    """An Arrow file while it is written, batch by batch."""
+
+    def __init__(self, file: Path) -> None:
+        import pyarrow as pa
+
+        self._sink = pa.OSFile(str(file), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, as_batch([]).schema)
+        self.rows = 0
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+        self._sink.close()
+
+    def write(self, batch: Any) -> None:
+        """Append a batch of `as_batch`."""
+        self.rows += batch.num_rows
+        if batch.num_rows:
+            self._writer.write_batch(batch)
+
+
+class Store(Sequence[Tokens]):
+    """The rows of an Arrow file. They stay readable when the file is removed."""
+
+    def __init__(self, file: Path) -> None:
+        """Map the file; raises an error of Arrow where it is damaged."""
+        import pyarrow as pa
+
+        table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+        self._batches = [_Batch(batch) for batch in table.to_batches()]
+        self._starts = np.cumsum([0, *(batch.rows for batch in self._batches)])
+        self.columns = {name: table.column(name).to_numpy() for name in SCALARS}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[row] for row in range(len(self))[index]]
+        row = range(len(self))[index]
+        place = int(np.searchsorted(self._starts, row, side="right")) - 1
+        ids, trained = self._batches[place].row(row - int(self._starts[place]))
+        said = self.columns
+        return Tokens(
+            ids,
+            trained,
+            int(said["row"][row]),
+            int(said["cut"][row]),
+            float(said["weight"][row]),
+            int(said["window"][row]),
+        )
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 [rows]."""
+        return np.concatenate([np.zeros(0, np.int64), *(batch.lengths for batch in self._batches)])
+
+    def largest(self) -> int:
+        """Return the greatest token id, -1 where there is none."""
+        return max((int(batch.ids.max(initial=-1)) for batch in self._batches), default=-1)
+
+    def first_with(self, token: int) -> int:
+        """Return the index of the first row that holds a token id of at least `token`."""
+        return next(index for index, row in enumerate(self) if row.input_ids.max(initial=-1) >= token)
+
+
+class _Batch:
+    """One record batch, its tokens as a view of the file."""
+
+    def __init__(self, batch: Any) -> None:
+        tokens, trained = batch.column("input_ids"), batch.column("trained")
+        self.rows = batch.num_rows
+        self._offsets = tokens.offsets.to_numpy()
+        self.ids = tokens.values.to_numpy()
+        self._trained = trained.values
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self._offsets).astype(np.int64)
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        start, end = int(self._offsets[index]), int(self._offsets[index + 1])
+        bits = self._trained.slice(start, end - start)
+        return self.ids[start:end], bits.to_numpy(zero_copy_only=False)

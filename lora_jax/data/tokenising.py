@@ -1,0 +1,184 @@
+"""Rows of a source as an Arrow file of tokens, in this process or in several, a chunk of rows at a time.
+
+Chunks are written in the order of the rows, whoever tokenised them, so the file does not depend on the number of
+processes, and the first row that is wrong is the one that is named. Only a few chunks are in memory at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from lora_jax.config import DataFormat
+from lora_jax.data.lines import Parser
+from lora_jax.data.recipe import Recipe
+from lora_jax.data.rows import Rows
+from lora_jax.data.store import StoreWriter, as_batch
+from lora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS, BYTES = 256, 2**20
+"""What a chunk holds at most, one row aside."""
+LARGE_FILE, LARGE_SET, MOST = 2**24, 30_000, 8
+"""From so many bytes, or rows where bytes are not known, processes are worth the seconds that they take to start."""
+
+Piece = tuple[int, Any]
+"""A row's number, and its bytes or its columns."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What did not become tokens of the data set."""
+
+    empty: int = 0
+    """Rows without a trained token."""
+    cut_empty: int = 0
+    """Those of them that lost tokens at the greatest length."""
+    long: int = 0
+    """Rows left out as too long."""
+    windows: int = 0
+    """Windows without a trained token, of rows that have others."""
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.empty + other.empty,
+            self.cut_empty + other.cut_empty,
+            self.long + other.long,
+            self.windows + other.windows,
+        )
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Makes tokens of pieces of one source."""
+
+    recipe: Recipe
+    form: DataFormat
+    tokenizer: PreTrainedTokenizerBase
+    parser: Parser | None
+    name: str
+    unit: str
+
+    def chunk(self, pieces: list[Piece]) -> tuple[Any, Counts, int]:
+        """Return a batch of the store, what was left out, and the number of rows; raises UserError for a bad row."""
+        kept, counts = [], Counts()
+        for number, piece in pieces:
+            where = f"{self.name} {self.unit} {number}"
+            row = piece if self.parser is None else self.parser(piece, where)
+            try:
+                parts = self.recipe.tokens(row, self.form, self.tokenizer, where, number)
+            except RecursionError as error:
+                raise UserError(f"{where}: nested too deeply to be read; mend the row") from error
+            trained = [part for part in parts if part.trained.any()]
+            kept += trained
+            if not parts:
+                counts += Counts(long=1)
+            elif not trained:
+                counts += Counts(empty=1, cut_empty=int(parts[0].truncated))
+            else:
+                counts += Counts(windows=len(parts) - len(trained))
+        return as_batch(kept), counts, len(pieces)
+
+
+def processes(num_proc: int | None, size: int, rows: int) -> int:
+    """Return how many processes tokenise: what was asked for, else several where the source is large.
+
+    `size` is the bytes of a file, 0 where not known. There are no more than chunks.
+    """
+    if num_proc is None:
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        large = size >= LARGE_FILE if size else rows >= LARGE_SET
+        num_proc = min(MOST, available) if large else 1
+    return max(1, min(num_proc, -(-rows // ROWS)))
+
+
+def write_tokens(rows: Rows, worker: Worker, file: Path, workers: int, console: Console | None) -> Counts:
+    """Write the tokens of rows to an Arrow file, those without a trained token left out; return what was left out.
+
+    A terminal gets a progress bar. Raises UserError for the first row that does not fit, or where a process ended.
+    """
+    chunks = _chunks(rows)
+    done = (
+        (worker.chunk(chunk) for chunk in chunks) if workers == 1 else _in_processes(worker, chunks, workers)
+    )
+    counts = Counts()
+    shown = console if console is not None and console.is_terminal else Console(quiet=True)
+    with (
+        StoreWriter(file) as writer,
+        Progress(console=shown, transient=True, disable=shown.quiet) as progress,
+    ):
+        task = progress.add_task(f"tokenising {rows.name}".replace("[", r"\["), total=len(rows))
+        for batch, left_out, number in done:
+            writer.write(batch)
+            counts += left_out
+            progress.advance(task, number)
+    return counts
+
+
+def _chunks(rows: Rows) -> Iterator[list[Piece]]:
+    chunk: list[Piece] = []
+    size = 0
+    for index, piece in enumerate(rows.pieces()):
+        chunk.append((rows.number(index), piece))
+        size += len(piece) if isinstance(piece, bytes) else 0
+        if len(chunk) == ROWS or size >= BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _in_processes(
+    worker: Worker, chunks: Iterable[list[Piece]], workers: int
+) -> Iterator[tuple[Any, Counts, int]]:
+    # Not forked: JAX has threads, which a fork would leave in the middle of what they do.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(worker,))
+    waiting = deque[Future[Any]]()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_work, chunk))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{worker.name}: a process that tokenises it was ended, for want of memory perhaps; "
+            "give --data.num_proc 1"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: Worker | None = None
+
+
+def _start(worker: Worker) -> None:
+    """Make this process one that tokenises: it leaves signals to its parent, and ends with it."""
+    global _worker
+    _worker = worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _work(chunk: list[Piece]) -> tuple[Any, Counts, int]:
+    assert _worker is not None
+    return _worker.chunk(chunk)

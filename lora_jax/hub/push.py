@@ -1,0 +1,96 @@
+"""A folder onto the Hub, by huggingface_hub; and whether that can be done, asked before a long run begins."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePath
+from shlex import quote
+from typing import Any
+
+from lora_jax.errors import UserError, listing
+
+LOG_IN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
+
+
+def check_push(repo_id: str, folder: PurePath) -> None:
+    """Raise UserError where a push would be refused for its id, its token or its owner, or the Hub does not answer."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    option = f"--push_to_hub {repo_id}"
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(
+            f"{option}: is no legal Hub id ({error}); give owner/name, such as me/my-adapter"
+        ) from error
+    if not isinstance(folder, Path):
+        raise UserError(f"{option}: needs a folder on the disk, and {folder} is in a bucket; push it by hand")
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{option}: HF_HUB_OFFLINE is set; unset it, or drop the option")
+    if get_token() is None:
+        raise UserError(f"{option}: no token; {LOG_IN}")
+    try:
+        me = _hub().whoami()
+    except HfHubHTTPError as error:
+        refused = error.response is not None and error.response.status_code in (401, 403)
+        remedy = LOG_IN if refused else "try again later, or drop the option"
+        raise UserError(f"{option}: {_endpoint()} refuses ({_first(error)}); {remedy}") from error
+    except Exception as error:  # the HTTP library beneath has errors of its own
+        raise UserError(
+            f"{option}: {_endpoint()} cannot be reached ({_first(error)}); check the network and HF_ENDPOINT, or drop "
+            "the option"
+        ) from error
+    if _role(me) == "read":
+        raise UserError(f"{option}: the token may only read; {LOG_IN}")
+    owners = [me["name"], *(group["name"] for group in me.get("orgs", ()))]
+    owner = repo_id.partition("/")[0] if "/" in repo_id else me["name"]
+    if owner not in owners:
+        raise UserError(
+            f"{option}: the token is {me['name']}'s, who does not write as {owner}; give one of {listing(owners)}"
+        )
+
+
+def push(
+    folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None
+) -> str:  # fmt: skip
+    """Upload a folder's files to a model's repository, made where it is not there; return its address.
+
+    Raises UserError, which says how to go on by hand, where that fails; the folder stays as it is.
+    """
+    hub = _hub()
+    try:
+        made = hub.create_repo(repo_id, private=private or None, exist_ok=True)
+        if revision is not None:
+            hub.create_branch(made.repo_id, branch=revision, exist_ok=True)
+        message = f"Upload {folder.name} with lora_jax"
+        hub.upload_folder(repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=message)
+    except Exception as error:
+        branch = f" --revision {quote(revision)}" if revision is not None else ""
+        raise UserError(
+            f"--push_to_hub {repo_id}: not pushed ({_first(error)}); {folder} is complete, push it by hand: "
+            f"hf upload {quote(repo_id)} {quote(str(folder))} .{branch}"
+        ) from error
+    return str(made)
+
+
+def _hub() -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+
+
+def _endpoint() -> str:
+    return _hub().endpoint
+
+
+def _role(me: Any) -> str | None:
+    return me.get("auth", {}).get("accessToken", {}).get("role")
+
+
+def _first(error: Exception) -> str:
+    """Return what the Hub said, else the first line of the error."""
+    said = getattr(error, "server_message", None) or str(error.__cause__ or error)
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

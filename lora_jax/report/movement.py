@@ -1,0 +1,149 @@
+"""Which layers moved: the Frobenius norm of each module's update, from the files that a run left.
+
+For a low-rank module it is the norm of s·B·A, from two products of rank by rank: |BA|² = Σ (BᵀB ∘ AAᵀ). For a module
+that was trained whole it is that of the difference to the base. Where the base can be read at little cost, each is
+also divided by the norm of the base's weight, one tensor in memory at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.adapters.targets import scaled
+from lora_jax.errors import UserError
+from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, AdapterConfig, read_adapter
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.json_file import read_json_object
+from lora_jax.train.output import ADAPTER, MODEL
+
+CHEAP = 4 * 2**30
+"""Bytes of the base that are read at most, for the norms of its weights."""
+_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One module: its layer (None outside the layers), its kind, the update's norm, and that over the weight's."""
+
+    name: str
+    layer: int | None
+    kind: str
+    norm: float
+    relative: float | None
+
+
+@dataclass(frozen=True)
+class Movement:
+    """All modules that a run trained, and why their base's norms are not known, if they are not."""
+
+    modules: tuple[Moved, ...]
+    without_base: str | None = None
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether each norm is known beside that of its weight."""
+        return self.without_base is None
+
+
+def movement(folder: Path, options: Mapping[str, Any]) -> Movement | None:
+    """Return what a run's files tell, None where it left no adapter or model that can be read.
+
+    `options` are those of the base model, which a model that was trained whole does not name itself.
+    """
+    try:
+        if (folder / ADAPTER / ADAPTER_CONFIG_FILE).exists():
+            return _of_adapter(folder / ADAPTER)
+        if (folder / MODEL).is_dir():
+            return _of_model(folder, options)
+    except (UserError, OSError, ValueError):
+        pass  # written by something else, or damaged: the page does without
+    return None
+
+
+def _of_adapter(folder: Path) -> Movement | None:
+    config, tensors = read_adapter(folder)
+    norms = low_rank_norms(config, tensors)
+    base, reason = _base(config.base_model_name_or_path, config.revision)
+    if base is not None and sum(_size(base, f"{name}.weight") for name in norms) > CHEAP:
+        base, reason = None, "the base is large"
+    found = []
+    for name, norm in norms.items():
+        weight = _norm(base, f"{name}.weight")
+        found.append(_moved(name, norm, None if weight is None else norm / weight))
+    whole = [name for name in tensors if name.endswith(".weight") and ".lora_" not in name]
+    if base is not None:
+        found += [_difference(name, tensors[name], base) for name in whole if name in base.names]
+    if not found:
+        return None
+    if reason is None and any(module.relative is None for module in found):
+        reason = "the base lacks some of the weights"
+    return Movement(tuple(found), reason)
+
+
+def low_rank_norms(config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Return the norm of s·B·A for each adapted module; tensors as PEFT has them, [rank, in] and [out, rank]."""
+    norms: dict[str, float] = {}
+    for key, a in tensors.items():
+        for ending in (".lora_A.weight", ".lora_embedding_A"):
+            b = tensors.get(key.replace("_A", "_B")) if key.endswith(ending) else None
+            if b is not None:
+                name = key.removesuffix(ending)
+                square = float(np.sum((b.T @ b).astype(np.float64) * (a @ a.T)))
+                norms[name] = scaled(name, config)[2] * max(square, 0.0) ** 0.5
+    return norms
+
+
+def _of_model(folder: Path, options: Mapping[str, Any]) -> Movement | None:
+    trained = Checkpoint.open(folder / MODEL)
+    base, _ = _base(options.get("path"), options.get("revision"))
+    if base is None or trained.nbytes > CHEAP:
+        return None
+    both = [name for name in trained.names if name in base.names and len(trained.shape(name)) > 1]
+    return Movement(tuple(_difference(name, trained.tensor(name), base) for name in both)) if both else None
+
+
+def _difference(name: str, tensor: np.ndarray, base: Checkpoint) -> Moved:
+    before = base.tensor(name).astype(np.float32)
+    after = tensor.astype(np.float32)[: before.shape[0]]  # rows that were added have no before
+    norm = float(np.linalg.norm(after - before))
+    return _moved(name.removesuffix(".weight"), norm, norm / (float(np.linalg.norm(before)) or 1.0))
+
+
+def _moved(name: str, norm: float, relative: float | None) -> Moved:
+    layer = _LAYER.fullmatch(name)
+    kind = (layer[2] if layer else name).rpartition(".")[2]
+    return Moved(name, int(layer[1]) if layer else None, kind, norm, relative)
+
+
+def _base(named: str | None, revision: str | None) -> tuple[Checkpoint | None, str | None]:
+    """Return the base where it lies on this machine and is not quantised, or why not."""
+    folder = Path(named or "").expanduser()
+    if named and not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(named, revision=revision, local_files_only=True))
+        except Exception:  # no id, or not in the cache
+            return None, "the base is not on this machine"
+    try:
+        if not named or read_json_object(folder / "config.json", "").get("quantization_config"):
+            return None, "the base is quantised" if named else "the adapter names no base"
+        return Checkpoint.open(folder), None
+    except (UserError, OSError):
+        return None, "the base cannot be read"
+
+
+def _size(base: Checkpoint, name: str) -> int:
+    return int(np.prod(base.shape(name))) * base.dtype(name).itemsize if name in base.files else 0
+
+
+def _norm(base: Checkpoint | None, name: str) -> float | None:
+    if base is None or name not in base.files:
+        return None
+    return float(np.linalg.norm(base.tensor(name).astype(np.float32))) or None

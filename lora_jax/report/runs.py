@@ -1,0 +1,214 @@
+"""What a run's folder tells, however the run ended: nothing of it but metrics.jsonl or config.yaml has to be there."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_jax.errors import UserError
+from lora_jax.report.movement import Movement, movement
+from lora_jax.train.output import ADAPTER, CONFIG, METRICS, MODEL, RECORD, SAMPLES
+
+EVAL_LOSS = re.compile(r"eval_(?:(.+)_)?loss")
+"""The loss on the evaluation rows, or on those of a named set."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a prompt was completed to, by the steps that it was asked at."""
+
+    prompt: str
+    texts: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run as its folder tells it; `lines` are those of metrics.jsonl, one a step."""
+
+    name: str
+    folder: Path
+    lines: Sequence[Mapping[str, Any]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    samples: Sequence[Sample] = ()
+    movement: Movement | None = None
+
+    def series(self, key: str) -> tuple[list[int], list[float], list[int | None]]:
+        """Return the steps at which a figure was logged, the figure, and the tokens trained on until then."""
+        found = [
+            (int(line["step"]), float(line[key]), line.get("num_tokens"))
+            for line in self.lines
+            if _number(line.get(key))
+        ]
+        return [step for step, _, _ in found], [value for _, value, _ in found], [n for _, _, n in found]
+
+    def last(self, key: str) -> float | None:
+        """Return the last value of a figure, None where it was never logged."""
+        values = self.series(key)[1]
+        return values[-1] if values else None
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Names of all figures, in the order that they come up."""
+        return tuple(
+            dict.fromkeys(key for line in self.lines for key, value in line.items() if _number(value))
+        )
+
+    @cached_property
+    def eval_sets(self) -> tuple[str, ...]:
+        """Names of the named evaluation sets."""
+        found = [match[1] for key in self.keys if (match := EVAL_LOSS.fullmatch(key))]
+        return tuple(name for name in found if name is not None)
+
+    @cached_property
+    def diverged(self) -> int | None:
+        """The step from which on a loss is no finite number; None where it came back, as after a skipped step."""
+        found = []
+        for key in self.keys:
+            if key == "loss" or EVAL_LOSS.fullmatch(key):
+                steps, values, _ = self.series(key)
+                lost = next(
+                    (i for i, value in enumerate(reversed(values)) if math.isfinite(value)), len(values)
+                )
+                found += steps[len(steps) - lost :][:1]
+        return min(found, default=None)
+
+    @cached_property
+    def warnings(self) -> tuple[tuple[int, str], ...]:
+        """What the run warned of, with the steps."""
+        listed = [(int(line["step"]), line.get("warnings")) for line in self.lines]
+        return tuple((step, str(text)) for step, texts in listed if isinstance(texts, list) for text in texts)
+
+    @cached_property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return max((int(line["step"]) for line in self.lines), default=0)
+
+    @cached_property
+    def steps(self) -> int | None:
+        """The steps that the run was to take."""
+        steps = self.record.get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @cached_property
+    def status(self) -> str:
+        """How the run ended, in a few words."""
+        if self.diverged is not None:
+            return f"diverged at step {self.diverged:,}"
+        status = self.record.get("status")
+        done = (self.folder / ADAPTER).is_dir() or (self.folder / MODEL).is_dir()
+        if status == "finished" or (status is None and done):
+            return "finished"
+        whole = f" of {self.steps:,}" if self.steps else ""
+        word = {"stopped": "stopped", "failed": "failed"}.get(str(status), "unfinished")
+        return f"{word} at step {self.step:,}{whole}"
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
+    """Read several runs, named so that no two have the same name; raises UserError as `read_run` does."""
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    if len(set(names)) == len(names):
+        return runs
+    return [replace(run, name=f"{run.name} ({_apart(run.folder, folders)})") for run in runs]
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read a run's folder; raises UserError where it is none."""
+    if not folder.is_dir():
+        raise UserError(f"report {folder}: no such folder; give the --output_dir of a run")
+    if not any((folder / name).exists() for name in (METRICS, CONFIG, RECORD)):
+        raise UserError(
+            f"report {folder}: holds neither {METRICS} nor {CONFIG}, so it is no run; give the --output_dir of one"
+        )
+    options = _options(folder / CONFIG)
+    named = section(options, "train").get("run_name")
+    return RunFiles(
+        name=str(named or folder.resolve().name),
+        folder=folder,
+        lines=_merged(_objects(folder / METRICS)),
+        options=options,
+        record=_object(folder / RECORD),
+        samples=_samples(_objects(folder / SAMPLES)),
+        movement=movement(folder, section(options, "model")),
+    )
+
+
+def section(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a section of the options, empty where there is none."""
+    found = options.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _apart(folder: Path, folders: Sequence[Path]) -> str:
+    """Return the end of a path that tells it from the others, the folder itself where one is given twice."""
+    parts = folder.resolve().parts
+    for count in range(1, len(parts) + 1):
+        end = parts[-count:]
+        if sum(other.resolve().parts[-count:] == end for other in folders) == 1:
+            return "/".join(end)
+    return str(folder)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _objects(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines, without what a killed run left of its last one."""
+    found: list[dict[str, Any]] = []
+    for line in _text(path).splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            found.append(value)
+    return found
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_text(path))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _options(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(_text(path))
+    except yaml.YAMLError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _merged(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one object a step, in order; of what is there twice the later holds."""
+    steps: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        steps.setdefault(line["step"], {}).update(line)
+    return [steps[step] for step in sorted(steps)]
+
+
+def _samples(lines: Sequence[dict[str, Any]]) -> list[Sample]:
+    prompts: dict[str, dict[int, str]] = {}
+    for line in lines:
+        if isinstance(line.get("prompt"), str) and isinstance(line.get("text"), str):
+            prompts.setdefault(line["prompt"], {})[line["step"]] = line["text"]
+    return [Sample(prompt, dict(sorted(texts.items()))) for prompt, texts in prompts.items()]

@@ -1,0 +1,185 @@
+"""What stands in words and tables on the page: the outcome, the data, the options, and how to run it again."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+
+from lora_jax.report.figures import moved_value
+from lora_jax.report.runs import RunFiles
+from lora_jax.train.output import CONFIG
+
+Fact = tuple[str, str]
+
+
+def outcome(run: RunFiles) -> list[Fact]:
+    """Return the figures that tell how a run went, those that are known."""
+    evals = run.series("eval_loss")[1]
+    speeds = [value for value in run.series("tokens_per_second")[1] if math.isfinite(value)]
+    mfus = [value for value in run.series("mfu")[1] if math.isfinite(value)]
+    parameters = _mapping(run.record.get("parameters"))
+    facts: list[tuple[str, str | None]] = [
+        ("eval loss", f"{evals[0]:.4f} → {evals[-1]:.4f}" if len(evals) > 1 else _decimal(run.last("eval_loss"))),
+        ("perplexity", _perplexity(run.last("eval_loss"))),
+        ("train loss", _decimal(run.last("loss"))),
+        ("steps", f"{run.step:,} of {run.steps:,}" if run.steps and run.steps != run.step else f"{run.step:,}"),
+        ("tokens seen", _whole(run.last("num_tokens"))),
+        ("tokens a second", _whole(statistics.median(speeds)) if speeds else None),
+        ("MFU", f"{statistics.median(mfus):.1%}" if mfus else None),
+        ("time", _time(run)),
+        ("trained", _share(parameters)),
+    ]  # fmt: skip
+    return [(name, value) for name, value in facts if value is not None]
+
+
+def troubles(run: RunFiles) -> list[str]:
+    """Return a sentence for each thing about a run that its reader has to know."""
+    found = []
+    if run.diverged is not None:
+        found.append(f"The loss is no finite number from step {run.diverged:,} on: the run diverged.")
+    elif run.status != "finished":
+        found.append(f"The run is not finished: {run.status}. What is shown is what it had written by then.")
+    if not run.lines:
+        found.append("Nothing is logged yet.")
+    return found
+
+
+DATA = ("rows", "tokens", "trained_tokens", "longest", "max_length", "truncated", "dropped")
+HEADS = ("rows", "tokens", "trained", "longest row", "max_length", "cut", "dropped")
+"""The columns of the table of data, and how they are headed."""
+
+
+def data_rows(run: RunFiles) -> list[tuple[str, str, list[str]]]:
+    """Return for each data set of a run what it is for, its name and its counts."""
+    found = []
+    for use, facts in _mapping(run.record.get("data")).items():
+        if isinstance(facts, Mapping):
+            found.append(
+                (str(use), str(facts.get("name", "")), [_whole(facts.get(key)) or "" for key in DATA])
+            )
+    return found
+
+
+def moved_rows(run: RunFiles, most: int = 8) -> list[tuple[str, str]]:
+    """Return the modules that moved most, with the figure that the map shows."""
+    if run.movement is None:
+        return []
+    relative = run.movement.is_relative
+    values = [(module.name, moved_value(module, relative)) for module in run.movement.modules]
+    known = sorted(((value, name) for name, value in values if value is not None), reverse=True)
+    return [(name, f"{value:.3%}" if relative else f"{value:.4g}") for value, name in known[:most]]
+
+
+def options(run: RunFiles) -> dict[str, list[Fact]]:
+    """Return the resolved options by section."""
+    sections: dict[str, list[Fact]] = {}
+    for name, value in run.options.items():
+        if isinstance(value, Mapping):
+            sections[str(name)] = [(str(option), _shown(item)) for option, item in value.items()]
+        else:
+            sections.setdefault("run", []).append((str(name), _shown(value)))
+    return sections
+
+
+def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
+    """Return the options that runs differ in, with the value that each has."""
+    flat = [
+        {name: _shown(value) for name, value in flatten_dict(dict(run.options), sep=".").items()}
+        for run in runs
+    ]
+    names = dict.fromkeys(name for one in flat for name in one)
+    table = [(name, [one.get(name, "–") for one in flat]) for name in names if name != "output_dir"]
+    return [(name, values) for name, values in table if len(set(values)) > 1]
+
+
+def commands(run: RunFiles) -> list[Fact]:
+    """Return the command lines that repeat a run: from its resolved options, and as it was given."""
+    found = []
+    if (run.folder / CONFIG).exists():
+        file, again = shlex.quote(str(run.folder / CONFIG)), shlex.quote(f"{run.folder}-again")
+        found.append(("with the options as resolved", f"lora-jax train {file} --output_dir {again}"))
+    if isinstance(command := run.record.get("command"), str):
+        found.append(("as it was given", command))
+    return found
+
+
+def surroundings(run: RunFiles) -> list[Fact]:
+    """Return versions and devices."""
+    record = run.record
+    facts = [
+        ("device", record.get("device")),
+        ("devices", record.get("devices")),
+        ("processes", record.get("processes")),
+        ("compute dtype", record.get("compute_dtype")),
+        ("started", record.get("started")),
+        ("ended", record.get("ended")),
+    ]
+    return [
+        (str(name), str(value))
+        for name, value in (*facts, *_mapping(record.get("versions")).items())
+        if value
+    ]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "–"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {item}" for name, item in value.items()) or "–"
+    return "–" if value is None or value == "" else str(value)
+
+
+def _decimal(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
+
+
+def _whole(value: Any) -> str | None:
+    known = isinstance(value, int | float) and math.isfinite(value)
+    return f"{round(value):,}" if known else None
+
+
+def _perplexity(loss: float | None) -> str | None:
+    return None if loss is None or not loss < 50 else f"{math.exp(loss):,.2f}"
+
+
+def _share(parameters: Mapping[str, Any]) -> str | None:
+    trainable, total = parameters.get("trainable"), parameters.get("all")
+    if not isinstance(trainable, int) or not isinstance(total, int) or not total:
+        return None
+    return f"{_short(trainable)} ({trainable / total:.2%})"
+
+
+def _short(count: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:g}"
+
+
+def _time(run: RunFiles) -> str | None:
+    """Return how long the run took from start to end; of one that was gone on with, nothing is known."""
+    try:
+        started, ended = (datetime.fromisoformat(str(run.record[name])) for name in ("started", "ended"))
+    except (KeyError, ValueError):
+        return None
+    if run.record.get("resumed"):
+        return None
+    seconds = int((ended - started).total_seconds())
+    hours, minutes = divmod(seconds // 60, 60)
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {seconds % 60} s"
+        if minutes
+        else f"{seconds} s"
+    )

@@ -1,0 +1,232 @@
+"""What is logged reaches each tracker through its own client, and a tracker that fails ends no run."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lora_jax.adapters.flops import needed_flops
+from lora_jax.adapters.targets import make_plan
+from lora_jax.cli import main
+from lora_jax.config import RunConfig, TrainOptions
+from lora_jax.models.families import read_config
+from lora_jax.models.names import modules
+from lora_jax.parallel.chips import KINDS, Chip
+from lora_jax.train.output import open_output
+from lora_jax.train.record import Record, command_line, histogram
+from lora_jax.train.tracking import Tracking, named
+from tests.runs import metrics, train_arguments
+from tests.tiny import CONFIGS, lora
+
+LINES: list[dict[str, Any]] = [
+    {"step": 0, "epoch": 0.0, "eval_loss": 3.5},
+    {"step": 1, "epoch": 0.5, "loss": 3.0, "learning_rate": 1e-4},
+    {"step": 2, "epoch": 1.0, "loss": float("nan"), "learning_rate": 5e-5, "eval_loss": 2.5},
+]
+FINAL = {"eval_loss": 2.5, "num_tokens": 100}
+
+
+def track(
+    folder: Path, name: str, *, resumed_at: int | None = None, lines: list[dict[str, Any]] = LINES
+) -> str:
+    """Send the lines to one tracker as a run does; return what was printed."""
+    config = RunConfig(train=TrainOptions(report_to=(name,), run_name="night run"), output_dir=str(folder))  # type: ignore[arg-type]
+    console = Console(file=(folder / "printed").open("w"), width=400)
+    tracking = Tracking(config, folder, Record(folder, resumed_at), resumed_at, console)
+    for line in lines:
+        tracking.log(line)
+    tracking.finish("finished", FINAL)
+    console.file.close()
+    return (folder / "printed").read_text()
+
+
+def test_figures_have_the_names_that_transformers_gives_them() -> None:
+    assert named(LINES[2]).keys() == {"train/epoch", "train/loss", "train/learning_rate", "eval/loss"}
+
+
+def test_tensorboard_reads_what_was_logged_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    def events(folder: Path) -> list[Any]:
+        found = []
+        for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns):
+            content = file.read_bytes()
+            while content:  # TFRecord: length, its checksum, the record, its checksum
+                size = int.from_bytes(content[:8], "little")
+                record, content = content[12 : 12 + size], content[12 + size :]
+                assert int.from_bytes(content[:4], "little") == masked_crc32c(record)
+                content = content[4:]
+                found.append(Event.FromString(record))
+        return found
+
+    assert track(tmp_path, "tensorboard") == ""
+    scalars = [
+        (event.step, value.tag, value.simple_value)
+        for event in events(tmp_path / "tensorboard")
+        for value in event.summary.value
+        if value.WhichOneof("value") == "simple_value"
+    ]
+    assert (0, "eval/loss", 3.5) in scalars
+    assert (1, "train/loss", 3.0) in scalars
+    assert any(tag == "train/loss" and np.isnan(value) for _, tag, value in scalars)
+    assert (0, "final/eval_loss", 2.5) in scalars
+    texts = [str(event) for event in events(tmp_path / "tensorboard")]
+    assert any("train.learning_rate" in text for text in texts)
+    track(tmp_path, "tensorboard", resumed_at=1, lines=LINES[2:])
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    starts = [e.step for e in events(tmp_path / "tensorboard") if e.session_log.status == SessionLog.START]
+    assert starts == [2]  # TensorBoard hides what was logged at that step and past it before
+
+
+def test_wandb_keeps_a_run_offline_and_a_resumption_is_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert track(tmp_path, "wandb") == ""
+    track(tmp_path, "wandb", resumed_at=1, lines=LINES[2:])
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    assert len({file.name for file in files}) == 1  # run-ID.wandb
+    content = files[0].read_bytes()
+    assert b"train/learning_rate" in content
+    assert b"night run" in content
+    assert b"per_device_train_batch_size" in content
+
+
+def test_mlflow_stores_options_figures_and_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    assert track(tmp_path, "mlflow") == ""
+    track(tmp_path, "mlflow", resumed_at=2, lines=[{"step": 3, "loss": 2.0}])
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("lora_jax").experiment_id])
+    assert run.info.run_name == "night run"
+    assert run.info.status == "FINISHED"
+    assert run.data.params["lora.r"] == "16"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history if metric.step != 2] == [(1, 3.0), (3, 2.0)]
+    assert run.data.metrics["final/eval_loss"] == 2.5
+
+
+def test_trackio_stores_a_run_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trackio")
+    import sqlite3
+
+    from trackio import utils
+
+    monkeypatch.setattr(utils, "TRACKIO_DIR", tmp_path / "trackio")  # read from the environment at import
+    for module in [module for name, module in sys.modules.items() if name.startswith("trackio")]:
+        if hasattr(module, "TRACKIO_DIR"):
+            monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    assert track(tmp_path, "trackio") == ""
+    track(tmp_path, "trackio", resumed_at=2, lines=[{"step": 3, "loss": 2.0}])
+    (file,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(file) as database:
+        found = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    assert {name for name, _, _ in found} == {"night run"}
+    losses = [(step, json.loads(text).get("train/loss")) for _, step, text in found]
+    assert (1, 3.0) in losses
+    assert (3, 2.0) in losses
+
+
+def test_tracker_that_fails_is_one_warning_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorboard").write_text("a file where a folder is to be")
+    printed = track(tmp_path, "tensorboard")
+    assert re.fullmatch(
+        r"warning: report_to tensorboard: gave up \(\w+: .*\); metrics.jsonl goes on\n", printed
+    ), printed
+
+
+def test_missing_client_is_one_error_before_the_run_that_names_what_to_install(
+    tmp_path: Path,
+    model: Path,
+    rows: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if it could not be found
+    assert main(train_arguments(model, rows, tmp_path / "out", "--train.report_to", "tensorboard")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert 'pip install "lora_jax[tensorboard]"' in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_writes_its_record_its_trace_its_events_and_its_utilisation(
+    tmp_path: Path,
+    model: Path,
+    rows: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peak = 1e9
+    monkeypatch.setitem(KINDS, "cpu", Chip("this machine", 0, peak, 0, 0))
+    output = tmp_path / "out"
+    more = (
+        "--train.report_to",
+        "tensorboard",
+        "--train.profile_steps",
+        "2",
+        "3",
+        "--data.eval_path",
+        str(rows),
+    )
+    assert main(train_arguments(model, rows, output, *more)) == 0
+    record = json.loads((output / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["results"]["eval_loss"] == metrics(output)[-1]["eval_loss"]
+    assert record["data"]["train"]["rows"] == 8 == sum(record["data"]["train"]["lengths"]["counts"])
+    assert record["steps"] == 4
+    assert f"--data.path {rows}" in record["command"]
+    assert "--lora.r 2" in record["command"]
+    assert list((output / "profile").rglob("*.xplane.pb"))
+    assert list((output / "tensorboard").glob("events*"))
+    *_, line = metrics(output)
+    config = read_config(CONFIGS["qwen2-tied"], "here")
+    plan = make_plan(lora(r=2, target_modules="all-linear"), modules(config))
+    needed = needed_flops(config, plan, np.full(8, 7), record["data"]["train"]["trained_tokens"]) / (8 * 7)
+    assert line["mfu"] == pytest.approx(needed * line["tokens_per_second"] / peak)
+    assert f"MFU {100 * line['mfu']:.1f}%" in capsys.readouterr().out
+    open_output(RunConfig(output_dir=str(output), overwrite=True))
+    assert [file.name for file in output.iterdir()] == ["config.yaml"]
+
+
+def test_resumed_run_tells_so_in_its_record(tmp_path: Path) -> None:
+    Record(tmp_path).note(status="running", tracking={"wandb": "abc"})
+    Record(tmp_path, 3).end("finished", {"eval_loss": 1.0})
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert [resumed["step"] for resumed in record["resumed"]] == [3]
+    assert record["tracking"] == {"wandb": "abc"}
+    assert record["status"] == "finished"
+
+
+@pytest.mark.parametrize("longest", [1, 39, 40, 41, 1000, 4096, 100_000])
+def test_histogram_counts_every_row_once_in_few_bars_of_a_round_width(longest: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, longest + 1, 500)
+    lengths[0] = longest
+    found = histogram(lengths)
+    width, counts = found["width"], found["counts"]
+    assert sum(counts) == 500
+    assert len(counts) <= 40
+    for index, count in enumerate(counts):
+        assert count == np.sum((lengths > index * width) & (lengths <= (index + 1) * width))
+
+
+def test_command_holds_what_was_given_and_quotes_it() -> None:
+    config = RunConfig(output_dir="my run", push_to_hub="me/it")
+    line = command_line(config, ("output_dir", "push_to_hub", "lora.target_modules", "train.seed"))
+    assert line == "lora-jax train --lora.target_modules all-linear --train.seed 42 --output_dir 'my run'"
