@@ -14,8 +14,20 @@ from typing import Literal
 from lora_jax.errors import UserError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+NOT_NEGATIVE = (
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "eval_steps",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "max_nonfinite_steps",
+    "neftune_noise_alpha",
+)
+"""Options of training that may be 0 but not less."""
 FOUR_BIT = "bnb_4bit_"
 """What the names of options that only a 4-bit model has begin with."""
+GenerationMetric = Literal["exact_match", "bleu", "rouge"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Packing = Literal["none", "bfd", "wrapped"]
 DataFormat = Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"]
@@ -107,8 +119,10 @@ class DataOptions:
     """With mixture_weights an epoch ends when the first path would repeat a row, or when each has given all."""
     eval_path: str | None = None
     """Rows to evaluate on; a file or a Hub id, like path."""
+    eval_paths: dict[str, str] = field(default_factory=dict)
+    """Several sets to evaluate on: a name, then its file or Hub id; each has figures of its own: eval_NAME_loss."""
     eval_split: str | None = None
-    """Split of eval_path; unset means data.split for a Hub id and all rows of a file."""
+    """Split of eval_path or eval_paths; unset means data.split for a Hub id and all rows of a file."""
     eval_fraction: float = 0.0
     """Share of the rows of path held out for evaluation where eval_path is not given."""
     max_length: int = 1024
@@ -179,12 +193,34 @@ class TrainOptions:
     """Optimiser; 8bit holds AdamW's moments in 8 bits, paged in the host's memory."""
     offload: Literal["none", "optimizer", "activations", "both"] = "none"
     """What is kept in the host's memory between its uses: optimiser state, layer inputs, or both (TPU and GPU)."""
+    neftune_noise_alpha: float = 0.0
+    """Noise on the embeddings while training, uniform in ± this / sqrt(tokens of the row · embed); 0 for none."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass to save memory."""
     logging_steps: int = 10
     """Steps between lines of metrics.jsonl; the first and the last step are always logged."""
     eval_steps: int = 0
     """Steps between evaluations; 0 evaluates before the first step and after the last one only."""
+    metric_for_best_model: str | None = None
+    """Figure that tells the best checkpoint, such as eval_token_accuracy; unset is the first set's loss."""
+    load_best_model_at_end: bool = False
+    """Export what the best checkpoint holds, not the last; save_steps has to be a multiple of eval_steps."""
+    early_stopping_patience: int = 0
+    """Evaluations in a row without a better figure after which the run ends; 0 never stops it."""
+    early_stopping_threshold: float = 0.0
+    """How much better than the best so far a figure has to be for early_stopping_patience."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts to complete at each evaluation, before the first step too; they go to samples.jsonl."""
+    sample_max_new_tokens: int = 64
+    """Greatest number of tokens in a sample."""
+    generation_metrics: tuple[GenerationMetric, ...] = ()
+    """Scores of greedy completions against the answers of the evaluation rows: exact_match, bleu, rouge."""
+    generation_rows: int = 64
+    """Rows of each evaluation set that generation_metrics completes, from the first on."""
+    generation_max_new_tokens: int = 128
+    """Greatest number of tokens in a completion that is scored."""
+    max_nonfinite_steps: int = 5
+    """Steps in a row, skipped for a loss or gradient that is not finite, that end the run; 0 is as 1."""
     save_strategy: Literal["no", "steps", "epoch"] = "steps"
     """When checkpoints are written; steps and epoch also keep the last step."""
     save_steps: int = 500
@@ -287,7 +323,7 @@ def check(config: RunConfig) -> None:
     _require(bool(lora.target_modules), "--lora.target_modules", "", f"name modules, or use {ALL_LINEAR}")
     check_data(data)
     _require(
-        not (data.eval_split and not data.eval_path),
+        not data.eval_split or bool(data.eval_path or data.eval_paths),
         "--data.eval_split",
         data.eval_split,
         "needs --data.eval_path",
@@ -304,6 +340,7 @@ def check(config: RunConfig) -> None:
     )
     check_model(config.model)
     _check_train(train)
+    _check_evaluation(data, train)
 
 
 def check_data(data: DataOptions) -> None:
@@ -370,7 +407,7 @@ def _check_train(train: TrainOptions) -> None:
     )
     for name in positive:
         _require(getattr(train, name) > 0, f"--train.{name}", getattr(train, name), "must be positive")
-    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "eval_steps"):
+    for name in NOT_NEGATIVE:
         _require(getattr(train, name) >= 0, f"--train.{name}", getattr(train, name), "must not be negative")
     for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
         _require(0 <= getattr(train, name) < 1, f"--train.{name}", getattr(train, name), "must be in [0, 1)")
@@ -400,6 +437,59 @@ def _check_train(train: TrainOptions) -> None:
     for name in ("per_device_eval_batch_size", "save_total_limit"):
         value = getattr(train, name)
         _require(value is None or value > 0, f"--train.{name}", value, "must be positive, or None")
+
+
+def _check_evaluation(data: DataOptions, train: TrainOptions) -> None:
+    sources = [name for name in ("eval_path", "eval_paths", "eval_fraction") if getattr(data, name)]
+    for name in data.eval_paths:
+        _require(
+            re.fullmatch(r"[\w.-]+", name) is not None,
+            "--data.eval_paths",
+            name,
+            "a name is part of a figure's, eval_NAME_loss; use letters, digits, and the signs _ . -",
+        )
+    others = [name for name in sources if name != "eval_paths"]
+    _require(
+        not (data.eval_paths and others),
+        "--data.eval_paths",
+        "",
+        f"excludes {' and '.join(f'--data.{name}' for name in others)}; give one of them",
+    )
+    for name in ("sample_max_new_tokens", "generation_rows", "generation_max_new_tokens"):
+        _require(getattr(train, name) > 0, f"--train.{name}", getattr(train, name), "must be positive")
+    needs_rows = {
+        "metric_for_best_model": train.metric_for_best_model,
+        "load_best_model_at_end": train.load_best_model_at_end,
+        "early_stopping_patience": train.early_stopping_patience,
+        "generation_metrics": " ".join(train.generation_metrics),
+    }
+    for name, value in needs_rows.items():
+        _require(
+            not value or bool(sources),
+            f"--train.{name}",
+            value,
+            "needs rows to evaluate on; give --data.eval_path or --data.eval_fraction",
+        )
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        _require(
+            not getattr(train, name) or train.eval_steps > 0,
+            f"--train.{name}",
+            getattr(train, name),
+            "needs evaluations between the steps; give --train.eval_steps",
+        )
+    if train.load_best_model_at_end:
+        _require(
+            train.save_strategy != "no",
+            "--train.load_best_model_at_end",
+            True,
+            "needs checkpoints; leave out --train.save_strategy no",
+        )
+        _require(
+            train.save_strategy != "steps" or train.save_steps % train.eval_steps == 0,
+            "--train.save_steps",
+            train.save_steps,
+            f"must be a multiple of --train.eval_steps {train.eval_steps} for --train.load_best_model_at_end",
+        )
 
 
 def _require(holds: bool, option: str, value: object, remedy: str) -> None:

@@ -1,4 +1,4 @@
-"""`lora-jax export`: the same adapter in the form another program needs."""
+"""`lora-jax export`: the same adapter in the form another program needs, or that of a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import tyro
 from rich.console import Console
 
 from lora_jax import __version__
-from lora_jax.adapters.notes import NOTES_FILE
+from lora_jax.adapters.notes import NOTES_FILE, write_notes
 from lora_jax.adapters.peft import fold_for_vllm, saved_config
 from lora_jax.adapters.read import open_adapter
+from lora_jax.commands.checkpoints import saved_adapter
 from lora_jax.commands.merge import base_folder, check_target
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter_config, write_adapter
@@ -27,10 +28,12 @@ from lora_jax.models.families import read_config
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Rewrite an adapter for another program."""
+    """Rewrite an adapter for another program, or write the one that a checkpoint holds."""
 
     adapter: str = ""
     """Folder of the adapter."""
+    checkpoint: str = ""
+    """Instead of an adapter the output_dir of a run, its last checkpoint; OUT:STEP or OUT:best for another."""
     output: str = ""
     """Folder to write to."""
     for_: Annotated[Literal["vllm"], tyro.conf.arg(name="for")] = "vllm"
@@ -48,8 +51,10 @@ class ExportOptions:
 
 
 def export(options: ExportOptions, console: Console | None = None) -> int:
-    """Rewrite the adapter; return the exit code. Raises UserError before anything is written."""
+    """Write the adapter; return the exit code. Raises UserError before anything is written."""
     console = console or Console()
+    if options.checkpoint:
+        return _from_checkpoint(options, console)
     if not options.adapter or not options.output:
         raise UserError("export: needs --adapter and --output; give both folders")
     if options.push_to_hub is not None:
@@ -81,4 +86,24 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
             revision=options.hub_revision,
         )  # fmt: skip
         console.print(f"pushed to {url}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _from_checkpoint(options: ExportOptions, console: Console) -> int:
+    """Write a checkpoint's adapter as it is, for PEFT and for lora_jax."""
+    if options.adapter:
+        raise UserError("--checkpoint: excludes --adapter; give one of the two")
+    if options.push_to_hub is not None:
+        raise UserError(
+            "--checkpoint: excludes --push_to_hub; push the folder written with huggingface-cli upload"
+        )
+    if not options.output:
+        raise UserError("export: needs --output; give the folder to write to")
+    saved = saved_adapter(options.checkpoint)
+    check_target(options.output, ADAPTER_CONFIG_FILE, saved.base.folder)
+    with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:
+        write_adapter(aside, saved.config, saved.tensors)
+        copy_tokenizer(saved.base.folder, aside)
+        write_notes(aside, saved.notes)
+    console.print(f"wrote {options.output}, the adapter of step {saved.step}", soft_wrap=True)
     return 0

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lora_jax.generate.sampling import GREEDY, Sampling, choose, penalise
 from lora_jax.models.decoder import Cache, Decoder, positions_of
+from lora_jax.parallel.processes import on_host
 
 NO_TOKEN = -1
 SMALLEST_BUCKET = 16
@@ -34,14 +35,15 @@ def stream(
     end_ids: Collection[int] = (),
     sampling: Sampling = GREEDY,
     seed: int = 0,
+    shortest: int = 1,
 ) -> Iterator[np.ndarray]:
     """Yield the next token of every prompt, int32 [batch], pass by pass; -1 for a row that has ended.
 
     A row ends with a token of `end_ids`, which is yielded; all end after max_new_tokens. Prompts are token
     ids below the vocabulary's size, at least one each. A row's draws depend on the seed, the pass and its
-    place in the batch alone.
+    place in the batch alone. Shorter prompts are padded to `shortest` tokens, so that batches share a program.
     """
-    tokens, segments = padded(prompts)
+    tokens, segments = padded(prompts, shortest)
     lengths = segments.sum(axis=1, dtype=np.int32)
     slots = bucket(tokens.shape[1] + max_new_tokens - 1)
     logits, cache = prefill(model, variables, tokens, segments, slots)
@@ -50,7 +52,7 @@ def stream(
     ended = np.zeros(len(prompts), bool)
     for step in range(max_new_tokens):
         chosen, seen = _next(logits, seen, key, step, sampling)
-        found = np.asarray(chosen)
+        found = on_host(chosen)
         yield np.where(ended, np.int32(NO_TOKEN), found)
         ended |= np.isin(found, list(end_ids))
         if ended.all() or step + 1 == max_new_tokens:
@@ -116,9 +118,9 @@ def empty_cache(model: Decoder, batch: int, slots: int) -> Cache:
     return Cache(key, value, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
 
 
-def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def padded(prompts: Sequence[Sequence[int]], shortest: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Return prompts as tokens and segments, int32 [batch, length], padded on the left with segment 0."""
-    length = bucket(max(map(len, prompts)))
+    length = bucket(max(shortest, *map(len, prompts)))
     tokens = np.zeros((len(prompts), length), np.int32)
     segments = np.zeros_like(tokens)
     for row, prompt in enumerate(prompts):

@@ -77,10 +77,18 @@ def load_for_inference(
     trainable, facts = ({}, {}) if opened is None else adapter_trees(opened, params)
     model, collections = Decoder(config, dtype=compute), variables(params, trainable, facts)
     return Loaded(
-        checkpoint, quantization, config, model, collections, tokenizer, opened, _settings(checkpoint)
+        checkpoint,
+        quantization,
+        config,
+        model,
+        collections,
+        tokenizer,
+        opened,
+        generation_settings(checkpoint),
     )
 
 
-def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
+def generation_settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Return what generation_config.json holds; nothing where there is none."""
     path = checkpoint.folder / GENERATION_CONFIG_FILE
     return read_json_object(path, "mend it or delete it") if path.exists() else {}

@@ -20,19 +20,25 @@ _LONGEST_TURN = 2**16
 
 
 def encode_prompt(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool, system: str | None = None
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat: bool,
+    system: str | None = None,
+    option: str = "--prompt",
 ) -> list[int]:
     """Return a prompt's tokens: as a user's turn, the assistant's asked for, or as it is.
 
     With `chat` the template writes BOS if it wants one; otherwise the tokenizer adds what it adds to every
-    text. Never are there two. Raises UserError where the template refuses the messages or no token comes out.
+    text. Never are there two. Raises UserError, naming the `option` that gave the
+    prompt, where the template refuses the messages or no token comes out.
     """
-    text = _asked(prompt, tokenizer, system) if chat else prompt
+    text = _asked(prompt, tokenizer, system, option) if chat else prompt
     ids: list[int] = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
     bos = tokenizer.bos_token_id
     ids = ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
     if not ids:
-        raise UserError("--prompt: holds no token; write some text")
+        raise UserError(f"{option}: holds no token; write some text")
     return ids
 
 
@@ -55,16 +61,15 @@ def end_ids(
     return frozenset(token for token in found if isinstance(token, int))
 
 
-def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase, system: str | None) -> str:
+def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase, system: str | None, option: str) -> str:
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # pyright: ignore[reportReturnType]
     except _TEMPLATE_ERRORS as error:
-        raise UserError(
-            f"--prompt: the chat template refuses it ({error}); leave --system out, or give --raw"
-        ) from error
+        remedy = "leave --system out, or give --raw" if option == "--prompt" else "give one that it takes"
+        raise UserError(f"{option}: the chat template refuses it ({error}); {remedy}") from error
 
 
 def _turn_end(tokenizer: Any) -> int | None:

@@ -5,7 +5,8 @@
     logits = model.apply(collections, hidden, method="logits")
 
 `trainable` may be empty: an un-adapted model is the same code. Dropout is on where a "dropout" rng is
-given. With a `Cache` the call appends to it and attends over it (generation).
+given, the embedding's noise where a "noise" rng is. With a `Cache` the call appends to it and attends over
+it (generation).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from lora_jax.models.attention.attend import attend, attend_over, of_layer
 from lora_jax.models.attention.blocks import Places, Window
@@ -49,6 +50,10 @@ POLICIES = {
         offload_dst="pinned_host",
     ),
 }
+
+
+NOISE = "noise"
+"""The rng that the embedding's noise is drawn from."""
 
 
 class Cache(NamedTuple):
@@ -162,6 +167,13 @@ class Decoder(nn.Module):
     """With gradient checkpointing, keep the layers' inputs in the host's memory."""
     packed: bool = False
     """Whether a row, without a cache, may hold other than one segment from its first place on; GPUs gain where not."""
+    neftune_noise_alpha: float = 0.0
+    """Size of the noise on the embeddings, where a rng is given for it; 0 for none."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether a training step draws anything."""
+        return bool(self.lora_dropout or self.neftune_noise_alpha)
 
     def setup(self) -> None:
         kept = "products"
@@ -200,7 +212,12 @@ class Decoder(nn.Module):
         rotations = angles(self.config.rope, self.config.head_dim, positions, self.dtype)
         sight = Sight(*rotations, Places(segments, slots), Places(key_segments, key_slots))
         layers = jnp.arange(self.config.num_hidden_layers) if self.config.windows_differ else None
-        x, grown = self.layers(constrained(self.embed_tokens(tokens)), sight, layers, layers_cache)
+        embedded = self.embed_tokens(tokens)
+        if self.neftune_noise_alpha and self.has_rng(NOISE):
+            lengths = segment_lengths(segments) if self.packed else jnp.sum(segments != 0, 1, keepdims=True)
+            key = self.make_rng(NOISE)
+            embedded = embedded + embedding_noise(key, embedded, lengths, self.neftune_noise_alpha)
+        x, grown = self.layers(constrained(embedded), sight, layers, layers_cache)
         if cache is not None:
             key, value = grown
             cache = Cache(key, value, key_segments, cache.used + tokens.shape[1])
@@ -217,3 +234,26 @@ class Decoder(nn.Module):
 def positions_of(segments: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
     """Return positions that count each row's real tokens from 0, wherever its padding stands."""
     return jnp.maximum(jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def embedding_noise(
+    key: Key[Array, ""],
+    embedded: Float[Array, "batch length embed"],
+    lengths: Int[Array, "batch #length"],
+    alpha: float,
+) -> Float[Array, "batch length embed"]:
+    """Return what NEFTune adds to embeddings: uniform in ± alpha / sqrt(L · embed), L the tokens of the text.
+
+    Jain et al. 2023, arXiv:2310.05914, algorithm 1. `lengths` is L at each place, so that noise depends neither on how
+    far a row is padded nor on what is packed beside it; transformers takes the padded length of the batch for L.
+    """
+    size = alpha * jax.lax.rsqrt(jnp.maximum(lengths, 1).astype(jnp.float32) * embedded.shape[-1])
+    noise = jax.random.uniform(key, embedded.shape, jnp.float32, -1.0, 1.0) * size[..., None]
+    return noise.astype(embedded.dtype)
+
+
+def segment_lengths(segments: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """Return at each place how many places of its row have the same segment; segments count from 1, 0 is padding."""
+    rows = jnp.arange(segments.shape[0])[:, None]
+    counts = jnp.zeros((segments.shape[0], segments.shape[1] + 1), jnp.int32).at[rows, segments].add(1)
+    return counts[rows, segments]

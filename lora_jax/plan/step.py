@@ -74,6 +74,7 @@ def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
         gradient_checkpointing=train.gradient_checkpointing,
         offload_inputs=offloads_activations(train) and has_host_memory(mesh.devices.flat[0]),
         packed=packs(config.data),
+        neftune_noise_alpha=train.neftune_noise_alpha,
     )
     where = offloaded(shardings(state, mesh), train)
     frozen, adapter = (_placed(tree, shardings(tree, mesh)) for tree in (frozen, adapter))

@@ -6,8 +6,8 @@ written aside and renamed, so that what has a step's name is whole:
     4/state      the arrays, each under its path in `TrainState`
     4/options    what a resumption has to agree with (`Identity`)
     4/progress   `Progress`
-    4/metrics    the eval loss, where the model was evaluated at this step
-    4/_CHECKPOINT_METADATA    custom_metadata: the best eval loss so far among checkpoints, and its step
+    4/metrics    the figure that evaluations are compared by, where the model was evaluated at this step
+    4/_CHECKPOINT_METADATA    custom_metadata: the best such figure so far among checkpoints, and its step
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ FREE = frozenset(
         "train.save_total_limit",
         "train.per_device_train_batch_size",  # the rows of a step are compared instead
         "train.per_device_eval_batch_size",
+        "train.load_best_model_at_end",  # decides only what is exported in the end
+        "train.max_nonfinite_steps",
+        "train.sample_prompts",
+        "train.sample_max_new_tokens",
         "train.report_to",
         "train.run_name",
         "train.profile_steps",
@@ -82,37 +86,58 @@ class Progress(NamedTuple):
     """Where the loop stands beside its state."""
 
     window: list[float]
-    """The loss summed over the trained tokens since the last logged step, and their number."""
+    """Sums since the last logged step: loss over the trained tokens, their number, and those that were right."""
     unlogged: dict[str, Any] | None = None
     """This step's line of metrics.jsonl, where the run was stopped in the evaluation that belongs to it."""
+    best: float | None = None
+    """The best figure of all evaluations so far."""
+    worse: int = 0
+    """Evaluations in a row that were no better."""
+    skipped: int = 0
+    """Steps that changed nothing because their loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """How many of them end at this step."""
 
 
 class Best(NamedTuple):
-    """The least eval loss among the checkpoints that are kept, and its step."""
+    """The best figure among the checkpoints that are kept, and its step."""
 
     step: int
-    eval_loss: float
+    value: float
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep`, all with None, and the one with the least eval loss."""
+    """The checkpoints of one run: the newest `keep`, all with None, and the one with the best figure."""
 
-    def __init__(self, folder: Path | epath.Path, keep: int | None, identity: Identity) -> None:
-        """Open the folder, made if need be; raises UserError where it cannot be used."""
+    def __init__(
+        self,
+        folder: Path | epath.Path,
+        keep: int | None,
+        identity: Identity,
+        metric: str = EVAL_LOSS,
+        greater_is_better: bool = False,
+    ) -> None:
+        """Open the folder, made if need be; `metric` is the figure to go by. Raises UserError where it is of no use."""
         for name in ("absl", "concurrent.futures"):  # what they report is raised here, in one line
             logging.getLogger(name).setLevel(logging.CRITICAL)
         whole = folder if "://" in str(folder) else Path(folder).absolute()  # Orbax takes no relative path
         self.folder, self.identity = epath.Path(whole), identity
+        self.metric, self.greater_is_better = metric, greater_is_better
         self._failed = self._cleaned = self._writing = False
         policies = ocp.checkpoint_managers
         kept: list[Any] = [policies.LatestN(keep)]
         if keep is not None:
             best = policies.BestN(
-                get_metric_fn=_eval_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+                get_metric_fn=self._figure,
+                reverse=not greater_is_better,
+                n=1,
+                keep_checkpoints_without_metrics=False,
             )
             kept.append(best)
         options = ocp.CheckpointManagerOptions(
-            best_fn=_eval_loss, best_mode="min", preservation_policy=policies.AnyPreservationPolicy(kept)
+            best_fn=self._figure,
+            best_mode="max" if greater_is_better else "min",
+            preservation_policy=policies.AnyPreservationPolicy(kept),
         )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -127,8 +152,8 @@ class Checkpoints:
         """Return the step of the newest whole checkpoint."""
         return self.manager.latest_step()
 
-    def save(self, state: TrainState, progress: Progress, eval_loss: float | None = None) -> None:
-        """Write the state in the background; a step once. `eval_loss` is that of this very step.
+    def save(self, state: TrainState, progress: Progress, value: float | None = None) -> None:
+        """Write the state in the background; a step once. `value` is the figure of this very step.
 
         Returns when the arrays are copied, so that the step may consume them. Raises UserError where this
         checkpoint or the one before cannot be written.
@@ -136,10 +161,10 @@ class Checkpoints:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        if eval_loss is not None and not math.isfinite(eval_loss):
-            eval_loss = None
-        if eval_loss is not None and (self.best is None or eval_loss <= self.best.eval_loss):
-            self.best = Best(step, eval_loss)
+        if value is not None and not math.isfinite(value):
+            value = None
+        if value is not None and (self.best is None or not self._better(self.best.value, value)):
+            self.best = Best(step, value)
         try:
             self._remove_partial()
             self.manager.save(
@@ -149,7 +174,7 @@ class Checkpoints:
                     options=ocp.args.JsonSave(self.identity.plain()),
                     progress=ocp.args.JsonSave(progress._asdict()),
                 ),
-                metrics=None if eval_loss is None else {EVAL_LOSS: eval_loss},
+                metrics=None if value is None else {self.metric: value},
                 custom_metadata={"best": self.best._asdict()} if self.best else None,
             )
             self._writing = True
@@ -162,12 +187,14 @@ class Checkpoints:
             self._writing = False
             self._wait()
 
-    def restore(self, state: TrainState) -> tuple[TrainState, Progress]:
-        """Return what `save` was last given, each array in the shape, dtype and sharding that it has in `state`.
+    def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, Progress]:
+        """Return what `save` was given at a step, the last by default.
 
+        Each array comes in the shape, dtype and sharding that it has in `state`, which it need not hold any more.
         Raises UserError where it was made with other options or on another base, naming them, or cannot be read.
         """
-        step = self.manager.latest_step()
+        self._wait()
+        step = self.manager.latest_step() if step is None else step
         json_restore = ocp.args.JsonRestore
         notes = self._read(step, options=json_restore(), progress=json_restore())
         self.identity.check(notes["options"])
@@ -193,7 +220,13 @@ class Checkpoints:
     def _stored_best(self) -> Best | None:
         step = self.manager.best_step()
         metrics = None if step is None else self.manager.metrics(step)
-        return Best(step, _eval_loss(metrics)) if step is not None and metrics else None
+        return Best(step, self._figure(metrics)) if step is not None and metrics else None
+
+    def _figure(self, metrics: Mapping[str, float]) -> float:
+        return metrics[self.metric]
+
+    def _better(self, value: float, than: float) -> bool:
+        return value > than if self.greater_is_better else value < than
 
     def _remove_partial(self) -> None:
         """Remove, once, what a run that was killed or found the disk full left of the checkpoint it was writing."""
@@ -238,10 +271,6 @@ def _arrays(state: TrainState) -> dict[str, jax.Array]:
     plain = state._replace(key=jax.random.key_data(state.key))
     leaves, _ = jax.tree_util.tree_flatten_with_path(plain)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _eval_loss(metrics: Mapping[str, float]) -> float:
-    return metrics[EVAL_LOSS]
 
 
 def _differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

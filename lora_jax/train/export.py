@@ -50,7 +50,8 @@ def export_adapter(run: Run, trainable: Any, folder: Place, facts: TrainingFacts
 def training_facts(run: Run, outcome: Outcome) -> TrainingFacts:
     """Return what a model card says about a run."""
     config = run.config
-    data, eval_data = config.data.path, config.data.eval_path
+    data = config.data.path
+    eval_data = config.data.eval_path or next(iter(config.data.eval_paths.values()), None)
     on_hub = [
         path
         for path in (*data, eval_data)

@@ -4,39 +4,61 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
 from lora_jax.config import TrainOptions
-from lora_jax.data.batches import Batch
 from lora_jax.data.steps import Shaping
+from lora_jax.errors import UserError
 from lora_jax.hub.tokenizer import padding_token_id
 from lora_jax.parallel.mesh import POSITIONS, row_shards
-from lora_jax.train.checkpoint import EVAL_LOSS, Checkpoints, Progress
-from lora_jax.train.feed import Feed, Sizes, evaluation, evaluation_shapes, padding_multiple
+from lora_jax.train.cautions import Cautions
+from lora_jax.train.checkpoint import Checkpoints, Progress
+from lora_jax.train.evaluation import Evaluation, Evaluator, Interrupted
+from lora_jax.train.feed import Feed, Sizes, padding_multiple
 from lora_jax.train.optim import make_optimizer, schedule
-from lora_jax.train.output import MetricsLog
+from lora_jax.train.output import Logs
 from lora_jax.train.profile import Profiler
 from lora_jax.train.programs import Programs
 from lora_jax.train.report import Reporter
 from lora_jax.train.setup import Run
 from lora_jax.train.signals import Signals
-from lora_jax.train.step import StepMetrics, TrainState, make_eval_step, make_train_step
+from lora_jax.train.skipped import Skipped, places
+from lora_jax.train.step import StepMetrics, TrainState, make_train_step
+from lora_jax.train.stopping import EVALUATED, Patience
 from lora_jax.train.utilisation import utilisation_of_a_token
+
+WARNINGS, BASE_LOSS = "warnings", "base_eval_loss"
+"""Keys of a line of metrics.jsonl: warnings given since the line before; the first set's loss without an adapter."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the loop ended: the last state, eval loss before and after, tokens seen, the signal that stopped it early."""
+    """How the loop ended: the state to export, figures before and after, tokens seen, the signal that stopped it early.
+
+    Figures are those of the evaluations before the first step and of the exported state, by their names.
+    """
 
     state: TrainState
-    eval_before: float | None
-    eval_after: float | None
+    before: Mapping[str, float]
+    after: Mapping[str, float]
     num_tokens: int
     stopped_by: int | None
+    steps: int
+    """Steps that were trained, though an earlier one's state may be exported."""
+
+    @property
+    def eval_before(self) -> float | None:
+        """The first set's loss before the first step, None where it was not measured."""
+        return _loss(self.before)
+
+    @property
+    def eval_after(self) -> float | None:
+        """The first set's loss of the exported state, None where it was not measured."""
+        return _loss(self.after)
 
 
 def run_sizes(run: Run) -> Sizes:
@@ -75,118 +97,189 @@ class Loop:
         run: Run,
         sizes: Sizes,
         state_shardings: TrainState,
-        log: MetricsLog,
+        logs: Logs,
         checkpoints: Checkpoints,
         reporter: Reporter,
         signals: Signals,
         profiler: Profiler,
     ) -> None:
-        self.run, self.sizes, self.log, self.reporter = run, sizes, log, reporter
+        self.run, self.sizes, self.logs, self.reporter = run, sizes, logs, reporter
         self.profiler, self.utilisation = profiler, utilisation_of_a_token(run)
         self.checkpoints, self.signals = checkpoints, signals
         self.options: TrainOptions = run.config.train
         optimizer = make_optimizer(self.options, sizes.steps)
         self.train_step = Programs(make_train_step(run.model, optimizer, state_shardings))
-        self.eval_step = Programs(make_eval_step(run.model))
+        self.evaluator = Evaluator(run, sizes, signals)
         self.rate = schedule(self.options, sizes.steps)
-        self.padding_id = padding_token_id(run.tokenizer)
-        self.feed = Feed(run.train_rows, sizes, run.mesh, self.padding_id)
+        self.feed = Feed(run.train_rows, sizes, run.mesh, padding_token_id(run.tokenizer))
+        kept = logs.metrics.kept
+        self.cautions = Cautions(run, sizes.steps, [text for line in kept for text in line.get(WARNINGS, [])])
+        self.evaluations = {line["step"]: found for line in kept if (found := evaluated_figures(line))}
+        self.warnings: list[str] = []
 
     def train(self, state: TrainState, progress: Progress | None = None) -> Outcome:
-        """Run from the state's step to the last one, or until SIGINT or SIGTERM; save what is asked for.
+        """Run from the state's step to the last one, until it stops early, or until SIGINT or SIGTERM.
 
-        `progress` is what the checkpoint held beside the state. Raises UserError where a checkpoint cannot be written.
+        Saves what is asked for. `progress` is what the checkpoint held beside the state. Raises UserError where a
+        checkpoint cannot be written, and where too many steps in a row were not finite.
         """
-        first = int(state.step)
-        before, after = self.log.evaluated
-        if first == 0 and (before := self._evaluate(state)) is not None:
-            after = before
-            self._write({"step": 0, "epoch": 0.0, "num_tokens": 0, "eval_loss": before})
-        elif progress is not None and progress.unlogged is not None:
-            after = self._evaluate(state)
-            self._write(progress.unlogged | {"eval_loss": after})
-            progress = None
-        elif 0 < first < self.sizes.steps:
-            self._compile_evaluation(state)
+        first, sizes = int(state.step), self.sizes
+        progress = progress or Progress([])
+        self.skipped = Skipped(self.options.max_nonfinite_steps, progress.skipped, progress.skipped_in_a_row)
+        options, goal, stand = self.options, self.evaluator.goal, (progress.best, progress.worse)
+        self.patience = Patience(
+            goal, options.early_stopping_patience, options.early_stopping_threshold, *stand
+        )
+        self._warn(self.cautions.before_training())
+        if first == 0:
+            self._before_training(state)
+        elif progress.unlogged is not None:
+            self._write(progress.unlogged, state, self._evaluate(state))
+            progress = progress._replace(window=[])
+        elif first < sizes.steps and not self.patience.over:
+            self.evaluator.compile(state.trainable)
         shapes = self.feed.shapes(first + 1)
         self.train_step.compile(state, self.run.frozen, self.run.adapter, batches=shapes)
-        window = _Window(self.feed.tokens_before(first + 1), None if progress is None else progress.window)
+        window = _Window(self.feed.tokens_before(first + 1), progress.window)
         stopped: int | None = None
         self.signals.compiling()
-        for step in range(first + 1, self.sizes.steps + 1):
+        for step in range(first + 1, sizes.steps + 1):
+            if self.patience.over:
+                break
             self.profiler.before(step)
             batch = self.feed.batch(step)
             state, metrics = self.train_step(state, self.run.frozen, self.run.adapter, batch)
             self.signals.stepping()
             window.add(self.feed.tokens(step), metrics)
-            last = step == self.sizes.steps
+            self.skipped.add(step, metrics)
+            last = step == sizes.steps
             self.profiler.after(step, metrics)
             self.reporter.at(step)
-            evaluates, loss = self._evaluates(step), None
+            evaluates, value, unlogged = self._evaluates(step), None, None
             if evaluates or self._logs(step):
+                self.skipped.read()
                 entry = self._entry(step, window)  # before the evaluation, whose time is not a step's
-                try:
-                    if evaluates and (loss := self._evaluate(state)) is not None:
-                        after = entry[EVAL_LOSS] = loss
-                except _Stopped as stop:
-                    self._save(state, Progress(window.sums(), entry))
-                    stopped = stop.number
-                    break
-                self._write(entry)
-                window.restart()
+                if evaluates and self.skipped.too_many:
+                    unlogged = entry
+                else:
+                    try:
+                        evaluation = self._evaluate(state) if evaluates else Evaluation()
+                    except Interrupted as stop:
+                        self._save(state, window, entry)
+                        stopped = stop.number
+                        break
+                    self._write(entry, state, evaluation)
+                    value = evaluation.figures.get(goal.metric)
+                    window.restart()
+            if self.skipped.too_many:
+                self._save(state, window, unlogged)
+                raise self._broken(self.skipped.too_many, step)
+            ends = last or self.patience.over
             received = self.signals.received()
-            if received or self._saves(step) or (last and self.options.save_strategy != "no"):
-                self._save(state, Progress(window.sums()), loss)
-            if received and not last:
+            if received or self._saves(step) or (ends and self.options.save_strategy != "no"):
+                self._save(state, window, value=value)
+            if received and not ends:
                 stopped = received
                 break
             self.checkpoints.check()
         self.signals.finishing()
         jax.block_until_ready(state)
-        return Outcome(state, before, after, window.tokens, stopped)
+        steps = int(state.step)
+        if stopped is None:
+            state = self._exported(state)
+        step = int(state.step)
+        before, after = (self.evaluations.get(number, {}) for number in (0, step))
+        return Outcome(state, before, after, self.feed.tokens_before(step + 1), stopped, steps)
 
-    def _save(self, state: TrainState, progress: Progress, eval_loss: float | None = None) -> None:
-        self.log.sync()  # a resumption needs all lines up to its checkpoint
-        self.checkpoints.save(state, progress, eval_loss)
+    def _before_training(self, state: TrainState) -> None:
+        """Evaluate the start; a line of step 0 is written where there is a figure."""
+        evaluation = self._evaluate(state)
+        base_loss = None
+        if evaluation.figures and self.run.config.lora.init_from is not None:
+            base_loss = self.evaluator.base_loss()
+        entry = {"step": 0, "epoch": 0.0, "num_tokens": 0}
+        if base_loss is not None:
+            entry[BASE_LOSS] = base_loss
+        self._warn(self.cautions.about_start(evaluation.figures, base_loss))
+        self._write(entry, state, evaluation)
 
-    def _evaluate(self, state: TrainState) -> float | None:
-        """Return the mean loss over the evaluation rows, None where there are none; raises _Stopped on a signal."""
-        if self.run.eval_rows is None:
-            return None
-        total, weight = 0.0, 0.0
-        for batch in self._eval_batches():
-            loss, counted = self.eval_step(state.trainable, self.run.frozen, self.run.adapter, batch)
-            total, weight = total + float(loss), weight + float(counted)
-            if (number := self.signals.received()) is not None:
-                raise _Stopped(number)
-        return total / weight
+    def _evaluate(self, state: TrainState) -> Evaluation:
+        """Return what an evaluation finds; raises Interrupted on a signal."""
+        return self.evaluator(state.trainable)
 
-    def _compile_evaluation(self, state: TrainState) -> None:
-        """Compile what evaluates, so that no compilation comes between a signal and the checkpoint it asks for."""
-        if self.run.eval_rows is not None:
-            shapes = evaluation_shapes(self.run.eval_rows, self.sizes, self.run.mesh)
-            self.eval_step.compile(state.trainable, self.run.frozen, self.run.adapter, batches=shapes)
+    def _exported(self, state: TrainState) -> TrainState:
+        """Return the best checkpoint's state where that is asked for and another one, else the last."""
+        best = self.checkpoints.best
+        if not self.options.load_best_model_at_end or best is None or best.step == int(state.step):
+            return state
+        for leaf in jax.tree.leaves((state.trainable, state.opt_state)):
+            leaf.delete()  # both would have to fit otherwise
+        return self.checkpoints.restore(state, best.step)[0]
 
-    def _eval_batches(self) -> Iterator[Batch]:
-        rows = self.run.eval_rows
-        return iter(()) if rows is None else evaluation(rows, self.sizes, self.run.mesh, self.padding_id)
+    def _broken(self, steps: range, saved: int) -> UserError:
+        """Return what to say of steps in a row that were not finite, once the state is saved."""
+        self.signals.finishing()
+        rows = [row for step in steps for row in self.feed.rows_of(step)]
+        which = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+        return UserError(
+            f"loss or gradient not finite in {which}, on {places(self.run.train_rows, rows)}; look at those rows, "
+            f"lower --train.learning_rate, or go on behind them with --resume: step {saved} is saved, and no skipped "
+            "step has changed it"
+        )
+
+    def _save(
+        self,
+        state: TrainState,
+        window: _Window,
+        unlogged: dict[str, Any] | None = None,
+        value: float | None = None,
+    ) -> None:
+        self.logs.sync()  # a resumption needs all lines up to its checkpoint
+        self.skipped.read()
+        counts = (self.patience.best, self.patience.worse, self.skipped.total, self.skipped.in_a_row)
+        self.checkpoints.save(state, Progress(window.sums(), unlogged, *counts), value)
 
     def _entry(self, step: int, window: _Window) -> dict[str, Any]:
         loss, figures = window.figures()
         if self.utilisation is not None:
             figures["mfu"] = self.utilisation * figures["tokens_per_second"]
+        # A step that is skipped does not take the schedule on.
+        updates = step - self.skipped.total
+        rate = float(self.rate(max(0, updates - (self.skipped.in_a_row == 0))))
         return {
             "step": step,
             "epoch": round(step / self.sizes.steps_per_epoch, 4),
             "loss": loss,
-            "learning_rate": float(f"{float(self.rate(step - 1)):.7g}"),  # 0.0002, as float32 can tell
+            "learning_rate": float(f"{rate:.7g}"),  # 0.0002, as float32 can tell
             **figures,
             "padding": round(self.feed.padding(step), 4),
+            "skipped_steps": self.skipped.total,
         }
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        self.log.write(entry)
-        self.reporter.logged(entry)
+    def _write(self, entry: dict[str, Any], state: TrainState, evaluation: Evaluation) -> None:
+        """Write and show a line, with what the evaluation found and the warnings that it gives reason for."""
+        step = entry["step"]
+        if evaluation.figures:
+            self.evaluations[step] = evaluation.figures
+            self.patience = self.patience.after(evaluation.figures)
+        if step > 0:
+            self._warn(self.cautions.about_step(entry, state.trainable))
+        if step == 1 and 0 not in self.evaluations:
+            self._warn(self.cautions.about_start(entry))
+        entry = {name: _number(value) for name, value in (entry | evaluation.figures).items()}
+        if step > 0 or evaluation.figures:
+            if self.warnings:
+                entry, self.warnings = entry | {WARNINGS: self.warnings}, []
+            self.logs.metrics.write(entry)
+            self.reporter.logged(entry)
+        self.logs.write_samples({"step": step, **sample} for sample in evaluation.samples)
+        for sample in evaluation.samples:
+            self.reporter.sampled(sample)
+
+    def _warn(self, texts: list[str]) -> None:
+        for text in texts:
+            self.reporter.warned(text)
+        self.warnings += texts
 
     def _logs(self, step: int) -> bool:
         return step % self.options.logging_steps == 0 or step in (1, self.sizes.steps)
@@ -205,13 +298,13 @@ class Loop:
 class _Window:
     """The steps since the last logged one: mean loss over their trained tokens, time and tokens."""
 
-    def __init__(self, tokens: int, sums: list[float] | None) -> None:
+    def __init__(self, tokens: int, sums: list[float]) -> None:
         self.tokens = tokens
         self.restart()
         self.carried = sums or self.carried
 
     def restart(self) -> None:
-        self.carried = [0.0, 0.0]
+        self.carried = [0.0, 0.0, 0.0]
         self.pending: list[tuple[StepMetrics, int]] = []
         self.started = time.perf_counter()
 
@@ -223,28 +316,44 @@ class _Window:
         self.pending.append((metrics, tokens))
 
     def sums(self) -> list[float]:
-        """Return the loss summed over the trained tokens, and their number; waits for the steps."""
-        total, count = self.carried
+        """Return the loss summed over the trained tokens, their number, and those right; waits for the steps.
+
+        Steps that were skipped do not count.
+        """
+        total, count, right = self.carried
         for metrics, _ in self.pending:
+            if not bool(metrics.finite):
+                continue
             trained = int(metrics.trained_tokens)
             total, count = total + float(metrics.loss) * trained, count + trained
-        return [total, count]
+            right += float(metrics.right_tokens)
+        return [total, count, right]
 
     def figures(self) -> tuple[float, dict[str, Any]]:
         """Return the mean loss, and the other figures of a logged line; waits for the steps."""
-        total, count = self.sums()
+        total, count, right = self.sums()
         seconds = time.perf_counter() - self.started
-        return total / max(1, count), {
-            "grad_norm": float(self.pending[-1][0].grad_norm),
+        last, _ = self.pending[-1]
+        skipped = not count and not all(bool(metrics.finite) for metrics, _ in self.pending)
+        return math.nan if skipped else total / max(1, count), {
+            "token_accuracy": math.nan if skipped else right / max(1, count),
+            "grad_norm": float(last.grad_norm),
             "num_tokens": self.tokens,
             "tokens_per_second": sum(tokens for _, tokens in self.pending) / seconds,
             "step_seconds": seconds / len(self.pending),
         }
 
 
-class _Stopped(Exception):  # noqa: N818 - a way out, not an error
-    """A signal came during an evaluation."""
+def evaluated_figures(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a line of metrics.jsonl holds of an evaluation; NaN for what is no number."""
+    found = {name: value for name, value in line.items() if name.startswith(EVALUATED)}
+    return {name: math.nan if value is None else value for name, value in found.items()}
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
+
+def _loss(figures: Mapping[str, float]) -> float | None:
+    return next((value for name, value in figures.items() if name.endswith("loss")), None)
+
+
+def _number(value: Any) -> Any:
+    """Return a value as JSON has it: null for what is no finite number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

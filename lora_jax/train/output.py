@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -71,6 +71,7 @@ def _sources(config: RunConfig) -> list[tuple[str, str | None]]:
         ("--model.path", config.model.path),
         *(("--data.path", path) for path in data.path),
         ("--data.eval_path", data.eval_path),
+        *((f"--data.eval_paths {name}", path) for name, path in data.eval_paths.items()),
         ("--lora.init_from", config.lora.init_from),
     ]
 
@@ -131,7 +132,7 @@ def _plain(value: Any) -> Any:
 
 
 class MetricsLog:
-    """metrics.jsonl: one object a logged step, flushed as it is written, by one process of the run.
+    """metrics.jsonl or samples.jsonl: one object a line, flushed as it is written, by one process of the run.
 
     In a bucket, where nothing can be appended, the whole of it is written every `SECONDS`, and by `sync`.
     """
@@ -151,10 +152,8 @@ class MetricsLog:
         self._lines = [f"{json.dumps(entry)}\n" for entry in kept]
         self._file: TextIO | None = None
         self.sync()
-        losses = [entry["eval_loss"] for entry in kept if "eval_loss" in entry]
-        self.evaluated: tuple[float | None, float | None] = (
-            (losses[0], losses[-1]) if losses else (None, None)
-        )
+        self.kept = kept
+        """What was there on resuming."""
         if isinstance(path, Path) and writes():
             self._file = path.open("a", encoding="utf-8")
 
@@ -182,6 +181,40 @@ class MetricsLog:
         self.sync()
         if self._file is not None:
             self._file.close()
+
+
+class Logs:
+    """Both logs of a run."""
+
+    def __init__(
+        self,
+        folder: Place,
+        keep_to: int | None = None,
+        samples: bool = False,
+        also: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Open those of an output folder; samples.jsonl only where there is a prompt to sample.
+
+        `also` is given each new object of metrics.jsonl.
+        """
+        self.metrics = MetricsLog(folder / METRICS, keep_to, also)
+        self.samples = MetricsLog(folder / SAMPLES, keep_to) if samples else None
+
+    def write_samples(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Append lines to samples.jsonl."""
+        for line in lines:
+            assert self.samples is not None
+            self.samples.write(line)
+
+    def sync(self) -> None:
+        """Return when all lines are in their place."""
+        for log in filter(None, (self.metrics, self.samples)):
+            log.sync()
+
+    def close(self) -> None:
+        """Close both."""
+        for log in filter(None, (self.metrics, self.samples)):
+            log.close()
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -88,7 +88,7 @@ def run_facts(run: Run, sizes: Sizes, typed: Collection[str]) -> dict[str, Any]:
         "rows_per_step": sizes.rows_per_step,
         "data": {
             "train": data_facts(run.train_rows),
-            "eval": run.eval_rows and data_facts(run.eval_rows),
+            "eval": {name: data_facts(rows) for name, rows in run.eval_rows.items()},
         },
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
@@ -52,7 +53,7 @@ def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> Non
         "base": f"{run.model_config.model_type}, {size_text(tree_bytes(run.frozen or run.trainable))}{_bits(run)}",
         "trained": f"{trained}, optimiser {optimiser}{_place(opt_state)} ({train.optim})",
         "train": run.train_rows.summary(),
-        "eval": run.eval_rows.summary() if run.eval_rows else "none (data.eval_path or data.eval_fraction)",
+        **_evaluated(run),
         "a step": f"{sizes.rows_per_step} rows (passes: {train.gradient_accumulation_steps})",
         **({} if packing == "none" else {"packing": plan.bins.summary(packing, run.train_rows)}),
         "buckets": plan.summary(),
@@ -69,6 +70,13 @@ def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> Non
     for name, fact in facts.items():
         table.add_row(Text(name, "dim"), Text(fact))
     console.print(table)
+
+
+def _evaluated(run: Run) -> dict[str, str]:
+    """Return a line for each set to evaluate on."""
+    if not run.eval_rows:
+        return {"eval": "none (data.eval_path or data.eval_fraction)"}
+    return {f"eval {name}".rstrip(): rows.summary() for name, rows in run.eval_rows.items()}
 
 
 def _devices(mesh: Mesh) -> str:
@@ -129,13 +137,38 @@ class Reporter:
         """Show a line of metrics.jsonl."""
         parts = [f"step {entry['step']}/{self.steps}"]
         if "loss" in entry:
-            figures = f"loss {entry['loss']:.4f}  {entry['tokens_per_second']:,.0f} tokens/s"
+            speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
+            figures = f"{_figure('loss', entry['loss'])}  {speed}"
             self.progress.update(self.task, completed=entry["step"], figures=figures)
-            parts += [f"loss {entry['loss']:.4f}", f"lr {entry['learning_rate']:.2e}"]
-            parts += [f"grad_norm {entry['grad_norm']:.3f}", f"{entry['tokens_per_second']:,.0f} tokens/s"]
+            parts += [_figure("loss", entry["loss"]), f"lr {entry['learning_rate']:.2e}"]
+            parts += [_figure("grad_norm", entry["grad_norm"], 3), speed]
             if "mfu" in entry:
                 parts.append(f"MFU {100 * entry['mfu']:.1f}%")
-        if "eval_loss" in entry:
-            parts.append(f"eval_loss {entry['eval_loss']:.4f}")
-        if "eval_loss" in entry or not self.console.is_terminal:
-            self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+            if entry["skipped_steps"]:
+                parts.append(f"skipped_steps {entry['skipped_steps']}")
+        found = [_figure(name, value) for name, value in entry.items() if is_evaluated(name)]
+        if found or not self.console.is_terminal:
+            self.console.print("  ".join([*parts, *found]), highlight=False, soft_wrap=True)
+
+    def sampled(self, sample: dict[str, Any]) -> None:
+        """Show a line of samples.jsonl, cut to what fits a line."""
+        prompt, text = (json.dumps(sample[part], ensure_ascii=False) for part in ("prompt", "text"))
+        shown = f"sample {_shortened(prompt, 40)} -> {_shortened(text, 80)}"
+        self.console.print(shown, highlight=False, markup=False, soft_wrap=True)
+
+    def warned(self, text: str) -> None:
+        """Show a warning."""
+        self.console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def is_evaluated(name: str) -> bool:
+    """Say whether a figure of metrics.jsonl is that of an evaluation."""
+    return name.startswith(("eval_", "base_eval_"))
+
+
+def _figure(name: str, value: float | None, digits: int = 4) -> str:
+    return f"{name} not finite" if value is None else f"{name} {value:.{digits}f}"
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"

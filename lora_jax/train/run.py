@@ -30,9 +30,8 @@ from lora_jax.train.optim import make_optimizer
 from lora_jax.train.output import (
     ADAPTER,
     CHECKPOINTS,
-    METRICS,
     MODEL,
-    MetricsLog,
+    Logs,
     check_output,
     config_yaml,
     open_output,
@@ -41,9 +40,11 @@ from lora_jax.train.output import (
 from lora_jax.train.profile import Profiler
 from lora_jax.train.record import Record, run_facts
 from lora_jax.train.report import Reporter, print_facts
+from lora_jax.train.scores import check_installed
 from lora_jax.train.setup import Run, prepare
 from lora_jax.train.signals import Signals
 from lora_jax.train.step import init_state
+from lora_jax.train.stopping import check_saves, goal
 from lora_jax.train.tracking import check_tracking, tracked
 
 
@@ -55,6 +56,7 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
     a checkpoint cannot be.
     """
     check(config)
+    check_installed(config.train.generation_metrics)
     start(config.distributed)
     console = console or Console(quiet=not writes())
     try:
@@ -88,6 +90,8 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
                 f"note: --lora.init_from was trained on a quantised base ({before.summary()})", soft_wrap=True
             )
     sizes = run_sizes(run)
+    aim = goal(config.train, list(run.eval_rows))
+    check_saves(config.train, sizes.steps_per_epoch)
     state = init_state(run.trainable, make_optimizer(config.train, sizes.steps), run.key)
     state_shardings = offloaded(shardings(state, mesh), config.train)
     state = placed(state, state_shardings)
@@ -97,7 +101,8 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     folder, progress = output_folder(config), None
     if not config.resume or not (folder / CHECKPOINTS).is_dir():
         open_output(config)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, config.train.save_total_limit, _identity(run, sizes))
+    limit, identity = config.train.save_total_limit, _identity(run, sizes)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, limit, identity, aim.metric, aim.greater_is_better)
     try:
         if config.resume and checkpoints.latest() is not None:
             state, progress = checkpoints.restore(state)
@@ -117,10 +122,12 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         with (
             tracked(config, folder, record, signals.resumed_at, console) as tracking,
             closing(Profiler(folder, config.train.profile_steps)) as profiler,
-            closing(MetricsLog(folder / METRICS, signals.resumed_at, tracking.log)) as log,
+            closing(
+                Logs(folder, signals.resumed_at, bool(config.train.sample_prompts), tracking.log)
+            ) as logs,
             Reporter(console, sizes.steps, int(state.step)) as reporter,
         ):
-            loop = Loop(run, sizes, state_shardings, log, checkpoints, reporter, signals, profiler)
+            loop = Loop(run, sizes, state_shardings, logs, checkpoints, reporter, signals, profiler)
             outcome = loop.train(state, progress)
             tracking.done(outcome.stopped_by is None, results(outcome))
     finally:
@@ -130,13 +137,19 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             f"stopped; step {int(outcome.state.step)} is saved, go on with --resume", highlight=False
         )
         return INTERRUPTED if outcome.stopped_by == signal.SIGINT else 0
+    if outcome.steps < sizes.steps:
+        count = f"{config.train.early_stopping_patience} evaluations in a row without a better {aim.metric}"
+        console.print(f"stopped early after step {outcome.steps}: {count}", highlight=False, soft_wrap=True)
+    step = int(outcome.state.step)
     facts = training_facts(run, outcome)
     export = export_model if run.plan is None else export_adapter
     written = export(run, outcome.state.trainable, folder, facts)
     if outcome.eval_before is not None and outcome.eval_after is not None:
         console.print(f"eval loss {outcome.eval_before:.4f} -> {outcome.eval_after:.4f}", highlight=False)
-    if (best := checkpoints.best) is not None and best.step < sizes.steps:
-        console.print(f"best checkpoint: step {best.step}, eval loss {best.eval_loss:.4f}", highlight=False)
+    if (found := checkpoints.best) is not None and found.step < sizes.steps:
+        whose = " (exported)" if found.step == step else ""
+        shown = f"step {found.step}, {checkpoints.metric} {found.value:.4f}{whose}"
+        console.print(f"best checkpoint: {shown}", highlight=False)
     console.print(f"wrote {written}", highlight=False, soft_wrap=True)
     if config.push_to_hub is not None and writes():
         assert isinstance(written, Path)

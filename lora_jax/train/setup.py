@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,8 @@ class Run:
     model: Decoder
     tokenizer: Any
     train_rows: TokenDataset
-    eval_rows: TokenDataset | None
+    eval_rows: Mapping[str, TokenDataset]
+    """The sets to evaluate on by their names; a single one without a name has the empty one."""
     frozen: Any
     trainable: Any
     adapter: Any
@@ -130,6 +131,7 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
         gradient_checkpointing=config.train.gradient_checkpointing,
         offload_inputs=offloads_activations(config.train) and has_host_memory(mesh.devices.flat[0]),
         packed=packs(config.data),
+        neftune_noise_alpha=config.train.neftune_noise_alpha,
     )
     return Run(
         config, checkpoint, quantization, model_config, model, tokenizer, train_rows, eval_rows, frozen, trainable,
@@ -137,17 +139,23 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
     )  # fmt: skip
 
 
-def _rows(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[TokenDataset, TokenDataset | None]:
+def _rows(
+    config: RunConfig, tokenizer: Any, vocab_size: int
+) -> tuple[TokenDataset, Mapping[str, TokenDataset]]:
     data, seed = config.data, config.train.seed
     load = partial(load_examples, data, tokenizer, console=Console(quiet=not writes()))
-    train_rows, eval_rows = hold_out(
-        load(data.path, data.split, vocab_size), 0 if data.eval_path else data.eval_fraction, seed
-    )
+    paths, option = data.eval_paths, "--data.eval_paths"
     if data.eval_path:
-        local = Path(data.eval_path).expanduser().exists()
+        paths, option = {"": data.eval_path}, "--data.eval_path"
+    train_rows, held = hold_out(
+        load(data.path, data.split, vocab_size), 0 if paths else data.eval_fraction, seed
+    )
+    sets = {} if held is None else {"": held}
+    for name, path in paths.items():
+        local = Path(path).expanduser().exists()
         split = data.eval_split or ("train" if local else data.split)
-        eval_rows = load(data.eval_path, split, vocab_size, option="--data.eval_path")
-    return mixed(train_rows, data.mixture_weights, data.stopping_strategy, seed), eval_rows
+        sets[name] = load(path, split, vocab_size, option=f"{option} {name}".rstrip())
+    return mixed(train_rows, data.mixture_weights, data.stopping_strategy, seed), sets
 
 
 def _check_resized(checkpoint: Checkpoint, config: ModelConfig, plan: Plan) -> None:

@@ -1,7 +1,8 @@
 """The step: a pure function (state, frozen, adapter, batch) -> (state, metrics), compiled once.
 
 The loss is the sum over the trained tokens of the whole global batch divided by their number, so it depends
-neither on how the batch is cut into accumulation steps nor on padding.
+neither on how the batch is cut into accumulation steps nor on padding. A step whose loss or gradient is not finite
+changes nothing but the step's number.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.data.batches import Batch
-from lora_jax.models.decoder import Decoder
+from lora_jax.models.decoder import NOISE, Decoder
 from lora_jax.models.layers import variables
 from lora_jax.train.losses import head_variables, summed_loss
 from lora_jax.train.offload import fetched, put_back
@@ -33,10 +34,26 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step: mean loss in nats a trained token, gradient norm before clipping, trained tokens."""
+    """Scalars of one step."""
 
     loss: jax.Array
+    """Mean over the trained tokens, nats."""
     grad_norm: jax.Array
+    """Before clipping."""
+    trained_tokens: jax.Array
+    right_tokens: jax.Array
+    """Trained tokens that are the likeliest."""
+    finite: jax.Array
+    """Whether loss and gradient are; the step has changed nothing where not."""
+
+
+class EvalSums(NamedTuple):
+    """Sums over the trained tokens of one batch, without dropout or noise."""
+
+    loss: jax.Array
+    """Weighted, nats."""
+    weight: jax.Array
+    right_tokens: jax.Array
     trained_tokens: jax.Array
 
 
@@ -47,11 +64,14 @@ def init_state(trainable: Tree, optimizer: optax.GradientTransformation, key: ja
 
 def batch_loss(
     model: Decoder, trainable: Tree, frozen: Tree, adapter: Tree, batch: Batch, key: jax.Array | None
-) -> jax.Array:
-    """Return the summed loss of one [batch, length] batch, with dropout where a key is given."""
+) -> tuple[jax.Array, jax.Array]:
+    """Return the summed loss of one [batch, length] batch, and how many of its trained tokens are the likeliest.
+
+    Dropout and the embedding's noise are on where a key is given.
+    """
     collections = variables(frozen, trainable, adapter)
     body_key, head_key = (None, None) if key is None else jax.random.split(key)
-    rngs = None if body_key is None else {"dropout": body_key}
+    rngs = None if body_key is None else {"dropout": body_key, NOISE: body_key}
     hidden, _ = model.apply(collections, batch.tokens, batch.positions, batch.segment_ids, rngs=rngs)
     head = head_variables(collections, model.config.tie_word_embeddings)
     targets, weights = jnp.asarray(batch.targets), jnp.asarray(batch.weights)
@@ -74,38 +94,45 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         passes = batch.tokens.shape[0]
 
-        def one_pass(index: Any, micro: Batch) -> tuple[jax.Array, Tree]:
-            dropout = jax.random.fold_in(key, index) if model.lora_dropout else None
-            return jax.value_and_grad(partial(batch_loss, model))(
-                state.trainable, frozen, adapter, micro, dropout
+        def one_pass(index: Any, micro: Batch) -> tuple[tuple[jax.Array, jax.Array], Tree]:
+            random = jax.random.fold_in(key, index) if model.draws else None
+            return jax.value_and_grad(partial(batch_loss, model), has_aux=True)(
+                state.trainable, frozen, adapter, micro, random
             )
 
         if passes == 1:
-            loss, grads = one_pass(0, jax.tree.map(lambda leaf: leaf[0], batch))
+            (loss, right), grads = one_pass(0, jax.tree.map(lambda leaf: leaf[0], batch))
         else:
 
             def add(carry: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, carry, one_pass(*micro)), None
 
-            start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
-            (loss, grads), _ = jax.lax.scan(add, start, (jnp.arange(passes), batch))
+            start = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.trainable))
+            ((loss, right), grads), _ = jax.lax.scan(add, start, (jnp.arange(passes), batch))
         trained = jnp.count_nonzero(batch.weights)
         total = jnp.maximum(jnp.sum(batch.weights), 1.0)
         grads = jax.tree.map(lambda leaf: leaf / total, grads)
-        updates, opt_state = optimizer.update(grads, fetched(state.opt_state), state.trainable)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        before = fetched(state.opt_state)
+        updates, opt_state = optimizer.update(grads, before, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = StepMetrics(loss / total, optax.tree.norm(grads), trained)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, before)
+        )
+        metrics = StepMetrics(loss / total, norm, trained, right, finite)
         opt_state = put_back(opt_state, like=state.opt_state)
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 
     return train_step
 
 
-def make_eval_step(model: Decoder) -> Callable[[Tree, Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:
-    """Return the jitted evaluation of one batch: (summed loss, sum of weights), without dropout."""
+def make_eval_step(model: Decoder) -> Callable[[Tree, Tree, Tree, Batch], EvalSums]:
+    """Return the jitted evaluation of one batch."""
 
     @jax.jit
-    def eval_step(trainable: Tree, frozen: Tree, adapter: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return batch_loss(model, trainable, frozen, adapter, batch, None), jnp.sum(batch.weights)
+    def eval_step(trainable: Tree, frozen: Tree, adapter: Tree, batch: Batch) -> EvalSums:
+        loss, right = batch_loss(model, trainable, frozen, adapter, batch, None)
+        return EvalSums(loss, jnp.sum(batch.weights), right, jnp.count_nonzero(batch.weights))
 
     return eval_step

@@ -37,16 +37,18 @@ def test_every_optimiser_trains(
     assert printed.count("nothing is moved") == ("paged" in optim)
 
 
+@pytest.mark.parametrize("optim", ["adamw8bit", "paged_adamw_8bit"])
 def test_a_run_in_8_bits_goes_on_from_a_checkpoint_to_the_bit(
-    inputs: tuple[Path, Path], tmp_path: Path
+    optim: str, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    """Pain 20: a paged optimiser resumes as any other."""
     output = tmp_path / "out"
     arguments = train_arguments(
         *inputs,
         output,
         *SIZES,
         "--train.optim",
-        "adamw8bit",
+        optim,
         "--train.max_steps",
         "6",
         "--train.save_steps",

@@ -79,10 +79,21 @@ def ended(processes: Sequence[subprocess.Popen[bytes]], timeout: float = 300) ->
 
 def check_same(found: Path, expected: Path) -> None:
     """Compare what two runs have logged, and their adapters."""
-    for key in ("loss", "eval_loss", "num_tokens", "epoch"):
+    for key in (
+        "loss",
+        "token_accuracy",
+        "eval_loss",
+        "eval_token_accuracy",
+        "eval_exact_match",
+        "epoch",
+        "num_tokens",
+    ):
         pair = [[entry[key] for entry in metrics(folder) if key in entry] for folder in (found, expected)]
         assert pair[1]
         np.testing.assert_allclose(*pair, rtol=1e-5)
+    samples = [(folder / "samples.jsonl").read_text().splitlines() for folder in (found, expected)]
+    assert samples[0] == samples[1]
+    assert len(samples[0]) == 6
     ours, theirs = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (found, expected))
     for name, tensor in theirs.items():
         assert np.linalg.norm(ours[name] - tensor) < 1e-5 * np.linalg.norm(tensor) + 1e-12, name
@@ -91,7 +102,11 @@ def check_same(found: Path, expected: Path) -> None:
 def test_two_processes_have_the_losses_and_adapter_of_one_and_one_device_goes_on(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    more = ("--data.eval_fraction", "0.25", "--train.save_steps", "2", "--train.learning_rate", "0.001")
+    more = (
+        *("--data.eval_fraction", "0.25", "--train.save_steps", "2", "--train.learning_rate", "0.001"),
+        *("--train.sample_prompts", "1+1=", "2+3=", "4+4=", "--train.sample_max_new_tokens", "6"),
+        *("--train.generation_metrics", "exact_match", "--train.generation_max_new_tokens", "4"),
+    )
     mesh, alone, shared = ("--mesh.fsdp", "2", "--mesh.data", "2"), tmp_path / "alone", tmp_path / "shared"
     processes = start_pair(train_arguments(model, rows, shared, *more, *mesh), tmp_path / "logs")
     processes.append(start(train_arguments(model, rows, alone, *more, *mesh), 4, tmp_path / "alone.log"))

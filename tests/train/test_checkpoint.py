@@ -126,7 +126,7 @@ def test_the_last_and_the_best_checkpoints_are_kept_and_the_best_is_known_after_
     assert names(folder) == ["2", "5", "6"]
     with opened(folder) as checkpoints:
         assert checkpoints.best == Best(2, 1.0)
-        assert checkpoints.manager.metadata(6).custom_metadata == {"best": {"step": 2, "eval_loss": 1.0}}
+        assert checkpoints.manager.metadata(6).custom_metadata == {"best": {"step": 2, "value": 1.0}}
         checkpoints.save(state(7), Progress([0.0, 0.0]), 0.5)
     assert names(folder) == ["6", "7"]
 

@@ -18,12 +18,15 @@ KEYS = [
     "epoch",
     "loss",
     "learning_rate",
+    "token_accuracy",
     "grad_norm",
     "num_tokens",
     "tokens_per_second",
     "step_seconds",
     "padding",
+    "skipped_steps",
 ]
+EVALUATED = ["eval_loss", "eval_perplexity", "eval_token_accuracy"]
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +39,8 @@ def evaluated(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_a_logged_step_has_the_promised_figures_in_their_order(evaluated: Path) -> None:
     first, *logged = metrics(evaluated)
-    assert list(first) == ["step", "epoch", "num_tokens", "eval_loss"]
-    assert [list(entry) for entry in logged] == [KEYS, [*KEYS, "eval_loss"], KEYS, [*KEYS, "eval_loss"]]
+    assert list(first) == ["step", "epoch", "num_tokens", *EVALUATED, "warnings"]
+    assert [list(entry) for entry in logged] == [KEYS, [*KEYS, *EVALUATED], KEYS, [*KEYS, *EVALUATED]]
 
 
 def test_figures_are_of_the_right_size(evaluated: Path) -> None:
@@ -50,6 +53,11 @@ def test_figures_are_of_the_right_size(evaluated: Path) -> None:
     assert logged[1]["num_tokens"] == tokens_an_epoch
     assert logged[3]["num_tokens"] == 2 * tokens_an_epoch
     assert all(entry["grad_norm"] > 0 and entry["tokens_per_second"] > 0 for entry in logged)
+    assert all(0 <= entry["token_accuracy"] < 1 and entry["skipped_steps"] == 0 for entry in logged)
+    found = [entry for entry in (first, *logged) if "eval_loss" in entry]
+    assert [entry["eval_perplexity"] for entry in found] == np.exp([e["eval_loss"] for e in found]).tolist()
+    right = [60 * entry["eval_token_accuracy"] for entry in found]
+    assert right == pytest.approx([round(count) for count in right], abs=1e-9)
 
 
 def test_the_loss_falls_and_starts_near_that_of_a_uniform_guess(evaluated: Path) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from lora_jax.models.decoder import Decoder
-from lora_jax.train.losses import CHUNK, head_variables, summed_loss, token_losses
-from tests.tiny import Base, adapted, lora, tiny_base
+from lora_jax.models.families import read_config
+from lora_jax.train.blocks import BLOCK, losses_in_blocks, wide_table
+from lora_jax.train.losses import CHUNK, head_variables, right_tokens, summed_loss, token_losses
+from tests.tiny import CONFIGS, Base, adapted, lora, tiny_base
 
 HEADS: dict[str, tuple[str, Any]] = {
     "untied": ("llama", lora()),
@@ -46,7 +48,7 @@ def plain_loss(model: Decoder, trainable: Any, constant: Any, hidden: Any, targe
 
 
 def chunked_loss(model: Decoder, trainable: Any, constant: Any, hidden: Any, targets: Any, scale: Any) -> Any:
-    return summed_loss(model, trainable, constant, hidden, targets, scale, None)
+    return summed_loss(model, trainable, constant, hidden, targets, scale, None)[0]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -140,11 +142,93 @@ def test_dropout_of_an_adapted_head_differs_between_chunks_and_repeats_with_its_
 
     @jax.jit
     def gradient(key: jax.Array) -> jax.Array:
-        return jax.grad(partial(summed_loss, model, leaves, constant))(
-            hidden, targets, jnp.ones((ROWS, LENGTH)), key
-        )
+        given = (hidden, targets, jnp.ones((ROWS, LENGTH)), key)
+        return jax.grad(partial(summed_loss, model, leaves, constant), has_aux=True)(*given)[0]
 
     first = gradient(jax.random.key(0))
     assert jnp.array_equal(first, gradient(jax.random.key(0)))
     assert not jnp.allclose(first, gradient(jax.random.key(1)))
     assert not jnp.allclose(first[0], first[1])
+
+
+@pytest.mark.parametrize("kind", ["some", "none", "all, uneven", "some negative"])
+def test_tokens_right_are_those_whose_logit_is_the_greatest_and_counted_once(kind: str, base: Base) -> None:
+    constant = head_variables({"params": base.params, "adapter": {}}, base.config.tie_word_embeddings)
+    model = Decoder(base.config)
+    hidden = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, 32))
+    likeliest = jnp.argmax(model.apply({**constant, "lora": {}}, hidden, method="logits"), -1)
+    targets = jnp.where(jnp.arange(LENGTH) % 3 == 0, likeliest, 7)
+    scale = jnp.asarray(weights(kind))
+    summed = partial(summed_loss, model, {}, constant)
+    _, evaluated = jax.jit(summed)(hidden, targets, scale, None)
+    (_, trained), _ = jax.jit(jax.value_and_grad(summed, has_aux=True))(hidden, targets, scale, None)
+    expected = int(jnp.sum((likeliest == targets) & (scale != 0)))
+    assert int(evaluated) == int(trained) == expected
+    assert expected > 0 or kind == "none"
+
+
+def test_a_token_without_a_number_for_a_logit_is_not_right() -> None:
+    logits = jnp.asarray([[0.0, jnp.nan], [0.0, 1.0]])
+    assert right_tokens(logits, jnp.asarray([0, 1])).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_head_in_blocks_of_the_vocabulary_gives_what_the_whole_head_gives(
+    name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 40 tokens of a vocabulary of 96: the last reaches back. In 16 bits as on a TPU, though on a CPU."""
+    base = tiny_base(tmp_path / "base", name)
+    constant = head_variables({"params": base.params, "adapter": {}}, base.config.tie_word_embeddings)
+    hidden = jax.random.normal(jax.random.key(1), (CHUNK, 32)).astype(dtype) * 4
+    targets = jax.random.randint(jax.random.key(2), (CHUNK,), 0, 96)
+    targets = targets.at[:4].set(jnp.array([0, 39, 40, 95]))
+    model = Decoder(base.config, dtype=jnp.dtype(dtype))
+
+    def whole(hidden: jax.Array) -> jax.Array:
+        logits: Any = model.apply({**constant, "lora": {}}, hidden, method="logits")
+        return token_losses(logits, targets)
+
+    assert wide_table({}, constant, base.config.tie_word_embeddings) is None
+    monkeypatch.setattr("lora_jax.train.blocks.BLOCK", 40)
+    table = wide_table({}, constant, base.config.tie_word_embeddings)
+    assert table is not None
+    assert wide_table({"lm_head": jnp.ones(1)}, constant, base.config.tie_word_embeddings) is None
+    found = jax.jit(partial(losses_in_blocks, table, with_gradient=True))(hidden, targets)
+    expected, gradient = whole(hidden), jax.grad(lambda hidden: whole(hidden).sum())(hidden)
+    close = 1e-5 if dtype == "float32" else 2e-2
+    np.testing.assert_allclose(found.loss, expected, rtol=close, atol=close)
+    assert found.gradient is not None
+    np.testing.assert_allclose(found.gradient, gradient.astype(jnp.float32), rtol=close, atol=close)
+    logits: Any = model.apply({**constant, "lora": {}}, hidden, method="logits")
+    assert jnp.array_equal(found.right, logits.max(-1) == logits[jnp.arange(CHUNK), targets])
+    if dtype == "float32":
+        scale = jnp.asarray(weights("some"))
+        rows, labels = jnp.stack([hidden] * ROWS), jnp.stack([targets] * ROWS)
+        summed = jax.value_and_grad(partial(chunked_loss, model, {}, constant))
+        in_blocks = jax.jit(summed)(rows, labels, scale)
+        monkeypatch.undo()
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), in_blocks, summed(rows, labels, scale)
+        )
+
+
+def test_memory_does_not_grow_with_the_vocabulary_beyond_a_block(tmp_path: Path) -> None:
+    """Temporaries of a head and its gradient, the table aside: twice the vocabulary takes no more."""
+    model_of = {vocab: {**CONFIGS["llama-tied"], "vocab_size": vocab} for vocab in (2 * BLOCK, 4 * BLOCK)}
+    used = []
+    for vocab, config in model_of.items():
+        model = Decoder(read_config(config, tmp_path))
+        constant = {"params": {"embed_tokens": {"embedding": jax.ShapeDtypeStruct((vocab, 32), jnp.float32)}}}
+        shapes = (
+            constant,
+            jax.ShapeDtypeStruct((4, CHUNK, 32), jnp.float32),
+            jax.ShapeDtypeStruct((4, CHUNK), jnp.int32),
+            jax.ShapeDtypeStruct((4, CHUNK), jnp.float32),
+        )
+        step = jax.jit(jax.value_and_grad(partial(chunked_loss, model, {}), argnums=1))
+        compiled = step.lower(*shapes).compile()
+        assert not re.findall(rf"\[{CHUNK},{vocab}\]", compiled.as_text())
+        used.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert used[1] == pytest.approx(used[0], rel=0.01)
+    assert used[1] < 3.5 * CHUNK * BLOCK * 4

@@ -46,6 +46,7 @@ def stopped(finished: tuple[list[str], Path], tmp_path: Path) -> tuple[list[str]
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     kept: int, finished: tuple[list[str], Path], tmp_path: Path
 ) -> None:
+    """Pain 19: the adapter goes on where it was, neither dropped nor started anew."""
     arguments, output = finished
     adapter, log, options = tree(output / "adapter"), timeless(output), (output / "config.yaml").read_bytes()
     shutil.copytree(output, tmp_path / "whole")

@@ -1,0 +1,135 @@
+"""The adapter that a run's checkpoint holds, as the run would have exported it; no weight of the base is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
+
+from lora_jax.adapters.notes import Notes
+from lora_jax.adapters.peft import Tensors, export_tensors, saved_config
+from lora_jax.config import RunConfig
+from lora_jax.errors import UserError, listing
+from lora_jax.hub.adapter_files import AdapterConfig
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.fingerprint import fingerprint
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from lora_jax.hub.resolve import resolve
+from lora_jax.hub.tokenizer import load_tokenizer
+from lora_jax.models.families import read_config
+from lora_jax.models.quantization import quantization_of
+from lora_jax.options import parse
+from lora_jax.train.adapted import adapted
+from lora_jax.train.output import CHECKPOINTS, CONFIG
+
+BEST, LAST = "best", "last"
+TRAINABLE = "trainable."
+"""What the names of a checkpoint's trained arrays begin with."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter as PEFT writes it, the step it was saved at, and its base."""
+
+    step: int
+    config: AdapterConfig
+    tensors: Tensors
+    notes: Notes
+    base: Checkpoint
+
+
+def saved_adapter(given: str) -> Saved:
+    """Return the adapter of OUT:STEP, OUT:best or OUT:last, OUT being a run's output_dir and last the default.
+
+    Raises UserError where there is no such run, checkpoint or adapter in it, and where the base has changed.
+    """
+    folder, which = _split(given)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--checkpoint {given}: no {CONFIG} in {folder}; give the output_dir of a run")
+    config, typed = parse(RunConfig, [str(folder / CONFIG)], program="lora-jax export")
+    if config.method != "lora":
+        raise UserError(
+            f"--checkpoint {given}: holds no adapter but a whole model; go on with --resume to export it"
+        )
+    base = open_checkpoint(resolve(config.model.path, config.model.revision))
+    model_config = read_config(base.config, base.folder)
+    quantization = quantization_of(config.model, base, model_config, typed)
+    if config.model.resize_vocab:
+        rows = max(model_config.vocab_size, len(load_tokenizer(base.folder)))
+        model_config = replace(model_config, vocab_size=rows)
+    found = adapted(config, model_config, typed)
+    step, trained = _read(folder / CHECKPOINTS, which, given, base)
+    packed = isinstance(base, PackedCheckpoint)
+    dtype = "auto" if packed else config.model.dtype
+    notes = Notes(found.model_config.vocab_size, dtype, quantization, packed)
+    tensors = export_tensors(trained, found.plan)
+    return Saved(step, saved_config(found.lora_config, found.plan), tensors, notes, base)
+
+
+def _split(given: str) -> tuple[Path, str]:
+    """Return the folder and which of its checkpoints; a folder may have a colon in its name."""
+    whole, (name, _, which) = Path(given).expanduser(), given.rpartition(":")
+    return (whole, LAST) if whole.is_dir() or not name else (Path(name).expanduser(), which)
+
+
+def _read(folder: Path, which: str, given: str, base: Checkpoint) -> tuple[int, Any]:
+    """Return the step of a checkpoint and its trainable tree, in the host's memory."""
+    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    if not steps:
+        raise UserError(
+            f"--checkpoint {given}: no checkpoint in {folder}; train with --train.save_strategy steps"
+        )
+    manager = ocp.CheckpointManager(folder.absolute())
+    try:
+        step = _step(manager, which, steps, given)
+        stored = manager.restore(step, args=ocp.args.Composite(options=ocp.args.JsonRestore()))["options"]
+        if stored["base"] != fingerprint(base):
+            raise UserError(
+                f"--checkpoint {given}: was made on another base model than {base.folder} holds now; restore that"
+            )
+    finally:
+        manager.close()
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    with ocp.StandardCheckpointer() as reader:
+        path = folder.absolute() / str(step) / "state"
+        found: Any = reader.metadata(path).item_metadata
+        like = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here)
+            for name, array in found.items()
+        }
+        try:
+            arrays = reader.restore(path, like)
+        except Exception as error:  # Orbax and TensorStore each raise their own
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            raise UserError(
+                f"--checkpoint {given}: {path} cannot be read ({reason}); give another step"
+            ) from error
+    trained = {
+        tuple(name.removeprefix(TRAINABLE).split(".")): np.asarray(array)
+        for name, array in arrays.items()
+        if name.startswith(TRAINABLE)
+    }
+    return step, unflatten_dict(trained)
+
+
+def _step(manager: ocp.CheckpointManager, which: str, steps: list[int], given: str) -> int:
+    if which == LAST:
+        return steps[-1]
+    if which == BEST:
+        metadata: Any = manager.metadata(steps[-1]).custom_metadata
+        best = (metadata or {}).get("best")
+        if best is None or best["step"] not in steps:
+            raise UserError(
+                f"--checkpoint {given}: no checkpoint was made at an evaluation; steps: {listing(steps)}"
+            )
+        return best["step"]
+    if which.isdecimal() and int(which) in steps:
+        return int(which)
+    raise UserError(
+        f"--checkpoint {given}: no such checkpoint; give one of {listing(steps)}, {BEST} or {LAST}"
+    )

@@ -1,0 +1,93 @@
+"""Losses under a head that is not trained, its vocabulary a block at a time, as flash attention takes its keys.
+
+For each block W of the table, with running maximum m, sum s and mixture a, all starting at nothing:
+
+    l = x Wᵀ        m' = max(m, max l)        s = s e^(m - m') + Σ e^(l - m')        a = a e^(m - m') + e^(l - m') W
+
+and in the end loss = log s + m - l[target], whose gradient is a / s - w[target]. No product is computed twice, and no
+array is wider than a block. What is trained in a head has a gradient that needs s first: such a head does without. So
+does a 16-bit table on a CPU, which XLA would widen as a whole before it cuts a block from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lora_jax.models.layers import product
+from lora_jax.quant.leaf import is_quantized
+
+BLOCK = 16384
+"""Tokens of the vocabulary whose logits exist at once; a smaller vocabulary is not cut."""
+
+
+class Table(NamedTuple):
+    """The head's kernel: [embed, vocab], or the embedding [vocab, embed] where the two are tied."""
+
+    kernel: Array
+    tied: bool
+
+    @property
+    def vocab(self) -> int:
+        """Tokens of the vocabulary."""
+        return self.kernel.shape[0 if self.tied else 1]
+
+    def block(self, start: Array) -> Array:
+        """Return the part of `BLOCK` tokens from one on."""
+        return jax.lax.dynamic_slice_in_dim(self.kernel, start, BLOCK, axis=0 if self.tied else 1)
+
+    def rows(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens embed"]:
+        """Return what belongs to tokens."""
+        return self.kernel[tokens] if self.tied else self.kernel[:, tokens].T
+
+
+class Losses(NamedTuple):
+    """Of each token: -log softmax(logits)[target] in nats, whether no logit is above it, and the loss's gradient."""
+
+    loss: Float[Array, " tokens"]
+    right: Bool[Array, " tokens"]
+    gradient: Float[Array, "tokens embed"] | None
+
+
+def wide_table(trainable: Any, constant: Any, tied: bool) -> Table | None:
+    """Return the table of a head to be taken in blocks, None where something in it is trained or it is no wider."""
+    if jax.tree.leaves(trainable):
+        return None
+    leaves = constant["params"]["embed_tokens" if tied else "lm_head"]
+    kernel = leaves["embedding" if tied else "kernel"]
+    if is_quantized(kernel) or "bias" in leaves:
+        return None
+    table = Table(kernel, tied)
+    return table if table.vocab > BLOCK else None
+
+
+def losses_in_blocks(
+    table: Table, x: Float[Array, "tokens embed"], targets: Int[Array, " tokens"], with_gradient: bool
+) -> Losses:
+    """Return the losses of hidden states; the logits are rounded to x's dtype, as the head's are."""
+    count, vocab = x.shape[0], table.vocab
+
+    def body(number: Array, carry: Any) -> Any:
+        largest, total, picked, mixed = carry
+        start = jnp.minimum(number * BLOCK, vocab - BLOCK)  # the last block reaches back into the one before
+        kernel = table.block(start)
+        logits = product(x, kernel, table.tied).astype(x.dtype).astype(jnp.float32)
+        place = targets - start
+        found = jnp.take_along_axis(logits, jnp.clip(place, 0, BLOCK - 1)[:, None], axis=-1)[:, 0]
+        picked = jnp.where((place >= 0) & (place < BLOCK), found, picked)
+        logits = jnp.where(start + jnp.arange(BLOCK) >= number * BLOCK, logits, -jnp.inf)
+        above = jnp.maximum(largest, jnp.max(logits, axis=-1))
+        powers, kept = jnp.exp(logits - above[:, None]), jnp.exp(largest - above)
+        if mixed is not None:
+            mixed = mixed * kept[:, None] + product(powers.astype(x.dtype), kernel, not table.tied)
+        return above, total * kept + jnp.sum(powers, axis=-1), picked, mixed
+
+    nothing = jnp.zeros(count, jnp.float32)
+    mixed = jnp.zeros(x.shape, jnp.float32) if with_gradient else None
+    carry = (jnp.full(count, -jnp.inf, jnp.float32), nothing, nothing, mixed)
+    largest, total, picked, mixed = jax.lax.fori_loop(0, -(-vocab // BLOCK), body, carry)
+    gradient = None if mixed is None else mixed / total[:, None] - table.rows(targets).astype(jnp.float32)
+    return Losses(jnp.log(total) + largest - picked, picked >= largest, gradient)

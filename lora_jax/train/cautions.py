@@ -1,0 +1,180 @@
+"""Warnings about a run that goes on but is likely not what was meant: one line each, with figures, once a run.
+
+    learning_rate     one that suits the other method: adapters take about ten times that of full fine-tuning
+    max_length        more than 5 % of the training rows are cut, or were dropped because nothing was left to train
+    duplicates        more than 5 % of the training rows repeat another
+    leaked            rows of an evaluation set are also trained on
+    start             the loss before the first step is worse than that of guessing evenly, ln(vocabulary), or that of
+                      going on from an adapter is worse than that of the base without it
+    no_gradient       a step had trained tokens and a gradient of zero
+    untouched         modules whose B is all zero after `MOVED_BY` steps: nothing of them was trained
+
+A warning stands in the line of metrics.jsonl that is written next, under `warnings`, its name before a colon; which
+ones were given is read from there, so that a resumed run repeats none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.config import RunConfig
+from lora_jax.data.dataset import TokenDataset
+from lora_jax.errors import listing
+from lora_jax.train.setup import Run
+
+BULK = 0.05
+"""Share of the rows from which on something about them is worth a warning."""
+LEAST_FOR_LORA, MOST_FOR_FULL = 5e-5, 1e-4
+"""Learning rates of AdamW that suit the other method beyond these."""
+WORSE = 0.1
+"""Nats by which a loss has to be worse to be worth a warning."""
+MOVED_BY = 10
+"""Steps after which every B has moved, a warm-up's first step of rate zero among them."""
+ADAM_LIKE = ("adamw", "adamw8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor")
+
+
+class Cautions:
+    """The warnings of one run."""
+
+    def __init__(self, run: Run, steps: int, given: Collection[str] = ()) -> None:
+        """`given` are those that the run gave before it was resumed, `steps` how many it has."""
+        self.run, self.mesh = run, run.mesh
+        self.checked_at, self._checked = min(MOVED_BY, steps), False
+        self._given = {text.partition(":")[0] for text in given}
+
+    def before_training(self) -> list[str]:
+        """Return what options and rows give reason to warn of."""
+        rows = {"learning_rate": learning_rate(self.run.config), **about_rows(self.run.train_rows)}
+        return self._new(rows | about_leaks(self.run.train_rows, self.run.eval_rows))
+
+    def about_start(self, figures: Mapping[str, Any], base_loss: float | None = None) -> list[str]:
+        """Return the reason to warn of the first loss that is known; `base_loss` is that of the base alone."""
+        losses = [
+            (name, value if math.isfinite(value) else None)
+            for name, value in figures.items()
+            if name.endswith("loss")
+        ]
+        return self._new(
+            {"start": start(*losses[0], self.run.model_config.vocab_size, base_loss)} if losses else {}
+        )
+
+    def about_step(self, entry: Mapping[str, Any], trainable: Any) -> list[str]:
+        """Return the reasons to warn of a logged step."""
+        found: dict[str, str | None] = {}
+        if entry.get("grad_norm") == 0 and entry["loss"] > 0:  # a batch of padding has neither
+            found["no_gradient"] = (
+                f"step {entry['step']} has a gradient of exactly zero at a loss of {entry['loss']:.4f}: nothing is "
+                "learnt from it; is anything that is adapted before what is trained?"
+            )
+        if entry["step"] >= self.checked_at and not self._checked:
+            self._checked = True
+            found["untouched"] = self._untouched(entry["step"], trainable)
+        return self._new(found)
+
+    def _untouched(self, step: int, trainable: Any) -> str | None:
+        names, total = untouched(trainable, self.mesh)
+        if not names:
+            return None
+        return (
+            f"after step {step} B is all zero in {len(names)} of {total} stacks of adapted modules "
+            f"({listing(names, 4)}): nothing of them is trained; is the learning rate far too small?"
+        )
+
+    def _new(self, found: Mapping[str, str | None]) -> list[str]:
+        new = {name: text for name, text in found.items() if text is not None and name not in self._given}
+        self._given |= new.keys()
+        return [f"{name}: {text}" for name, text in new.items()]
+
+
+def learning_rate(config: RunConfig) -> str | None:
+    """Return a warning where the learning rate is one of the other method's."""
+    rate = config.train.learning_rate
+    if config.train.optim not in ADAM_LIKE:
+        return None
+    if config.method == "lora" and rate < LEAST_FOR_LORA:
+        return f"{rate:g} suits full fine-tuning; adapters take more, such as --train.learning_rate 2e-4"
+    if config.method == "full" and rate > MOST_FOR_FULL:
+        return f"{rate:g} suits adapters; full fine-tuning takes less, such as --train.learning_rate 1e-5"
+    return None
+
+
+def about_rows(rows: TokenDataset) -> dict[str, str | None]:
+    """Return warnings of training rows that are cut, or repeat another, in bulk."""
+    found: dict[str, str | None] = {}
+    if rows.truncated > BULK * len(rows):
+        found["max_length"] = (
+            f"{_share(rows.truncated, len(rows))} training rows are longer than --data.max_length {rows.max_length:,} "
+            "and lose their ends; raise it, or shorten them"
+        )
+    repeated = len(rows) - len(np.unique(_digests(rows)))
+    if repeated > BULK * len(rows):
+        found["duplicates"] = f"{_share(repeated, len(rows))} training rows repeat another row to the token"
+    return found
+
+
+def about_leaks(rows: TokenDataset, sets: Mapping[str, TokenDataset]) -> dict[str, str | None]:
+    """Return a warning of rows that are both trained on and evaluated on."""
+    if not sets:
+        return {}
+    trained, parts = _digests(rows), []
+    for name, held in sets.items():
+        if both := int(np.isin(_digests(held), trained).sum()):
+            parts.append(f"{_share(both, len(held))} rows of the evaluation set {name}".rstrip())
+    return (
+        {"leaked": f"{' and '.join(parts)} are training rows too; figures on them flatter"} if parts else {}
+    )
+
+
+def start(name: str, loss: float | None, vocabulary: int, base_loss: float | None) -> str | None:
+    """Return a warning where the first loss is no fine-tune's: worse than an even guess, or than the base alone."""
+    if loss is None:
+        return f"{name} is not finite before the first step: the base model's weights or the rows are broken"
+    if base_loss is not None and loss > base_loss + WORSE:
+        return (
+            f"{name} starts at {loss:.4f} with the adapter of --lora.init_from and is {base_loss:.4f} without it; it "
+            "may belong to another base, or to rows of another form"
+        )
+    if loss > math.log(vocabulary) + WORSE:
+        return (
+            f"{name} starts at {loss:.4f}, worse than {math.log(vocabulary):.4f} of guessing evenly among "
+            f"{vocabulary:,} tokens; is the tokenizer the model's, and are its weights whole?"
+        )
+    return None
+
+
+def untouched(trainable: Any, mesh: Mesh) -> tuple[list[str], int]:
+    """Return the paths of the adapted stacks whose B is all zero, and how many are adapted; all processes ask."""
+    leaves = {
+        "/".join(path[:-1]): leaf
+        for path, leaf in flatten_dict(dict(trainable)).items()
+        if path[-1] == "lora_B"
+    }
+    if not leaves:
+        return [], 0
+    same = NamedSharding(mesh, P())
+    moved = jax.jit(partial(jax.tree.map, jnp.any), out_shardings=same)(leaves)
+    return [name for name, flag in moved.items() if not bool(flag)], len(leaves)
+
+
+def _digests(rows: TokenDataset) -> np.ndarray:
+    """Return a number for each row that rows of equal tokens share, and no others but by chance."""
+
+    def numbers() -> Iterator[int]:
+        for row in rows:
+            yield hash(row.input_ids.tobytes())
+
+    return np.fromiter(numbers(), np.int64, len(rows))
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} of {total:,} ({count / total:.1%})"

@@ -1,0 +1,64 @@
+"""Greedy completions by the model as it stands between two steps, on the mesh that it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lora_jax.errors import UserError
+from lora_jax.generate.decode import NO_TOKEN, stream
+from lora_jax.generate.load import generation_settings
+from lora_jax.generate.prompt import encode_prompt, end_ids
+from lora_jax.generate.text import decoded
+from lora_jax.models.layers import variables
+from lora_jax.train.setup import Run
+
+
+class Completions:
+    """Prompts of a run, completed by any of its states."""
+
+    def __init__(self, run: Run, interrupted: Callable[[], None]) -> None:
+        """`interrupted` is called after every token of a batch, and may raise to end the writing."""
+        self.run, self.interrupted = run, interrupted
+        tokenizer = run.tokenizer
+        self.chat = bool(tokenizer.chat_template)
+        settings = generation_settings(run.checkpoint)
+        self.end_ids = end_ids(settings, run.checkpoint.config, tokenizer, chat=self.chat)
+
+    def encoded(self, prompt: str) -> list[int]:
+        """Return a sample prompt's tokens, as a user's turn where there is a chat template."""
+        option = "--train.sample_prompts"
+        tokens = encode_prompt(prompt, self.run.tokenizer, chat=self.chat, option=option)
+        if max(tokens) >= self.run.model_config.vocab_size:
+            raise UserError(
+                f"{option}: token {max(tokens)} is beyond the model's vocabulary of "
+                f"{self.run.model_config.vocab_size}; use --model.resize_vocab True, or another prompt"
+            )
+        return tokens
+
+    def texts(
+        self,
+        trainable: Any,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        batch: int,
+        passes: int = 0,
+    ) -> list[str]:
+        """Return the completion of each prompt, in batches of one shape; only `passes` tokens of each, if not 0."""
+        collections = variables(self.run.frozen, trainable, self.run.adapter)
+        longest, found = max(map(len, prompts)), []
+        for start in range(0, len(prompts), batch):
+            part = [*prompts[start : start + batch]]
+            filled = part + [part[0]] * (batch - len(part))
+            rows: list[list[int]] = [[] for _ in filled]
+            how: dict[str, Any] = {"end_ids": self.end_ids, "shortest": longest}
+            given = (self.run.model, collections, filled)
+            for done, tokens in enumerate(stream(*given, max_new_tokens=max_new_tokens, **how), start=1):
+                for row, token in zip(rows, tokens, strict=True):
+                    if token != NO_TOKEN:
+                        row.append(int(token))
+                if done == passes:
+                    break
+                self.interrupted()
+            found += [decoded(row, self.run.tokenizer) for row in rows[: len(part)]]
+        return found

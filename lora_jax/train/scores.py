@@ -1,0 +1,83 @@
+"""Scores of completions against the answers that were wanted, each by the library made for it.
+
+exact_match    share of completions that equal their answer, white space at the ends aside, 0 to 1
+bleu           corpus BLEU by sacrebleu, 0 to 100
+rouge          mean F-measures by rouge-score, 0 to 1: rouge1, rouge2, rougeL
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.config import GenerationMetric
+from lora_jax.data.tokens import Tokens
+from lora_jax.errors import UserError
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+_NAMES: dict[str, tuple[str, ...]] = {"exact_match": ("exact_match",), "bleu": ("bleu",), "rouge": ROUGE}
+_LIBRARIES = {"bleu": ("sacrebleu", "sacrebleu"), "rouge": ("rouge_score", "rouge-score")}
+"""What each score needs: the module, and the package that holds it."""
+
+
+class Question(NamedTuple):
+    """What a row asks the model to complete, and what its answer is."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def score_names(metrics: Collection[GenerationMetric]) -> tuple[str, ...]:
+    """Return the names of the figures that some scores have."""
+    return tuple(name for metric in metrics for name in _NAMES[metric])
+
+
+def check_installed(metrics: Collection[GenerationMetric]) -> None:
+    """Raise UserError for a score whose library is not installed."""
+    for metric in metrics:
+        module, package = _LIBRARIES.get(metric, ("", ""))
+        if module and find_spec(module) is None:
+            raise UserError(
+                f"--train.generation_metrics {metric}: needs the package {package}; pip install 'lora_jax[eval]'"
+            )
+
+
+def scores(
+    metrics: Collection[GenerationMetric], found: Sequence[str], wanted: Sequence[str]
+) -> dict[str, float]:
+    """Return the scores of completions, each against its answer."""
+    figures: dict[str, float] = {}
+    if "exact_match" in metrics:
+        equal = [one.strip() == other.strip() for one, other in zip(found, wanted, strict=True)]
+        figures["exact_match"] = fmean(equal)
+    if "bleu" in metrics:
+        import sacrebleu  # pyright: ignore[reportMissingImports]
+
+        figures["bleu"] = float(sacrebleu.corpus_bleu(list(found), [list(wanted)]).score)
+    if "rouge" in metrics:
+        from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingImports]
+
+        scorer: Any = RougeScorer(list(ROUGE))
+        each = [scorer.score(other, one) for one, other in zip(found, wanted, strict=True)]
+        figures |= {name: fmean(score[name].fmeasure for score in each) for name in ROUGE}
+    return figures
+
+
+def questions(rows: Iterable[Tokens]) -> Iterator[Question]:
+    """Yield each whole row's last trained stretch as the answer, with all before it as the prompt.
+
+    A row that was cut may lack the end of its answer, and one that is trained from its start, as text is, has no
+    prompt; neither is asked.
+    """
+    for row in rows:
+        trained = np.flatnonzero(row.trained)
+        if row.truncated or not len(trained):
+            continue
+        end = int(trained[-1]) + 1
+        start = int(np.flatnonzero(~row.trained[:end])[-1]) + 1
+        if start > 1:
+            yield Question(row.input_ids[:start].tolist(), row.input_ids[start:end].tolist())
