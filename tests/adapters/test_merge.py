@@ -83,6 +83,7 @@ def test_merged_equals_unmerged(
 def test_merged_model_of_a_resized_vocabulary_has_its_rows(
     tmp_path: Path, name: str, settings: dict[str, Any]
 ) -> None:
+    """Pain 24: a resized vocabulary merges with its rows."""
     base = tiny_base(tmp_path / "base", name)
     config = type(base.config)(**(vars(base.config) | {"vocab_size": 99}))
     larger = Base(base.checkpoint, config, load_params(base.checkpoint, config))

@@ -64,6 +64,7 @@ def test_tensors_carry_the_names_and_shapes_of_peft(tmp_path: Path) -> None:
 
 
 def test_missing_extra_and_misshapen_tensors_are_one_error(tmp_path: Path) -> None:
+    """Pain 17: an adapter with missing keys is refused."""
     base = tiny_base(tmp_path / "base")
     plan, tensors, trainable, _ = adapted(base, lora())
     stem = "model.layers.1.self_attn.q_proj"
@@ -157,6 +158,7 @@ def test_adapter_folded_for_vllm_has_one_rank_and_scale_1_and_is_equal(tmp_path:
     ],
 )
 def test_what_vllm_does_not_serve_is_refused(tmp_path: Path, name: str, part: str) -> None:
+    """Pain 23: what cannot be served is said at export."""
     plan, tensors, _, _ = adapted(tiny_base(tmp_path / "base", "llama-biases"), lora(**KINDS[name]))
     with pytest.raises(UserError, match=rf"--for vllm.*{part}.*merge it"):
         fold_for_vllm(lora(**KINDS[name]), tensors, plan)

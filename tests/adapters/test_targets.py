@@ -145,6 +145,7 @@ def test_odd_rank_cannot_be_orthogonal() -> None:
     "other", [{"modules_to_save": ("lm_head",)}, {"target_modules": ("q_proj", "lm_head")}]
 )
 def test_rows_of_a_tied_head_are_trained_in_one_way_only(other: dict[str, Any]) -> None:
+    """Pain 6: tokens of a tied model are not trained in two ways."""
     tied = modules(read_config(CONFIGS["llama-tied"], "llama-tied"))
     with pytest.raises(UserError, match="lm_head is tied to embed_tokens"):
         make_plan(lora(trainable_token_indices=(3,), **other), tied)

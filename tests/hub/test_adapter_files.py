@@ -301,6 +301,7 @@ def test_names_of_any_peft_become_plain(tmp_path: Path, stored: str, name: str) 
 
 
 def test_copies_of_base_embeddings_are_left_out(tmp_path: Path) -> None:
+    """Pain 24: an adapter file holds no copies of the base's embeddings."""
     stored = {
         f"base_model.model.{name}": np.zeros((2, 2), np.float32)
         for name in (

@@ -87,6 +87,7 @@ def test_adapter_written_here_gives_the_same_logits_in_peft(world: World, tmp_pa
 
 
 def test_merged_model_gives_the_same_logits_in_transformers(world: World, tmp_path: Path) -> None:
+    """Pain 8, 9: what is merged is base and adapter, not the base."""
     merge(MergeOptions(adapter=str(world.adapter), output=str(tmp_path / "merged"), max_shard_size="40KB"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -110,6 +111,7 @@ def test_merged_model_gives_the_same_logits_in_transformers(world: World, tmp_pa
 def test_merged_model_is_tied_only_where_embedding_and_head_are_still_one(
     tmp_path: Path, variant: str, tied: bool
 ) -> None:
+    """Pain 5: a tied model whose head was trained apart keeps both."""
     world = make_world(tmp_path, variant)
     merge(MergeOptions(adapter=str(world.adapter), output=str(tmp_path / "merged")))
     merged = open_base(tmp_path / "merged")
@@ -118,6 +120,7 @@ def test_merged_model_is_tied_only_where_embedding_and_head_are_still_one(
 
 
 def test_merged_bfloat16_is_one_rounding_of_the_float32_merge(tmp_path: Path) -> None:
+    """Pain 8: merging rounds once."""
     base = torch_base(tmp_path / "base", "llama", torch.bfloat16)
     model = peft_model(base, **VARIANTS["rslora and patterns"][1])
     randomise(model)
@@ -137,6 +140,7 @@ def test_merged_bfloat16_is_one_rounding_of_the_float32_merge(tmp_path: Path) ->
 
 @pytest.mark.parametrize("variant", ["plain", "rslora and patterns", "layers of unequal rank", "head, tied"])
 def test_adapter_folded_for_vllm_gives_the_same_logits_in_peft(tmp_path: Path, variant: str) -> None:
+    """Pain 23: what is served is what was trained."""
     world = make_world(tmp_path, variant)
     export(ExportOptions(adapter=str(world.adapter), output=str(tmp_path / "folded")))
     config = read_adapter_config(tmp_path / "folded")

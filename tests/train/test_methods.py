@@ -54,6 +54,7 @@ HEAD = ("--lora.modules_to_save", "lm_head", "embed_tokens")
 def test_an_adapter_that_is_trained_on_or_merged_starts_where_it_ended(
     options: tuple[str, ...], model: Path, rows: Path, tmp_path: Path
 ) -> None:
+    """Pain 19: training on from an adapter starts where it ended."""
     evaluated = ("--data.eval_path", str(rows))
     run(*train_arguments(model, rows, tmp_path / "out", *evaluated, *options))
     before, after = eval_losses(tmp_path / "out")

@@ -103,6 +103,7 @@ def test_base_of_a_trained_adapter_is_never_changed(base: Path, rows: Path, tmp_
 def test_merged_onto_what_the_codes_stand_for_is_the_model_that_was_trained(
     base: Path, small: Path, trained: Path, tmp_path: Path
 ) -> None:
+    """Pain 7: which base a merge is onto is a choice, and stated."""
     quantized, adapter = open_base(base, load_in_4bit=True), trained / "adapter"
     expected = adapted_logits(quantized, *loaded(quantized, adapter), *text())
     common: dict[str, Any] = {"adapter": str(adapter), "dtype": "float32"}
