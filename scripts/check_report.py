@@ -8,7 +8,6 @@ wrong is an AssertionError; screenshots of all are left in the folder that is pr
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 import tempfile
@@ -63,7 +62,7 @@ def make_pages(folder: Path) -> dict[str, Path]:
     diverged = folder / "diverged"
     shutil.copytree(first, diverged)
     lines = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
-    lost = [line | ({"loss": math.nan} if line["step"] > 40 else {}) for line in lines]
+    lost = [line | ({"loss": None} if line["step"] > 40 else {}) for line in lines]
     (diverged / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lost))
     for output, answer in ((first, "Aye, and a fair wind to ye."), (second, NASTY)):
         if not (output / "samples.jsonl").exists():

@@ -82,6 +82,11 @@ class TokenDataset(Sequence[Tokens]):
         """Where each part starts among the rows of all, int64 [parts + 1]; the last is their number."""
         return np.cumsum([0, *(len(part.store) for part in self.parts)], dtype=np.int64)
 
+    @property
+    def part_numbers(self) -> np.ndarray:
+        """Number of the part that each row is of, from 0, int64 [rows]."""
+        return np.searchsorted(self.starts, self.order, side="right") - 1
+
     def column(self, name: str) -> np.ndarray:
         """Return a column of the store (see `store.SCALARS`) for each row."""
         return np.concatenate([part.store.columns[name] for part in self.parts])[self.order]
@@ -149,8 +154,7 @@ class TokenDataset(Sequence[Tokens]):
             f"{self.trained_tokens:,} trained, longest row {self.longest:,}"
         )
         if len(self.parts) > 1:
-            of_part = np.searchsorted(self.starts, self.order, side="right") - 1
-            rows = np.bincount(of_part, minlength=len(self.parts))
+            rows = np.bincount(self.part_numbers, minlength=len(self.parts))
             each = (f"{part.name} {count:,}" for part, count in zip(self.parts, rows, strict=True))
             line += f"; rows of each: {listing(each)}"
         windows = int((self.column("window") > 0).sum())

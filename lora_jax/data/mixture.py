@@ -48,8 +48,9 @@ def hold_out(dataset: TokenDataset, fraction: float, seed: int) -> tuple[TokenDa
 
 def _documents(dataset: TokenDataset) -> np.ndarray:
     """Return for each row the number, from 0, of the row of the source that it is a window of, int64 [rows]."""
-    later = dataset.column("window") > 1
-    return np.cumsum(~later) - 1
+    # By part and row, not by the window's number: a window that has nothing to train on is not among the rows.
+    places = np.stack([dataset.part_numbers, dataset.column("row")])
+    return np.cumsum(np.concatenate(([0], np.diff(places).any(axis=0))))
 
 
 def mixed(

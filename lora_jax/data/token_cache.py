@@ -53,6 +53,7 @@ def key(content: str, options: dict[str, Any], tokenizer: PreTrainedTokenizerBas
         "options": options,
         "tokenizer": backend.to_str(),
         "template": tokenizer.chat_template,
+        "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }
     return sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:40]
@@ -63,9 +64,10 @@ def find(folder: Path, name: str) -> Entry | None:
     entry = folder / name
     try:
         found = opened(entry)
-        os.utime(entry)
     except Exception:  # whatever a damaged file makes json and Arrow raise
         return None
+    with suppress(OSError):  # a cache that others fill
+        os.utime(entry)
     return found
 
 

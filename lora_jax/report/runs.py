@@ -42,11 +42,18 @@ class RunFiles:
     movement: Movement | None = None
 
     def series(self, key: str) -> tuple[list[int], list[float], list[int | None]]:
-        """Return the steps at which a figure was logged, the figure, and the tokens trained on until then."""
+        """Return the steps at which a figure was logged, the figure, and the tokens trained on until then.
+
+        A figure that was no finite number stands in its line as null, and is NaN here.
+        """
         found = [
-            (int(line["step"]), float(line[key]), line.get("num_tokens"))
+            (
+                int(line["step"]),
+                float("nan") if line[key] is None else float(line[key]),
+                line.get("num_tokens"),
+            )
             for line in self.lines
-            if _number(line.get(key))
+            if key in line and (line[key] is None or _number(line[key]))
         ]
         return [step for step, _, _ in found], [value for _, value, _ in found], [n for _, _, n in found]
 
@@ -59,7 +66,12 @@ class RunFiles:
     def keys(self) -> tuple[str, ...]:
         """Names of all figures, in the order that they come up."""
         return tuple(
-            dict.fromkeys(key for line in self.lines for key, value in line.items() if _number(value))
+            dict.fromkeys(
+                key
+                for line in self.lines
+                for key, value in line.items()
+                if _number(value) or (value is None and (key == "loss" or EVAL_LOSS.fullmatch(key)))
+            )
         )
 
     @cached_property

@@ -57,8 +57,9 @@ HEADS = ("rows", "tokens", "trained", "longest row", "max_length", "cut", "dropp
 
 def data_rows(run: RunFiles) -> list[tuple[str, str, list[str]]]:
     """Return for each data set of a run what it is for, its name and its counts."""
-    found = []
-    for use, facts in _mapping(run.record.get("data")).items():
+    data, found = _mapping(run.record.get("data")), []
+    sets = [(f"eval {name}".rstrip(), facts) for name, facts in _mapping(data.get("eval")).items()]
+    for use, facts in [("train", data.get("train")), *sets]:
         if isinstance(facts, Mapping):
             found.append(
                 (str(use), str(facts.get("name", "")), [_whole(facts.get(key)) or "" for key in DATA])

@@ -6,7 +6,8 @@ For each block W of the table, with running maximum m, sum s and mixture a, all 
 
 and in the end loss = log s + m - l[target], whose gradient is a / s - w[target]. No product is computed twice, and no
 array is wider than a block. What is trained in a head has a gradient that needs s first: such a head does without. So
-does a 16-bit table on a CPU, which XLA would widen as a whole before it cuts a block from it.
+does a 16-bit table on a CPU, which XLA would widen as a whole before it cuts a block from it, and any on a TPU, whose
+compiler gives a step with blocks more memory (0.6 GiB of Qwen2-7B's), not less.
 """
 
 from __future__ import annotations

@@ -220,10 +220,13 @@ class Checkpoints:
     def _stored_best(self) -> Best | None:
         step = self.manager.best_step()
         metrics = None if step is None else self.manager.metrics(step)
-        return Best(step, self._figure(metrics)) if step is not None and metrics else None
+        if step is None or metrics is None or self.metric not in metrics:
+            return None
+        return Best(step, self._figure(metrics))
 
     def _figure(self, metrics: Mapping[str, float]) -> float:
-        return metrics[self.metric]
+        # A run with another figure to go by left none of this name, and is refused for that when it is resumed.
+        return metrics.get(self.metric, -math.inf if self.greater_is_better else math.inf)
 
     def _better(self, value: float, than: float) -> bool:
         return value > than if self.greater_is_better else value < than

@@ -44,10 +44,10 @@ class Completions:
         batch: int,
         passes: int = 0,
     ) -> list[str]:
-        """Return the completion of each prompt, in batches of one shape; only `passes` tokens of each, if not 0."""
+        """Return the completion of each prompt, in batches of one shape; if not 0, `passes` tokens of one batch."""
         collections = variables(self.run.frozen, trainable, self.run.adapter)
         longest, found = max(map(len, prompts)), []
-        for start in range(0, len(prompts), batch):
+        for start in range(0, batch if passes else len(prompts), batch):
             part = [*prompts[start : start + batch]]
             filled = part + [part[0]] * (batch - len(part))
             rows: list[list[int]] = [[] for _ in filled]

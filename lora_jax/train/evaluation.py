@@ -53,7 +53,7 @@ class Evaluator:
         self.padding_id = padding_token_id(run.tokenizer)
         self.completions = Completions(run, self._interrupted)
         self.prompts = [self.completions.encoded(prompt) for prompt in self.options.sample_prompts]
-        self.questions = {name: self._asked(name, rows) for name, rows in run.eval_rows.items()}
+        self.questions = {name: self._asked(rows) for name, rows in run.eval_rows.items()}
 
     def __call__(self, trainable: Any) -> Evaluation:
         """Measure a trainable tree; raises Interrupted when a signal comes that there is a step to save for."""
@@ -111,13 +111,12 @@ class Evaluator:
 
     def _completed(self, asked: list[Question], trainable: Any, passes: int = 0) -> list[str]:
         batch = min(self.sizes.eval_batch, len(asked))
-        asked = asked[:batch] if passes else asked
         prompts = [question.prompt for question in asked]
         return self.completions.texts(
             trainable, prompts, self.options.generation_max_new_tokens, batch, passes
         )
 
-    def _asked(self, name: str, rows: TokenDataset) -> list[Question]:
+    def _asked(self, rows: TokenDataset) -> list[Question]:
         if not self.options.generation_metrics:
             return []
         found = list(islice(questions(rows), self.options.generation_rows))

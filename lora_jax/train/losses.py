@@ -167,12 +167,9 @@ def _local_loss(
         return *sums, trainable, (found.gradient * weight[:, None]).astype(hidden_rows.dtype)
 
     def chosen(whole: Any, with_gradient: bool, given: tuple[Any, ...]) -> Any:
-        if not wide:
+        if not wide or flat.dtype.itemsize <= 2:
             return whole(*given)
-        blocks = partial(in_blocks, with_gradient)
-        if flat.dtype.itemsize > 2:
-            return blocks(*given)
-        return jax.lax.platform_dependent(*given, cpu=whole, default=blocks)
+        return jax.lax.platform_dependent(*given, cpu=partial(in_blocks, with_gradient), default=whole)
 
     @jax.custom_vjp
     def total(

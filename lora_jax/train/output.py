@@ -49,15 +49,18 @@ def check_output(config: RunConfig) -> None:
     folder = output_folder(config)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file; give a folder")
-    used = folder.is_dir() and any((folder / name).exists() for name in OURS)
-    if used and not (config.resume or config.overwrite):
+    if _holds_run(folder) and not (config.resume or config.overwrite):
         raise UserError(
             f"--output_dir {folder}: holds a run already; add --resume, --overwrite, or give another folder"
         )
     for option, source in _sources(config) if config.overwrite and isinstance(folder, Path) else ():
         path = Path(source or "").expanduser().resolve()
-        if source and any(path.is_relative_to((folder / name).resolve()) for name in OURS):
+        if source and any(path.is_relative_to((folder / name).resolve()) for name in (*OURS, *BESIDE)):
             raise UserError(f"--overwrite: would remove {option} {source}; give another --output_dir")
+
+
+def _holds_run(folder: Place) -> bool:
+    return folder.is_dir() and any((folder / name).exists() for name in OURS)
 
 
 def output_folder(config: RunConfig) -> Place:
@@ -100,7 +103,8 @@ def open_output(config: RunConfig) -> Place:
 def _open(folder: Place, config: RunConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (*OURS, *BESIDE):
+        # Folders of trackers belong to a run only where there is one: wandb's may lie in any folder.
+        for name in (*OURS, *BESIDE) if _holds_run(folder) else OURS:
             remove_leftovers(folder / name)
             if config.overwrite:
                 remove(folder / name)

@@ -21,7 +21,7 @@ from lora_jax.hub.push import check_push, push
 from lora_jax.models.sharding import placed, shardings
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.processes import lost, same_in_all, start, writes
-from lora_jax.train.checkpoint import Checkpoints, Identity
+from lora_jax.train.checkpoint import Checkpoints, Identity, Progress
 from lora_jax.train.export import export_adapter, export_model, training_facts
 from lora_jax.train.feed import Sizes, padding_multiple
 from lora_jax.train.loop import Loop, Outcome, run_sizes
@@ -123,7 +123,12 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             tracked(config, folder, record, signals.resumed_at, console) as tracking,
             closing(Profiler(folder, config.train.profile_steps)) as profiler,
             closing(
-                Logs(folder, signals.resumed_at, bool(config.train.sample_prompts), tracking.log)
+                Logs(
+                    folder,
+                    _logged(signals.resumed_at, progress),
+                    bool(config.train.sample_prompts),
+                    tracking.log,
+                )
             ) as logs,
             Reporter(console, sizes.steps, int(state.step)) as reporter,
         ):
@@ -180,3 +185,9 @@ def _identity(run: Run, sizes: Sizes) -> Identity:
     }
     flat = {"method": run.config.method, **flatten_dict(sections, sep="."), **counted}
     return Identity(flat, fingerprint(run.checkpoint))
+
+
+def _logged(resumed_at: int | None, progress: Progress | None) -> int | None:
+    """Return the step to keep the logs to: one whose evaluation is made up for is written anew."""
+    again = progress is not None and progress.unlogged is not None
+    return resumed_at - 1 if resumed_at is not None and again else resumed_at

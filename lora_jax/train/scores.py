@@ -70,12 +70,12 @@ def scores(
 def questions(rows: Iterable[Tokens]) -> Iterator[Question]:
     """Yield each whole row's last trained stretch as the answer, with all before it as the prompt.
 
-    A row that was cut may lack the end of its answer, and one that is trained from its start, as text is, has no
-    prompt; neither is asked.
+    A row that was cut, or is a window of one, may lack the end of its answer, and one that is trained from its start,
+    as text is, has no prompt; neither is asked.
     """
     for row in rows:
         trained = np.flatnonzero(row.trained)
-        if row.truncated or not len(trained):
+        if row.truncated or row.window or not len(trained):
             continue
         end = int(trained[-1]) + 1
         start = int(np.flatnonzero(~row.trained[:end])[-1]) + 1

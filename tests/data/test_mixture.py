@@ -120,3 +120,15 @@ def test_options_of_the_rows_that_make_no_sense_are_one_clear_error(options, mes
         check_data(DataOptions(path=("a", "b"), **options))
     with pytest.raises(UserError, match=r"--data\.path: needed"):
         check(parse(RunConfig, ["--model.path", "m", "--output_dir", "o"], program="x")[0])
+
+
+def test_rows_whose_first_window_has_nothing_to_train_on_are_held_out_whole(write_lines, make_tokenizer):
+    path = write_lines(*({"prompt": "Hello " * 40, "completion": "five " * 30} for _ in range(6)))
+    options = DataOptions(max_length=16, truncation_mode="windows")
+    rows = load_examples(options, make_tokenizer("chatml"), path, "train", None)
+    assert rows.column("window").min() > 1, "the windows of the prompt are left out"
+    train, held = hold_out(rows, 0.5, seed=0)
+    assert held is not None
+    assert {*train.column("row")} | {*held.column("row")} == {1, 2, 3, 4, 5, 6}
+    assert len({*held.column("row")}) == 3
+    assert not {*train.column("row")} & {*held.column("row")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -174,10 +173,8 @@ def test_run_that_is_under_way_and_one_that_was_stopped_are_told(copied: Copy) -
 
 def test_run_that_diverged_is_told_and_drawn_as_far_as_it_goes(copied: Copy) -> None:
     output = copied("diverged")
-    losses = (2.0, math.inf, math.nan, math.nan)
-    write_lines(
-        output, *({"step": 1 + i, "loss": loss, "grad_norm": math.nan} for i, loss in enumerate(losses))
-    )
+    losses = (2.0, None, None, None)
+    write_lines(output, *({"step": 1 + i, "loss": loss, "grad_norm": None} for i, loss in enumerate(losses)))
     page = page_of(output)
     assert "The loss is no finite number from step 2 on" in page.text
     assert page.curve("loss", "train")[1] == [2.0, None, None, None]
@@ -235,7 +232,7 @@ def test_what_is_measured_in_training_and_on_named_sets_shares_a_figure(copied: 
 
 def test_step_that_was_skipped_is_a_gap_and_no_divergence(copied: Copy) -> None:
     output = copied("skipped")
-    write_lines(output, *({"step": step, "loss": math.nan if step == 2 else 1.0} for step in (1, 2, 3)))
+    write_lines(output, *({"step": step, "loss": None if step == 2 else 1.0} for step in (1, 2, 3)))
     page = page_of(output)
     assert "diverged" not in page.text
     assert page.curve("loss", "train")[1] == [1.0, None, 1.0]

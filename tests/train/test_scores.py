@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -59,3 +61,10 @@ def test_the_last_trained_stretch_is_the_answer_and_all_before_it_the_prompt() -
 def test_rows_without_a_prompt_or_with_an_answer_cut_off_are_not_asked() -> None:
     assert list(questions([row("0111"), row("0000"), row("0011", truncated=True)])) == []
     assert len(list(questions([row("0011")]))) == 1
+
+
+def test_windows_of_rows_are_not_asked() -> None:
+    ids, trained = np.arange(8, dtype=np.int32), np.arange(8) >= 4
+    whole = Tokens(ids, trained, row=1)
+    assert [len(question.answer) for question in questions([whole])] == [4]
+    assert not [*questions([replace(whole, window=1)])]

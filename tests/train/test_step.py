@@ -163,3 +163,9 @@ def test_a_step_leaves_the_frozen_tree_as_it_is_and_consumes_its_state(parts: An
     train_step(Decoder(base.config))(state, base.params, adapter, batch(examples(), 1, 12))
     jax.tree.map(np.testing.assert_array_equal, base.params, before)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
+
+
+def test_weights_of_rows_count_only_beside_each_other(parts: Any) -> None:
+    whole = batch(examples(), 2, 16)
+    light = whole._replace(weights=whole.weights * np.float32(2**-12))
+    assert_same_update(parts, one_step(parts, whole), one_step(parts, light))

@@ -230,3 +230,12 @@ def test_command_holds_what_was_given_and_quotes_it() -> None:
     config = RunConfig(output_dir="my run", push_to_hub="me/it")
     line = command_line(config, ("output_dir", "push_to_hub", "lora.target_modules", "train.seed"))
     assert line == "lora-jax train --lora.target_modules all-linear --train.seed 42 --output_dir 'my run'"
+
+
+def test_overwriting_leaves_folders_of_trackers_where_there_was_no_run(tmp_path: Path) -> None:
+    mine = tmp_path / "wandb" / "mine"
+    mine.mkdir(parents=True)
+    open_output(RunConfig(output_dir=str(tmp_path), overwrite=True))
+    assert mine.is_dir()
+    open_output(RunConfig(output_dir=str(tmp_path), overwrite=True))
+    assert not mine.exists(), "of the run that was begun here"
