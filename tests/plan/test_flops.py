@@ -26,7 +26,7 @@ def options(file: Path, remat: bool, method: str) -> RunConfig:
     return RunConfig(
         model=ModelOptions(path=str(file), dtype="float32"),
         lora=LoraOptions(r=64, lora_dropout=0.0),
-        data=DataOptions(max_length=128),
+        data=DataOptions(max_length=32),  # one size of chunk of the head, as each is counted
         train=TrainOptions(
             per_device_train_batch_size=4, gradient_accumulation_steps=1, gradient_checkpointing=remat, optim="sgd"
         ),
@@ -43,9 +43,10 @@ def test_formula_equals_the_compilers_count(tmp_path: Path, method: str, remat: 
     # Of the program as it is traced: optimised, a loop of one layer is none, and what it repeats is done once.
     counted = step.lower("cpu").cost_analysis()["flops"]
     products = step_flops(
-        subject.model_config, subject.plan, step.batch.tokens.size, 128, again=remat, causal=False
+        subject.model_config, subject.plan, step.batch.tokens.size, 32, again=remat, causal=False
     )
-    assert products < counted < 1.02 * products
+    # The update of all parameters, ten or so operations each, shows beside the products of only 128 tokens.
+    assert products < counted < (1.02 if method == "lora" else 1.03) * products
 
 
 def test_compiler_counts_a_4_bit_product_in_a_kernel() -> None:
