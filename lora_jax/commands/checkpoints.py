@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def _read(folder: Path, which: str, given: str, base: Checkpoint) -> tuple[int, 
         raise UserError(
             f"--checkpoint {given}: no checkpoint in {folder}; train with --train.save_strategy steps"
         )
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it reports is raised here, in one line
     manager = ocp.CheckpointManager(folder.absolute())
     try:
         step = _step(manager, which, steps, given)

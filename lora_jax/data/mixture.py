@@ -19,6 +19,9 @@ from lora_jax.errors import UserError
 _NO_EPOCH = 2**32 - 1
 """Stands for the draw of the rows held out, so that no epoch's order repeats it; the draws of a mixture lie below."""
 
+LONGEST_EPOCH = 10**9
+"""Rows of an epoch that weights may ask for."""
+
 
 def hold_out(dataset: TokenDataset, fraction: float, seed: int) -> tuple[TokenDataset, TokenDataset | None]:
     """Split off a share of the rows, drawn by the seed, for evaluation. Windows of one row stay together.
@@ -76,16 +79,22 @@ def mixed(
     """
     if not weights:
         return dataset
-    of_part = np.searchsorted(dataset.starts, dataset.order, side="right") - 1
+    of_part = dataset.part_numbers
     rows = np.bincount(of_part, minlength=len(dataset.parts))
     for part, count in zip(dataset.parts, rows, strict=True):
         if not count:
             raise UserError(
                 f"--data.mixture_weights: no rows of {part.name} are left to mix; drop it from --data.path"
             )
-    shares = np.asarray(weights, np.float64) / sum(weights)
+    relative = np.asarray(weights, np.float64) / max(weights)
+    shares = relative / relative.sum()
     pick = min if stopping_strategy == "first_exhausted" else max
-    total = pick((rows / shares).tolist())
+    total = pick((rows / np.maximum(shares, 1e-300)).tolist())
+    if total > LONGEST_EPOCH:
+        raise UserError(
+            f"--data.mixture_weights: an epoch would have {total:.2g} rows; give weights nearer to each other, or "
+            "--data.stopping_strategy first_exhausted"
+        )
     chosen = []
     for number, (count, share) in enumerate(zip(rows.tolist(), shares.tolist(), strict=True)):
         wanted = max(1, round(total * share))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ SIZE = 20 * 2**30
 """Bytes that all entries may take; what was used longest ago goes first."""
 LAYOUT = 1
 """Changes with what an entry holds, or with the tokens that the same options give."""
+
+ABANDONED = 86400
+"""Seconds after which what is half written belongs to no run any more."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,13 @@ def publish(aside: Path, folder: Path, name: str) -> None:
 
 
 def _prune(folder: Path, name: str) -> None:
-    """Remove entries, oldest first, until all fit into SIZE; the one of this name stays."""
+    """Remove entries, oldest first, until all fit into SIZE; the one of this name stays.
+
+    What runs that were killed left half written goes too, once it is older than any run would leave it untouched.
+    """
+    for partial in folder.glob(".*.partial"):
+        if max(file.stat().st_mtime for file in (partial, *partial.iterdir())) < time.time() - ABANDONED:
+            shutil.rmtree(partial, ignore_errors=True)
     entries = sorted(
         (entry for entry in folder.iterdir() if not entry.name.startswith(".")),
         key=lambda entry: entry.stat().st_mtime,

@@ -46,10 +46,10 @@ ADAM_LIKE = ("adamw", "adamw8bit", "paged_adamw_8bit", "paged_adamw_32bit", "ada
 class Cautions:
     """The warnings of one run."""
 
-    def __init__(self, run: Run, steps: int, given: Collection[str] = ()) -> None:
-        """`given` are those that the run gave before it was resumed, `steps` how many it has."""
+    def __init__(self, run: Run, given: Collection[str] = ()) -> None:
+        """`given` are those that the run gave before it was resumed."""
         self.run, self.mesh = run, run.mesh
-        self.checked_at, self._checked = min(MOVED_BY, steps), False
+        self.checked_at, self._checked = MOVED_BY, False
         self._given = {text.partition(":")[0] for text in given}
 
     def before_training(self) -> list[str]:
@@ -111,10 +111,12 @@ def learning_rate(config: RunConfig) -> str | None:
 def about_rows(rows: TokenDataset) -> dict[str, str | None]:
     """Return warnings of training rows that are cut, or repeat another, in bulk."""
     found: dict[str, str | None] = {}
-    if rows.truncated > BULK * len(rows):
+    left_out = rows.counts.long + rows.counts.cut_empty
+    long, all_rows = rows.truncated + left_out, len(rows) + left_out
+    if long > BULK * all_rows:
         found["max_length"] = (
-            f"{_share(rows.truncated, len(rows))} training rows are longer than --data.max_length {rows.max_length:,} "
-            "and lose their ends; raise it, or shorten them"
+            f"{_share(long, all_rows)} training rows are longer than --data.max_length {rows.max_length:,} "
+            "and lose their ends, or are left out; raise it, or shorten them"
         )
     once = rows.select(np.unique(rows.order, return_index=True)[1])  # a mixture repeats rows on purpose
     repeated = len(once) - len(np.unique(_digests(once)))

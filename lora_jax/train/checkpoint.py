@@ -152,14 +152,17 @@ class Checkpoints:
         """Return the step of the newest whole checkpoint."""
         return self.manager.latest_step()
 
-    def save(self, state: TrainState, progress: Progress, value: float | None = None) -> None:
-        """Write the state in the background; a step once. `value` is the figure of this very step.
+    def save(
+        self, state: TrainState, progress: Progress, value: float | None = None, again: bool = False
+    ) -> None:
+        """Write the state in the background; a step once, but with `again`. `value` is the figure of this very step.
 
         Returns when the arrays are copied, so that the step may consume them. Raises UserError where this
         checkpoint or the one before cannot be written.
         """
         step = int(state.step)
-        if step in self.manager.all_steps():
+        saved = step in self.manager.all_steps()
+        if saved and not again:
             return
         if value is not None and not math.isfinite(value):
             value = None
@@ -167,6 +170,8 @@ class Checkpoints:
             self.best = Best(step, value)
         try:
             self._remove_partial()
+            if saved:
+                self.manager.delete(step)
             self.manager.save(
                 step,
                 args=ocp.args.Composite(

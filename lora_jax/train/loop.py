@@ -102,6 +102,7 @@ class Loop:
         reporter: Reporter,
         signals: Signals,
         profiler: Profiler,
+        evaluator: Evaluator,
     ) -> None:
         self.run, self.sizes, self.logs, self.reporter = run, sizes, logs, reporter
         self.profiler, self.utilisation = profiler, utilisation_of_a_token(run)
@@ -109,11 +110,11 @@ class Loop:
         self.options: TrainOptions = run.config.train
         optimizer = make_optimizer(self.options, sizes.steps)
         self.train_step = Programs(make_train_step(run.model, optimizer, state_shardings))
-        self.evaluator = Evaluator(run, sizes, signals)
+        self.evaluator = evaluator
         self.rate = schedule(self.options, sizes.steps)
         self.feed = Feed(run.train_rows, sizes, run.mesh, padding_token_id(run.tokenizer))
         kept = logs.metrics.kept
-        self.cautions = Cautions(run, sizes.steps, [text for line in kept for text in line.get(WARNINGS, [])])
+        self.cautions = Cautions(run, [text for line in kept for text in line.get(WARNINGS, [])])
         self.evaluations = {line["step"]: found for line in kept if (found := evaluated_figures(line))}
         self.warnings: list[str] = []
 
@@ -134,8 +135,13 @@ class Loop:
         if first == 0:
             self._before_training(state)
         elif progress.unlogged is not None:
-            self._write(progress.unlogged, state, self._evaluate(state))
+            evaluation = self._evaluate(state)
+            self._write(progress.unlogged, state, evaluation)
             progress = progress._replace(window=[])
+            if self._saves(first) or (first == sizes.steps and options.save_strategy != "no"):
+                # With its figure, by which it may be the best, as if it had never been stopped.
+                window = _Window(self.feed.tokens_before(first + 1), [])
+                self._save(state, window, value=evaluation.figures.get(goal.metric), again=True)
         elif first < sizes.steps and not self.patience.over:
             self.evaluator.compile(state.trainable)
         shapes = self.feed.shapes(first + 1)
@@ -233,11 +239,12 @@ class Loop:
         window: _Window,
         unlogged: dict[str, Any] | None = None,
         value: float | None = None,
+        again: bool = False,
     ) -> None:
         self.logs.sync()  # a resumption needs all lines up to its checkpoint
         self.skipped.read()
         counts = (self.patience.best, self.patience.worse, self.skipped.total, self.skipped.in_a_row)
-        self.checkpoints.save(state, Progress(window.sums(), unlogged, *counts), value)
+        self.checkpoints.save(state, Progress(window.sums(), unlogged, *counts), value, again)
 
     def _entry(self, step: int, window: _Window) -> dict[str, Any]:
         loss, figures = window.figures()

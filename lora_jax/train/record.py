@@ -96,7 +96,8 @@ def run_facts(run: Run, sizes: Sizes, typed: Collection[str]) -> dict[str, Any]:
 def data_facts(rows: TokenDataset) -> dict[str, Any]:
     """Return the counts of a data set and the histogram of its lengths."""
     names = ("name", "rows", "tokens", "trained_tokens", "truncated", "dropped", "longest", "max_length")
-    return {name: getattr(rows, name) for name in names} | {"lengths": histogram(rows.lengths)}
+    facts = {name: getattr(rows, name) for name in names}
+    return facts | {"dropped": rows.dropped + rows.counts.long, "lengths": histogram(rows.lengths)}
 
 
 def histogram(lengths: np.ndarray) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lora_jax.models.sharding import placed, shardings
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.processes import lost, same_in_all, start, writes
 from lora_jax.train.checkpoint import Checkpoints, Identity, Progress
+from lora_jax.train.evaluation import Evaluator
 from lora_jax.train.export import export_adapter, export_model, training_facts
 from lora_jax.train.feed import Sizes, padding_multiple
 from lora_jax.train.loop import Loop, Outcome, run_sizes
@@ -90,6 +91,9 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
                 f"note: --lora.init_from was trained on a quantised base ({before.summary()})", soft_wrap=True
             )
     sizes = run_sizes(run)
+    evaluator = Evaluator(
+        run, sizes, signals
+    )  # before anything is written: what cannot be measured is refused
     aim = goal(config.train, list(run.eval_rows))
     check_saves(config.train, sizes.steps_per_epoch)
     state = init_state(run.trainable, make_optimizer(config.train, sizes.steps), run.key)
@@ -132,7 +136,9 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             ) as logs,
             Reporter(console, sizes.steps, int(state.step)) as reporter,
         ):
-            loop = Loop(run, sizes, state_shardings, logs, checkpoints, reporter, signals, profiler)
+            loop = Loop(
+                run, sizes, state_shardings, logs, checkpoints, reporter, signals, profiler, evaluator
+            )
             outcome = loop.train(state, progress)
             tracking.done(outcome.stopped_by is None, results(outcome))
     finally:

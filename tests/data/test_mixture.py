@@ -132,3 +132,15 @@ def test_rows_whose_first_window_has_nothing_to_train_on_are_held_out_whole(writ
     assert {*train.column("row")} | {*held.column("row")} == {1, 2, 3, 4, 5, 6}
     assert len({*held.column("row")}) == 3
     assert not {*train.column("row")} & {*held.column("row")}
+
+
+@pytest.mark.parametrize("weights", [(1, 1e-12), (1e308, 1e-308)])
+def test_weights_that_make_an_endless_epoch_are_one_clear_error(both, weights):
+    with pytest.raises(
+        UserError, match=r"--data\.mixture_weights: an epoch would have .* rows; give weights nearer"
+    ):
+        mixed(both, weights, "all_exhausted", seed=0)
+
+
+def test_weights_are_relative_however_large(both):
+    assert count(mixed(both, (1e308, 1e308), "first_exhausted", seed=0)) == [4, 4]

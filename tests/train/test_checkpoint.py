@@ -265,3 +265,18 @@ def test_the_state_before_the_first_step_can_be_saved(tmp_path: Path) -> None:
         checkpoints.save(first, Progress([0.0, 0.0]))
     with opened(tmp_path / "checkpoints") as checkpoints:
         assert equal(checkpoints.restore(first)[0], first)
+
+
+def test_a_checkpoint_that_is_saved_again_with_its_figure_may_be_the_best(tmp_path: Path) -> None:
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(state(1), Progress([]), 2.0)
+        checkpoints.save(state(2), Progress([1.0, 2.0], {"step": 2}))
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(state(2), Progress([]), 1.0)
+        assert checkpoints.best == Best(1, 2.0), "a step is saved once"
+        checkpoints.save(state(2), Progress([]), 1.0, again=True)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.best == Best(2, 1.0)
+        restored, progress = checkpoints.restore(state(0, seed=1))
+        assert equal(restored, state(2))
+        assert progress.unlogged is None
