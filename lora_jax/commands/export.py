@@ -21,7 +21,7 @@ from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter_config,
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.model_card import TrainingFacts, adapter_card
-from lora_jax.hub.push import check_push, push
+from lora_jax.hub.push import check_push, push_output
 from lora_jax.hub.tokenizer import copy_tokenizer
 from lora_jax.models.families import read_config
 
@@ -80,12 +80,7 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
         )
         write_text(aside / "README.md", card)
     console.print(f"wrote {options.output}, rank {folded.r} and scale 1 in all modules", soft_wrap=True)
-    if options.push_to_hub is not None:
-        url = push(
-            Path(options.output).expanduser(), options.push_to_hub, private=options.hub_private_repo,
-            revision=options.hub_revision,
-        )  # fmt: skip
-        console.print(f"pushed to {url}", highlight=False, soft_wrap=True)
+    push_output(Path(options.output).expanduser(), options, console)
     return 0
 
 
@@ -94,9 +89,7 @@ def _from_checkpoint(options: ExportOptions, console: Console) -> int:
     if options.adapter:
         raise UserError("--checkpoint: excludes --adapter; give one of the two")
     if options.push_to_hub is not None:
-        raise UserError(
-            "--checkpoint: excludes --push_to_hub; push the folder written with huggingface-cli upload"
-        )
+        raise UserError("--checkpoint: excludes --push_to_hub; push the folder written with hf upload")
     if not options.output:
         raise UserError("export: needs --output; give the folder to write to")
     saved = saved_adapter(options.checkpoint)

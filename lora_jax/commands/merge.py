@@ -22,7 +22,7 @@ from lora_jax.hub.bitsandbytes import Bits, QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.model_card import TrainingFacts, model_card
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
-from lora_jax.hub.push import check_push, push
+from lora_jax.hub.push import check_push, push_output
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.tokenizer import TOKENIZER_FILE
 from lora_jax.hub.writer import parse_size
@@ -150,12 +150,7 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     console.print(f"merged {len(adapter.plan.targets)} modules into {options.output}{how}", soft_wrap=True)
     if quantized:
         comparison.print(console, options.prompts, tokenizer)
-    if options.push_to_hub is not None:
-        url = push(
-            Path(options.output).expanduser(), options.push_to_hub, private=options.hub_private_repo,
-            revision=options.hub_revision,
-        )  # fmt: skip
-        console.print(f"pushed to {url}", highlight=False, soft_wrap=True)
+    push_output(Path(options.output).expanduser(), options, console)
     return 0
 
 

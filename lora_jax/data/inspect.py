@@ -56,7 +56,7 @@ def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, limit: int
 
 def _first_of_each(dataset: TokenDataset, limit: int) -> list[int]:
     """Return the places of the first rows of each part."""
-    of_part = np.searchsorted(dataset.starts, dataset.order, side="right") - 1
+    of_part = dataset.part_numbers
     return [
         int(index) for part in range(len(dataset.parts)) for index in np.flatnonzero(of_part == part)[:limit]
     ]

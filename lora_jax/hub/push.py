@@ -5,11 +5,42 @@ from __future__ import annotations
 import os
 from pathlib import Path, PurePath
 from shlex import quote
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+from rich.console import Console
 
 from lora_jax.errors import UserError, listing
 
 LOG_IN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
+
+
+@runtime_checkable
+class PushOptions(Protocol):
+    """Where a command pushes what it wrote, if anywhere."""
+
+    @property
+    def push_to_hub(self) -> str | None:
+        """Id of the repository."""
+        ...
+
+    @property
+    def hub_private_repo(self) -> bool:
+        """Whether one that is made is private."""
+        ...
+
+    @property
+    def hub_revision(self) -> str | None:
+        """Branch to push to."""
+        ...
+
+
+def push_output(folder: Path, options: PushOptions, console: Console) -> None:
+    """Push a folder where the options ask for it, and print where to; raises UserError as `push` does."""
+    if options.push_to_hub is not None:
+        url = push(
+            folder, options.push_to_hub, private=options.hub_private_repo, revision=options.hub_revision
+        )
+        console.print(f"pushed to {url}", highlight=False, soft_wrap=True)
 
 
 def check_push(repo_id: str, folder: PurePath) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -118,8 +118,8 @@ def about_rows(rows: TokenDataset) -> dict[str, str | None]:
             f"{_share(long, all_rows)} training rows are longer than --data.max_length {rows.max_length:,} "
             "and lose their ends, or are left out; raise it, or shorten them"
         )
-    once = rows.select(np.unique(rows.order, return_index=True)[1])  # a mixture repeats rows on purpose
-    repeated = len(once) - len(np.unique(_digests(once)))
+    once = _digests(rows)[np.unique(rows.order, return_index=True)[1]]  # a mixture repeats rows on purpose
+    repeated = len(once) - len(np.unique(once))
     if repeated > BULK * len(once):
         found["duplicates"] = f"{_share(repeated, len(once))} training rows repeat another row to the token"
     return found
@@ -169,6 +169,7 @@ def untouched(trainable: Any, mesh: Mesh) -> tuple[list[str], int]:
     return [name for name, flag in moved.items() if not bool(flag)], len(leaves)
 
 
+@lru_cache(maxsize=1)  # the training rows are asked about twice, one time after the other
 def _digests(rows: TokenDataset) -> np.ndarray:
     """Return a number for each row that rows of equal tokens share, and no others but by chance."""
 

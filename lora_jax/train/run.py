@@ -17,7 +17,7 @@ from lora_jax.adapters.notes import read_notes
 from lora_jax.config import RunConfig, check
 from lora_jax.errors import INTERRUPTED, UserError
 from lora_jax.hub.fingerprint import fingerprint
-from lora_jax.hub.push import check_push, push
+from lora_jax.hub.push import check_push, push_output
 from lora_jax.models.sharding import placed, shardings
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.processes import lost, same_in_all, start, writes
@@ -164,8 +164,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     console.print(f"wrote {written}", highlight=False, soft_wrap=True)
     if config.push_to_hub is not None and writes():
         assert isinstance(written, Path)
-        url = push(written, config.push_to_hub, private=config.hub_private_repo, revision=config.hub_revision)
-        console.print(f"pushed to {url}", highlight=False, soft_wrap=True)
+        push_output(written, config, console)
     return 0
 
 
