@@ -86,7 +86,7 @@ def ours(model: str, folder: Path, steps: int, *flags: str) -> Figures:
     """Train as the command line does, with `flags` beside those that make the runs comparable."""
     from lora_jax.cli import main
 
-    output = folder / "lora_jax"
+    output = Path(tempfile.mkdtemp(prefix="lora_jax-", dir=folder))
     common = {
         "--model.path": model, "--model.dtype": "float32", "--data.path": str(folder / "train.jsonl"),
         "--data.eval_path": str(folder / "eval.jsonl"), "--data.max_length": str(LENGTH), "--lora.r": str(RANK),
@@ -116,17 +116,17 @@ def batch(rows: int, passes: int) -> tuple[str, ...]:
 
 TRL, BEST, OURS, PACKED = "TRL", "TRL, rows grouped by length", "lora_jax", "lora_jax, packed"
 CONTENDERS: dict[str, Callable[[str, Path, int], Figures]] = {
+    OURS: lambda model, folder, steps: ours(model, folder, steps, *batch(2, 4)),
+    PACKED: lambda model, folder, steps: ours(model, folder, steps, *batch(3, 1), "--data.packing", "bfd"),
+    f"{BEST}, 2 x 4": partial(
+        trl, train_sampling_strategy="group_by_length", per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    ),
     TRL: trl,
     f"{BEST}, 8 x 1": partial(
         trl, train_sampling_strategy="group_by_length", per_device_train_batch_size=8,
         gradient_accumulation_steps=1,
     ),
-    f"{BEST}, 2 x 4": partial(
-        trl, train_sampling_strategy="group_by_length", per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-    ),
-    OURS: lambda model, folder, steps: ours(model, folder, steps, *batch(2, 4)),
-    PACKED: lambda model, folder, steps: ours(model, folder, steps, *batch(3, 1), "--data.packing", "bfd"),
 }  # fmt: skip
 
 
