@@ -21,7 +21,7 @@ export JAX_PLATFORMS ?= cpu
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak parity check check-report format memory aot aot-cuda clean
+.PHONY: help demo test test-slow soak parity check check-report format memory aot aot-cuda clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -35,8 +35,11 @@ demo: $(VENV)/.installed ## Train the shipped model on the shipped rows, merge, 
 	@echo "After:"
 	@$(BIN)/lora-jax generate --model.path $(DEMO)/merged --prompt "$(PROMPT)"
 
-test: $(VENV)/.installed-test ## Run the tests that need no torch.
-	$(BIN)/python -m pytest --ignore=tests/parity -n 2 --dist loadfile $(ARGS)
+test: $(VENV)/.installed-test ## Run the tests that need no torch, but for the slow ones.
+	$(BIN)/python -m pytest --ignore=tests/parity -m "not slow" -n 2 --dist loadfile $(ARGS)
+
+test-slow: $(VENV)/.installed-test ## Run the slow ones: meshes, several processes, kernels, thousands of generated cases.
+	$(BIN)/python -m pytest --ignore=tests/parity -m slow -n 2 --dist worksteal $(ARGS)
 
 soak: $(VENV)/.installed-test ## Kill a training run 25 times and resume it, then check 10,000 generated files of rows; some minutes.
 	$(BIN)/python scripts/soak.py $(ARGS)

@@ -35,10 +35,13 @@ _NUMBERS: dict[Any, tuple[Callable[[str], float], str]] = {
 }
 
 
-def parse(kind: type[Options], arguments: Sequence[str], *, program: str) -> tuple[Options, frozenset[str]]:
+def parse(
+    kind: type[Options], arguments: Sequence[str], *, program: str, also: type | None = None
+) -> tuple[Options, frozenset[str]]:
     """Return the options and the names of those that were given, such as lora.r.
 
-    A first argument that is no flag is a YAML file. Raises UserError for an unknown option, a bad value or
+    A first argument that is no flag is a YAML file, which may be one of the options `also`: those that `kind` lacks
+    are passed over. Raises UserError for an unknown option, a bad value or
     a bad file; `--help` prints and exits.
     """
     rest = list(arguments)
@@ -47,7 +50,9 @@ def parse(kind: type[Options], arguments: Sequence[str], *, program: str) -> tup
     if "-h" in rest or "--help" in rest:
         _tyro(kind, ["--help"], program, default=_needed(kind()))
     if rest and not rest[0].startswith("-"):
-        flags = _yaml_flags(Path(rest.pop(0)).expanduser(), names)
+        known = names | (option_names(also) if also else {})
+        found = _yaml_flags(Path(rest.pop(0)).expanduser(), known)
+        flags = {name: values for name, values in found.items() if name in names}
     flags |= _typed_flags(rest, names)
     given = [text for name, values in flags.items() for text in _words(name, names[name], values)]
     output = io.StringIO()
@@ -193,8 +198,11 @@ def _checked(hint: Any, values: list[str], label: str) -> list[str]:
     if get_origin(hint) is dict:
         if len(values) % 2:
             raise UserError(
-                f"{label} {' '.join(values)}: takes pairs; give each name and its value: q_proj 8"
+                f"{label} {' '.join(values)}: takes pairs; give each name and its value: "
+                f"{'q_proj 8' if kinds[1] is not str else 'NAME FILE'}"
             )
+        if (name := next((name for name in values[::2] if values[::2].count(name) > 1), None)) is not None:
+            raise UserError(f"{label} {' '.join(values)}: gives {name} twice; give it one value")
         return [_value(kinds[index % 2], value, label) for index, value in enumerate(values)]
     kind = next(item for item in kinds if item is not NoneType) if optional else hint
     if not values or values == ["None"]:

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 
+from lora_jax.adapters.count import trainable_parameters
 from lora_jax.adapters.notes import Notes
 from lora_jax.adapters.peft import Tensors, export_tensors, saved_config
 from lora_jax.config import RunConfig
@@ -19,13 +20,16 @@ from lora_jax.errors import UserError, listing
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.fingerprint import fingerprint
+from lora_jax.hub.model_card import TrainingFacts
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models.families import read_config
 from lora_jax.models.quantization import quantization_of
 from lora_jax.options import parse
+from lora_jax.report.runs import RunFiles, read_lines
 from lora_jax.train.adapted import adapted
+from lora_jax.train.export import planned_facts
 from lora_jax.train.output import CHECKPOINTS, CONFIG
 
 BEST, LAST = "best", "last"
@@ -35,13 +39,14 @@ TRAINABLE = "trainable."
 
 @dataclass(frozen=True)
 class Saved:
-    """An adapter as PEFT writes it, the step it was saved at, and its base."""
+    """An adapter as PEFT writes it, the step it was saved at, its base, and what its model card says."""
 
     step: int
     config: AdapterConfig
     tensors: Tensors
     notes: Notes
     base: Checkpoint
+    facts: TrainingFacts
 
 
 def saved_adapter(given: str) -> Saved:
@@ -59,6 +64,7 @@ def saved_adapter(given: str) -> Saved:
         )
     base = open_checkpoint(resolve(config.model.path, config.model.revision))
     model_config = read_config(base.config, base.folder)
+    stored_rows = model_config.vocab_size
     quantization = quantization_of(config.model, base, model_config, typed)
     if config.model.resize_vocab:
         rows = max(model_config.vocab_size, len(load_tokenizer(base.folder)))
@@ -67,9 +73,31 @@ def saved_adapter(given: str) -> Saved:
     step, trained = _read(folder / CHECKPOINTS, which, given, base)
     packed = isinstance(base, PackedCheckpoint)
     dtype = "auto" if packed else config.model.dtype
-    notes = Notes(found.model_config.vocab_size, dtype, quantization, packed)
+    rows = found.model_config.vocab_size
+    notes = Notes(rows, dtype, quantization, packed)
     tensors = export_tensors(trained, found.plan)
-    return Saved(step, saved_config(found.lora_config, found.plan), tensors, notes, base)
+    facts = replace(
+        _logged(folder, step, planned_facts(found.config)),
+        trainable_parameters=trainable_parameters(found.plan, found.model_config)[0],
+        quantization=quantization.summary() if quantization else None,
+        resized_vocabulary=rows if rows > stored_rows else None,
+    )
+    return Saved(step, saved_config(found.lora_config, found.plan), tensors, notes, base, facts)
+
+
+def _logged(folder: Path, step: int, facts: TrainingFacts) -> TrainingFacts:
+    """Return the facts with what the run logged at its start and at a step."""
+    run = RunFiles(folder.name, folder, read_lines(folder))
+    lines = {int(line["step"]): line for line in run.lines}
+    name = next((f"eval_{name}_loss" if name else "eval_loss" for name in run.all_eval_sets), "")
+    before, here = lines.get(0, {}), lines.get(step, {})
+    return replace(
+        facts,
+        steps=step,
+        num_tokens=here.get("num_tokens"),
+        eval_loss_before=before.get(name),
+        eval_loss_after=here.get(name),
+    )
 
 
 def _split(given: str) -> tuple[Path, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +17,7 @@ from lora_jax.adapters.read import open_adapter
 from lora_jax.commands.checkpoints import saved_adapter
 from lora_jax.commands.merge import base_folder, check_target
 from lora_jax.errors import UserError
-from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter_config, write_adapter
+from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, AdapterConfig, read_adapter_config, write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.model_card import TrainingFacts, adapter_card
@@ -36,10 +36,11 @@ class ExportOptions:
     """Instead of an adapter the output_dir of a run, its last checkpoint; OUT:STEP or OUT:best for another."""
     output: str = ""
     """Folder to write to."""
-    for_: Annotated[Literal["vllm"], tyro.conf.arg(name="for")] = "vllm"
-    """Program that will serve the adapter: vllm reads one rank and one alpha for all modules."""
+    for_: Annotated[Literal["vllm"] | None, tyro.conf.arg(name="for")] = None
+    """Program that will serve the adapter: vllm, also where it is unset, reads one rank and one alpha for all modules;
+    a checkpoint's adapter is written as it was trained."""
     base: str | None = None
-    """Base model: a folder or a Hub id; unset is the one that the adapter names."""
+    """Base model of the adapter: a folder or a Hub id; unset is the one that it names."""
     overwrite: bool = False
     """Replace what output holds."""
     push_to_hub: str | None = None
@@ -74,11 +75,7 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
         rows = adapter.model_config.vocab_size
         resized = rows if rows > model_config.vocab_size else None
         facts = TrainingFacts(resized_vocabulary=resized, version=__version__, hub_id=options.push_to_hub)
-        named = folded.base_model_name_or_path
-        card = adapter_card(
-            folded, facts, base_is_local=named is not None and Path(named).expanduser().exists()
-        )
-        write_text(aside / "README.md", card)
+        _write_card(aside, folded, facts)
     console.print(f"wrote {options.output}, rank {folded.r} and scale 1 in all modules", soft_wrap=True)
     push_output(Path(options.output).expanduser(), options, console)
     return 0
@@ -88,15 +85,28 @@ def _from_checkpoint(options: ExportOptions, console: Console) -> int:
     """Write a checkpoint's adapter as it is, for PEFT and for lora_jax."""
     if options.adapter:
         raise UserError("--checkpoint: excludes --adapter; give one of the two")
-    if options.push_to_hub is not None:
-        raise UserError("--checkpoint: excludes --push_to_hub; push the folder written with hf upload")
+    for name, value in (("for", options.for_), ("base", options.base)):
+        if value is not None:
+            raise UserError(
+                f"--{name} {value}: goes with --adapter; export the checkpoint without it, and its folder with it"
+            )
     if not options.output:
         raise UserError("export: needs --output; give the folder to write to")
+    if options.push_to_hub is not None:
+        check_push(options.push_to_hub, Path(options.output))
     saved = saved_adapter(options.checkpoint)
     check_target(options.output, ADAPTER_CONFIG_FILE, saved.base.folder)
     with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:
         write_adapter(aside, saved.config, saved.tensors)
         copy_tokenizer(saved.base.folder, aside)
         write_notes(aside, saved.notes)
+        _write_card(aside, saved.config, replace(saved.facts, hub_id=options.push_to_hub))
     console.print(f"wrote {options.output}, the adapter of step {saved.step}", soft_wrap=True)
+    push_output(Path(options.output).expanduser(), options, console)
     return 0
+
+
+def _write_card(folder: Path, config: AdapterConfig, facts: TrainingFacts) -> None:
+    named = config.base_model_name_or_path
+    local = named is not None and Path(named).expanduser().exists()
+    write_text(folder / "README.md", adapter_card(config, facts, base_is_local=local))

@@ -9,14 +9,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lora_jax.config import DataOptions, ModelOptions, TrainOptions, check_data
+from lora_jax.config import DataOptions, ModelOptions, RunConfig, TrainOptions, check_data
 from lora_jax.errors import UserError
 from lora_jax.options import parse
 
 
 @dataclass(frozen=True)
 class InspectDataOptions:
-    """Show rows as tokens, the trained ones in colour; takes the model and data options of train."""
+    """Show rows as tokens, the trained ones in colour; takes train's YAML file and its model and data options."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -41,7 +41,8 @@ def inspect(arguments: Sequence[str]) -> int:
         )
         return 0
     if what == "data":
-        return inspect_data(parse(InspectDataOptions, rest, program="lora-jax inspect data")[0])
+        options, _ = parse(InspectDataOptions, rest, program="lora-jax inspect data", also=RunConfig)
+        return inspect_data(options)
     if what == "adapter":
         return inspect_adapter(parse(InspectAdapterOptions, rest, program="lora-jax inspect adapter")[0])
     raise UserError(

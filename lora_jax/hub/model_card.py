@@ -17,7 +17,7 @@ class TrainingFacts:
     """What a model card says about a run; what is not known is left out."""
 
     data: str | None = None
-    """The training data, as the user named it."""
+    """The training data: names of files, ids on the Hub."""
     steps: int | None = None
     """Optimiser steps."""
     num_tokens: int | None = None
@@ -40,6 +40,8 @@ class TrainingFacts:
     """Ids on the Hub of the data trained on."""
     eval_dataset: str | None = None
     """Id on the Hub of the data evaluated on."""
+    eval_configuration: str | None = None
+    """Its configuration, where it has several."""
     eval_split: str | None = None
     """Its split."""
     hub_id: str | None = None
@@ -57,13 +59,17 @@ def adapter_card(
     facts = facts or TrainingFacts()
     base = config.base_model_name_or_path
     base_id = base if base and not base_is_local and looks_like_id(base) else None
+    if facts.hub_id and base_id is None:
+        base = None  # a path of this machine tells nobody anything
     named_base, here = base or "BASE_MODEL", facts.hub_id or "."
     return "\n".join(
         [
             *_metadata(facts, base_id, "peft", "adapter", ["lora", "lora_jax"]),
             "# LoRA adapter" + (f" for {base_id}" if base_id else ""),
             "",
-            *_table([*_adapter_rows(config, base_id, facts.quantization), *_training_rows(facts)]),
+            *_table(
+                [("base model", _base(base, base_id)), *_adapter_rows(config, facts), *_training_rows(facts)]
+            ),
             "",
             "## Load it with PEFT",
             "",
@@ -94,13 +100,13 @@ def adapter_card(
 def model_card(base: str, facts: TrainingFacts, *, base_is_local: bool = False) -> str:
     """Return README.md for a model of which every parameter was trained, as `adapter_card` does for an adapter."""
     base_id = base if not base_is_local and looks_like_id(base) else None
-    here = json.dumps(facts.hub_id or ".")
+    here, named = json.dumps(facts.hub_id or "."), None if facts.hub_id and base_id is None else base
     return "\n".join(
         [
             *_metadata(facts, base_id, "transformers", "finetune", ["lora_jax"]),
             "# Fine-tuned model" + (f" of {base_id}" if base_id else ""),
             "",
-            *_table([("base model", _base(base, base_id) or base), *_training_rows(facts)]),
+            *_table([("base model", _base(named, base_id)), *_training_rows(facts)]),
             "",
             "## Load it with transformers",
             "",
@@ -137,6 +143,7 @@ def _metadata(
                 task_type="text-generation",
                 dataset_type=facts.eval_dataset,
                 dataset_name=facts.eval_dataset,
+                dataset_config=facts.eval_configuration,
                 dataset_split=facts.eval_split,
                 metric_type=kind,
                 metric_name=name,
@@ -177,15 +184,12 @@ def _base(base: str | None, base_id: str | None) -> str | None:
     return base and f"`{base}` (a local folder)"
 
 
-def _adapter_rows(
-    config: AdapterConfig, base_id: str | None, quantization: str | None
-) -> list[tuple[str, object]]:
+def _adapter_rows(config: AdapterConfig, facts: TrainingFacts) -> list[tuple[str, object]]:
     scale = "alpha / sqrt(r)" if config.use_rslora else "alpha / r"
     targets = config.target_modules
     return [
-        ("base model", _base(config.base_model_name_or_path, base_id)),
         ("base revision", config.revision),
-        ("base in training", quantization),
+        ("base in training", facts.quantization),
         ("rank (r)", config.r),
         ("lora_alpha", f"{config.lora_alpha:g} (scale {scale})"),
         ("lora_dropout", f"{config.lora_dropout:g}"),

@@ -75,10 +75,14 @@ class RunFiles:
         )
 
     @cached_property
+    def all_eval_sets(self) -> tuple[str, ...]:
+        """Names of the evaluation sets, in their order; one without a name has the empty one."""
+        return tuple(match[1] or "" for key in self.keys if (match := EVAL_LOSS.fullmatch(key)))
+
+    @cached_property
     def eval_sets(self) -> tuple[str, ...]:
         """Names of the named evaluation sets."""
-        found = [match[1] for key in self.keys if (match := EVAL_LOSS.fullmatch(key))]
-        return tuple(name for name in found if name is not None)
+        return tuple(filter(None, self.all_eval_sets))
 
     @cached_property
     def diverged(self) -> int | None:
@@ -133,6 +137,11 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
     return [replace(run, name=f"{run.name} ({_apart(run.folder, folders)})") for run in runs]
 
 
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """Return what a run has logged, one object a step."""
+    return _merged(_objects(folder / METRICS))
+
+
 def read_run(folder: Path) -> RunFiles:
     """Read a run's folder; raises UserError where it is none."""
     if not folder.is_dir():
@@ -146,7 +155,7 @@ def read_run(folder: Path) -> RunFiles:
     return RunFiles(
         name=str(named or folder.resolve().name),
         folder=folder,
-        lines=_merged(_objects(folder / METRICS)),
+        lines=read_lines(folder),
         options=options,
         record=_object(folder / RECORD),
         samples=_samples(_objects(folder / SAMPLES)),

@@ -20,13 +20,11 @@ Fact = tuple[str, str]
 
 def outcome(run: RunFiles) -> list[Fact]:
     """Return the figures that tell how a run went, those that are known."""
-    evals = run.series("eval_loss")[1]
     speeds = [value for value in run.series("tokens_per_second")[1] if math.isfinite(value)]
     mfus = [value for value in run.series("mfu")[1] if math.isfinite(value)]
     parameters = _mapping(run.record.get("parameters"))
     facts: list[tuple[str, str | None]] = [
-        ("eval loss", f"{evals[0]:.4f} → {evals[-1]:.4f}" if len(evals) > 1 else _decimal(run.last("eval_loss"))),
-        ("perplexity", _perplexity(run.last("eval_loss"))),
+        *evaluated(run),
         ("train loss", _decimal(run.last("loss"))),
         ("steps", f"{run.step:,} of {run.steps:,}" if run.steps and run.steps != run.step else f"{run.step:,}"),
         ("tokens seen", _whole(run.last("num_tokens"))),
@@ -36,6 +34,24 @@ def outcome(run: RunFiles) -> list[Fact]:
         ("trained", _share(parameters)),
     ]  # fmt: skip
     return [(name, value) for name, value in facts if value is not None]
+
+
+def evaluated(run: RunFiles) -> list[tuple[str, str | None]]:
+    """Return each evaluation set's loss before the first step and of what was exported, and the first's perplexity.
+
+    Of a run that is not finished the last evaluation's stands for the second.
+    """
+    final, facts = _mapping(run.record.get("results")), []
+    for name in run.all_eval_sets:
+        key, label = (f"eval_{name}_loss", f"eval loss, {name}") if name else ("eval_loss", "eval loss")
+        steps, values, _ = run.series(key)
+        exported = final.get(key)
+        after = exported if isinstance(exported, int | float) else values[-1]
+        before = values[0] if steps[0] == 0 and (len(values) > 1 or exported is not None) else None
+        facts.append((label, f"{after:.4f}" if before is None else f"{before:.4f} → {after:.4f}"))
+        if len(facts) == 1:
+            facts.append(("perplexity", _perplexity(after)))
+    return facts
 
 
 def troubles(run: RunFiles) -> list[str]:

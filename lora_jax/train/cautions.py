@@ -16,7 +16,7 @@ ones were given is read from there, so that a resumed run repeats none.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -50,7 +50,14 @@ class Cautions:
         """`given` are those that the run gave before it was resumed."""
         self.run, self.mesh = run, run.mesh
         self.checked_at, self._checked = MOVED_BY, False
+        self._moved: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None = None
         self._given = {text.partition(":")[0] for text in given}
+
+    def compile(self, trainable: Any) -> None:
+        """Compile what a warning has to compute, so that nothing is compiled after the first step."""
+        leaves = matrices(trainable)
+        if leaves and "untouched" not in self._given:
+            self._moved = moved(self.mesh).lower(leaves).compile()
 
     def before_training(self) -> list[str]:
         """Return what options and rows give reason to warn of."""
@@ -82,11 +89,12 @@ class Cautions:
         return self._new(found)
 
     def _untouched(self, step: int, trainable: Any) -> str | None:
-        names, total = untouched(trainable, self.mesh)
+        leaves = matrices(trainable)
+        names = [] if self._moved is None else untouched(self._moved(leaves))
         if not names:
             return None
         return (
-            f"after step {step} B is all zero in {len(names)} of {total} stacks of adapted modules "
+            f"after step {step} B is all zero in {len(names)} of {len(leaves)} stacks of adapted modules "
             f"({listing(names, 4)}): nothing of them is trained; is the learning rate far too small?"
         )
 
@@ -155,18 +163,20 @@ def start(name: str, loss: float | None, vocabulary: int, base_loss: float | Non
     return None
 
 
-def untouched(trainable: Any, mesh: Mesh) -> tuple[list[str], int]:
-    """Return the paths of the adapted stacks whose B is all zero, and how many are adapted; all processes ask."""
-    leaves = {
-        "/".join(path[:-1]): leaf
-        for path, leaf in flatten_dict(dict(trainable)).items()
-        if path[-1] == "lora_B"
-    }
-    if not leaves:
-        return [], 0
-    same = NamedSharding(mesh, P())
-    moved = jax.jit(partial(jax.tree.map, jnp.any), out_shardings=same)(leaves)
-    return [name for name, flag in moved.items() if not bool(flag)], len(leaves)
+def moved(mesh: Mesh) -> Any:
+    """Return the jitted function that says of each array whether anything in it is not zero, to all processes."""
+    return jax.jit(partial(jax.tree.map, jnp.any), out_shardings=NamedSharding(mesh, P()))
+
+
+def untouched(flags: Mapping[str, jax.Array]) -> list[str]:
+    """Return the paths of what has not moved."""
+    return [name for name, flag in flags.items() if not bool(flag)]
+
+
+def matrices(trainable: Any) -> dict[str, jax.Array]:
+    """Return the stacked B of each adapted module by its path."""
+    flat: Any = flatten_dict(dict(trainable))
+    return {"/".join(path[:-1]): leaf for path, leaf in flat.items() if path[-1] == "lora_B"}
 
 
 @lru_cache(maxsize=1)  # the training rows are asked about twice, one time after the other

@@ -86,7 +86,7 @@ class Progress(NamedTuple):
     """Where the loop stands beside its state."""
 
     window: list[float]
-    """Sums since the last logged step: loss over the trained tokens, their number, and those that were right."""
+    """Sums since the last logged step (`Window.sums`)."""
     unlogged: dict[str, Any] | None = None
     """This step's line of metrics.jsonl, where the run was stopped in the evaluation that belongs to it."""
     best: float | None = None
@@ -190,7 +190,7 @@ class Checkpoints:
         """Raise UserError where the checkpoint that was being written has failed; waits for nothing."""
         if self._writing and not self.manager.is_saving_in_progress():
             self._writing = False
-            self._wait()
+            self.wait()
 
     def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, Progress]:
         """Return what `save` was given at a step, the last by default.
@@ -198,7 +198,7 @@ class Checkpoints:
         Each array comes in the shape, dtype and sharding that it has in `state`, which it need not hold any more.
         Raises UserError where it was made with other options or on another base, naming them, or cannot be read.
         """
-        self._wait()
+        self.wait()
         step = self.manager.latest_step() if step is None else step
         json_restore = ocp.args.JsonRestore
         notes = self._read(step, options=json_restore(), progress=json_restore())
@@ -246,11 +246,12 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the checkpoint being written; raises UserError where it cannot be."""
         if not self._failed:
-            self._wait()
+            self.wait()
             self.manager.close()
             sys.unraisablehook = self._hook
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Return when what is being written is whole; raises UserError where it cannot be written."""
         try:
             self.manager.wait_until_finished()
         except Exception as error:

@@ -1,7 +1,7 @@
 """What is measured between two steps: figures on the evaluation sets, and completions of fixed prompts.
 
 The loss is the weighted sum over all trained tokens of a set divided by their weight, so it depends neither on the rows
-in a batch nor on padding. Sums are added on the device, batch by batch; no logits are kept.
+in a batch nor on padding. Sums are added batch by batch; no logits are kept.
 """
 
 from __future__ import annotations
@@ -87,12 +87,17 @@ class Evaluator:
                 self._completed(asked, trainable, passes=2)
 
     def _sums(self, rows: TokenDataset, trainable: Any, adapter: Any) -> EvalSums:
-        total = EvalSums(*(np.float64(0) for _ in EvalSums._fields))  # pyright: ignore[reportArgumentType]
+        total = np.zeros(len(EvalSums._fields))
+        queued: EvalSums | None = None
         for batch in self._batches(rows):
             sums = self.eval_step(trainable, self.run.frozen, adapter, batch)
-            total = EvalSums(*(whole + float(part) for whole, part in zip(total, sums, strict=True)))
+            if queued is not None:  # read only when the next one is under way, so that no device waits
+                total += [float(part) for part in queued]
+            queued = sums
             self._interrupted()
-        return total
+        if queued is not None:
+            total += [float(part) for part in queued]
+        return EvalSums(*total)  # pyright: ignore[reportArgumentType]
 
     def _batches(self, rows: TokenDataset) -> Iterator[Batch]:
         return evaluation(rows, self.sizes, self.run.mesh, self.padding_id)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from lora_jax import __version__
 from lora_jax.adapters.notes import Notes, write_notes
 from lora_jax.adapters.peft import export_tensors, saved_config
+from lora_jax.config import RunConfig
 from lora_jax.hub.adapter_files import write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.bucket import Place
@@ -49,30 +51,41 @@ def export_adapter(run: Run, trainable: Any, folder: Place, facts: TrainingFacts
 
 def training_facts(run: Run, outcome: Outcome) -> TrainingFacts:
     """Return what a model card says about a run."""
-    config = run.config
-    data = config.data.path
-    eval_data = config.data.eval_path or next(iter(config.data.eval_paths.values()), None)
-    on_hub = [
-        path
-        for path in (*data, eval_data)
-        if path and looks_like_id(path) and not Path(path).expanduser().exists()
-    ]
-    return TrainingFacts(
-        data=", ".join(data),
+    return replace(
+        planned_facts(run.config),
         steps=int(outcome.state.step),
         num_tokens=outcome.num_tokens,
         trainable_parameters=run.parameters[0],
-        learning_rate=config.train.learning_rate,
         eval_loss_before=outcome.eval_before,
         eval_loss_after=outcome.eval_after,
         resized_vocabulary=run.resized_vocabulary,
         quantization=run.quantization.summary() if run.quantization else None,
+    )
+
+
+def planned_facts(config: RunConfig) -> TrainingFacts:
+    """Return what a model card says about a run that its options alone tell."""
+    data = config.data.path
+    eval_data = config.data.eval_path or next(iter(config.data.eval_paths.values()), "")
+    evaluated = _on_hub(eval_data)
+    return TrainingFacts(
+        data=", ".join(path if _on_hub(path) else PurePath(path).name for path in data),
+        learning_rate=config.train.learning_rate,
         version=__version__,
-        datasets=tuple(path for path in data if path in on_hub),
-        eval_dataset=eval_data if eval_data in on_hub else None,
+        datasets=tuple(dict.fromkeys(found[0] for path in data if (found := _on_hub(path)))),
+        eval_dataset=evaluated[0] if evaluated else None,
+        eval_configuration=evaluated[1] if evaluated else None,
         eval_split=config.data.eval_split or config.data.split,
         hub_id=config.push_to_hub,
     )
+
+
+def _on_hub(path: str) -> tuple[str, str | None] | None:
+    """Return the id of a data set on the Hub and its configuration; None for a file."""
+    identifier, _, configuration = path.partition(":")
+    if not looks_like_id(identifier) or Path(path).expanduser().exists():
+        return None
+    return identifier, configuration or None
 
 
 def export_model(run: Run, trainable: Any, folder: Place, facts: TrainingFacts) -> Place:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,9 +26,10 @@ from lora_jax.train.report import Reporter
 from lora_jax.train.setup import Run
 from lora_jax.train.signals import Signals
 from lora_jax.train.skipped import Skipped, places
-from lora_jax.train.step import StepMetrics, TrainState, make_train_step
+from lora_jax.train.step import TrainState, make_train_step
 from lora_jax.train.stopping import EVALUATED, Patience
 from lora_jax.train.utilisation import utilisation_of_a_token
+from lora_jax.train.window import Window
 
 WARNINGS, BASE_LOSS = "warnings", "base_eval_loss"
 """Keys of a line of metrics.jsonl: warnings given since the line before; the first set's loss without an adapter."""
@@ -140,13 +140,14 @@ class Loop:
             progress = progress._replace(window=[])
             if self._saves(first) or (first == sizes.steps and options.save_strategy != "no"):
                 # With its figure, by which it may be the best, as if it had never been stopped.
-                window = _Window(self.feed.tokens_before(first + 1), [])
+                window = Window(self.feed.tokens_before(first + 1), [])
                 self._save(state, window, value=evaluation.figures.get(goal.metric), again=True)
         elif first < sizes.steps and not self.patience.over:
             self.evaluator.compile(state.trainable)
+        self.cautions.compile(state.trainable)
         shapes = self.feed.shapes(first + 1)
         self.train_step.compile(state, self.run.frozen, self.run.adapter, batches=shapes)
-        window = _Window(self.feed.tokens_before(first + 1), progress.window)
+        window = Window(self.feed.tokens_before(first + 1), progress.window)
         stopped: int | None = None
         self.signals.compiling()
         for step in range(first + 1, sizes.steps + 1):
@@ -236,7 +237,7 @@ class Loop:
     def _save(
         self,
         state: TrainState,
-        window: _Window,
+        window: Window,
         unlogged: dict[str, Any] | None = None,
         value: float | None = None,
         again: bool = False,
@@ -246,7 +247,7 @@ class Loop:
         counts = (self.patience.best, self.patience.worse, self.skipped.total, self.skipped.in_a_row)
         self.checkpoints.save(state, Progress(window.sums(), unlogged, *counts), value, again)
 
-    def _entry(self, step: int, window: _Window) -> dict[str, Any]:
+    def _entry(self, step: int, window: Window) -> dict[str, Any]:
         loss, figures = window.figures()
         if self.utilisation is not None:
             figures["mfu"] = self.utilisation * figures["tokens_per_second"]
@@ -300,55 +301,6 @@ class Loop:
             self.options.save_strategy
         ]
         return every > 0 and step % every == 0
-
-
-class _Window:
-    """The steps since the last logged one: mean loss over their trained tokens, time and tokens."""
-
-    def __init__(self, tokens: int, sums: list[float]) -> None:
-        self.tokens = tokens
-        self.restart()
-        self.carried = sums or self.carried
-
-    def restart(self) -> None:
-        self.carried = [0.0, 0.0, 0.0]
-        self.pending: list[tuple[StepMetrics, int]] = []
-        self.started = time.perf_counter()
-
-    def add(self, tokens: int, metrics: StepMetrics) -> None:
-        self.tokens += tokens
-        # Steps are only queued here. With two under way the device never waits, and a signal does not wait long.
-        if self.pending:
-            jax.block_until_ready(self.pending[-1][0])
-        self.pending.append((metrics, tokens))
-
-    def sums(self) -> list[float]:
-        """Return the loss summed over the trained tokens, their number, and those right; waits for the steps.
-
-        Steps that were skipped do not count.
-        """
-        total, count, right = self.carried
-        for metrics, _ in self.pending:
-            if not bool(metrics.finite):
-                continue
-            trained = int(metrics.trained_tokens)
-            total, count = total + float(metrics.loss) * trained, count + trained
-            right += float(metrics.right_tokens)
-        return [total, count, right]
-
-    def figures(self) -> tuple[float, dict[str, Any]]:
-        """Return the mean loss, and the other figures of a logged line; waits for the steps."""
-        total, count, right = self.sums()
-        seconds = time.perf_counter() - self.started
-        last, _ = self.pending[-1]
-        skipped = not count and not all(bool(metrics.finite) for metrics, _ in self.pending)
-        return math.nan if skipped else total / max(1, count), {
-            "token_accuracy": math.nan if skipped else right / max(1, count),
-            "grad_norm": float(last.grad_norm),
-            "num_tokens": self.tokens,
-            "tokens_per_second": sum(tokens for _, tokens in self.pending) / seconds,
-            "step_seconds": seconds / len(self.pending),
-        }
 
 
 def evaluated_figures(line: Mapping[str, Any]) -> dict[str, float]:

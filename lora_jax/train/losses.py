@@ -2,10 +2,11 @@
 
 The head is the widest product of a step and only positions with a weight need it. They are sorted to the front and
 taken a chunk at a time, for as many chunks as there are trained positions; a chunk's logits are gone before the next
-begins. Where nothing in the head is trained, they are formed a block of the vocabulary at a time (`blocks.py`), so that
-memory does not grow with it. The forward pass already forms the gradients with respect to the hidden states and to
-whatever is trained in the head, so the backward pass repeats no product: two head-sized products a trained token in
-all, and no residual of the size of the vocabulary. The same logits tell which tokens are right, at no measurable cost.
+begins, and the wider the vocabulary, the smaller a chunk. On CPUs, where nothing in the head is trained, they are
+formed a block of the vocabulary at a time (`blocks.py`). So memory is bounded for any vocabulary. The forward pass
+already forms the gradients with respect to the hidden states and to whatever is trained in the head, so the backward
+pass repeats no product: two head-sized products a trained token in all, and no residual of the size of the vocabulary.
+The same logits tell which tokens are right, at no measurable cost.
 
 Under a mesh every device does so with positions of its own, whatever the axis that it shares out elsewhere: the head is
 gathered once, and nothing is sent while chunks are computed.
@@ -31,6 +32,8 @@ CHUNK = 512
 
 What is left below a whole chunk is taken as a half and a quarter of one, so that few positions are computed in vain.
 """
+LOGITS = 2**26
+"""Logits that exist at once, 256 MiB in float32: a wider vocabulary than 131,072 has smaller chunks, to a quarter."""
 
 
 @jax.custom_vjp
@@ -127,7 +130,7 @@ def _local_loss(
     key: Array | None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     tokens = hidden.shape[0] * hidden.shape[1]
-    least, sizes = _sizes(tokens)
+    least, sizes = _sizes(tokens, model.config.vocab_size)
     flat = hidden.reshape(tokens, -1)
     order = jnp.argsort(weights.reshape(tokens) == 0, stable=True)
     order = jnp.pad(
@@ -222,10 +225,10 @@ def _local_loss(
     return total(trainable, flat, constant, order, parts, labels, scale, key)
 
 
-def _sizes(tokens: int) -> tuple[int, tuple[int, ...]]:
+def _sizes(tokens: int, vocab: int) -> tuple[int, tuple[int, ...]]:
     """Return the least chunk for so many positions, and the sizes of all chunks, each twice the next."""
     least = min(CHUNK // 4, tokens)
-    larger = (size for size in (CHUNK, CHUNK // 2) if least < size <= tokens)
+    larger = (size for size in (CHUNK, CHUNK // 2) if least < size <= tokens and size * vocab <= LOGITS)
     return least, (*larger, least)
 
 

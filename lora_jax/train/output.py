@@ -197,11 +197,12 @@ class Logs:
         samples: bool = False,
         also: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        """Open those of an output folder; samples.jsonl only where there is a prompt to sample.
+        """Open those of an output folder; samples.jsonl where there is a prompt to sample, or was before a resumption.
 
         `also` is given each new object of metrics.jsonl.
         """
         self.metrics = MetricsLog(folder / METRICS, keep_to, also)
+        samples |= keep_to is not None and (folder / SAMPLES).exists()
         self.samples = MetricsLog(folder / SAMPLES, keep_to) if samples else None
 
     def write_samples(self, lines: Iterable[dict[str, Any]]) -> None:

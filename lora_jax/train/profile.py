@@ -13,6 +13,14 @@ from lora_jax.parallel.processes import writes
 from lora_jax.train.output import PROFILE
 
 
+def check_profile(asked: tuple[int, ...], steps: int) -> None:
+    """Raise UserError where a run of so many steps does not come to the first step to trace."""
+    if asked and asked[0] > steps:
+        raise UserError(
+            f"--train.profile_steps {' '.join(map(str, asked))}: the run has {steps:,} steps; give earlier ones"
+        )
+
+
 class Profiler:
     """Traces from the first step asked for to the last, or to where the run ends."""
 

@@ -2,8 +2,9 @@
 
 `status` is running, finished, stopped (by a signal) or failed; a run that was killed says running for ever. `started`
 and `ended` are times in UTC, `resumed` the times and steps that were gone on from. `command` is a command line of the
-options that were given, `tracking` what a tracker needs to go on with the same run, `results` the final figures. The
-lengths in `data` are {"width": w, "counts": [rows of 1 to w tokens, of w + 1 to 2w, …]}.
+options that were given, `tracking` what a tracker needs to go on with the same run, `results` the figures of the
+exported state, and by NAME_before those before the first step. The lengths in `data` are {"width": w, "counts": [rows
+of 1 to w tokens, of w + 1 to 2w, …]}.
 """
 
 from __future__ import annotations

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import zlib
 from collections.abc import Collection
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from rich.console import Console
@@ -38,7 +41,7 @@ from lora_jax.train.output import (
     open_output,
     output_folder,
 )
-from lora_jax.train.profile import Profiler
+from lora_jax.train.profile import Profiler, check_profile
 from lora_jax.train.record import Record, run_facts
 from lora_jax.train.report import Reporter, print_facts
 from lora_jax.train.scores import check_installed
@@ -91,6 +94,11 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
                 f"note: --lora.init_from was trained on a quantised base ({before.summary()})", soft_wrap=True
             )
     sizes = run_sizes(run)
+    if not same_in_all(_shapes_of_rows(run)):  # else each would wait for the others in another step
+        raise UserError(
+            "the processes of this run see different rows; give all of them the same files, tokenizer and template"
+        )
+    check_profile(config.train.profile_steps, sizes.steps)
     evaluator = Evaluator(
         run, sizes, signals
     )  # before anything is written: what cannot be measured is refused
@@ -123,42 +131,43 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         print_facts(console, run, state.opt_state, sizes)
         record = Record(folder, signals.resumed_at)
         record.note(**run_facts(run, sizes, typed))
-        with (
-            tracked(config, folder, record, signals.resumed_at, console) as tracking,
-            closing(Profiler(folder, config.train.profile_steps)) as profiler,
-            closing(
-                Logs(
-                    folder,
-                    _logged(signals.resumed_at, progress),
-                    bool(config.train.sample_prompts),
-                    tracking.log,
+        with tracked(config, folder, record, signals.resumed_at, console) as tracking:
+            with (
+                closing(Profiler(folder, config.train.profile_steps)) as profiler,
+                closing(
+                    Logs(
+                        folder,
+                        _logged(signals.resumed_at, progress),
+                        bool(config.train.sample_prompts),
+                        tracking.log,
+                    )
+                ) as logs,
+                Reporter(console, sizes.steps, int(state.step)) as reporter,
+            ):
+                loop = Loop(
+                    run, sizes, state_shardings, logs, checkpoints, reporter, signals, profiler, evaluator
                 )
-            ) as logs,
-            Reporter(console, sizes.steps, int(state.step)) as reporter,
-        ):
-            loop = Loop(
-                run, sizes, state_shardings, logs, checkpoints, reporter, signals, profiler, evaluator
-            )
-            outcome = loop.train(state, progress)
-            tracking.done(outcome.stopped_by is None, results(outcome))
+                outcome = loop.train(state, progress)
+            checkpoints.wait()
+            if (number := outcome.stopped_by) is not None:
+                console.print(
+                    f"stopped; step {int(outcome.state.step)} is saved, go on with --resume", highlight=False
+                )
+                tracking.done(whole=False, results=results(outcome))
+                return INTERRUPTED if number == signal.SIGINT else 0
+            facts = training_facts(run, outcome)
+            export = export_model if run.plan is None else export_adapter
+            written = export(run, outcome.state.trainable, folder, facts)
+            tracking.done(whole=True, results=results(outcome))
     finally:
         checkpoints.close()
-    if outcome.stopped_by is not None:
-        console.print(
-            f"stopped; step {int(outcome.state.step)} is saved, go on with --resume", highlight=False
-        )
-        return INTERRUPTED if outcome.stopped_by == signal.SIGINT else 0
     if outcome.steps < sizes.steps:
         count = f"{config.train.early_stopping_patience} evaluations in a row without a better {aim.metric}"
         console.print(f"stopped early after step {outcome.steps}: {count}", highlight=False, soft_wrap=True)
-    step = int(outcome.state.step)
-    facts = training_facts(run, outcome)
-    export = export_model if run.plan is None else export_adapter
-    written = export(run, outcome.state.trainable, folder, facts)
     if outcome.eval_before is not None and outcome.eval_after is not None:
         console.print(f"eval loss {outcome.eval_before:.4f} -> {outcome.eval_after:.4f}", highlight=False)
     if (found := checkpoints.best) is not None and found.step < sizes.steps:
-        whose = " (exported)" if found.step == step else ""
+        whose = " (exported)" if found.step == int(outcome.state.step) else ""
         shown = f"step {found.step}, {checkpoints.metric} {found.value:.4f}{whose}"
         console.print(f"best checkpoint: {shown}", highlight=False)
     console.print(f"wrote {written}", highlight=False, soft_wrap=True)
@@ -169,13 +178,17 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
 
 
 def results(outcome: Outcome) -> dict[str, float]:
-    """Return the final figures of a run that are known."""
-    found = {
-        "num_tokens": outcome.num_tokens,
-        "eval_loss_before": outcome.eval_before,
-        "eval_loss": outcome.eval_after,
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    """Return the final figures of a run: those of the exported state, and before the first step by NAME_before."""
+    before = {f"{name}_before": value for name, value in outcome.before.items()}
+    found = {"num_tokens": outcome.num_tokens, **before, **outcome.after}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _shapes_of_rows(run: Run) -> str:
+    """Return what tells rows apart where their lengths, or the number of tokens trained of each, differ."""
+    sets = {"train": run.train_rows, **{f"eval {name}": rows for name, rows in run.eval_rows.items()}}
+    columns = ((rows.lengths, rows.column("targets")) for rows in sets.values())
+    return " ".join(str(zlib.crc32(np.concatenate(pair).tobytes())) for pair in columns)
 
 
 def _identity(run: Run, sizes: Sizes) -> Identity:

@@ -37,7 +37,9 @@ class StepMetrics(NamedTuple):
     """Scalars of one step."""
 
     loss: jax.Array
-    """Mean over the trained tokens, nats."""
+    """Mean over the trained tokens, weighted, nats."""
+    weight: jax.Array
+    """Sum of the trained tokens' weights, their number where no row has a weight of its own."""
     grad_norm: jax.Array
     """Before clipping."""
     trained_tokens: jax.Array
@@ -121,7 +123,7 @@ def make_train_step(
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, before)
         )
-        metrics = StepMetrics(loss / total, norm, trained, right, finite)
+        metrics = StepMetrics(loss / total, weight, norm, trained, right, finite)
         opt_state = put_back(opt_state, like=state.opt_state)
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 

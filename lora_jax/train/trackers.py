@@ -138,12 +138,12 @@ class Trackio:
     """trackio, on this machine or, with TRACKIO_SPACE_ID, in a Space; the run is found again by its name."""
 
     def __init__(self, start: Start) -> None:
-        self.run_id: str | None = start.run_id or start.name
         resumes = "never" if start.run_id is None else "allow"
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         self.run = _client("trackio").init(
-            project=project, name=self.run_id, config=dict(start.options), resume=resumes
+            project=project, name=start.run_id or start.name, config=dict(start.options), resume=resumes
         )
+        self.run_id: str | None = self.run.name  # another one where the name exists
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Log the figures of a step."""

@@ -116,6 +116,16 @@ DATA: dict[str, Case] = {
         (*TRAIN, "--data.mixture_weights", "1", "2"),
         "--data.mixture_weights 1 2: give as many numbers as paths: 1",
     ),
+    "a set twice": (
+        nothing,
+        (*TRAIN, "--data.eval_paths", "a", "rows.jsonl", "a", "rows.jsonl"),
+        "--data.eval_paths a rows.jsonl a rows.jsonl: gives a twice; give it one value",
+    ),
+    "a set without a file": (
+        nothing,
+        (*TRAIN, "--data.eval_paths", "a"),
+        "--data.eval_paths a: takes pairs; give each name and its value: NAME FILE",
+    ),
     "data below the output": (
         nothing,
         (*TRAIN, "--overwrite", "--data.path", "rows.jsonl", "out/metrics.jsonl"),
@@ -548,6 +558,18 @@ def test_an_empty_value_in_the_file_is_no_folder_called_none(
     assert main(["train", "run.yaml"]) == EXIT_CODE
     assert "output_dir: needs a value" in capsys.readouterr().err
     assert not (home / "None").exists()
+
+
+def test_data_are_shown_by_a_runs_own_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = train_arguments(home / "model", home / "rows.jsonl", home / "out")
+    run(*arguments)
+    capsys.readouterr()
+    run("inspect", "data", "out/config.yaml", "--limit", "1")
+    assert "rows.jsonl line 1" in capsys.readouterr().out
+    assert main(["inspect", "data", "out/config.yaml", "--lora.r", "1"]) == EXIT_CODE
+    assert main([*arguments, "--overwrite", "--train.profile_steps", "5"]) == EXIT_CODE
+    assert "--train.profile_steps 5: the run has 4 steps; give earlier ones" in capsys.readouterr().err
+    assert (home / "out" / "adapter").is_dir()
 
 
 def test_resuming_a_finished_run_that_kept_no_checkpoint_is_refused(

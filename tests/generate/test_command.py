@@ -49,6 +49,19 @@ def test_several_prompts_are_quoted_before_their_completions(
     assert capsys.readouterr().out == f"> 2+3=\n{first}\n\n> A\n> B\n{second}\n\n"
 
 
+def test_padding_token_among_the_end_tokens_empties_no_completion(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pain 3: of two prompts one is padded, with a token that also ends a completion."""
+    whole = [expected(base, text) for text in ("2+3=", "ABCDEFG")]
+    assert all(whole)
+    settings = {"eos_token_id": [1, 0], "pad_token_id": 0}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | settings))
+    assert run(base, "--prompt", "2+3=", "ABCDEFG") == 0
+    assert capsys.readouterr().out == "> 2+3=\n{}\n\n> ABCDEFG\n{}\n\n".format(*whole)
+
+
 def test_prompt_goes_through_the_chat_template_unless_raw(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,12 +1,16 @@
 """The model card: legal metadata, true facts, and snippets that name what there is."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard
 
+from lora_jax.config import DataOptions, RunConfig, TrainOptions
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.model_card import TrainingFacts, adapter_card, model_card
+from lora_jax.train.export import planned_facts
+from tests.runs import write_rows
 
 CONFIG = AdapterConfig(
     r=16, lora_alpha=32, target_modules=("v_proj", "q_proj"), base_model_name_or_path="owner/base"
@@ -110,6 +114,27 @@ def test_the_hubs_own_reader_finds_data_and_results_where_both_are_on_the_hub() 
         assert (loss.metric_type, loss.metric_value, loss.dataset_split) == ("loss", 1.2, "test")
         assert perplexity.metric_value == 3.3201
         assert '= "me/it"' in text
+
+
+def test_a_card_for_the_hub_has_no_path_of_this_machine() -> None:
+    adapter = adapter_card(
+        replace(CONFIG, base_model_name_or_path="/mnt/base"), replace(FACTS, hub_id="me/it")
+    )
+    for text in (adapter, model_card("/mnt/base", replace(FACTS, hub_id="me/it"))):
+        assert "/mnt" not in text
+        assert "| base model |" not in text
+    assert 'from_pretrained("BASE_MODEL")' in adapter
+
+
+def test_data_is_told_by_its_id_or_the_name_of_its_file(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl")
+    data = DataOptions(path=(str(file), "openai/gsm8k:main"), eval_path="openai/gsm8k:socratic")
+    facts = planned_facts(RunConfig(data=data, train=TrainOptions(learning_rate=1e-3)))
+    assert facts.data == "rows.jsonl, openai/gsm8k:main"
+    assert facts.datasets == ("openai/gsm8k",)
+    assert (facts.eval_dataset, facts.eval_configuration) == ("openai/gsm8k", "socratic")
+    card = ModelCard(adapter_card(CONFIG, replace(facts, eval_loss_after=1.0))).data
+    assert card.eval_results[0].dataset_config == "socratic"
 
 
 def test_results_on_a_file_of_ones_own_are_told_in_the_text_alone() -> None:

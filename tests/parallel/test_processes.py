@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from lora_jax.cli import main
 from tests.conftest import ROOT
-from tests.runs import metrics, train_arguments, write_rows
+from tests.runs import ROWS, metrics, train_arguments, write_rows
 from tests.tiny import CONFIGS, write_checkpoint
 
 LIMIT = 60
@@ -42,18 +42,24 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(arguments: Sequence[str], devices: int, log: Path) -> subprocess.Popen[bytes]:
+def start(arguments: Sequence[str], devices: int, log: Path, folder: Path = ROOT) -> subprocess.Popen[bytes]:
     """Start a run in a process of its own with so many CPU devices, its output in a file."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    flags = {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
     with log.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "lora_jax", *arguments], cwd=ROOT, env=os.environ | flags,
+            [sys.executable, "-m", "lora_jax", *arguments], cwd=folder, env=os.environ | flags,
             stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
 
-def start_pair(arguments: Sequence[str], folder: Path) -> list[subprocess.Popen[bytes]]:
-    """Start the run in two processes of two devices; their logs are 0.log and 1.log of the folder."""
+def start_pair(
+    arguments: Sequence[str], folder: Path, folders: tuple[Path, Path] = (ROOT, ROOT)
+) -> list[subprocess.Popen[bytes]]:
+    """Start the run in two processes of two devices, each in its folder; their logs are 0.log and 1.log of `folder`."""
     folder.mkdir(exist_ok=True)
     together = (
         "--distributed.coordinator_address",
@@ -62,8 +68,13 @@ def start_pair(arguments: Sequence[str], folder: Path) -> list[subprocess.Popen[
         "2",
     )
     return [
-        start([*arguments, *together, "--distributed.process_id", str(number)], 2, folder / f"{number}.log")
-        for number in (0, 1)
+        start(
+            [*arguments, *together, "--distributed.process_id", str(number)],
+            2,
+            folder / f"{number}.log",
+            where,
+        )
+        for number, where in enumerate(folders)
     ]
 
 
@@ -120,6 +131,21 @@ def test_two_processes_have_the_losses_and_adapter_of_one_and_one_device_goes_on
     one = ("--train.per_device_train_batch_size", "8", "--resume")  # the rows of four devices
     assert main(train_arguments(model, rows, shared, *more, *one)) == 0
     check_same(shared, alone)
+
+
+def test_processes_that_see_different_rows_are_told_before_the_first_step(
+    model: Path, tmp_path: Path
+) -> None:
+    folders = (tmp_path / "one", tmp_path / "two")
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        write_rows(folder / "rows.jsonl", ROWS[number:])  # a file that was changed on one machine alone
+    arguments = train_arguments(model, Path("rows.jsonl"), tmp_path / "out", "--data.split", "train")
+    codes = ended(start_pair(arguments, tmp_path / "logs", folders))
+    said = [(tmp_path / f"logs/{number}.log").read_text() for number in (0, 1)]
+    assert codes == [2, 2], said
+    assert all("error: the processes of this run see different rows; " in text for text in said), said
+    assert not (tmp_path / "out").exists()
 
 
 def steps_done(output: Path) -> int:

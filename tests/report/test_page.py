@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -228,6 +229,23 @@ def test_what_is_measured_in_training_and_on_named_sets_shares_a_figure(copied: 
     page = page_of(output)
     drawn = {trace["name"]: trace["y"] for trace in page.figures["token_accuracy"]["data"]}
     assert drawn == {"train": [0.25], "eval": [0.5], "eval hard_sums": [0.125]}
+
+
+def test_outcome_is_that_of_the_exported_state_for_each_set(copied: Copy) -> None:
+    output, names = copied("best"), ("eval_math_loss", "eval_chat_loss")
+    write_lines(
+        output,
+        *({"step": step, **dict.fromkeys(names, 3.0 + step % 2)} for step in (0, 1, 2, 3)),
+    )
+    record = json.loads((output / "run.json").read_text())
+    results = {"eval_math_loss": 1.25, "eval_chat_loss": 2.5}
+    (output / "run.json").write_text(json.dumps(record | {"results": results}))
+    text = page_of(output).text
+    assert "eval loss, math 3.0000 → 1.2500" in text
+    assert "eval loss, chat 3.0000 → 2.5000" in text
+    assert f"perplexity {math.exp(1.25):.2f}" in text
+    (output / "run.json").write_text(json.dumps(record | {"results": {}}))
+    assert "eval loss, math 3.0000 → 4.0000" in page_of(output).text
 
 
 def test_step_that_was_skipped_is_a_gap_and_no_divergence(copied: Copy) -> None:

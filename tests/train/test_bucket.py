@@ -22,7 +22,7 @@ from lora_jax.cli import main
 from lora_jax.config import RunConfig
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import whole_folder
-from lora_jax.train.output import MetricsLog, check_output, open_output
+from lora_jax.train.output import Logs, MetricsLog, check_output, open_output
 from tests.runs import metrics, train_arguments, tree
 
 
@@ -80,6 +80,12 @@ def test_files_and_folders_in_a_bucket_are_those_on_a_disk(bucket: Path, tmp_pat
             log.write({"step": 3, "eval_loss": 0.25})
             log.sync()
             assert len(metrics(folders[name])) == 3
+        with closing(Logs(folder)) as logs:  # no prompts at first
+            assert logs.samples is None
+        (folder / "samples.jsonl").write_text('{"step": 1}\n{"step": 3}\n')
+        with closing(Logs(folder, 2)):  # nor after a resumption: what was sampled in steps to repeat goes
+            pass
+        assert (folder / "samples.jsonl").read_text() == '{"step": 1}\n'
         for content in ("older", "newer"):
             with whole_folder(folder / "adapter", overwrite=True) as aside:
                 (aside / "part").mkdir()

@@ -13,7 +13,7 @@ from lora_jax.config import DataOptions, MeshOptions, RunConfig, TrainOptions
 from lora_jax.data.dataset import TokenDataset, load_examples
 from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.parallel.mesh import make_mesh
-from lora_jax.train.cautions import about_leaks, about_rows, learning_rate, start, untouched
+from lora_jax.train.cautions import about_leaks, about_rows, learning_rate, matrices, moved, start, untouched
 from tests.runs import write_rows
 from tests.tiny import write_tokenizer
 
@@ -107,5 +107,7 @@ def test_stacks_whose_b_is_all_zero_are_named_and_a_layer_without_an_adapter_doe
         },
         "lm_head": {"kernel": jnp.zeros((4, 4))},
     }
-    assert untouched(tree, mesh) == (["layers/v_proj"], 2)
-    assert untouched({"lm_head": {"kernel": jnp.zeros((4, 4))}}, mesh) == ([], 0)
+    stacks = matrices(tree)
+    assert list(stacks) == ["layers/q_proj", "layers/v_proj"]
+    assert untouched(moved(mesh)(stacks)) == ["layers/v_proj"]
+    assert matrices({"lm_head": {"kernel": jnp.zeros((4, 4))}}) == {}

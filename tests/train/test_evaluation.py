@@ -241,7 +241,7 @@ def test_any_checkpoints_adapter_can_be_exported_after_the_fact(
             in capsys.readouterr().out
         )
         files[which] = tree(folder)
-    assert files[":best"] == files[f":{best}"] == {k: v for k, v in exported.items() if k != "README.md"}
+    assert files[":best"] == files[f":{best}"] == exported
     assert files[""] == files[f":{max(found)}"] != files[":best"]
 
 
@@ -255,4 +255,7 @@ def test_a_checkpoint_that_is_not_there_is_one_line_with_those_that_are(
     ):
         assert main(["export", "--checkpoint", given, *out]) == 2
         assert capsys.readouterr().err == f"error: --checkpoint {given}: {message}\n"
+    for option in (("--for", "vllm"), ("--base", "model")):
+        assert main(["export", "--checkpoint", str(watched[1]), *out, *option]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {' '.join(option)}: goes with --adapter; ")
     assert not (tmp_path / "adapter").exists()

@@ -186,6 +186,7 @@ def test_a_failing_export_leaves_no_half_adapter_and_resuming_completes_it(
     assert main([*arguments, "--resume"]) == 2
     assert capsys.readouterr().err == f"error: {output}/adapter is a file; name a folder to write to\n"
     assert [name for name in tree(output) if "adapter" in name] == ["adapter"]
+    assert json.loads((output / "run.json").read_text())["status"] == "failed"
     (output / "adapter").unlink()
     run(*arguments, "--resume")
     assert read_adapter(output / "adapter")

@@ -106,6 +106,7 @@ def test_every_token_counts_the_same_whatever_pass_it_is_in(parts: Any) -> None:
 
 
 def test_checkpointing_the_activations_changes_nothing(parts: Any, in_one_pass: Any) -> None:
+    """Pain 18: nor does a base that is frozen keep gradients from the adapter."""
     recomputed = one_step(parts, batch(examples(), 1, 12), gradient_checkpointing=True)
     assert_same_update(parts, in_one_pass, recomputed)
 

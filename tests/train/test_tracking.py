@@ -139,6 +139,12 @@ def test_trackio_stores_a_run_on_this_machine(tmp_path: Path, monkeypatch: pytes
     losses = [(step, json.loads(text).get("train/loss")) for _, step, text in found]
     assert (1, 3.0) in losses
     assert (3, 2.0) in losses
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["tracking"] == {"trackio": "night run"}
+    (again := tmp_path / "again").mkdir()
+    track(again, "trackio")  # another run of that name
+    record = json.loads((again / "run.json").read_text())
+    assert record["tracking"]["trackio"] != "night run"
 
 
 def test_tracker_that_fails_is_one_warning_and_the_run_goes_on(
