@@ -4,11 +4,12 @@
 
 The rows have a question and an answer (GSM8K); as a prompt of one message and a completion of one, of which the
 completion alone is trained. r 16 on all linear layers, dropout 0.05, AdamW at 2e-4, constant, float32, eight rows an
-optimiser step, on this machine's CPU. Every contender sees the same rows once, in an order of its own, in a process of
-its own: TRL as its defaults have it, TRL with what is known to help on a CPU, and this project with and without
-packing. Losses are to be compared where rows meet alike: this project groups rows by length unless told not to, and
-TRL does not. Tokens are the trained ones; seconds are those between the first step's end and the last one's, so that
-what is compiled or warmed up once counts for nobody. Needs the parity extra.
+optimiser step, on this machine's CPU. Every contender sees the same rows once, in a process of its own: TRL as its
+defaults have it, TRL with what is known to help on a CPU, and this project with and without packing. Which rows meet
+in a step decides some of the loss: TRL's defaults are given them in the random order that this project draws where it
+does not group them by length, so that the losses of these two are of the same steps. Tokens are the trained ones;
+seconds are those between the first step's end and the last one's, so that what is compiled or warmed up once counts
+for nobody. Needs the parity extra.
 """
 
 from __future__ import annotations
@@ -60,13 +61,14 @@ def trl(model: str, folder: Path, steps: int, **options: Any) -> Figures:
         "gradient_accumulation_steps": 2,
         "gradient_checkpointing": False,
     }
+    options = {"train_sampling_strategy": "sequential"} | options  # the file is in a random order
     config = SFTConfig(
         output_dir=str(folder / "trl"), max_steps=steps, learning_rate=RATE, lr_scheduler_type="constant",
         max_grad_norm=0.3, max_length=LENGTH, use_cpu=True, bf16=False, save_strategy="no", report_to="none",
         model_init_kwargs={"dtype": torch.float32}, per_device_eval_batch_size=4, disable_tqdm=True,
         **(arguments | options),
     )  # fmt: skip
-    files = {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl")}
+    files = {"train": str(folder / "ordered.jsonl"), "eval": str(folder / "eval.jsonl")}
     rows: Any = load_dataset("json", data_files=files, cache_dir=str(folder / "cache"))
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear")
     trainer = SFTTrainer(
@@ -109,6 +111,24 @@ def ours(model: str, folder: Path, steps: int, *flags: str) -> Figures:
     }
 
 
+def in_order(model: str, folder: Path) -> int:
+    """Put the rows into the order in which MIXED takes them; return their trained tokens."""
+    from lora_jax.config import DataOptions, TrainOptions
+    from lora_jax.data.dataset import load_examples
+    from lora_jax.data.steps import Shaping
+    from lora_jax.hub.tokenizer import load_tokenizer
+
+    file = folder / "train.jsonl"
+    options = DataOptions(path=(str(file),), max_length=LENGTH)
+    found = load_examples(options, load_tokenizer(Path(model)), options.path, "train", None)
+    shaping = Shaping("none", LENGTH, 1, 64, 1)
+    plan = shaping.plan(found.lengths, ROWS_A_STEP, TrainOptions.seed, epochs=1)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    order = [row for step in range(plan.steps_per_epoch) for row in plan.rows_of(step)]
+    (folder / "ordered.jsonl").write_text("".join(lines[row] for row in order), encoding="utf-8")
+    return found.trained_tokens
+
+
 def batch(rows: int, passes: int) -> tuple[str, ...]:
     return (
         "--train.per_device_train_batch_size", str(rows), "--train.gradient_accumulation_steps", str(passes),
@@ -131,16 +151,6 @@ CONTENDERS: dict[str, Callable[[str, Path, int], Figures]] = {
         gradient_accumulation_steps=1,
     ),
 }  # fmt: skip
-
-
-def trained_tokens(model: str, folder: Path) -> int:
-    """Return the trained tokens of all rows."""
-    from lora_jax.config import DataOptions
-    from lora_jax.data.dataset import load_examples
-    from lora_jax.hub.tokenizer import load_tokenizer
-
-    options = DataOptions(path=str(folder / "train.jsonl"), max_length=LENGTH)
-    return load_examples(options, load_tokenizer(Path(model)), options.path, "train", None).trained_tokens
 
 
 def run() -> None:
@@ -169,7 +179,7 @@ def run() -> None:
         chat_rows(options.rows, 0, seen, folder / "train.jsonl")
         others = (options.rows, seen) if options.eval_rows is None else (options.eval_rows, 0)
         chat_rows(*others, EVAL_ROWS, folder / "eval.jsonl")
-        tokens = trained_tokens(options.model, folder) * (options.steps - 1) / options.steps
+        tokens = in_order(options.model, folder) * (options.steps - 1) / options.steps
         for name in CONTENDERS:
             if name in options.skip:
                 continue

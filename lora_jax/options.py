@@ -124,6 +124,23 @@ def _typed_flags(arguments: list[str], names: Mapping[str, Any]) -> Flags:
     return flags
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once: of two, the first would be dropped without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; raises an error of YAML where it has a key twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # refused by YAML itself
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} stands there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _yaml_flags(path: Path, names: Mapping[str, Any]) -> Flags:
     where = f"config file {path}"
     if path.is_dir():
@@ -131,7 +148,7 @@ def _yaml_flags(path: Path, names: Mapping[str, Any]) -> Flags:
             f"{path}: is a folder, not a YAML file; give it with its option, such as --adapter or --model.path"
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}; give the path of a YAML file") from error
     except UnicodeDecodeError as error:
@@ -160,6 +177,8 @@ def _flatten(content: Mapping[Any, Any], above: str, names: Mapping[str, Any], w
             raise UserError(
                 f"{where}: {name}: unknown section.{nearest(name, sections)} Sections: {listing(sections)}"
             )
+        elif isinstance(value, dict) and get_origin(names.get(name)) is not dict:
+            raise UserError(f"{where}: {name}: takes values without names; give one, or a list of them")
         elif not section:  # a section without a value is one whose options are all commented out
             yield _known(name, names, f"{where}: "), _texts(value)
 

@@ -114,37 +114,46 @@ def _read(folder: Path, which: str, given: str, base: Checkpoint) -> tuple[int, 
             f"--checkpoint {given}: no checkpoint in {folder}; train with --train.save_strategy steps"
         )
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it reports is raised here, in one line
-    manager = ocp.CheckpointManager(folder.absolute())
+    step: int | None = None
     try:
-        step = _step(manager, which, steps, given)
-        stored = manager.restore(step, args=ocp.args.Composite(options=ocp.args.JsonRestore()))["options"]
+        manager = ocp.CheckpointManager(folder.absolute())
+        try:
+            step = _step(manager, which, steps, given)
+            stored = manager.restore(step, args=ocp.args.Composite(options=ocp.args.JsonRestore()))["options"]
+        finally:
+            manager.close()
         if stored["base"] != fingerprint(base):
             raise UserError(
                 f"--checkpoint {given}: was made on another base model than {base.folder} holds now; restore that"
             )
-    finally:
-        manager.close()
+        return step, _trained(folder.absolute() / str(step) / "state")
+    except UserError:
+        raise
+    except Exception as error:  # Orbax, TensorStore and json each raise their own
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(
+            f"--checkpoint {given}: {folder if step is None else folder / str(step)} cannot be read ({reason}); give "
+            "another step"
+        ) from error
+
+
+def _trained(path: Path) -> Any:
+    """Return the trainable tree of a checkpoint's state, in the host's memory."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with ocp.StandardCheckpointer() as reader:
-        path = folder.absolute() / str(step) / "state"
         found: Any = reader.metadata(path).item_metadata
         like = {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here)
             for name, array in found.items()
         }
-        try:
-            arrays = reader.restore(path, like)
-        except Exception as error:  # Orbax and TensorStore each raise their own
-            reason = f"{type(error).__name__}: {str(error)[:200]}"
-            raise UserError(
-                f"--checkpoint {given}: {path} cannot be read ({reason}); give another step"
-            ) from error
-    trained = {
-        tuple(name.removeprefix(TRAINABLE).split(".")): np.asarray(array)
-        for name, array in arrays.items()
-        if name.startswith(TRAINABLE)
-    }
-    return step, unflatten_dict(trained)
+        arrays = reader.restore(path, like)
+    return unflatten_dict(
+        {
+            tuple(name.removeprefix(TRAINABLE).split(".")): np.asarray(array)
+            for name, array in arrays.items()
+            if name.startswith(TRAINABLE)
+        }
+    )
 
 
 def _step(manager: ocp.CheckpointManager, which: str, steps: list[int], given: str) -> int:

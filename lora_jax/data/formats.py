@@ -173,11 +173,15 @@ def to_example(
     return ChatExample(messages, whole=whole)
 
 
+HEAVIEST = 1_000_000
+"""Greatest weight of a row: weights are relative, and their sum has to fit into float32 beside losses."""
+
+
 def row_weight(row: Mapping[str, Any], column: str | None, where: str) -> float:
     """Return the number by which a row is weighted, 1 where no column is named.
 
     Raises:
-        UserError: the column is missing, or holds no finite number that is at least 0.
+        UserError: the column is missing, or holds no number from 0 to HEAVIEST.
     """
     if column is None:
         return 1.0
@@ -186,9 +190,11 @@ def row_weight(row: Mapping[str, Any], column: str | None, where: str) -> float:
         weight = math.nan if isinstance(value, bool) else float(value)  # text too: CSV has nothing else
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
-    if not (math.isfinite(weight) and weight >= 0):
+    if not 0 <= weight <= HEAVIEST:
         shown = repr(value)[:40] if isinstance(value, int | float | str) else kind(value)
-        raise UserError(f"{where}: column {column} is {shown}; give a weight: a finite number, 0 or more")
+        raise UserError(
+            f"{where}: column {column} is {shown}; give a weight: a number from 0 to {HEAVIEST:,}"
+        )
     return weight
 
 

@@ -13,6 +13,7 @@ from lora_jax import __version__
 from lora_jax.adapters.notes import Notes, write_notes
 from lora_jax.adapters.peft import export_tensors, saved_config
 from lora_jax.config import RunConfig
+from lora_jax.data.files import READERS
 from lora_jax.hub.adapter_files import write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.bucket import Place
@@ -83,7 +84,9 @@ def planned_facts(config: RunConfig) -> TrainingFacts:
 def _on_hub(path: str) -> tuple[str, str | None] | None:
     """Return the id of a data set on the Hub and its configuration; None for a file."""
     identifier, _, configuration = path.partition(":")
-    if not looks_like_id(identifier) or Path(path).expanduser().exists():
+    file = Path(path).expanduser()
+    # A run's files may be gone when its checkpoint is exported.
+    if not looks_like_id(identifier) or file.suffix.lower() in READERS or file.exists():
         return None
     return identifier, configuration or None
 

@@ -189,6 +189,9 @@ class Loop:
                 stopped = received
                 break
             self.checkpoints.check()
+        if stopped is None and 0 < sizes.steps == self.skipped.total:
+            self._save(state, window)
+            raise self._broken(range(1, sizes.steps + 1), sizes.steps)
         self.signals.finishing()
         jax.block_until_ready(state)
         steps = int(state.step)

@@ -77,6 +77,7 @@ def run_facts(run: Run, sizes: Sizes, typed: Collection[str]) -> dict[str, Any]:
     return {
         "status": "running",
         "ended": None,
+        "results": {},
         "command": command_line(run.config, typed),
         "versions": versions(),
         "device": run.mesh.devices.flat[0].device_kind,

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Collection
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -131,6 +132,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         print_facts(console, run, state.opt_state, sizes)
         record = Record(folder, signals.resumed_at)
         record.note(**run_facts(run, sizes, typed))
+        signals.on_leaving = partial(record.end, "stopped")
         with tracked(config, folder, record, signals.resumed_at, console) as tracking:
             with (
                 closing(Profiler(folder, config.train.profile_steps)) as profiler,
@@ -164,8 +166,12 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     if outcome.steps < sizes.steps:
         count = f"{config.train.early_stopping_patience} evaluations in a row without a better {aim.metric}"
         console.print(f"stopped early after step {outcome.steps}: {count}", highlight=False, soft_wrap=True)
-    if outcome.eval_before is not None and outcome.eval_after is not None:
-        console.print(f"eval loss {outcome.eval_before:.4f} -> {outcome.eval_after:.4f}", highlight=False)
+    before, after = outcome.eval_before, outcome.eval_after
+    if before is not None and after is not None:
+        name = next(iter(run.eval_rows))
+        worse = "; what is written is worse than the start" if after > before else ""
+        line = f"eval loss {f'of {name} ' if name else ''}{before:.4f} -> {after:.4f}{worse}"
+        console.print(line, highlight=False, markup=False)
     if (found := checkpoints.best) is not None and found.step < sizes.steps:
         whose = " (exported)" if found.step == int(outcome.state.step) else ""
         shown = f"step {found.step}, {checkpoints.metric} {found.value:.4f}{whose}"

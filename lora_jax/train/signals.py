@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 from jax.sharding import Mesh
@@ -36,6 +37,8 @@ class Signals:
         self.stage = STARTING
         self.resumed_at: int | None = None
         """Step of the checkpoint that the run goes on from."""
+        self.on_leaving: Callable[[], None] | None = None
+        """What is to be done before the program is ended at once."""
         self._received: list[int] = []
         self._agreement = Agreement(mesh)
         self._waits = False
@@ -94,6 +97,8 @@ class Signals:
         while number := os.read(self._reader, 1):
             if number[0] == signal.SIGTERM and self.stage == STARTING:
                 try:
+                    if self.on_leaving is not None:
+                        self.on_leaving()
                     kept = f"; step {self.resumed_at} is still saved" if self.resumed_at is not None else ""
                     self.console.show_cursor()
                     self.console.print(

@@ -40,10 +40,16 @@ def check_tracking(config: RunConfig) -> None:
 def tracked(
     config: RunConfig, folder: Place, record: Record, resumed_at: int | None, console: Console
 ) -> Iterator[Tracking]:
-    """Give the run's trackers; on leaving they and the record are closed, as failed unless `done` was called."""
+    """Give the run's trackers; on leaving they and the record are closed, as failed unless `done` was called.
+
+    An interrupt stops a run that was not done.
+    """
     tracking = Tracking(config, folder, record, resumed_at, console)
     try:
         yield tracking
+    except KeyboardInterrupt:
+        tracking.outcome = ("stopped", {})
+        raise
     finally:
         status, results = tracking.outcome
         tracking.finish(status, results)

@@ -18,6 +18,8 @@ class Window:
         """`tokens` are those of all steps so far, `sums` what `sums` gave at the checkpoint that is gone on from."""
         self.tokens = tokens
         self.restart()
+        if len(sums) == 3:  # a checkpoint from before rows' weights were summed beside their tokens
+            sums = [*sums, sums[1]]
         self.carried = sums or self.carried
 
     def restart(self) -> None:

@@ -560,6 +560,28 @@ def test_an_empty_value_in_the_file_is_no_folder_called_none(
     assert not (home / "None").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "train:\n  max_steps: 2\ntrain:\n  seed: 1\n",
+            "run.yaml line 3: is not YAML (train stands there twice); mend it",
+        ),
+        ("data: {eval_paths: {a: x, a: y}}\n", "run.yaml line 1: is not YAML (a stands there twice)"),
+        (
+            "data: {path: {a.jsonl: b.jsonl}}\n",
+            "run.yaml: data.path: takes values without names; give one, or a list of them",
+        ),
+    ],
+)
+def test_nothing_of_a_file_is_dropped_or_flattened(
+    home: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    (home / "run.yaml").write_text(text)
+    assert main(["train", "run.yaml", *TRAIN[1:]]) == EXIT_CODE
+    assert message in capsys.readouterr().err
+
+
 def test_data_are_shown_by_a_runs_own_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = train_arguments(home / "model", home / "rows.jsonl", home / "out")
     run(*arguments)

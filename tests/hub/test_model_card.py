@@ -133,6 +133,10 @@ def test_data_is_told_by_its_id_or_the_name_of_its_file(tmp_path: Path) -> None:
     assert facts.data == "rows.jsonl, openai/gsm8k:main"
     assert facts.datasets == ("openai/gsm8k",)
     assert (facts.eval_dataset, facts.eval_configuration) == ("openai/gsm8k", "socratic")
+    gone = planned_facts(
+        RunConfig(data=replace(data, path=("rows/gone.jsonl",), eval_path="rows/gone.jsonl"))
+    )
+    assert (gone.data, gone.datasets, gone.eval_dataset) == ("gone.jsonl", (), None)
     card = ModelCard(adapter_card(CONFIG, replace(facts, eval_loss_after=1.0))).data
     assert card.eval_results[0].dataset_config == "socratic"
 

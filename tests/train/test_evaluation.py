@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,13 @@ def test_a_resumed_run_has_the_same_figures_samples_end_and_adapter_to_the_bit(
     last = max(losses(whole))
     for step in range(last + 1 - kept, last + 1):
         shutil.rmtree(output / "checkpoints" / str(step))
-    run(*[str(output) if word == str(whole) else word for word in arguments], "--resume")
+    arguments = [str(output) if word == str(whole) else word for word in arguments]
+    (output / "adapter").write_text("in the way")  # at the end, when all else is done
+    assert main([*arguments, "--resume"]) == 2
+    record = json.loads((output / "run.json").read_text())
+    assert (record["status"], record["results"]) == ("failed", {})  # nothing is left of the run before
+    (output / "adapter").unlink()
+    run(*arguments, "--resume")
     assert timeless(output) == timeless(whole)
     assert samples(output) == samples(whole)
     assert tree(output / "adapter") == tree(whole / "adapter")
@@ -258,4 +265,15 @@ def test_a_checkpoint_that_is_not_there_is_one_line_with_those_that_are(
     for option in (("--for", "vllm"), ("--base", "model")):
         assert main(["export", "--checkpoint", str(watched[1]), *out, *option]) == 2
         assert capsys.readouterr().err.startswith(f"error: {' '.join(option)}: goes with --adapter; ")
+    for damage in ("options/metadata", "state/d", "state/_METADATA"):
+        broken = tmp_path / damage.replace("/", " ")
+        shutil.copytree(watched[1], broken)
+        path = broken / "checkpoints/3" / damage
+        for file in path.iterdir() if path.is_dir() else [path]:
+            file.write_bytes(b"{")
+        assert main(["export", "--checkpoint", f"{broken}:3", *out]) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(
+            r"error: --checkpoint .*/checkpoints/3 cannot be read \(.*give another step\n", error
+        )
     assert not (tmp_path / "adapter").exists()

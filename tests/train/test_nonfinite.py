@@ -142,6 +142,17 @@ def test_a_run_counts_what_it_skips_and_its_figures_and_adapter_are_numbers(
     assert all(np.isfinite(t).all() for t in load_file(output / "adapter/adapter_model.safetensors").values())
 
 
+def test_a_run_that_has_skipped_all_its_steps_has_failed(
+    broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "sums.jsonl", [{"prompt": f"{n}=", "completion": "z"} for n in range(8)])
+    arguments = train_arguments(broken, rows, tmp_path / "out", "--train.max_steps", "2")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: loss or gradient not finite in steps 1 to 2, on ")
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
 def test_a_run_stops_after_too_many_in_a_row_with_the_rows_and_can_go_on_behind_them(
     skipping: tuple[list[str], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

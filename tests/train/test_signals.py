@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -108,6 +109,8 @@ def test_a_sigterm_while_compiling_ends_the_run_at_once_and_keeps_its_checkpoint
         process.kill()
     assert (process.returncode, errors) == (0, "")
     assert printed == "stopped before a step was done: nothing to save; step 2 is still saved\n"
+    record = json.loads((output / "run.json").read_text())
+    assert (record["status"], record["results"]) == ("stopped", {})
     assert timeless(output) == before[:2]
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["2"]
 

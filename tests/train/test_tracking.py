@@ -21,7 +21,7 @@ from lora_jax.models.names import modules
 from lora_jax.parallel.chips import KINDS, Chip
 from lora_jax.train.output import open_output
 from lora_jax.train.record import Record, command_line, histogram
-from lora_jax.train.tracking import Tracking, named
+from lora_jax.train.tracking import Tracking, named, tracked
 from tests.runs import metrics, train_arguments
 from tests.tiny import CONFIGS, lora
 
@@ -209,6 +209,17 @@ def test_run_writes_its_record_its_trace_its_events_and_its_utilisation(
     assert f"MFU {100 * line['mfu']:.1f}%" in capsys.readouterr().out
     open_output(RunConfig(output_dir=str(output), overwrite=True))
     assert [file.name for file in output.iterdir()] == ["config.yaml"]
+
+
+def test_run_that_is_interrupted_is_stopped_and_one_that_breaks_has_failed(tmp_path: Path) -> None:
+    for error, status in ((KeyboardInterrupt, "stopped"), (ValueError, "failed")):
+        record = Record(tmp_path)
+        with (
+            pytest.raises(error),
+            tracked(RunConfig(output_dir=str(tmp_path)), tmp_path, record, None, Console()),
+        ):
+            raise error
+        assert json.loads((tmp_path / "run.json").read_text())["status"] == status
 
 
 def test_resumed_run_tells_so_in_its_record(tmp_path: Path) -> None:

@@ -39,6 +39,10 @@ def test_a_window_goes_on_from_the_sums_of_another() -> None:
     assert second.figures()[0] == whole.figures()[0]
 
 
+def test_sums_of_an_older_checkpoint_are_those_of_rows_without_weights() -> None:
+    assert Window(0, [6.0, 3.0, 2.0]).sums() == [6.0, 3.0, 2.0, 3.0]
+
+
 def test_a_window_of_skipped_steps_has_no_loss_and_one_of_padding_has_zero() -> None:
     skipped, padding = Window(0, []), Window(0, [])
     skipped.add(1, step(math.nan, 4, 0, 4, finite=False))
