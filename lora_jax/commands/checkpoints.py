@@ -29,6 +29,7 @@ from lora_jax.models.quantization import quantization_of
 from lora_jax.options import parse
 from lora_jax.report.runs import RunFiles, read_lines
 from lora_jax.train.adapted import adapted
+from lora_jax.train.checkpoint import unheard_callbacks
 from lora_jax.train.export import planned_facts
 from lora_jax.train.output import CHECKPOINTS, CONFIG
 
@@ -114,7 +115,7 @@ def _read(folder: Path, which: str, given: str, base: Checkpoint) -> tuple[int, 
             f"--checkpoint {given}: no checkpoint in {folder}; train with --train.save_strategy steps"
         )
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it reports is raised here, in one line
-    step: int | None = None
+    step, heard = None, unheard_callbacks()
     try:
         manager = ocp.CheckpointManager(folder.absolute())
         try:
@@ -126,7 +127,9 @@ def _read(folder: Path, which: str, given: str, base: Checkpoint) -> tuple[int, 
             raise UserError(
                 f"--checkpoint {given}: was made on another base model than {base.folder} holds now; restore that"
             )
-        return step, _trained(folder.absolute() / str(step) / "state")
+        trained = _trained(folder.absolute() / str(step) / "state")
+        heard()
+        return step, trained
     except UserError:
         raise
     except Exception as error:  # Orbax, TensorStore and json each raise their own

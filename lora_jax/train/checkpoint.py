@@ -18,7 +18,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,7 +146,7 @@ class Checkpoints:
             raise write_failure(self.folder, error) from error
         self.best = self._stored_best()
         """The best of the checkpoints that are kept, None where none of them was made at an evaluation."""
-        self._hook, sys.unraisablehook = sys.unraisablehook, self._report
+        self._heard = unheard_callbacks()
 
     def latest(self) -> int | None:
         """Return the step of the newest whole checkpoint."""
@@ -248,7 +248,7 @@ class Checkpoints:
         if not self._failed:
             self.wait()
             self.manager.close()
-            sys.unraisablehook = self._hook
+            self._heard()
 
     def wait(self) -> None:
         """Return when what is being written is whole; raises UserError where it cannot be written."""
@@ -268,11 +268,24 @@ class Checkpoints:
             error = OSError(str(error)[:200])
         return write_failure(self.folder, error)
 
-    def _report(self, unraisable: sys.UnraisableHookArgs) -> None:
-        """Stand in for `sys.unraisablehook`: of writes that fail together all but one find their event loop gone."""
+
+def unheard_callbacks() -> Callable[[], None]:
+    """Keep quiet that of reads or writes that fail together all but one find their event loop gone.
+
+    Returns what ends it, not to be called after a failure: some come late.
+    """
+    before = sys.unraisablehook
+
+    def report(unraisable: sys.UnraisableHookArgs) -> None:
         error = unraisable.exc_value
         if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            self._hook(unraisable)
+            before(unraisable)
+
+    def end() -> None:
+        sys.unraisablehook = before
+
+    sys.unraisablehook = report
+    return end
 
 
 def _arrays(state: TrainState) -> dict[str, jax.Array]:

@@ -45,6 +45,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
     return {name: tiny_base(folder / name, name) for name in ("llama-biases", "llama-biases-tied")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "init"),
     [

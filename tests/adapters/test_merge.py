@@ -59,6 +59,7 @@ def write(folder: Path, base: Base, **settings: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("settings", "stays_tied"), KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("name", ["llama-biases", "llama-biases-tied"])
 def test_merged_equals_unmerged(
@@ -164,6 +165,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory as Linux tells it")
 def test_peak_memory_of_merging_is_two_shards_and_little_more(tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 10, "vocab_size": 2048}

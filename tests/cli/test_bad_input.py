@@ -510,6 +510,7 @@ def test_one_line_says_what_is_wrong_and_nothing_is_written(
     check_refused(home, arguments, message, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "arguments", "message"),
     [

@@ -23,6 +23,7 @@ def arguments(home: Path, *more: str) -> list[str]:
     )
 
 
+@pytest.mark.slow
 def test_lines_in_a_file_are_whole_and_plain(home: Path) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", *arguments(home)[1:]],
@@ -56,6 +57,7 @@ def test_lines_in_a_file_are_whole_and_plain(home: Path) -> None:
         assert re.fullmatch(start, line)
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_bar_with_loss_speed_and_time_left(home: Path) -> None:
     main_end, child_end = pty.openpty()
     process = subprocess.Popen(

@@ -23,6 +23,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_checkpoint(folder / "tiny", CONFIGS["llama"]), write_rows(folder / "rows.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", OPTIMISERS)
 def test_every_optimiser_trains(
     optim: str, inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -37,6 +38,7 @@ def test_every_optimiser_trains(
     assert printed.count("nothing is moved") == ("paged" in optim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw8bit", "paged_adamw_8bit"])
 def test_a_run_in_8_bits_goes_on_from_a_checkpoint_to_the_bit(
     optim: str, inputs: tuple[Path, Path], tmp_path: Path

@@ -38,6 +38,7 @@ def spoilt(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_processes_give_the_file_of_one_and_name_the_first_bad_row(
     make_tokenizer, write_lines, spoilt, tmp_path, monkeypatch
 ):

@@ -33,6 +33,7 @@ def uncached(model: Decoder, variables: Any, prompt: list[int], written: list[in
 
 
 # Dynamic scaling is left out: there the frequencies of a pass depend on its length, in transformers too.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-biases", "mistral-window", "qwen3"])
 def test_cached_logits_equal_those_of_one_whole_pass_at_every_step(tmp_path: Path, name: str) -> None:
     base = tiny_base(tmp_path / "model", name)
@@ -85,6 +86,7 @@ def test_ended_row_yields_no_token_while_others_go_on(model: Model) -> None:
     assert passes[:, 1].tolist() == free[1]
 
 
+@pytest.mark.slow
 def test_adapter_changes_what_is_written_and_an_empty_one_does_not(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "model", "llama")
     model = Decoder(base.config)

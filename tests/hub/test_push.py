@@ -225,6 +225,7 @@ def test_exported_and_merged_folders_are_pushed_with_a_card_that_names_them(
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= hub.stored["me/merge@main"].keys()
 
 
+@pytest.mark.slow
 def test_run_that_cannot_be_pushed_does_not_begin_and_one_that_was_not_is_kept(
     hub: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

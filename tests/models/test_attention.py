@@ -31,6 +31,7 @@ def weighed(attention: Any, pull: Any, segments: Any) -> Any:
     return jax.jit(lambda *x: (lambda found: (found[0][1], found[1]))(both(*x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 9, 70])
 @pytest.mark.parametrize(("at_once", "aligned"), [(2**30, True), (SMALL, True), (SMALL, False)])
 def test_blocks_give_what_a_whole_mask_gives(
@@ -60,6 +61,7 @@ def test_queries_over_a_cache_see_what_was_there_before_them(window: Window) -> 
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "window"), [(200, 37), (600, None), (600, 130)])
 def test_splash_attention_gives_what_a_whole_mask_gives(length: int, window: Window) -> None:
     *x, pull = arrays(2, length, 4, 2, 16)

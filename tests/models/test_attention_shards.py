@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,6 +46,7 @@ def check_on_eight_devices() -> None:
             assert ("all-to-all" in compiled.as_text()) == traded, (sizes, heads)
 
 
+@pytest.mark.slow
 def test_every_mesh_gives_the_values_and_gradients_of_one_device() -> None:
     on_eight_devices(
         "from tests.models.test_attention_shards import check_on_eight_devices as check; check()"

@@ -58,6 +58,7 @@ def abstract(where: Any, length: int, heads: int, kv_heads: int, head_dim: int, 
     return *x, jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=where)
 
 
+@pytest.mark.slow
 @compiled_for_tpu
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_compiled_step_holds_no_array_of_all_queries_and_keys(topology: Any, name: str) -> None:

@@ -106,6 +106,7 @@ def test_logits_of_the_model_are_nearer_on_the_rows_that_it_was_calibrated_on(fo
     assert gaps["fitted"] < 0.9 * gaps["plain"]
 
 
+@pytest.mark.slow
 def test_training_reads_the_calibrated_checkpoint_and_merging_its_adapter(folder: Path) -> None:
     run(*train_arguments(folder / "fitted", folder / "rows.jsonl", folder / "out"))
     losses = [entry["loss"] for entry in metrics(folder / "out") if "loss" in entry]
@@ -118,6 +119,7 @@ def test_training_reads_the_calibrated_checkpoint_and_merging_its_adapter(folder
     assert 0 < np.abs(merged - decoded).max() < 0.1
 
 
+@pytest.mark.slow
 def test_fp4_without_double_quantisation_gains_too(folder: Path) -> None:
     calibrate(
         folder, "fp4", "--model.bnb_4bit_quant_type", "fp4", "--model.bnb_4bit_use_double_quant", "False"
@@ -153,6 +155,7 @@ def gain_on(base: Base, *batches: tuple[Any, Any]) -> Gain:
     return gain
 
 
+@pytest.mark.slow
 def test_padding_does_not_count_and_rows_may_be_batched_in_any_way(tmp_path: Path) -> None:
     base = open_base(write_checkpoint(tmp_path / "model", WIDE))
     tokens, segments = (np.asarray(array) for array in text(3, 12))

@@ -77,6 +77,7 @@ def loss(model: Decoder, base: Any, adapter: Any, trainable: Any) -> jax.Array:
     return jnp.mean(jax.nn.logsumexp(logits(model, variables, *text()), axis=-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-biases", "qwen2-windows"])
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, name: str) -> None:
     base = tiny_base(tmp_path / "base", name)
@@ -90,6 +91,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, name: str) -
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dropout_is_off_without_a_key_and_differs_from_key_to_key(
     tmp_path: Path, checkpointing: bool
@@ -123,6 +125,7 @@ def test_dropout_touches_the_adapter_alone(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, plain, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dropout_zeroes_its_share_and_keeps_the_mean(rate: float, dtype: Any) -> None:

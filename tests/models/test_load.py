@@ -127,6 +127,7 @@ def large_checkpoint(folder: Path, dtype: Any, **changes: Any) -> Path:
     return write_checkpoint(folder, config, tensors=tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory as Linux tells it")
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_peak_memory_of_loading_is_the_model_and_little_more(tmp_path: Path, dtype: str) -> None:

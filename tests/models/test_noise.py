@@ -52,6 +52,7 @@ def test_a_packed_row_has_noise_by_the_length_of_each_text() -> None:
     assert segment_lengths(segments)[1, 6] == 1
 
 
+@pytest.mark.slow
 def test_training_is_noised_by_its_key_and_evaluation_never_is(base: Base) -> None:
     batch = rows(10)
     plain = loss(base, batch, 0)

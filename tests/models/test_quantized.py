@@ -89,6 +89,7 @@ def assert_same(found: Any, expected: Any) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "kind"), [*(("grouped", kind) for kind in KINDS), ("flat", "nf4, double"), ("flat", "int8")]
 )
@@ -108,6 +109,7 @@ def test_logits_are_those_of_the_weights_that_the_codes_stand_for(
     assert np.abs(whole - found).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_checkpoint_that_quantize_wrote_is_the_model_quantised_while_loading(
@@ -211,6 +213,7 @@ def test_skip_that_matches_nothing_is_one_clear_error(
     assert message in str(caught.value)
 
 
+@pytest.mark.slow
 def test_weights_of_a_large_4bit_model_take_little_more_than_4_bits_in_the_compiled_step(
     tmp_path: Path,
 ) -> None:
@@ -267,6 +270,7 @@ print((after - before) * 1024, sum(leaf.nbytes for leaf in jax.tree.leaves(param
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_of_quantising_is_the_4bit_model_and_little_more(tmp_path: Path) -> None:
     large = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 12}
     for name, changes in (("small", large | {"num_hidden_layers": 1}), ("large", large)):

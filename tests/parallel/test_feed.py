@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from lora_jax.config import MeshOptions
 from lora_jax.data.steps import Shaping
@@ -54,6 +55,7 @@ def check_on_eight_devices() -> None:
     np.testing.assert_allclose(losses(base, (2, 2, 1, 2), 8), packed, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_packed_rows_have_the_same_loss_on_eight_devices_as_on_one() -> None:
     """Pain 11, 13: the number of devices is not in the loss, nor do they let documents meet."""
     on_eight_devices("from tests.parallel.test_feed import check_on_eight_devices as check; check()")

@@ -97,6 +97,7 @@ def check_on_eight_devices(bits: int) -> None:
                 assert any(shape.startswith("u8") for shape in gathered), sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [16, 4])
 def test_five_steps_on_every_mesh_are_those_of_one_device(bits: int) -> None:
     on_eight_devices(f"from tests.parallel.test_meshes import check_on_eight_devices as check; check({bits})")

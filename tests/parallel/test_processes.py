@@ -110,6 +110,7 @@ def check_same(found: Path, expected: Path) -> None:
         assert np.linalg.norm(ours[name] - tensor) < 1e-5 * np.linalg.norm(tensor) + 1e-12, name
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_and_adapter_of_one_and_one_device_goes_on(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -133,6 +134,7 @@ def test_two_processes_have_the_losses_and_adapter_of_one_and_one_device_goes_on
     check_same(shared, alone)
 
 
+@pytest.mark.slow
 def test_processes_that_see_different_rows_are_told_before_the_first_step(
     model: Path, tmp_path: Path
 ) -> None:
@@ -175,6 +177,7 @@ def killed_in_the_middle(arguments: Sequence[str], output: Path, logs: Path, vic
     return (logs / f"{1 - victim}.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_other_ends_with_a_line_when_one_is_killed_and_a_rerun_goes_on(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:

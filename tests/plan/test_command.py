@@ -16,6 +16,7 @@ FEW = ("--lora.target_modules", "minimal")
 """Fewer adapted modules: a smaller program."""
 
 
+@pytest.mark.slow
 def test_a_config_alone_is_planned_for_one_tpu_chip(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +92,7 @@ def test_bad_options_are_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_exits_with_3_and_what_would(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +110,7 @@ def test_a_run_that_does_not_fit_exits_with_3_and_what_would(
     assert found["would_fit"]["fits"]
 
 
+@pytest.mark.slow
 def test_packed_rows_are_planned_at_their_full_length(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from lora_jax.plan.compiled import out_of_memory
 from lora_jax.plan.targets import find_target, prepare_environment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1"])
 def test_the_limit_of_each_chip_is_the_compilers(topology: str) -> None:
     prepare_environment()

@@ -49,6 +49,7 @@ def both_ways(x: Any, kernel: Any, dy: Any) -> tuple[Any, Any]:
     return y, pull(dy)[0]
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     st.sampled_from(sorted(KERNELS)),

@@ -30,6 +30,7 @@ def random_weight(shape: tuple[int, int], dtype: Any = np.float32) -> np.ndarray
     return np.random.default_rng(0).normal(size=shape).astype(np.float32).astype(dtype)
 
 
+@pytest.mark.slow
 @given(weights(), quant_types)
 def test_codes_and_absmax_of_any_weight_equal_the_reference(weight: np.ndarray, quant_type: Any) -> None:
     found = packed(quantize(weight, quant_type, double_quant=False))
@@ -38,6 +39,7 @@ def test_codes_and_absmax_of_any_weight_equal_the_reference(weight: np.ndarray, 
     np.testing.assert_array_equal(found.absmax, absmax)
 
 
+@pytest.mark.slow
 @given(weights(), quant_types, st.booleans())
 def test_dequantised_weights_equal_the_reference_bit_for_bit(
     weight: np.ndarray, quant_type: Any, double: bool
@@ -54,6 +56,7 @@ def test_dequantised_weights_equal_the_reference_bit_for_bit(
     np.testing.assert_array_equal(dequantize(kernel).T, expected.astype(weight.dtype))
 
 
+@pytest.mark.slow
 @given(weights(), quant_types, st.booleans())
 def test_a_kernel_goes_to_the_order_of_checkpoints_and_back_unchanged(
     weight: np.ndarray, quant_type: Any, double: bool
@@ -67,6 +70,7 @@ def test_a_kernel_goes_to_the_order_of_checkpoints_and_back_unchanged(
         np.testing.assert_array_equal(tensor, packed(kernel).tensors("w")[name])
 
 
+@pytest.mark.slow
 @given(weights(), quant_types)
 def test_quantising_what_was_dequantised_changes_no_code(weight: np.ndarray, quant_type: Any) -> None:
     kernel = quantize(weight.astype(np.float32), quant_type, double_quant=False)
@@ -75,6 +79,7 @@ def test_quantising_what_was_dequantised_changes_no_code(weight: np.ndarray, qua
     np.testing.assert_array_equal(once, twice)
 
 
+@pytest.mark.slow
 @given(weights(), st.booleans())
 def test_no_weight_is_further_off_than_half_the_widest_step(weight: np.ndarray, double: bool) -> None:
     wide = weight.astype(np.float32)
@@ -103,6 +108,7 @@ def test_4_and_an_eighth_bits_are_stored_for_a_weight() -> None:
     assert 8 * quantize(weight, double_quant=False).nbytes / weight.size == 4.5
 
 
+@pytest.mark.slow
 @given(weights(largest=2))
 def test_8bit_weights_are_within_half_a_step_and_come_back_unchanged(weight: np.ndarray) -> None:
     kernel = quantize_int8(weight)
@@ -152,6 +158,7 @@ def test_structures_hold_specs_and_shapes_in_place_of_arrays() -> None:
     )
 
 
+@pytest.mark.slow
 @given(st.sampled_from(OUT), st.sampled_from(IN), quant_types, st.booleans())
 def test_shapes_foretold_are_those_of_the_quantised_kernel(
     out: int, rows: int, quant_type: Any, double: bool

@@ -95,6 +95,7 @@ def check(
         assert (np.abs(np.asarray(found, np.float64) - wide @ matrix) <= bound).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(
     batch=st.integers(1, 40),
@@ -114,6 +115,7 @@ def test_product_and_gradient_equal_those_of_the_dequantised_kernel(
     check(batch, BLOCK * blocks, outs, layer, dtype, kind, tile, True, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "outs", "lookup"),
     [(BLOCK, 1, "gather"), (5 * BLOCK, 200, "gather"), (5 * BLOCK, 200, "tree"), (4 * BLOCK, 256, "tree")],
@@ -208,6 +210,7 @@ def test_compiled_kernel_holds_no_decoded_weight(
     assert temporary(partial(run, table=NF4, tile=tile), arguments) < rows * outs // 32
 
 
+@pytest.mark.slow
 @compiled_for_tpu
 @pytest.mark.parametrize("name", CHIPS)
 def test_scan_reads_the_stack_in_place(devices: Any, name: str) -> None:

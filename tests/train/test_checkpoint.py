@@ -188,6 +188,7 @@ with opened(Path(sys.argv[1])) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_over_eight_devices_and_back_on_one(saved: Path) -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -235,6 +236,7 @@ os._exit(0)  # as the command line ends after an error: what failed leaves threa
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_one_clear_line_and_leaves_the_others(saved: Path) -> None:
     before = tree(saved / "4")
     done = subprocess.run(

@@ -107,6 +107,7 @@ def test_samples_are_what_generate_writes_with_the_adapter(
                 assert capsys.readouterr().out == sample["text"] + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [1, 2])
 def test_a_resumed_run_has_the_same_figures_samples_end_and_adapter_to_the_bit(
     kept: int, watched: tuple[list[str], Path], tmp_path: Path
@@ -144,6 +145,7 @@ def test_a_run_that_has_ended_early_trains_no_further_when_it_is_resumed(
     assert found == expected
 
 
+@pytest.mark.slow
 def test_going_on_from_an_adapter_is_compared_with_the_base_alone(
     watched: tuple[list[str], Path], model: Path, rows: Path, sets: list[str], tmp_path: Path
 ) -> None:
@@ -164,6 +166,7 @@ def test_going_on_from_an_adapter_is_compared_with_the_base_alone(
         assert not worse or f"is {first['base_eval_loss']:.4f} without it" in given[0]
 
 
+@pytest.mark.slow
 def test_evaluation_of_many_rows_is_that_of_all_tokens_at_once(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:

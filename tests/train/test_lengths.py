@@ -70,6 +70,7 @@ def test_each_length_is_compiled_once(shape: str, lengths: int, finished: dict[s
     assert finished[shape].compiled["eval_step"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     shape: str, finished: dict[str, Finished], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -121,6 +121,7 @@ def test_epochs_give_the_number_of_steps_where_no_steps_are_given(
     assert (tokens / (len("1+1=2.") + 1)).tolist() == [4, 4, 2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
@@ -158,6 +159,7 @@ def test_a_share_of_the_rows_can_be_held_out(
     assert [entry["step"] for entry in metrics(tmp_path / "out") if "eval_loss" in entry] == [0, 4]
 
 
+@pytest.mark.slow
 def test_evaluation_takes_its_own_split_and_all_rows_of_a_file_without_one(
     model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +178,7 @@ def test_the_seed_decides_the_run(model: Path, rows: Path, tmp_path: Path, evalu
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_a_failing_export_leaves_no_half_adapter_and_resuming_completes_it(
     model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +195,7 @@ def test_a_failing_export_leaves_no_half_adapter_and_resuming_completes_it(
     assert read_adapter(output / "adapter")
 
 
+@pytest.mark.slow
 def test_rows_of_plain_text_train(model: Path, tmp_path: Path) -> None:
     texts = write_rows(tmp_path / "texts.jsonl", [{"text": "abc abc"}] * 8)
     run(*train_arguments(model, texts, tmp_path / "out"))

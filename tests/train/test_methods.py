@@ -17,6 +17,7 @@ def eval_losses(output: Path) -> list[float]:
     return [entry["eval_loss"] for entry in metrics(output) if "eval_loss" in entry]
 
 
+@pytest.mark.slow
 def test_full_training_lowers_the_loss_and_writes_a_model_that_starts_where_it_ended(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -50,6 +51,7 @@ EVERYTHING = (
 HEAD = ("--lora.modules_to_save", "lm_head", "embed_tokens")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), EVERYTHING, HEAD], ids=["low-rank", "with all else", "head"])
 def test_an_adapter_that_is_trained_on_or_merged_starts_where_it_ended(
     options: tuple[str, ...], model: Path, rows: Path, tmp_path: Path
@@ -88,6 +90,7 @@ def test_all_that_was_asked_for_was_trained(model: Path, rows: Path, tmp_path: P
     assert sum(name.endswith("q_proj.lora_A.weight") and len(t) == 3 for name, t in tensors.items()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [("--model.dtype", "float16"), ("--model.dtype", "bfloat16", "--model.compute_dtype", "bfloat16")],
@@ -110,6 +113,7 @@ def test_a_16_bit_base_trains_a_float32_adapter(
     }
 
 
+@pytest.mark.slow
 def test_config_of_a_run_that_went_on_from_an_adapter_repeats_it(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def bits(state: TrainState) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(plain)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optim", "passes", "dtype"),
     [("adamw", 1, "float32"), ("adamw8bit", 2, "float32"), ("lion", 2, "bfloat16")],
@@ -153,6 +154,7 @@ def test_a_run_that_has_skipped_all_its_steps_has_failed(
     assert not (tmp_path / "out" / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_a_run_stops_after_too_many_in_a_row_with_the_rows_and_can_go_on_behind_them(
     skipping: tuple[list[str], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -178,6 +180,7 @@ def test_a_run_stops_after_too_many_in_a_row_with_the_rows_and_can_go_on_behind_
     assert tree(output / "adapter") == tree(whole / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [1, 3, 5])
 def test_a_resumed_run_counts_on_to_the_bit(
     kept: int, skipping: tuple[list[str], Path], tmp_path: Path

@@ -49,6 +49,7 @@ def sizes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("libtpu"), reason="the TPU's compiler, libtpu, is not there")
 def test_the_step_keeps_optimiser_state_and_inputs_of_layers_in_the_hosts_memory(
     wide: Base, monkeypatch: pytest.MonkeyPatch
@@ -95,6 +96,7 @@ def test_only_optimiser_state_moves_and_only_where_it_is_asked_for(wide: Base) -
         assert (note is None) if text is None else (note is not None and text in note)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_state_back_to_the_bit_and_into_the_memory_it_was_in(
     wide: Base, tmp_path: Path
 ) -> None:

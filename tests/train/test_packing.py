@@ -108,6 +108,7 @@ def assert_same_step(parts: Any, first: Batch, second: Batch) -> None:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), one.trainable, other.trainable)
 
 
+@pytest.mark.slow
 @LLAMA
 @pytest.mark.parametrize(("packing", "passes", "length"), [("bfd", 2, 24), ("none", 5, 32)])
 def test_a_step_is_the_same_however_its_rows_are_packed_padded_and_passed(
@@ -117,6 +118,7 @@ def test_a_step_is_the_same_however_its_rows_are_packed_padded_and_passed(
     assert_same_step(parts, laid_out("none", 1), laid_out(packing, passes, length))
 
 
+@pytest.mark.slow
 @LLAMA
 def test_a_step_of_wrapped_rows_is_that_of_their_pieces(parts: Any) -> None:
     """Pain 13: what a cut takes from a document is its context and one target, and nothing is added to it."""

@@ -69,6 +69,7 @@ def test_loss_falls_and_the_adapter_notes_what_it_was_trained_on(trained: Path) 
     assert "nf4" in (trained / "adapter" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_config_of_the_run_repeats_it_and_the_quantised_checkpoint_gives_the_same(
     trained: Path, small: Path, tmp_path: Path, rows: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_config_of_the_run_repeats_it_and_the_quantised_checkpoint_gives_the_sam
     run("train", str(tmp_path / "packed" / "config.yaml"), "--output_dir", str(tmp_path / "packed again"))
 
 
+@pytest.mark.slow
 def test_run_goes_on_where_it_was_stopped(base: Path, rows: Path, tmp_path: Path) -> None:
     arguments = train_arguments(base, rows, tmp_path / "out", *FOUR, "--train.save_steps", "2")
     run(*arguments)
@@ -95,12 +97,14 @@ def test_run_goes_on_where_it_was_stopped(base: Path, rows: Path, tmp_path: Path
     assert timeless(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_base_of_a_trained_adapter_is_never_changed(base: Path, rows: Path, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     run(*train_arguments(base, rows, tmp_path / "out", *FOUR))
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_merged_onto_what_the_codes_stand_for_is_the_model_that_was_trained(
     base: Path, small: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -156,6 +160,7 @@ def test_quantising_anew_is_asked_for_and_tells_what_is_lost(trained: Path, tmp_
     assert open_checkpoint(tmp_path / "merged").config["quantization_config"]["load_in_4bit"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [("q_proj", "lm_head", "embed_tokens"), ("q_proj", "up_proj")])
 def test_quantising_anew_takes_what_is_tied_and_what_is_named_elsewhere(
     base: Path, rows: Path, tmp_path: Path, targets: tuple[str, ...]

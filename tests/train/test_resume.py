@@ -42,6 +42,7 @@ def stopped(finished: tuple[list[str], Path], tmp_path: Path) -> tuple[list[str]
     return [str(copy) if word == str(output) else word for word in arguments], copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [1, 2, 3, 4])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     kept: int, finished: tuple[list[str], Path], tmp_path: Path
@@ -172,6 +173,7 @@ def test_a_file_in_the_place_of_the_checkpoints_is_one_clear_error(
     assert (output / "checkpoints").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_one_clear_error_and_the_run_goes_on_once_there_is_space(
     finished: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +201,7 @@ def test_a_disk_that_fills_up_is_one_clear_error_and_the_run_goes_on_once_there_
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -226,6 +229,7 @@ def test_a_folder_in_use_is_refused_without_a_switch(
     assert tree(output) == before
 
 
+@pytest.mark.slow
 def test_overwriting_removes_what_a_run_writes_and_nothing_else(
     stopped: tuple[list[str], Path], finished: tuple[list[str], Path]
 ) -> None:
@@ -262,6 +266,7 @@ def until_logged(process: subprocess.Popen[str], output: Path, step: int) -> Non
     pytest.fail("nothing was logged")
 
 
+@pytest.mark.slow
 def test_signals_save_and_exit_and_the_run_goes_on_where_it_stopped(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def in_one_pass(parts: tuple[Base, Any, Any]) -> tuple[TrainState, Any]:
     return one_step(parts, batch(examples(), 1, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [12, 32])
 def test_a_step_depends_neither_on_how_it_is_cut_nor_on_padding(
     parts: Any, in_one_pass: Any, length: int
@@ -105,12 +106,14 @@ def test_every_token_counts_the_same_whatever_pass_it_is_in(parts: Any) -> None:
     assert_same_update(parts, one_step(parts, batch(rows, 1, 12)), one_step(parts, batch(rows, 2, 12)))
 
 
+@pytest.mark.slow
 def test_checkpointing_the_activations_changes_nothing(parts: Any, in_one_pass: Any) -> None:
     """Pain 18: nor does a base that is frozen keep gradients from the adapter."""
     recomputed = one_step(parts, batch(examples(), 1, 12), gradient_checkpointing=True)
     assert_same_update(parts, in_one_pass, recomputed)
 
 
+@pytest.mark.slow
 def test_the_step_is_compiled_once_whatever_the_rows_lengths(parts: Any) -> None:
     base, trainable, adapter = parts
     model = Decoder(base.config, lora_dropout=0.5)
@@ -166,6 +169,7 @@ def test_a_step_leaves_the_frozen_tree_as_it_is_and_consumes_its_state(parts: An
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
 
 
+@pytest.mark.slow
 def test_weights_of_rows_count_only_beside_each_other(parts: Any) -> None:
     whole = batch(examples(), 2, 16)
     light = whole._replace(weights=whole.weights * np.float32(2**-12))
