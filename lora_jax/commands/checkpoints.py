@@ -32,6 +32,7 @@ from lora_jax.train.adapted import adapted
 from lora_jax.train.checkpoint import unheard_callbacks
 from lora_jax.train.export import planned_facts
 from lora_jax.train.output import CHECKPOINTS, CONFIG
+from lora_jax.train.stopping import figure_name
 
 BEST, LAST = "best", "last"
 TRAINABLE = "trainable."
@@ -90,7 +91,7 @@ def _logged(folder: Path, step: int, facts: TrainingFacts) -> TrainingFacts:
     """Return the facts with what the run logged at its start and at a step."""
     run = RunFiles(folder.name, folder, read_lines(folder))
     lines = {int(line["step"]): line for line in run.lines}
-    name = next((f"eval_{name}_loss" if name else "eval_loss" for name in run.all_eval_sets), "")
+    name = next((figure_name(name, "loss") for name in run.all_eval_sets), "")
     before, here = lines.get(0, {}), lines.get(step, {})
     return replace(
         facts,

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from lora_jax.report.figures import moved_value
 from lora_jax.report.runs import RunFiles
 from lora_jax.train.output import CONFIG
+from lora_jax.train.stopping import figure_name
 
 Fact = tuple[str, str]
 
@@ -43,7 +44,7 @@ def evaluated(run: RunFiles) -> list[tuple[str, str | None]]:
     """
     final, facts = _mapping(run.record.get("results")), []
     for name in run.all_eval_sets:
-        key, label = (f"eval_{name}_loss", f"eval loss, {name}") if name else ("eval_loss", "eval loss")
+        key, label = figure_name(name, "loss"), f"eval loss, {name}" if name else "eval loss"
         steps, values, _ = run.series(key)
         exported = final.get(key)
         after = exported if isinstance(exported, int | float) else values[-1]
