@@ -17,7 +17,7 @@ from lora_jax.adapters.read import open_adapter
 from lora_jax.commands.checkpoints import saved_adapter
 from lora_jax.commands.merge import base_folder, check_target
 from lora_jax.errors import UserError
-from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, AdapterConfig, read_adapter_config, write_adapter
+from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter_config, write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.model_card import TrainingFacts, adapter_card
@@ -75,7 +75,7 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
         rows = adapter.model_config.vocab_size
         resized = rows if rows > model_config.vocab_size else None
         facts = TrainingFacts(resized_vocabulary=resized, version=__version__, hub_id=options.push_to_hub)
-        _write_card(aside, folded, facts)
+        write_text(aside / "README.md", adapter_card(folded, facts))
     console.print(f"wrote {options.output}, rank {folded.r} and scale 1 in all modules", soft_wrap=True)
     push_output(Path(options.output).expanduser(), options, console)
     return 0
@@ -100,13 +100,8 @@ def _from_checkpoint(options: ExportOptions, console: Console) -> int:
         write_adapter(aside, saved.config, saved.tensors)
         copy_tokenizer(saved.base.folder, aside)
         write_notes(aside, saved.notes)
-        _write_card(aside, saved.config, replace(saved.facts, hub_id=options.push_to_hub))
+        facts = replace(saved.facts, hub_id=options.push_to_hub)
+        write_text(aside / "README.md", adapter_card(saved.config, facts))
     console.print(f"wrote {options.output}, the adapter of step {saved.step}", soft_wrap=True)
     push_output(Path(options.output).expanduser(), options, console)
     return 0
-
-
-def _write_card(folder: Path, config: AdapterConfig, facts: TrainingFacts) -> None:
-    named = config.base_model_name_or_path
-    local = named is not None and Path(named).expanduser().exists()
-    write_text(folder / "README.md", adapter_card(config, facts, base_is_local=local))

@@ -156,8 +156,7 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
 
 def _write_card(base: str, hub_id: str | None, folder: Path) -> None:
     facts = TrainingFacts(version=__version__, hub_id=hub_id)
-    card = model_card(base, facts, base_is_local=Path(base).expanduser().exists())
-    write_text(folder / "README.md", card)
+    write_text(folder / "README.md", model_card(base, facts))
 
 
 def _precision(asked: str, base: Checkpoint, trained: Notes, folder: Path) -> Precision:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -48,17 +49,14 @@ class TrainingFacts:
     """Id on the Hub that the folder is going to have."""
 
 
-def adapter_card(
-    config: AdapterConfig, facts: TrainingFacts | None = None, *, base_is_local: bool = False
-) -> str:
+def adapter_card(config: AdapterConfig, facts: TrainingFacts | None = None) -> str:
     """Return README.md for an adapter folder, with the metadata block that the Hub reads.
 
-    The metadata names the base model only where it can be an id on the Hub, which a folder, told by its
-    form or by `base_is_local`, is not.
+    The metadata names the base model only where it is an id on the Hub: by its form, and no folder here.
     """
     facts = facts or TrainingFacts()
     base = config.base_model_name_or_path
-    base_id = base if base and not base_is_local and looks_like_id(base) else None
+    base_id = _id(base)
     if facts.hub_id and base_id is None:
         base = None  # a path of this machine tells nobody anything
     named_base, here = base or "BASE_MODEL", facts.hub_id or "."
@@ -97,9 +95,9 @@ def adapter_card(
     )
 
 
-def model_card(base: str, facts: TrainingFacts, *, base_is_local: bool = False) -> str:
+def model_card(base: str, facts: TrainingFacts) -> str:
     """Return README.md for a model of which every parameter was trained, as `adapter_card` does for an adapter."""
-    base_id = base if not base_is_local and looks_like_id(base) else None
+    base_id = _id(base)
     here, named = json.dumps(facts.hub_id or "."), None if facts.hub_id and base_id is None else base
     return "\n".join(
         [
@@ -176,6 +174,11 @@ def _arguments(base: str, revision: str | None) -> str:
 
 def _resized(vocabulary: int | None) -> list[str]:
     return [] if vocabulary is None else [f"base.resize_token_embeddings({vocabulary})"]
+
+
+def _id(base: str | None) -> str | None:
+    """Return the Hub id that a base's name is; None for a folder, be it in the form of one."""
+    return base if base and looks_like_id(base) and not Path(base).expanduser().exists() else None
 
 
 def _base(base: str | None, base_id: str | None) -> str | None:

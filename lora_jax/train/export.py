@@ -45,8 +45,7 @@ def export_adapter(run: Run, trainable: Any, folder: Place, facts: TrainingFacts
         packed = isinstance(run.checkpoint, PackedCheckpoint)
         dtype = "auto" if packed else run.config.model.dtype
         write_notes(aside, Notes(run.model_config.vocab_size, dtype, run.quantization, packed))
-        card = adapter_card(config, facts, base_is_local=Path(run.config.model.path).expanduser().exists())
-        write_text(aside / "README.md", card)
+        write_text(aside / "README.md", adapter_card(config, facts))
     return target
 
 
@@ -100,8 +99,7 @@ def export_model(run: Run, trainable: Any, folder: Place, facts: TrainingFacts) 
         deque(tensors, maxlen=0)  # gathers each with the process that writes
         return target
     changes = {"dtype": str(dtype), "vocab_size": run.model_config.vocab_size}
-    base = run.config.model.path
-    card = model_card(base, facts, base_is_local=Path(base).expanduser().exists())
+    card = model_card(run.config.model.path, facts)
 
     def write_card(aside: Path) -> None:
         write_text(aside / "README.md", card)

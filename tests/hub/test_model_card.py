@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 
@@ -42,13 +43,16 @@ def test_metadata_names_the_base_model_on_the_hub() -> None:
     }
 
 
-def test_folder_is_no_base_model_in_the_metadata_but_is_told_in_the_text() -> None:
+def test_folder_is_no_base_model_in_the_metadata_but_is_told_in_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for base in ("/data/models/base", "../base", None):
         card = adapter_card(replace(CONFIG, base_model_name_or_path=base))
         assert "base_model" not in metadata(card)
         assert base is None or f"| base model | `{base}` (a local folder) |" in card
-    card = adapter_card(CONFIG, base_is_local=True)  # a relative path in the form of an id
-    assert "base_model" not in metadata(card)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "base").mkdir(parents=True)  # a relative path in the form of an id
+    assert "base_model" not in metadata(adapter_card(CONFIG))
 
 
 def test_what_was_trained_is_told_and_what_is_unknown_is_not() -> None:
@@ -148,7 +152,7 @@ def test_results_on_a_file_of_ones_own_are_told_in_the_text_alone() -> None:
 
 
 def test_card_of_a_whole_model_loads_it_with_transformers() -> None:
-    text = model_card("/models/base", FACTS, base_is_local=True)
+    text = model_card("/models/base", FACTS)
     data = ModelCard(text).data
     assert data.library_name == "transformers"
     assert data.base_model is None
