@@ -4,6 +4,7 @@ The temporary name is in the same folder, so that the rename stays within one fi
 """
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -77,9 +78,10 @@ def write_text(path: Place, text: str) -> None:
 def whole_folder(path: Place, *, overwrite: bool = False) -> Iterator[Path]:
     """Give an empty temporary folder beside `path`, which becomes `path` on leaving.
 
-    On any failure, an interrupt included, nothing is left and an older `path` stays as it was. With
-    `overwrite` the older one goes away at the very end. In a bucket it is replaced file by file. Raises UserError
-    where `path` is a file, holds something and `overwrite` is not given, or cannot be written.
+    On any failure, an interrupt included, nothing is left and an older `path` stays as it was; what a program that
+    was killed left is removed first. With `overwrite` the older one goes away at the very end. In a bucket it is
+    replaced file by file. Raises UserError where `path` is a file, holds something and `overwrite` is not given, or
+    cannot be written.
     """
     if not isinstance(path, Path):
         with uploaded_folder(path) as folder:
@@ -87,9 +89,13 @@ def whole_folder(path: Place, *, overwrite: bool = False) -> Iterator[Path]:
         return
     path = Path(os.path.realpath(path.expanduser()))
     _check_free(path, overwrite)
+    _recover(path)
+    remove_leftovers(path)
     aside = _aside(path)
+    lock: int | None = None
     try:
         _make_folder(aside)
+        lock = _locked(aside)
         yield aside
         _check_free(path, overwrite)
         _replace_folder(aside, path)
@@ -99,15 +105,35 @@ def whole_folder(path: Place, *, overwrite: bool = False) -> Iterator[Path]:
         raise write_failure(path, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def remove_leftovers(path: Place) -> None:
-    """Remove what a program that was killed while it wrote `path` left beside it; in a bucket there is nothing."""
+    """Remove what a program that was killed while it wrote `path` left beside it; in a bucket there is nothing.
+
+    A folder that another program is still writing is locked, and stays.
+    """
     for aside in path.parent.glob(f".{escape(path.name)}.*.partial") if isinstance(path, Path) else ():
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
+        if not aside.is_dir():
             aside.unlink(missing_ok=True)
+        elif (lock := _locked(aside)) is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """Lock a folder for as long as this program lives; return what to close, or None where another one holds it."""
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # taken, or no locks on this file system
+        os.close(lock)
+        return None
+    return lock
 
 
 def _aside(path: Path) -> Path:
@@ -132,8 +158,17 @@ def _make_folder(path: Path) -> None:
         raise write_failure(path.parent, error) from error
 
 
+def _recover(path: Path) -> None:
+    """End the replacement of a folder in the midst of which a program was killed: the older one comes back."""
+    for older in path.parent.glob(f".{escape(path.name)}.*.older"):
+        if path.exists():
+            shutil.rmtree(older, ignore_errors=True)
+        else:
+            older.rename(path)
+
+
 def _replace_folder(source: Path, target: Path) -> None:
-    older = _aside(target)
+    older = _aside(target).with_suffix(".older")
     try:
         if target.exists():
             target.rename(older)

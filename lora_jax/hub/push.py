@@ -83,6 +83,10 @@ def check_push(repo_id: str, folder: PurePath) -> None:
         )
 
 
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+"""Files of a model's weights. Those of an earlier upload go: transformers takes one whole file before shards."""
+
+
 def push(
     folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None
 ) -> str:  # fmt: skip
@@ -96,7 +100,13 @@ def push(
         if revision is not None:
             hub.create_branch(made.repo_id, branch=revision, exist_ok=True)
         message = f"Upload {folder.name} with lora_jax"
-        hub.upload_folder(repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=message)
+        hub.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            delete_patterns=list(WEIGHTS) if any(folder.glob(WEIGHTS[0])) else None,
+        )
     except Exception as error:
         branch = f" --revision {quote(revision)}" if revision is not None else ""
         raise UserError(

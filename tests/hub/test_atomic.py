@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all."""
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import AbstractContextManager
@@ -138,6 +139,53 @@ def test_failing_while_overwriting_keeps_the_older_folder(tmp_path: Path) -> Non
 def test_folder_filled_by_somebody_else_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not empty"), whole_folder(tmp_path / "out"):
         write_text(tmp_path / "out" / "a", "theirs")
+    assert everything(tmp_path) == {"out/a": "theirs"}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lora_jax.hub.atomic import whole_folder
+with whole_folder(Path(sys.argv[1])) as aside:
+    (aside / "a").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_program_left_is_removed_when_the_folder_is_written_again(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    with whole_folder(target) as aside:
+        assert not left.exists()
+        (aside / "a").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert everything(tmp_path) == {"out/a": "whole"}
+
+
+def test_an_older_folder_comes_back_where_a_program_was_killed_while_it_replaced_it(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    (tmp_path / ".out.0123abcd.older").mkdir()
+    (tmp_path / ".out.0123abcd.older" / "a").write_text("older")
+    (tmp_path / ".out.0123abcd.partial").mkdir()
+    with pytest.raises(ValueError, match="midway"):
+        fail_midway(whole_folder(target, overwrite=True), ValueError("midway"))
+    assert everything(tmp_path) == {"out/a": "older"}
+    (tmp_path / ".out.0123abcd.older").mkdir()  # killed after the newer one was in its place
+    with whole_folder(target, overwrite=True) as aside:
+        (aside / "b").write_text("newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert everything(tmp_path) == {"out/b": "newer"}
+
+
+def test_what_another_program_is_still_writing_stays(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "out") as aside:
+        with whole_folder(tmp_path / "out") as mine:
+            (mine / "a").write_text("mine")
+        assert aside.is_dir()
+        (tmp_path / "out" / "a").unlink()
+        (aside / "a").write_text("theirs")
     assert everything(tmp_path) == {"out/a": "theirs"}
 
 

@@ -41,8 +41,16 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         role = TOKENS.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        parts = unquote(urlsplit(self.path).path).split("/")
         if role is None:
             self._answer(401, {"error": "Invalid user token."})
+        elif "tree" in parts:
+            files = self.stored.get("@".join(("/".join(parts[3:5]), parts[6])), {})
+            listed = [
+                {"type": "file", "path": name, "size": len(content), "oid": COMMIT}
+                for name, content in files.items()
+            ]
+            self._answer(200, listed)
         else:
             orgs = [{"name": "crew", "type": "org"}]
             self._answer(
@@ -90,6 +98,8 @@ class Hub(BaseHTTPRequestHandler):
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = self.objects[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del files[value["path"]]
             url = f"http://{self.headers['Host']}/{'/'.join(parts[3:5])}/commit/{COMMIT}"
             self._answer(200, {"success": True, "commitOid": COMMIT, "commitUrl": url})
         else:
@@ -149,6 +159,25 @@ def test_every_file_arrives_as_it_is_and_again(hub: type[Hub], tmp_path: Path) -
         files = {path.name: path.read_bytes() for path in local.iterdir()}
         assert hub.stored["me/it@main"] == files, repeated
         (local / "README.md").write_text("# Another\n")
+
+
+def test_weights_of_an_earlier_upload_go_and_other_files_stay(hub: type[Hub], tmp_path: Path) -> None:
+    """transformers would take the one file of an earlier model before the shards of this one."""
+    whole, shards = tmp_path / "whole", tmp_path / "shards"
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    index = "model.safetensors.index.json"
+    for place, files in ((whole, ("model.safetensors", "notes.txt")), (shards, (*names, index))):
+        place.mkdir()
+        for name in files:
+            (place / name).write_text(f"{place.name} {name}")
+    push(whole, "me/it")
+    push(folder(tmp_path / "adapter"), "me/it")
+    assert "model.safetensors" in hub.stored["me/it@main"], "an adapter lies beside a model"
+    push(shards, "me/it")
+    adapter = ("README.md", "adapter_model.safetensors")
+    assert hub.stored["me/it@main"].keys() == {"notes.txt", *adapter, *names, index}
+    push(whole, "me/it")
+    assert hub.stored["me/it@main"].keys() == {"notes.txt", *adapter, "model.safetensors"}
 
 
 def test_branch_is_made_and_only_it_changes(hub: type[Hub], tmp_path: Path) -> None:
