@@ -93,9 +93,11 @@ def _search(
 ) -> tuple[dict[str, Any], bool]:
     best = search(options, typed, target, lambda line: console.print(line, highlight=False, soft_wrap=True))
     if not best:
-        found = estimate(options, typed, target)
-        console.print("no batch fits", highlight=False)
-        return found.to_json(), False
+        found = estimate(options, typed, target)  # its mesh may be one that is not tried
+        fits = found.figures.fits
+        console.print(_table({"": found}))
+        console.print("nothing else that was tried fits" if fits else "no batch fits", highlight=False)
+        return found.to_json(), fits
     console.print(_table({str(index + 1): found.estimate for index, found in enumerate(best)}))
     for index, found in enumerate(best):
         console.print(f"{index + 1}: {found.flags}", highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,10 @@ def figures(step: AbstractStep, target: Target) -> Figures:
     file = _kept(lowered, target)
     if file is not None and file.exists():
         with suppress(OSError, ValueError, TypeError):
-            return Figures(**json.loads(file.read_text()))
+            found = Figures(**json.loads(file.read_text()))
+            if target.chip is None:  # this machine's memory may be another one now
+                return replace(found, limit=target.memory, fits=found.peak <= target.memory)
+            return found
     started = time.monotonic()
     found = _compiled(lowered, target)
     if file is not None and time.monotonic() - started > _threshold():

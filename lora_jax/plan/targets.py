@@ -32,6 +32,8 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else it waits for no other process that has it loaded, and aborts
     "JAX_PLATFORMS": "cpu",
 }
+CONTAINER = Path("/sys/fs/cgroup/memory.max")
+"""Holds the bytes that a container may take."""
 HOST = (2, 2, 1)
 """Chips of a host as libtpu divides a topology; a smaller topology is one host, and has to be named so."""
 
@@ -56,7 +58,11 @@ class Target:
         """Bytes that a device has for a program."""
         if self.chip is not None:
             return self.chip.memory
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        try:
+            return min(whole, int(CONTAINER.read_text()))
+        except (OSError, ValueError):  # no container, or one without a limit: "max"
+            return whole
 
     def compiling(self) -> AbstractContextManager[Any]:
         """Return the context in which what is traced is for these devices."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lora_jax.config import DataOptions, MeshOptions, ModelOptions, RunConfig, TrainOptions
+from lora_jax.plan import compiled, targets
 from lora_jax.plan.compiled import Figures
 from lora_jax.plan.estimate import held_parts, planned_step
 from lora_jax.plan.targets import find_target, prepare_environment
@@ -31,6 +32,21 @@ def test_methods_differ_in_what_is_held(config_file: Path) -> None:
     assert 0 < qlora.frozen < lora.frozen
     assert qlora.adapter == lora.adapter < full.adapter / 2
     assert full.optimizer >= 2 * full.adapter  # AdamW's moments, in float32 as the parameters
+
+
+def test_figures_that_were_kept_go_by_the_memory_that_there_is_now(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "_kept", lambda *_: tmp_path / "plan.json")
+    monkeypatch.setattr(compiled, "_threshold", lambda: -1)
+    target = find_target("cpu")
+    step = planned_step(options(config_file), (), target)[0]
+    found = compiled.figures(step, target)
+    assert found.fits
+    (tmp_path / "memory.max").write_text("1000\n")  # of a container
+    monkeypatch.setattr(targets, "CONTAINER", tmp_path / "memory.max")
+    again = compiled.figures(step, target)
+    assert (again.peak, again.limit, again.fits) == (found.peak, 1000, False)
 
 
 def test_each_device_of_fsdp_holds_its_share(config_file: Path) -> None:
