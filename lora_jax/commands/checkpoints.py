@@ -18,6 +18,7 @@ from lora_jax.adapters.peft import Tensors, export_tensors, saved_config
 from lora_jax.config import RunConfig
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.adapter_files import AdapterConfig
+from lora_jax.hub.bucket import on_disk
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.model_card import TrainingFacts
@@ -104,7 +105,7 @@ def _logged(folder: Path, step: int, facts: TrainingFacts) -> TrainingFacts:
 
 def _split(given: str) -> tuple[Path, str]:
     """Return the folder and which of its checkpoints; a folder may have a colon in its name."""
-    whole, (name, _, which) = Path(given).expanduser(), given.rpartition(":")
+    whole, (name, _, which) = on_disk(given, "--checkpoint"), given.rpartition(":")
     return (whole, LAST) if whole.is_dir() or not name else (Path(name).expanduser(), which)
 
 

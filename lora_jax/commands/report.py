@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import write_text
+from lora_jax.hub.bucket import on_disk
 from lora_jax.options import parse
 
 USAGE = "lora-jax report OUT [OUT2 …] [--output FILE]"
@@ -33,7 +34,7 @@ def report(arguments: Sequence[str], console: Console | None = None) -> int:
     options = parse(ReportOptions, words[count:], program="lora-jax report")[0]
     if count == 0:
         raise UserError(f"report: needs the output folder of a run: {USAGE}")
-    folders = [Path(word).expanduser() for word in words[:count]]
+    folders = [on_disk(word, "report") for word in words[:count]]
     from lora_jax.report.html import render
     from lora_jax.report.runs import read_runs
 

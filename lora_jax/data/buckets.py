@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-FEWEST, SAVING = 4, 0.05
+FEWEST, SAVING = 2, 0.05
 """Steps of a run that a length is worth compiling for, and the share of all tokens that one more length has to save."""
 
 

@@ -238,6 +238,8 @@ def _part(
             token_cache.note(aside, about)
             token_cache.publish(aside, folder, key)
     except OSError as error:
+        if error.filename and not Path(error.filename).is_relative_to(aside):  # the rows are gone meanwhile
+            raise source.unreadable(error) from error
         raise write_failure(aside, error) from error
     finally:  # what is mapped stays readable
         shutil.rmtree(aside, ignore_errors=True)

@@ -113,7 +113,7 @@ class Source:
             with self.file.open("rb") as opened:
                 digest = file_digest(opened, "sha256").hexdigest()
         except OSError as error:
-            raise self._unreadable(error) from error
+            raise self.unreadable(error) from error
         return f"{self.file.suffix.lower()} {digest} {self.split}"
 
     def read(self) -> Rows:
@@ -123,12 +123,13 @@ class Source:
         try:
             source = READERS[self.file.suffix.lower()](self.file)
         except OSError as error:
-            raise self._unreadable(error) from error
+            raise self.unreadable(error) from error
         if not len(source):
             raise UserError(f"{self.option} {self.path}: has no rows; give a file with at least one")
         return self._not_empty(_take(Rows(self.path, source), self.split, self.option))
 
-    def _unreadable(self, error: OSError) -> UserError:
+    def unreadable(self, error: OSError) -> UserError:
+        """Return the error for rows that the system would not let be read."""
         reason = error.strerror or type(error).__name__
         return UserError(f"{self.option} {self.path}: cannot be read ({reason}); check the file")
 

@@ -40,6 +40,16 @@ def place(text: str, option: str) -> Place:
     return folder
 
 
+def on_disk(text: str, what: str) -> Path:
+    """Return the folder that a text names; raises UserError for one in a bucket, to which not all can go."""
+    if "://" in text:
+        raise UserError(
+            f"{what} {text}: is read from the disk alone; copy it first (gcloud storage cp -r {text} .) and give "
+            "the copy"
+        )
+    return Path(text).expanduser()
+
+
 def unreachable(what: str, path: epath.Path, error: Exception) -> UserError:
     """Return the error for a bucket that does not answer as it should."""
     return UserError(

@@ -28,8 +28,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lora_jax.errors import UserError, listing
-from lora_jax.hub.atomic import write_failure
-from lora_jax.parallel.processes import lost
+from lora_jax.hub.atomic import write_failure, write_text
+from lora_jax.parallel.processes import lost, wait_for_all, writes
 from lora_jax.train.step import TrainState
 
 FREE = frozenset(
@@ -53,6 +53,7 @@ FREE = frozenset(
 )
 """Options that may differ between a run and its resumption without changing the result."""
 EVAL_LOSS = "eval_loss"
+METADATA = "_CHECKPOINT_METADATA"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Checkpoints:
         for name in ("absl", "concurrent.futures"):  # what they report is raised here, in one line
             logging.getLogger(name).setLevel(logging.CRITICAL)
         whole = folder if "://" in str(folder) else Path(folder).absolute()  # Orbax takes no relative path
-        self.folder, self.identity = epath.Path(whole), identity
+        self._place, self.folder, self.identity = whole, epath.Path(whole), identity
         self.metric, self.greater_is_better = metric, greater_is_better
         self._failed = self._cleaned = self._writing = False
         policies = ocp.checkpoint_managers
@@ -152,26 +153,18 @@ class Checkpoints:
         """Return the step of the newest whole checkpoint."""
         return self.manager.latest_step()
 
-    def save(
-        self, state: TrainState, progress: Progress, value: float | None = None, again: bool = False
-    ) -> None:
-        """Write the state in the background; a step once, but with `again`. `value` is the figure of this very step.
+    def save(self, state: TrainState, progress: Progress, value: float | None = None) -> None:
+        """Write the state in the background, a step once; `value` is the figure of this very step.
 
         Returns when the arrays are copied, so that the step may consume them. Raises UserError where this
         checkpoint or the one before cannot be written.
         """
         step = int(state.step)
-        saved = step in self.manager.all_steps()
-        if saved and not again:
+        if step in self.manager.all_steps():
             return
-        if value is not None and not math.isfinite(value):
-            value = None
-        if value is not None and (self.best is None or not self._better(self.best.value, value)):
-            self.best = Best(step, value)
+        value = self._noted(step, value)
         try:
             self._remove_partial()
-            if saved:
-                self.manager.delete(step)
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -180,11 +173,39 @@ class Checkpoints:
                     progress=ocp.args.JsonSave(progress._asdict()),
                 ),
                 metrics=None if value is None else {self.metric: value},
-                custom_metadata={"best": self.best._asdict()} if self.best else None,
+                custom_metadata=self._best_noted(),
             )
             self._writing = True
         except Exception as error:  # Orbax, TensorStore and the file system each raise their own
             raise self._failure(error) from error
+
+    def measured(self, step: int, value: float | None) -> None:
+        """Give a checkpoint the figure of its step's evaluation, in which the run that saved it was stopped.
+
+        Two small files are replaced, each whole or not at all; the arrays stay as they are. Raises UserError where
+        that cannot be written.
+        """
+        if step not in self.manager.all_steps() or (value := self._noted(step, value)) is None:
+            return
+        if writes():
+            place = self._place / str(step)
+            metadata = json.loads((place / METADATA).read_text())
+            metadata["custom_metadata"] = self._best_noted()
+            write_text(place / METADATA, json.dumps(metadata))
+            write_text(place / "metrics" / "metrics", json.dumps({self.metric: value}))
+        wait_for_all("figure of a checkpoint")
+        self.manager.reload()
+
+    def _noted(self, step: int, value: float | None) -> float | None:
+        """Return the figure of a step, None where it is no number; note whether it is the best."""
+        if value is None or not math.isfinite(value):
+            return None
+        if self.best is None or not self._better(self.best.value, value):
+            self.best = Best(step, value)
+        return value
+
+    def _best_noted(self) -> dict[str, Any] | None:
+        return {"best": self.best._asdict()} if self.best else None
 
     def check(self) -> None:
         """Raise UserError where the checkpoint that was being written has failed; waits for nothing."""

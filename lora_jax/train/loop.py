@@ -132,6 +132,7 @@ class Loop:
             goal, options.early_stopping_patience, options.early_stopping_threshold, *stand
         )
         self._warn(self.cautions.before_training())
+        self.cautions.compile(state.trainable)
         if first == 0:
             self._before_training(state)
         elif progress.unlogged is not None:
@@ -139,14 +140,13 @@ class Loop:
             self._write(progress.unlogged, state, evaluation)
             progress = progress._replace(window=[])
             if self._saves(first) or (first == sizes.steps and options.save_strategy != "no"):
-                # With its figure, by which it may be the best, as if it had never been stopped.
-                window = Window(self.feed.tokens_before(first + 1), [])
-                self._save(state, window, value=evaluation.figures.get(goal.metric), again=True)
+                # By it the checkpoint may be the best, as if the run had never been stopped.
+                self.checkpoints.measured(first, evaluation.figures.get(goal.metric))
         elif first < sizes.steps and not self.patience.over:
             self.evaluator.compile(state.trainable)
-        self.cautions.compile(state.trainable)
-        shapes = self.feed.shapes(first + 1)
-        self.train_step.compile(state, self.run.frozen, self.run.adapter, batches=shapes)
+        if first < sizes.steps and not self.patience.over:
+            shapes = self.feed.shapes(first + 1)
+            self.train_step.compile(state, self.run.frozen, self.run.adapter, batches=shapes)
         window = Window(self.feed.tokens_before(first + 1), progress.window)
         stopped: int | None = None
         self.signals.compiling()
@@ -230,11 +230,13 @@ class Loop:
         """Return what to say of steps in a row that were not finite, once the state is saved."""
         self.signals.finishing()
         rows = [row for step in steps for row in self.feed.rows_of(step)]
+        behind = ""
+        if saved < self.sizes.steps:
+            behind = f", or go on behind them with --resume: step {saved} is saved, and no skipped step has changed it"
         which = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
         return UserError(
-            f"loss or gradient not finite in {which}, on {places(self.run.train_rows, rows)}; look at those rows, "
-            f"lower --train.learning_rate, or go on behind them with --resume: step {saved} is saved, and no skipped "
-            "step has changed it"
+            f"loss or gradient not finite in {which}, on {places(self.run.train_rows, rows)}; look at those rows or "
+            f"lower --train.learning_rate{behind}"
         )
 
     def _save(
@@ -243,12 +245,11 @@ class Loop:
         window: Window,
         unlogged: dict[str, Any] | None = None,
         value: float | None = None,
-        again: bool = False,
     ) -> None:
         self.logs.sync()  # a resumption needs all lines up to its checkpoint
         self.skipped.read()
         counts = (self.patience.best, self.patience.worse, self.skipped.total, self.skipped.in_a_row)
-        self.checkpoints.save(state, Progress(window.sums(), unlogged, *counts), value, again)
+        self.checkpoints.save(state, Progress(window.sums(), unlogged, *counts), value)
 
     def _entry(self, step: int, window: Window) -> dict[str, Any]:
         loss, figures = window.figures()

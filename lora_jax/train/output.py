@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,7 +14,7 @@ import yaml
 
 from lora_jax.config import FOUR_BIT, RunConfig
 from lora_jax.errors import UserError
-from lora_jax.hub.atomic import remove_leftovers, write_text
+from lora_jax.hub.atomic import remove_leftovers, write_failure, write_text
 from lora_jax.hub.bucket import Place, place, remove
 from lora_jax.parallel.processes import wait_for_all, writes
 
@@ -159,7 +160,8 @@ class MetricsLog:
         self.kept = kept
         """What was there on resuming."""
         if isinstance(path, Path) and writes():
-            self._file = path.open("a", encoding="utf-8")
+            with _told(path):
+                self._file = path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one object."""
@@ -167,8 +169,9 @@ class MetricsLog:
             self._also(entry)
         line = json.dumps(entry) + "\n"
         if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
+            with _told(self.path):
+                self._file.write(line)
+                self._file.flush()
             return
         self._lines.append(line)
         if time.monotonic() - self._synced > self.SECONDS:
@@ -184,7 +187,17 @@ class MetricsLog:
         """Close the file."""
         self.sync()
         if self._file is not None:
-            self._file.close()
+            with _told(self.path):
+                self._file.close()
+
+
+@contextmanager
+def _told(path: Place) -> Iterator[None]:
+    """Raise a UserError in place of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise write_failure(path, error) from error
 
 
 class Logs:

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from lora_jax.adapters.notes import read_notes
 from lora_jax.config import RunConfig, check
-from lora_jax.errors import INTERRUPTED, UserError
+from lora_jax.errors import INTERRUPTED, UserError, listing
+from lora_jax.hub.bucket import Place
 from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.push import check_push, push_output
 from lora_jax.models.sharding import placed, shardings
@@ -112,7 +113,10 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         console.print(note, highlight=False, soft_wrap=True)
     config = run.config  # with the options that an adapter to go on with decides
     folder, progress = output_folder(config), None
-    if not config.resume or not (folder / CHECKPOINTS).is_dir():
+    kept = (folder / CHECKPOINTS).is_dir()
+    if config.resume and not kept:
+        _check_unfinished(folder)
+    if not config.resume or not kept:
         open_output(config)
     limit, identity = config.train.save_total_limit, _identity(run, sizes)
     checkpoints = Checkpoints(folder / CHECKPOINTS, limit, identity, aim.metric, aim.greater_is_better)
@@ -121,11 +125,8 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             state, progress = checkpoints.restore(state)
             signals.resumed_at = int(state.step)
             console.print(f"resuming after step {signals.resumed_at}", highlight=False)
-        elif config.resume and any((folder / name).is_dir() for name in (ADAPTER, MODEL)):
-            raise UserError(
-                f"--resume: {folder} holds a finished run and no checkpoint; add --overwrite to repeat it"
-            )
         elif config.resume:
+            _check_unfinished(folder)
             console.print("no checkpoint to resume from: starting afresh", highlight=False)
         if config.resume:
             open_output(config)  # only now: a resumption that is refused leaves the folder as it was
@@ -134,6 +135,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         record.note(**run_facts(run, sizes, typed))
         signals.on_leaving = partial(record.end, "stopped")
         with tracked(config, folder, record, signals.resumed_at, console) as tracking:
+            signals.on_leaving = tracking.leave
             with (
                 closing(Profiler(folder, config.train.profile_steps)) as profiler,
                 closing(
@@ -190,6 +192,13 @@ def results(outcome: Outcome) -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
+def _check_unfinished(folder: Place) -> None:
+    if any((folder / name).is_dir() for name in (ADAPTER, MODEL)):
+        raise UserError(
+            f"--resume: {folder} holds a finished run and no checkpoint; add --overwrite to repeat it"
+        )
+
+
 def _shapes_of_rows(run: Run) -> str:
     """Return what tells rows apart where their lengths, or the number of tokens trained of each, differ."""
     sets = {"train": run.train_rows, **{f"eval {name}": rows for name, rows in run.eval_rows.items()}}
@@ -205,7 +214,9 @@ def _identity(run: Run, sizes: Sizes) -> Identity:
         "training rows": len(run.train_rows),
         "training tokens": run.train_rows.tokens,
         "rows a step": sizes.rows_per_step,
+        "checksums of the rows": _shapes_of_rows(run),
         "data.pad_to_multiple_of": padding_multiple(run.config.data, run.mesh),
+        "lengths of steps": listing([str(length) for length in sizes.plan.buckets]),
     }
     flat = {"method": run.config.method, **flatten_dict(sections, sep="."), **counted}
     return Identity(flat, fingerprint(run.checkpoint))

@@ -47,12 +47,12 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in output_dir/tensorboard; what was written past the checkpoint is hidden on resuming."""
+    """Event files in output_dir/tensorboard; what was written past the step to start from is hidden."""
 
     run_id: str | None = None
 
     def __init__(self, start: Start) -> None:
-        purged = None if start.resumed_at is None else start.resumed_at + 1
+        purged = 0 if start.resumed_at is None else start.resumed_at + 1
         self.writer = _client("tensorboardX").SummaryWriter(
             str(start.folder / TENSORBOARD), purge_step=purged, flush_secs=10
         )

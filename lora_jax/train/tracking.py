@@ -7,8 +7,11 @@ raises ends that tracker with one warning, never the run. Process 0 alone tracks
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import PurePath
 from typing import Any
@@ -24,6 +27,8 @@ from lora_jax.train.trackers import TRACKERS, Start, Status, Tracker
 
 MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 """What each tracker's client is imported as."""
+LEAVING = 10
+"""Seconds that trackers are given where a run is ended at once: a machine that is taken away gives half a minute."""
 
 
 def check_tracking(config: RunConfig) -> None:
@@ -64,7 +69,7 @@ class Tracking:
         self, config: RunConfig, folder: Place, record: Record, resumed_at: int | None, console: Console
     ) -> None:
         """Open what the options ask for; notes in the record what a resumption needs."""
-        self.console = console
+        self.console, self.record = console, record
         self.outcome: tuple[Status, dict[str, float]] = ("failed", {})
         self._open: dict[str, Tracker] = {}
         ids: dict[str, str] = record.content.get("tracking", {})
@@ -90,6 +95,22 @@ class Tracking:
     def done(self, whole: bool, results: dict[str, float]) -> None:
         """Note that the run did not fail, whether it came to its end, and its final figures."""
         self.outcome = ("finished" if whole else "stopped", results)
+
+    def leave(self) -> None:
+        """Close the record and the trackers as stopped, from any thread, at once: a client has LEAVING seconds."""
+        with suppress(UserError):
+            self.record.end("stopped")
+        until = time.monotonic() + LEAVING
+        closing = [
+            threading.Thread(
+                target=self._try, args=(name, partial(tracker.finish, "stopped", {})), daemon=True
+            )
+            for name, tracker in self._open.items()
+        ]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def finish(self, status: Status, results: Mapping[str, float]) -> None:
         """Send the final figures and close."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -605,5 +606,10 @@ def test_resuming_a_finished_run_that_kept_no_checkpoint_is_refused(
     before = tree(home / "out")
     capsys.readouterr()
     assert main([*arguments, "--resume"]) == EXIT_CODE
+    assert "holds a finished run and no checkpoint" in capsys.readouterr().err
+    assert tree(home / "out") == before
+    shutil.rmtree(home / "out" / "checkpoints", ignore_errors=True)  # to save space
+    before = tree(home / "out")
+    assert main([*arguments, "--train.seed", "7", "--resume"]) == EXIT_CODE
     assert "holds a finished run and no checkpoint" in capsys.readouterr().err
     assert tree(home / "out") == before

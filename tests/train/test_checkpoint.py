@@ -269,16 +269,28 @@ def test_the_state_before_the_first_step_can_be_saved(tmp_path: Path) -> None:
         assert equal(checkpoints.restore(first)[0], first)
 
 
-def test_a_checkpoint_that_is_saved_again_with_its_figure_may_be_the_best(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_given_its_figure_later_may_be_the_best(tmp_path: Path) -> None:
     with opened(tmp_path) as checkpoints:
         checkpoints.save(state(1), Progress([]), 2.0)
         checkpoints.save(state(2), Progress([1.0, 2.0], {"step": 2}))
     with opened(tmp_path) as checkpoints:
         checkpoints.save(state(2), Progress([]), 1.0)
         assert checkpoints.best == Best(1, 2.0), "a step is saved once"
-        checkpoints.save(state(2), Progress([]), 1.0, again=True)
+        checkpoints.measured(2, 1.0)
+        assert checkpoints.best == Best(2, 1.0)
     with opened(tmp_path) as checkpoints:
         assert checkpoints.best == Best(2, 1.0)
+        assert checkpoints.manager.metadata(2).custom_metadata == {"best": {"step": 2, "value": 1.0}}
         restored, progress = checkpoints.restore(state(0, seed=1))
         assert equal(restored, state(2))
-        assert progress.unlogged is None
+        assert progress.unlogged == {"step": 2}, "where it is broken off again, it is made up for again"
+
+
+def test_a_checkpoint_that_is_given_its_figure_later_outlives_newer_ones(tmp_path: Path) -> None:
+    with opened(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state(1), Progress([], {"step": 1}))
+    with opened(tmp_path, keep=1) as checkpoints:
+        checkpoints.measured(1, 1.0)
+        checkpoints.save(state(2), Progress([]), 2.0)
+        checkpoints.save(state(3), Progress([]), float("nan"))
+    assert names(tmp_path) == ["1", "3"]

@@ -151,6 +151,9 @@ def test_a_run_that_has_skipped_all_its_steps_has_failed(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: loss or gradient not finite in steps 1 to 2, on ")
+    assert error.endswith("; look at those rows or lower --train.learning_rate\n"), (
+        "there is nothing behind them"
+    )
     assert not (tmp_path / "out" / "adapter").exists()
 
 

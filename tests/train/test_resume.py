@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lora_jax.cli import main
+from lora_jax.train.output import MetricsLog
 from scripts.soak import soak
 from tests.conftest import ROOT
 from tests.runs import metrics, run, timeless, train_arguments, tree, write_rows
@@ -112,12 +115,47 @@ def test_resuming_with_other_rows_is_refused(
 ) -> None:
     arguments, _ = stopped
     rows_before = rows.read_bytes()
-    try:
-        write_rows(rows, [{"prompt": "1+1=", "completion": "two"}] * 8)
-        assert main([*arguments, "--resume"]) == 2
-    finally:
-        rows.write_bytes(rows_before)
-    assert "training tokens was 56, is 64" in capsys.readouterr().err
+    others = {
+        "training tokens was 56, is 64": ["two"] * 8,
+        "checksums of the rows was": ["a", "two"] * 4,  # as many rows and tokens
+    }
+    for message, answers in others.items():
+        try:
+            write_rows(rows, [{"prompt": "1+1=", "completion": answer} for answer in answers])
+            code = main([*arguments, "--resume"])
+        finally:
+            rows.write_bytes(rows_before)
+        assert code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_log_that_cannot_be_written_is_one_clear_error(
+    model: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Full:
+        def write(self, text: str = "") -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        flush = close = write
+
+    made = MetricsLog.__init__
+
+    def full(log: MetricsLog, *given: object) -> None:
+        made(log, *given)  # pyright: ignore[reportArgumentType]
+        if log._file is not None:
+            log._file.close()
+        log._file = Full()  # pyright: ignore[reportAttributeAccessIssue]
+
+    monkeypatch.setattr(MetricsLog, "__init__", full)
+    assert main(train_arguments(model, rows, tmp_path / "out")) == 2
+    assert capsys.readouterr().err == (
+        f"error: cannot write {tmp_path}/out/metrics.jsonl: No space left on device; "
+        "free some space or choose another disk\n"
+    )
 
 
 def test_resuming_on_another_model_in_the_same_folder_is_refused(

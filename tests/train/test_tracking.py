@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lora_jax.config import RunConfig, TrainOptions
 from lora_jax.models.families import read_config
 from lora_jax.models.names import modules
 from lora_jax.parallel.chips import KINDS, Chip
+from lora_jax.train import tracking as tracking_module
 from lora_jax.train.output import open_output
 from lora_jax.train.record import Record, command_line, histogram
 from lora_jax.train.tracking import Tracking, named, tracked
@@ -87,64 +90,34 @@ def test_tensorboard_reads_what_was_logged_and_a_resumed_run_goes_on(tmp_path: P
     assert starts == [2]  # TensorBoard hides what was logged at that step and past it before
 
 
-def test_wandb_keeps_a_run_offline_and_a_resumption_is_the_same_run(
+def test_trackers_are_closed_where_a_run_is_ended_at_once_but_none_is_waited_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    assert track(tmp_path, "wandb") == ""
-    track(tmp_path, "wandb", resumed_at=1, lines=LINES[2:])
-    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(files) == 2
-    assert len({file.name for file in files}) == 1  # run-ID.wandb
-    content = files[0].read_bytes()
-    assert b"train/learning_rate" in content
-    assert b"night run" in content
-    assert b"per_device_train_batch_size" in content
+    found: list[tuple[str, str]] = []
+    ended = threading.Event()
 
+    class Client:
+        run_id = None
 
-def test_mlflow_stores_options_figures_and_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    assert track(tmp_path, "mlflow") == ""
-    track(tmp_path, "mlflow", resumed_at=2, lines=[{"step": 3, "loss": 2.0}])
-    client = mlflow.MlflowClient()
-    (run,) = client.search_runs([client.get_experiment_by_name("lora_jax").experiment_id])
-    assert run.info.run_name == "night run"
-    assert run.info.status == "FINISHED"
-    assert run.data.params["lora.r"] == "16"
-    history = client.get_metric_history(run.info.run_id, "train/loss")
-    assert [(metric.step, metric.value) for metric in history if metric.step != 2] == [(1, 3.0), (3, 2.0)]
-    assert run.data.metrics["final/eval_loss"] == 2.5
+        def __init__(self, name: str) -> None:
+            self.name = name
 
+        def finish(self, status: str, results: Any) -> None:
+            found.append((self.name, status))
+            if self.name == "tensorboard":  # sends, and the network is gone
+                ended.wait(60)
 
-def test_trackio_stores_a_run_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("trackio")
-    import sqlite3
-
-    from trackio import utils
-
-    monkeypatch.setattr(utils, "TRACKIO_DIR", tmp_path / "trackio")  # read from the environment at import
-    for module in [module for name, module in sys.modules.items() if name.startswith("trackio")]:
-        if hasattr(module, "TRACKIO_DIR"):
-            monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
-    assert track(tmp_path, "trackio") == ""
-    track(tmp_path, "trackio", resumed_at=2, lines=[{"step": 3, "loss": 2.0}])
-    (file,) = (tmp_path / "trackio").glob("*.db")
-    with sqlite3.connect(file) as database:
-        found = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
-    assert {name for name, _, _ in found} == {"night run"}
-    losses = [(step, json.loads(text).get("train/loss")) for _, step, text in found]
-    assert (1, 3.0) in losses
-    assert (3, 2.0) in losses
-    record = json.loads((tmp_path / "run.json").read_text())
-    assert record["tracking"] == {"trackio": "night run"}
-    (again := tmp_path / "again").mkdir()
-    track(again, "trackio")  # another run of that name
-    record = json.loads((again / "run.json").read_text())
-    assert record["tracking"]["trackio"] != "night run"
+    for name in ("tensorboard", "wandb"):
+        monkeypatch.setitem(tracking_module.TRACKERS, name, lambda start, name=name: Client(name))
+    monkeypatch.setattr(tracking_module, "LEAVING", 0.2)
+    config = RunConfig(train=TrainOptions(report_to=("tensorboard", "wandb")), output_dir=str(tmp_path))
+    tracking = Tracking(config, tmp_path, Record(tmp_path, None), None, Console(quiet=True))
+    begun = time.monotonic()
+    tracking.leave()
+    assert time.monotonic() - begun < 30
+    ended.set()
+    assert sorted(found) == [("tensorboard", "stopped"), ("wandb", "stopped")]
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "stopped"
 
 
 def test_tracker_that_fails_is_one_warning_and_the_run_goes_on(
