@@ -94,6 +94,8 @@ class RunFiles:
                 lost = next(
                     (i for i, value in enumerate(reversed(values)) if math.isfinite(value)), len(values)
                 )
+                if key == "loss" and lost == 1 and self.record.get("status") == "finished":
+                    continue  # its last step alone was skipped
                 found += steps[len(steps) - lost :][:1]
         return min(found, default=None)
 

@@ -254,6 +254,8 @@ def test_step_that_was_skipped_is_a_gap_and_no_divergence(copied: Copy) -> None:
     page = page_of(output)
     assert "diverged" not in page.text
     assert page.curve("loss", "train")[1] == [1.0, None, 1.0]
+    write_lines(output, *({"step": step, "loss": None if step == 3 else 1.0} for step in (1, 2, 3)))
+    assert "diverged" not in page_of(output).text, "the run finished, and only its last step was skipped"
 
 
 def test_warnings_that_were_logged_are_told_with_their_steps(copied: Copy) -> None:
@@ -277,6 +279,7 @@ def test_long_curve_is_drawn_whole_beside_its_running_mean(copied: Copy) -> None
     [
         ([], "report: needs the output folder of a run"),
         (["nowhere"], "report nowhere: no such folder"),
+        (["gs://bucket/run"], "report gs://bucket/run: is read from the disk alone; copy it first"),
         (["empty"], "report empty: holds neither metrics.jsonl nor config.yaml, so it is no run"),
         (["run", "--output", "empty"], "--output empty: is a folder; give a file"),
         (["run", "--ouput", "x"], "--ouput: unknown option"),
