@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from uuid import uuid4
 
 from lora_jax.hub.bucket import Place
 from lora_jax.train.output import TENSORBOARD
@@ -135,15 +136,18 @@ class MLflow:
 
 
 class Trackio:
-    """trackio, on this machine or, with TRACKIO_SPACE_ID, in a Space; the run is found again by its name."""
+    """trackio, on this machine or, with TRACKIO_SPACE_ID, in a Space; a run is found again by its name, so each has its own."""
 
     def __init__(self, start: Start) -> None:
         resumes = "never" if start.run_id is None else "allow"
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         self.run = _client("trackio").init(
-            project=project, name=start.run_id or start.name, config=dict(start.options), resume=resumes
+            project=project,
+            name=start.run_id or f"{start.name}-{uuid4().hex[:6]}",
+            config=dict(start.options),
+            resume=resumes,
         )
-        self.run_id: str | None = self.run.name  # another one where the name exists
+        self.run_id: str | None = self.run.name
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Log the figures of a step."""

@@ -58,13 +58,14 @@ def test_trackio_stores_a_run_on_this_machine(tmp_path: Path, monkeypatch: pytes
     (file,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(file) as database:
         found = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
-    assert {name for name, _, _ in found} == {"night run"}
+    (name,) = {name for name, _, _ in found}
+    assert name.startswith("night run-")
     losses = [(step, json.loads(text).get("train/loss")) for _, step, text in found]
     assert (1, 3.0) in losses
     assert (3, 2.0) in losses
     record = json.loads((tmp_path / "run.json").read_text())
-    assert record["tracking"] == {"trackio": "night run"}
+    assert record["tracking"] == {"trackio": name}
     (again := tmp_path / "again").mkdir()
     track(again, "trackio")  # another run of that name
     record = json.loads((again / "run.json").read_text())
-    assert record["tracking"]["trackio"] != "night run"
+    assert record["tracking"]["trackio"] != name
