@@ -105,7 +105,8 @@ def _logged(folder: Path, step: int, facts: TrainingFacts) -> TrainingFacts:
 
 def _split(given: str) -> tuple[Path, str]:
     """Return the folder and which of its checkpoints; a folder may have a colon in its name."""
-    whole, (name, _, which) = on_disk(given, "--checkpoint"), given.rpartition(":")
+    name, _, which = given.rpartition(":")
+    whole = on_disk(name if "://" in name else given, "--checkpoint")
     return (whole, LAST) if whole.is_dir() or not name else (Path(name).expanduser(), which)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -90,6 +91,12 @@ class TokenDataset(Sequence[Tokens]):
     def column(self, name: str) -> np.ndarray:
         """Return a column of the store (see `store.SCALARS`) for each row."""
         return np.concatenate([part.store.columns[name] for part in self.parts])[self.order]
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of what the rows hold, in their order."""
+        parts = np.array([part.store.checksum for part in self.parts], np.uint32)
+        return zlib.crc32(np.ascontiguousarray(self.order).data, zlib.crc32(parts.data))
 
     def select(self, chosen: np.ndarray) -> TokenDataset:
         """Return the rows at these places, in this order."""

@@ -10,6 +10,7 @@ Of all columns but the first two the whole is held in memory: 36 bytes a row, an
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -103,6 +104,15 @@ class Store(Sequence[Tokens]):
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64 [rows]."""
         return np.concatenate([np.zeros(0, np.int64), *(batch.lengths for batch in self._batches)])
+
+    @cached_property
+    def checksum(self) -> int:
+        """CRC-32 of what the rows hold: ids, lengths, numbers of trained tokens, weights."""
+        columns = (self.lengths, self.columns["targets"], self.columns["weight"])
+        found = 0
+        for array in (*(batch.ids for batch in self._batches), *columns):
+            found = zlib.crc32(np.ascontiguousarray(array).data, found)
+        return found
 
     def largest(self) -> int:
         """Return the greatest token id, -1 where there is none."""

@@ -88,8 +88,8 @@ def whole_folder(path: Place, *, overwrite: bool = False) -> Iterator[Path]:
             yield folder
         return
     path = Path(os.path.realpath(path.expanduser()))
-    _check_free(path, overwrite)
     _recover(path)
+    _check_free(path, overwrite)
     remove_leftovers(path)
     aside = _aside(path)
     lock: int | None = None
@@ -114,12 +114,17 @@ def remove_leftovers(path: Place) -> None:
 
     A folder that another program is still writing is locked, and stays.
     """
-    for aside in path.parent.glob(f".{escape(path.name)}.*.partial") if isinstance(path, Path) else ():
+    for aside in _beside(path, "partial") if isinstance(path, Path) else ():
         if not aside.is_dir():
             aside.unlink(missing_ok=True)
         elif (lock := _locked(aside)) is not None:
             shutil.rmtree(aside, ignore_errors=True)
             os.close(lock)
+
+
+def _beside(path: Path, ending: str) -> Iterator[Path]:
+    """Give the temporary names of `path` that are there, and not those of one whose name begins like it."""
+    return path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 8}.{ending}")
 
 
 def _locked(folder: Path) -> int | None:
@@ -160,7 +165,7 @@ def _make_folder(path: Path) -> None:
 
 def _recover(path: Path) -> None:
     """End the replacement of a folder in the midst of which a program was killed: the older one comes back."""
-    for older in path.parent.glob(f".{escape(path.name)}.*.older"):
+    for older in _beside(path, "older"):
         if path.exists():
             shutil.rmtree(older, ignore_errors=True)
         else:

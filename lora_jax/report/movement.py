@@ -94,7 +94,8 @@ def low_rank_norms(config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> 
             b = tensors.get(key.replace("_A", "_B")) if key.endswith(ending) else None
             if b is not None:
                 name = key.removesuffix(ending)
-                square = float(np.sum((b.T @ b).astype(np.float64) * (a @ a.T)))
+                with np.errstate(over="ignore", invalid="ignore"):  # of a run that diverged
+                    square = float(np.sum((b.T @ b).astype(np.float64) * (a @ a.T)))
                 norms[name] = scaled(name, config)[2] * max(square, 0.0) ** 0.5
     return norms
 

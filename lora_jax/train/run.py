@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import zlib
 from collections.abc import Collection
 from contextlib import closing
 from dataclasses import asdict
@@ -12,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from rich.console import Console
@@ -96,7 +94,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
                 f"note: --lora.init_from was trained on a quantised base ({before.summary()})", soft_wrap=True
             )
     sizes = run_sizes(run)
-    if not same_in_all(_shapes_of_rows(run)):  # else each would wait for the others in another step
+    if not same_in_all(_checksums(run)):  # else each would wait for the others in another step
         raise UserError(
             "the processes of this run see different rows; give all of them the same files, tokenizer and template"
         )
@@ -171,7 +169,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     before, after = outcome.eval_before, outcome.eval_after
     if before is not None and after is not None:
         name = next(iter(run.eval_rows))
-        worse = "; what is written is worse than the start" if after > before else ""
+        worse = "; what is written is worse than the start" if not after <= before else ""  # no number, say
         line = f"eval loss {f'of {name} ' if name else ''}{before:.4f} -> {after:.4f}{worse}"
         console.print(line, highlight=False, markup=False)
     if (found := checkpoints.best) is not None and found.step < sizes.steps:
@@ -199,11 +197,9 @@ def _check_unfinished(folder: Place) -> None:
         )
 
 
-def _shapes_of_rows(run: Run) -> str:
-    """Return what tells rows apart where their lengths, or the number of tokens trained of each, differ."""
-    sets = {"train": run.train_rows, **{f"eval {name}": rows for name, rows in run.eval_rows.items()}}
-    columns = ((rows.lengths, rows.column("targets")) for rows in sets.values())
-    return " ".join(str(zlib.crc32(np.concatenate(pair).tobytes())) for pair in columns)
+def _checksums(run: Run) -> str:
+    """Return what tells a run's rows from others, and their order."""
+    return " ".join(str(rows.checksum) for rows in (run.train_rows, *run.eval_rows.values()))
 
 
 def _identity(run: Run, sizes: Sizes) -> Identity:
@@ -214,7 +210,7 @@ def _identity(run: Run, sizes: Sizes) -> Identity:
         "training rows": len(run.train_rows),
         "training tokens": run.train_rows.tokens,
         "rows a step": sizes.rows_per_step,
-        "checksums of the rows": _shapes_of_rows(run),
+        "checksums of the rows": _checksums(run),
         "data.pad_to_multiple_of": padding_multiple(run.config.data, run.mesh),
         "lengths of steps": listing([str(length) for length in sizes.plan.buckets]),
     }

@@ -136,7 +136,7 @@ class MLflow:
 
 
 class Trackio:
-    """trackio, on this machine or, with TRACKIO_SPACE_ID, in a Space; a run is found again by its name, so each has its own."""
+    """trackio, on this machine or, with TRACKIO_SPACE_ID, in a Space; finds a run by its name, so each has its own."""
 
     def __init__(self, start: Start) -> None:
         resumes = "never" if start.run_id is None else "allow"

@@ -179,6 +179,24 @@ def test_an_older_folder_comes_back_where_a_program_was_killed_while_it_replaced
     assert everything(tmp_path) == {"out/b": "newer"}
 
 
+def test_folder_whose_name_begins_alike_is_another_one(tmp_path: Path) -> None:
+    for ending in ("older", "partial"):
+        (tmp_path / f".out.1.0123abcd.{ending}").mkdir()
+    with whole_folder(tmp_path / "out") as aside:
+        (aside / "a").write_text("1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".out.1.0123abcd.older", ".out.1.0123abcd.partial", "out"
+    ]  # fmt: skip
+
+
+def test_older_folder_that_came_back_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    (tmp_path / ".out.0123abcd.older").mkdir()
+    (tmp_path / ".out.0123abcd.older" / "a").write_text("older")
+    with pytest.raises(UserError, match="is not empty"):  # noqa: SIM117
+        with whole_folder(tmp_path / "out"):
+            pytest.fail("the work began")
+
+
 def test_what_another_program_is_still_writing_stays(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "out") as aside:
         with whole_folder(tmp_path / "out") as mine:
