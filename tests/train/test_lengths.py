@@ -15,6 +15,7 @@ import pytest
 from lora_jax.cli import main
 from tests.runs import metrics, run, timeless, train_arguments, tree, write_rows
 
+pytestmark = pytest.mark.slow
 LONG_AND_SHORT = [
     {"prompt": f"{a}+{b}=", "completion": f"{a + b}." + "".join(map(str, range(4 * (b == 3) * a)))}
     for a in range(1, 6)
@@ -70,7 +71,6 @@ def test_each_length_is_compiled_once(shape: str, lengths: int, finished: dict[s
     assert finished[shape].compiled["eval_step"] == lengths
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     shape: str, finished: dict[str, Finished], tmp_path: Path, capsys: pytest.CaptureFixture[str]

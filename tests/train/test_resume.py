@@ -177,6 +177,7 @@ def test_resuming_on_another_model_in_the_same_folder_is_refused(
     assert tree(output) == before
 
 
+@pytest.mark.slow
 def test_what_changes_no_result_may_differ_on_resuming(stopped: tuple[list[str], Path]) -> None:
     arguments, output = stopped
     more = ("--train.logging_steps", "1", "--train.save_steps", "3", "--train.save_total_limit", "1")
