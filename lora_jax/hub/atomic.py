@@ -33,6 +33,15 @@ def write_failure(path: PurePath, error: OSError) -> UserError:
 
 
 @contextmanager
+def writing_to(path: PurePath) -> Iterator[None]:
+    """Raise the UserError of `write_failure` in place of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise write_failure(path, error) from error
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; what was written there becomes `path` on leaving.
 
@@ -157,10 +166,8 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _make_folder(path: Path) -> None:
-    try:
+    with writing_to(path.parent):
         path.mkdir(parents=True)
-    except OSError as error:
-        raise write_failure(path.parent, error) from error
 
 
 def _recover(path: Path) -> None:

@@ -8,7 +8,7 @@ from types import TracebackType
 import numpy as np
 
 from lora_jax.errors import UserError
-from lora_jax.hub.atomic import write_failure, write_text
+from lora_jax.hub.atomic import write_text, writing_to
 from lora_jax.hub.checkpoint import INDEX_FILE, WEIGHTS_FILE
 from lora_jax.hub.safetensors_file import save_tensors
 
@@ -66,10 +66,8 @@ class ShardWriter:
             else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
         )
         for aside, name in zip(self._written, names, strict=True):
-            try:
+            with writing_to(self.folder / name):
                 aside.replace(self.folder / name)
-            except OSError as error:
-                raise write_failure(self.folder / name, error) from error
         if count > 1:
             weight_map = {name: names[shard] for name, shard in sorted(self._shard_of.items())}
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}

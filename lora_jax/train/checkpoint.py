@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lora_jax.errors import UserError, listing
-from lora_jax.hub.atomic import write_failure, write_text
+from lora_jax.hub.atomic import write_failure, write_text, writing_to
 from lora_jax.parallel.processes import lost, wait_for_all, writes
 from lora_jax.train.step import TrainState
 
@@ -140,11 +140,9 @@ class Checkpoints:
             best_mode="max" if greater_is_better else "min",
             preservation_policy=policies.AnyPreservationPolicy(kept),
         )
-        try:
+        with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.manager = ocp.CheckpointManager(self.folder, options=options)
-        except OSError as error:
-            raise write_failure(self.folder, error) from error
         self.best = self._stored_best()
         """The best of the checkpoints that are kept, None where none of them was made at an evaluation."""
         self._heard = unheard_callbacks()

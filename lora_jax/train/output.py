@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,7 +13,7 @@ import yaml
 
 from lora_jax.config import FOUR_BIT, RunConfig
 from lora_jax.errors import UserError
-from lora_jax.hub.atomic import remove_leftovers, write_failure, write_text
+from lora_jax.hub.atomic import remove_leftovers, write_text, writing_to
 from lora_jax.hub.bucket import Place, place, remove
 from lora_jax.parallel.processes import wait_for_all, writes
 
@@ -160,7 +159,7 @@ class MetricsLog:
         self.kept = kept
         """What was there on resuming."""
         if isinstance(path, Path) and writes():
-            with _told(path):
+            with writing_to(path):
                 self._file = path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -169,7 +168,7 @@ class MetricsLog:
             self._also(entry)
         line = json.dumps(entry) + "\n"
         if self._file is not None:
-            with _told(self.path):
+            with writing_to(self.path):
                 self._file.write(line)
                 self._file.flush()
             return
@@ -187,17 +186,8 @@ class MetricsLog:
         """Close the file."""
         self.sync()
         if self._file is not None:
-            with _told(self.path):
+            with writing_to(self.path):
                 self._file.close()
-
-
-@contextmanager
-def _told(path: Place) -> Iterator[None]:
-    """Raise a UserError in place of an OSError."""
-    try:
-        yield
-    except OSError as error:
-        raise write_failure(path, error) from error
 
 
 class Logs:

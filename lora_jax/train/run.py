@@ -111,10 +111,10 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         console.print(note, highlight=False, soft_wrap=True)
     config = run.config  # with the options that an adapter to go on with decides
     folder, progress = output_folder(config), None
-    kept = (folder / CHECKPOINTS).is_dir()
-    if config.resume and not kept:
-        _check_unfinished(folder)
-    if not config.resume or not kept:
+    goes_on = config.resume and (folder / CHECKPOINTS).is_dir()
+    if not goes_on:
+        if config.resume:
+            _check_unfinished(folder)
         open_output(config)
     limit, identity = config.train.save_total_limit, _identity(run, sizes)
     checkpoints = Checkpoints(folder / CHECKPOINTS, limit, identity, aim.metric, aim.greater_is_better)
@@ -126,7 +126,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         elif config.resume:
             _check_unfinished(folder)
             console.print("no checkpoint to resume from: starting afresh", highlight=False)
-        if config.resume:
+        if goes_on:
             open_output(config)  # only now: a resumption that is refused leaves the folder as it was
         print_facts(console, run, state.opt_state, sizes)
         record = Record(folder, signals.resumed_at)
