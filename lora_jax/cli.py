@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from lora_jax import __version__
 from lora_jax.cache import keep_compiled
-from lora_jax.errors import EXIT_CODE, INTERRUPTED, UserError, nearest
+from lora_jax.errors import EXIT_CODE, INTERRUPTED, UserError, mendable, nearest
 
 USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
 
@@ -26,6 +29,17 @@ USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
 
 lora-jax COMMAND --help lists the options of a command.
 """
+A_STEP = (
+    "give --train.per_device_train_batch_size 1 and as many times more --train.gradient_accumulation_steps, "
+    "--train.gradient_checkpointing True, a smaller --data.max_length or --lora.r, or "
+    "--model.load_in_4bit True; lora-jax plan says what a run needs"
+)
+MORE_MEMORY = {
+    "train": A_STEP,
+    "plan": A_STEP,
+    "generate": "give fewer or shorter prompts, a smaller --max_new_tokens, or --model.load_in_4bit True",
+}
+"""Remedies where memory is lacking, the cheapest first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,15 +64,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[0] in COMPILING:
             keep_compiled()
         return command(given[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # what reads the output has gone, as in --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        known = _mendable(error, given[0])
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        return EXIT_CODE
+
+
+def _mendable(error: Exception, command: str) -> UserError | None:
+    return mendable(error, MORE_MEMORY.get(command, "end other programs, or take a machine that has more"))
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -74,6 +95,20 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the program with 0, as it does later in a run, while Python only imports what the run needs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_ended_by_sigterm()
 def _train(arguments: Sequence[str]) -> int:
     from lora_jax.config import RunConfig
     from lora_jax.options import parse
@@ -84,14 +119,12 @@ def _train(arguments: Sequence[str]) -> int:
 
     try:
         return train(config, typed)
-    except UserError as error:  # whatever it is, the others must not wait for a process that has given up
-        leave(EXIT_CODE, f"error: {error}")
-        raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # whatever it is, the others must not wait for a process that has given up
         leave(INTERRUPTED, "interrupted")
         raise
-    except Exception:
-        leave(1, traceback.format_exc())
+    except Exception as error:
+        known = _mendable(error, "train")
+        leave(*((EXIT_CODE, f"error: {known}") if known else (1, traceback.format_exc())))
         raise
 
 

@@ -8,8 +8,8 @@ what is wrong on its own; what depends on the model or the data is checked where
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 from lora_jax.errors import UserError
 
@@ -25,6 +25,12 @@ NOT_NEGATIVE = (
     "neftune_noise_alpha",
 )
 """Options of training that may be 0 but not less."""
+INT32 = 2**31 - 1
+"""Greatest integer that devices count with."""
+FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)
+"""Least and greatest number of a device's arithmetic beside 0; what is smaller it takes for 0."""
+GREATEST = {"seed": 2**32 - 1, "timeout": INT32 - 60, "num_train_epochs": INT32}
+"""Options whose greatest value is another: JAX is given a minute more than timeout, an epoch has a step at least."""
 FOUR_BIT = "bnb_4bit_"
 """What the names of options that only a 4-bit model has begin with."""
 GenerationMetric = Literal["exact_match", "bleu", "rouge"]
@@ -341,6 +347,45 @@ def check(config: RunConfig) -> None:
     check_model(config.model)
     _check_train(train)
     _check_evaluation(data, train)
+    check_numbers(config)
+    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    _require(
+        rows <= INT32,
+        "--train.gradient_accumulation_steps",
+        train.gradient_accumulation_steps,
+        f"makes {rows} rows a step of --train.per_device_train_batch_size "
+        f"{train.per_device_train_batch_size}; the product must be at most {INT32}",
+    )
+
+
+def check_numbers(options: Any, above: str = "--") -> None:
+    """Raise UserError for the first number of a dataclass of options, or of those in it, that devices cannot hold.
+
+    Integers have 32 bits; floats are finite in float32, and 0 only where they are 0.
+    """
+    for option in fields(options):
+        name, value = f"{above}{option.name.rstrip('_')}", getattr(options, option.name)
+        if is_dataclass(value):
+            check_numbers(value, f"{name}.")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                _check_number(item, f"{name} {key}", option.name)
+        else:
+            for item in value if isinstance(value, tuple) else (value,):
+                _check_number(item, name, option.name)
+
+
+def _check_number(value: object, shown: str, option: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    least, greatest = FLOAT32 if isinstance(value, float) else (0, INT32)
+    greatest = GREATEST.get(option, greatest)
+    limit = f"{greatest:.10g}"
+    _require(not value > greatest, shown, value, f"must be at most {limit}")
+    _require(not value < -greatest, shown, value, f"must be at least -{limit}")
+    _require(
+        value == 0 or not abs(value) < least, shown, value, f"is 0 in float32; give at least {least:.10g}"
+    )
 
 
 def check_data(data: DataOptions) -> None:

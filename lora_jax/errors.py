@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 EXIT_CODE = 2
 INTERRUPTED = 130
 """Exit code of what Ctrl-C has ended, as a shell gives it: 128 + SIGINT."""
+
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*(memory|allocat)", re.DOTALL | re.IGNORECASE)
+_ON_CHIP = re.compile(r"memory space (?!hbm)|shared memory", re.IGNORECASE)
+"""Of a kernel that asks for more than a core's own memory: a mistake of the program."""
+_ASKED = re.compile(r"(?:allocat\w*|request for|reserve|Used|of size) ([\d.]+) ?([KMGT]i?B?|B|bytes)?\b")
+_BEYOND = re.compile(r"overflow .*jitted computation.* value (-?\d+)", re.DOTALL)
 
 
 class UserError(Exception):
@@ -19,6 +26,34 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return " ".join(" ".join(str(argument) for argument in self.args).split())
+
+
+def mendable(error: Exception, more_memory: str) -> UserError | None:
+    """Return the error that says what the user can mend, None for any other error.
+
+    It is the error itself, a lack of memory, which JAX has no type for, or a number beyond 32 bits in a program of JAX.
+    `more_memory` is the remedy where memory was lacking.
+    """
+    text = str(error)
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, MemoryError) or (_NO_MEMORY.search(text) and not _ON_CHIP.search(text)):
+        where = "the machine" if isinstance(error, MemoryError) else "the device"
+        asked = _ASKED.search(text)
+        said = f"was asked for {_size(asked)}" if asked else "has no more"
+        return UserError(f"out of memory: {where} {said}; {more_memory}")
+    if isinstance(error, OverflowError) and (found := _BEYOND.search(text)):
+        return UserError(
+            f"the options make a number of {found[1]}, beyond the 32 bits that devices count with; give fewer "
+            "rows, tokens or steps"
+        )
+    return None
+
+
+def _size(asked: re.Match[str]) -> str:
+    number, unit = asked.groups()
+    size = float(number.rstrip(".")) * 1024 ** "BKMGT".index((unit or "B")[0].upper())
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

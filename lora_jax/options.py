@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 import yaml
 
+from lora_jax.config import check_numbers
 from lora_jax.errors import UserError, listing, nearest
 
 Options = TypeVar("Options")
@@ -61,6 +62,7 @@ def parse(
             options = _tyro(kind, given, program)
     except SystemExit as error:
         raise UserError(f"{_one_line(output.getvalue())}; {program} --help lists all options") from error
+    check_numbers(options)
     return options, frozenset(flags)
 
 
@@ -158,6 +160,9 @@ def _yaml_flags(path: Path, names: Mapping[str, Any]) -> Flags:
         line = f" line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error)
         raise UserError(f"{where}{line}: is not YAML ({reason}); mend it") from error
+    except (RecursionError, ValueError) as error:  # thousands of brackets or digits, a date that there is not
+        reason = "is nested too deeply" if isinstance(error, RecursionError) else f"is not YAML ({error})"
+        raise UserError(f"{where}: {reason}; mend it") from error
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds no options; write sections such as model, lora, data, train")
     flags = dict(_flatten(content, "", names, where))
@@ -213,6 +218,8 @@ def _checked(hint: Any, values: list[str], label: str) -> list[str]:
         return ["None"] if optional else []
     kinds = get_args(hint)
     if get_origin(hint) is tuple:
+        if values == ["none"] and get_origin(kinds[0]) is Literal:  # as transformers has it, for report_to
+            return []
         return [_value(kinds[0], value, label) for value in values]
     if get_origin(hint) is dict:
         if len(values) % 2:
@@ -249,7 +256,7 @@ def _value(kind: Any, text: str, label: str) -> str:
         return spelt[0]
     convert, wanted = _NUMBERS[kind]
     try:
-        finite = math.isfinite(convert(text))
+        finite = abs(convert(text)) < math.inf
     except ValueError:
         finite = False
     if not finite:

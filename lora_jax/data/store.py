@@ -10,8 +10,10 @@ Of all columns but the first two the whole is held in memory: 36 bytes a row, an
 
 from __future__ import annotations
 
+import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.data.tokens import Tokens
+from lora_jax.errors import UserError
+from lora_jax.hub.atomic import write_failure
 
 SCALARS = {"targets": np.int32, "row": np.int64, "window": np.int32, "cut": np.int64, "weight": np.float64}
 
@@ -46,27 +50,44 @@ def as_batch(examples: Sequence[Tokens]) -> Any:
 
 
 class StoreWriter:
-    """An Arrow file while it is written, batch by batch."""
+    """An Arrow file while it is written, batch by batch; raises UserError where the system refuses."""
 
     def __init__(self, file: Path) -> None:
         import pyarrow as pa
 
-        self._sink = pa.OSFile(str(file), "wb")
-        self._writer = pa.ipc.new_stream(self._sink, as_batch([]).schema)
+        self.file = file
+        with self._writing():
+            self._sink = pa.OSFile(str(file), "wb")
+            self._writer = pa.ipc.new_stream(self._sink, as_batch([]).schema)
         self.rows = 0
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._writer.close()
-        self._sink.close()
+        with self._writing():
+            try:
+                self._writer.close()
+            finally:
+                self._sink.close()
 
     def write(self, batch: Any) -> None:
         """Append a batch of `as_batch`."""
         self.rows += batch.num_rows
         if batch.num_rows:
-            self._writer.write_batch(batch)
+            with self._writing():
+                self._writer.write_batch(batch)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            plain = OSError(error.errno, os.strerror(error.errno)) if error.errno else error
+            raise UserError(
+                f"{write_failure(self.file, plain)}; LORA_JAX_CACHE names another folder for tokens, with "
+                "--data.cache False they go to TMPDIR"
+            ) from error
 
 
 class Store(Sequence[Tokens]):

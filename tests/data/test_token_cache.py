@@ -10,6 +10,8 @@ import pytest
 from lora_jax.config import DataOptions
 from lora_jax.data import token_cache
 from lora_jax.data.dataset import load_examples
+from lora_jax.data.store import StoreWriter, as_batch
+from lora_jax.data.tokens import Tokens
 from lora_jax.errors import UserError
 
 ROWS = [{"text": f"Hello, good day {i}.", "w": i + 1, "body": "day"} for i in range(5)]
@@ -136,6 +138,15 @@ def test_cache_that_is_off_or_cannot_be_written_changes_nothing(load, folder, tm
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "file"))
     same(load(), whole)
+
+
+def test_a_full_disk_is_one_line_that_names_the_ways_out():
+    with pytest.raises(UserError) as raised, StoreWriter(Path("/dev/full")) as writer:
+        writer.write(as_batch([Tokens(np.arange(3, dtype=np.int32), np.ones(3, bool), 1, 0, 1.0, 0)]))
+    said = str(raised.value)
+    assert said.startswith("cannot write /dev/full: No space left on device; free some space")
+    assert "LORA_JAX_CACHE" in said
+    assert "--data.cache False" in said
 
 
 def test_two_runs_that_write_an_entry_at_once_leave_one(load, folder):
