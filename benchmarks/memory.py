@@ -16,11 +16,12 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from lora_jax.cache import keep_compiled
 from lora_jax.plan.targets import find_target, prepare_environment
 
 prepare_environment()
+keep_compiled()
 
-from lora_jax.cache import keep_compiled  # noqa: E402
 from lora_jax.commands.plan import PlanOptions  # noqa: E402
 from lora_jax.options import parse  # noqa: E402
 from lora_jax.plan.estimate import estimate  # noqa: E402
@@ -88,7 +89,6 @@ def main() -> int:
     parser.add_argument("--row", nargs="*", default=[""], metavar="WORD")
     parser.add_argument("--more", action="store_true")
     options = parser.parse_args()
-    keep_compiled()
     rows = [*ROWS, *(MORE if options.more else ())]
     print(
         "| model | trained | tokens a row | topology | base | adapter | optimiser | rest | peak | at most | has |"

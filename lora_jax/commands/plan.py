@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_jax.config import DataOptions, RunConfig, check
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, listing
 from lora_jax.plan.estimate import Estimate, estimate
+from lora_jax.plan.subject import read_subject
 from lora_jax.plan.targets import Target, find_target, shown_targets
 from lora_jax.plan.variants import methods, search, what_fits
 from lora_jax.train.report import size_text
@@ -66,6 +67,11 @@ def plan(options: PlanOptions, typed: Collection[str], console: Console | None =
 def _plan(
     console: Console, options: PlanOptions, typed: Collection[str], target: Target
 ) -> tuple[dict[str, Any], bool]:
+    if options.compare and read_subject(options, typed, target.platform).packed:
+        raise UserError(
+            f"--compare: {options.model.path} is quantised already, and the other methods start from the "
+            "weights as they were; give the unquantised checkpoint, or its config.json"
+        )
     found = estimate(options, typed, target)
     record, shown = found.to_json(), {"": found}
     if options.compare:
@@ -118,7 +124,9 @@ def _table(found: dict[str, Estimate]) -> Table:
 def _rows(found: Estimate) -> list[tuple[str, str]]:
     figures, least = found.figures, found.least
     mesh = ", ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1)
-    sent = ", ".join(f"{kind} {size_text(sent)}" for kind, sent in figures.sent.items())
+    sent = "not known"
+    if figures.sent is not None:
+        sent = ", ".join(f"{kind} {size_text(size)}" for kind, size in figures.sent.items()) or "nothing"
     return [
         ("devices", f"{len(found.target.devices)} of {found.target.title}{mesh and f' ({mesh})'}"),
         ("base, frozen", size_text(found.held.frozen)),
@@ -126,7 +134,7 @@ def _rows(found: Estimate) -> list[tuple[str, str]]:
         ("optimiser", size_text(found.held.optimizer)),
         ("activations and the rest", size_text(found.activations)),
         ("peak", f"{size_text(figures.peak)} of {size_text(figures.limit)}{'' if figures.fits else ': too much'}"),
-        ("sends a step", sent or ("not known" if not figures.fits else "nothing")),
+        ("sends a step", sent),
         ("tokens a step, all devices", f"{found.tokens:,}"),
         ("FLOPs a step, all devices", f"{found.flops:.3g}"),
         ("a step takes at least", f"{least.seconds:.3g} s ({least.bound})" if least else "not known"),
@@ -134,6 +142,10 @@ def _rows(found: Estimate) -> list[tuple[str, str]]:
 
 
 def _print_notes(console: Console, found: Estimate) -> None:
+    if found.uncut:
+        console.print(
+            f"whole along an axis: {listing(found.uncut, 3)}", highlight=False, markup=False, soft_wrap=True
+        )
     chip, least = found.target.chip, found.least
     if chip is None or least is None:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import gcd
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ def shardings(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
 
 
 def left_whole(tree: Tree, mesh: Mapping[str, int]) -> list[str]:
-    """Return the kernels that do not divide as the rules would have them, each with the axis and the reason."""
+    """Return the kernels that an axis does not cut, each with the reason and what would."""
     found: list[str] = []
 
     def look(path: str, leaf: Any) -> None:
@@ -55,10 +56,13 @@ def left_whole(tree: Tree, mesh: Mapping[str, int]) -> list[str]:
             return
         asked = axes_of(path, leaf.ndim)[-2:]
         kept = _kept(path, leaf, mesh)
-        for side, size, axis, left in zip(("in", "out"), leaf.shape[-2:], asked, kept, strict=True):
-            if axis is not None and left is None and mesh[axis] > 1:
-                groups = f" in whole groups of {GROUP}" if side == "in" and is_quantized(leaf) else ""
-                found.append(f"{path} ({side} of {size} does not divide{groups} by {axis} {mesh[axis]})")
+        for side, size, axis in zip(("in", "out"), leaf.shape[-2:], asked, strict=True):
+            if axis is not None and axis not in kept and mesh[axis] > 1:
+                grouped = side == "in" and isinstance(leaf, QuantizedKernel)
+                unit, groups = (GROUP, f" in whole groups of {GROUP}") if grouped else (1, "")
+                parts = 1 if size % unit else gcd(size // unit, mesh[axis])
+                but = f", but by {parts}" if parts > 1 else ""
+                found.append(f"{path} ({side} of {size} does not divide{groups} by {axis} {mesh[axis]}{but})")
 
     _mapped(look, tree)
     return found

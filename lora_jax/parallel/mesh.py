@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -50,12 +52,35 @@ def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
 def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh over `devices` (all of the run's by default), its axes split up by the compiler.
 
-    Neighbours on the fastest links share the axes that come last. Raises UserError as `mesh_shape` does.
+    Neighbours on the fastest links share the axes that come last; slices, or machines with GPUs, those that come
+    first. Raises UserError as `mesh_shape` does.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_shape(options, len(devices))
-    shape = tuple(sizes[name] for name in AXES)
-    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    shape = [sizes[name] for name in AXES]
+    return Mesh(laid_out(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def laid_out(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
+    """Return devices in a shape with as many places, so that neighbours are near; in order where JAX knows no better.
+
+    `jax.make_mesh` does not split the physical axes of most TPUs, and takes no devices of several slices.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    outer = []
+    for size in shape:
+        outer.append(gcd(size, slices // prod(outer)))
+    inner = [size // parts for size, parts in zip(shape, outer, strict=True)]
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    except (
+        AssertionError,
+        NotImplementedError,
+        ValueError,
+    ):  # a chip that is two devices, slices of several sizes
+        return np.array(devices, dtype=object).reshape(shape)
 
 
 def row_shards(mesh: Mapping[str, int]) -> int:

@@ -3,7 +3,7 @@
 A rule is (regex, axes): the regex is searched in the leaf's path, "layers/self_attn/q_proj/kernel", the axes cut the
 leaf's last dimensions. The first match wins. Adapters follow their base: A its input axis, B its output axis.
 Optimiser state has the paths of what it is about as the ends of its own, and is cut likewise. A dimension that does
-not divide stays whole.
+not divide stays whole; a matrix is then shared out over `fsdp` along its other one, if nothing else cuts that.
 """
 
 from __future__ import annotations
@@ -44,11 +44,22 @@ def dividing(
     mesh: Mapping[str, int],
     units: Sequence[int] | None = None,
 ) -> tuple[str | None, ...]:
-    """Return the axes less those that do not divide their dimension into equal parts of whole units (1 each)."""
-    return tuple(
-        axis if axis is None or size % (unit * mesh[axis]) == 0 else None
-        for size, axis, unit in zip(shape, axes, units or (1,) * len(shape), strict=True)
-    )
+    """Return the axes less those that do not divide their dimension into equal parts of whole units (1 each).
+
+    Of the last two dimensions either may be shared out over `fsdp`, whose shards are gathered before they are used.
+    """
+    units = units or (1,) * len(shape)
+
+    def divides(dimension: int, axis: str) -> bool:
+        return shape[dimension] % (units[dimension] * mesh[axis]) == 0
+
+    kept = [axis if axis and divides(dimension, axis) else None for dimension, axis in enumerate(axes)]
+    if PARAMETERS in axes and PARAMETERS not in kept:
+        for dimension in range(max(0, len(kept) - 2), len(kept)):
+            if mesh.get(kept[dimension] or "", 1) == 1 and divides(dimension, PARAMETERS):
+                kept[dimension] = PARAMETERS
+                break
+    return tuple(kept)
 
 
 def spec_of(path: str, shape: Sequence[int], mesh: Mapping[str, int]) -> P:

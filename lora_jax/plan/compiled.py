@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.config import INT32
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import write_text
 from lora_jax.plan import collectives
@@ -33,28 +35,44 @@ _NEEDS = (
     re.compile(rf"requires? {_SIZE}.*?available[^\d]*{_SIZE}"),
 )
 
+COMPILERS = ("lora_jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+"""Packages and variables that decide what is compiled."""
+
 
 @dataclass(frozen=True)
 class Figures:
-    """What a device needs at its peak and has, in bytes, whether that fits, and what it sends a step, by kind."""
+    """What a device needs at its peak and has, in bytes, whether that fits, and what it sends a step, by kind.
+
+    The last is None where the compiler made no program, for lack of memory.
+    """
 
     peak: int
     limit: int
     fits: bool
-    sent: dict[str, int]
+    sent: dict[str, int] | None
 
 
 def figures(step: AbstractStep, target: Target) -> Figures:
-    """Compile a step and return what it needs; what was compiled before is looked up."""
+    """Compile a step and return what it needs; what was compiled before is looked up.
+
+    Raises UserError where a pass has more tokens than devices count.
+    """
+    _, rows, length = step.batch.tokens.shape
+    if rows * length > INT32:
+        raise UserError(
+            f"--train.per_device_train_batch_size: a pass of {rows:,} rows of {length:,} tokens is more than "
+            f"{INT32:,} tokens; give fewer rows, or a smaller --data.max_length"
+        )
     with target.compiling():
         lowered = step.lower(target.platform)
     file = _kept(lowered, target)
     if file is not None and file.exists():
         with suppress(OSError, ValueError, TypeError):
             found = Figures(**json.loads(file.read_text()))
-            if target.chip is None:  # this machine's memory may be another one now
-                return replace(found, limit=target.memory, fits=found.peak <= target.memory)
-            return found
+            if found.sent is None:  # need and limit are the compiler's
+                return found
+            return replace(found, limit=target.memory, fits=found.peak <= target.memory)
     started = time.monotonic()
     found = _compiled(lowered, target)
     if file is not None and time.monotonic() - started > _threshold():
@@ -72,7 +90,7 @@ def _compiled(lowered: Any, target: Target) -> Figures:
         if need is None:
             raise
         peak, limit = need
-        return Figures(peak, limit, False, {})
+        return Figures(peak, limit, False, None)
     memory: Any = compiled.memory_analysis()
     if target.platform == "tpu":
         peak = memory.peak_memory_in_bytes
@@ -123,9 +141,11 @@ def _kept(lowered: Any, target: Target) -> Path | None:
     if not folder or not enabled or "://" in folder:
         return None
     text = hashlib.sha256(lowered.as_text().encode())
-    versions = [f"{name} {_version(name)}" for name in ("lora_jax", "jax", "jaxlib", "libtpu")]
-    text.update("\n".join([target.name, *versions]).encode())
-    text.update(Path(collectives.__file__).read_bytes())  # what reads the figures out of the program
+    versions = [f"{name} {_version(name)}" for name in COMPILERS]
+    flags = [f"{name} {os.environ.get(name, '')}" for name in FLAGS]
+    text.update("\n".join([target.name, *versions, *flags]).encode())
+    for module in (__file__, collectives.__file__):  # what reads the figures out of the program
+        text.update(Path(module).read_bytes())
     return Path(folder) / f"plan-{text.hexdigest()}.json"
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh
 
 from lora_jax.adapters.flops import step_flops
-from lora_jax.config import MeshOptions, RunConfig
-from lora_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
+from lora_jax.config import RunConfig
+from lora_jax.models.sharding import left_whole
+from lora_jax.parallel.mesh import FEATURES, make_mesh
 from lora_jax.plan.compiled import Figures, figures
 from lora_jax.plan.roofline import Roofline, roofline
 from lora_jax.plan.step import AbstractStep, abstract_step, held_bytes
@@ -47,6 +46,8 @@ class Estimate:
     tokens: int
     flops: int
     least: Roofline | None
+    uncut: list[str]
+    """Kernels that an axis of the mesh leaves whole, and why (`left_whole`)."""
 
     @property
     def activations(self) -> int:
@@ -70,6 +71,7 @@ class Estimate:
             "tokens_per_step": self.tokens,
             "flops_per_step": self.flops,
             "roofline_seconds": None if self.least is None else asdict(self.least),
+            "uncut": self.uncut,
         }
 
 
@@ -89,25 +91,17 @@ def estimate(config: RunConfig, typed: Collection[str], target: Target) -> Estim
         again=subject.config.train.gradient_checkpointing, causal=skips,
     )  # fmt: skip
     least = None
-    if target.chip is not None:
+    if target.chip is not None and found.sent is not None:
         read = _traffic(subject, step, held)
         least = roofline(target.chip, flops / devices, read, sum(found.sent.values()))
-    return Estimate(target, subject, dict(step.mesh.shape), held, found, tokens, flops, least)
+    uncut = left_whole(step.frozen or step.state.trainable, step.mesh.shape)
+    return Estimate(target, subject, dict(step.mesh.shape), held, found, tokens, flops, least, uncut)
 
 
 def planned_step(config: RunConfig, typed: Collection[str], target: Target) -> tuple[AbstractStep, Subject]:
     """Return the abstract step of a run on a target's devices, and what it trains."""
     subject = read_subject(config, typed, target.platform)
-    return abstract_step(subject, mesh_of(config.mesh, target)), subject
-
-
-def mesh_of(options: MeshOptions, target: Target) -> Mesh:
-    """Return the mesh over a target's devices; JAX lays none out where a chip is two of them: they stay in order."""
-    if all(getattr(device, "core_on_chip", 0) == 0 for device in target.devices):
-        return make_mesh(options, target.devices)
-    sizes = mesh_shape(options, len(target.devices))
-    devices = np.array(target.devices, dtype=object).reshape([sizes[name] for name in AXES])
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return abstract_step(subject, make_mesh(config.mesh, target.devices)), subject
 
 
 def held_parts(step: AbstractStep) -> Held:
@@ -123,5 +117,5 @@ def _traffic(subject: Subject, step: AbstractStep, held: Held) -> float:
     passes = config.train.gradient_accumulation_steps
     base = step.frozen if subject.plan is not None else step.state.trainable
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(base))
-    gathered = whole / (step.mesh.size // row_shards(mesh))
+    gathered = whole / mesh[FEATURES]
     return passes * times * gathered + 2 * (held.adapter + held.optimizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.adapters.init import init_adapter
-from lora_jax.adapters.targets import Plan
+from lora_jax.adapters.init import adapter_shapes
 from lora_jax.data.batches import Batch, padded_length
 from lora_jax.data.packing import packs
 from lora_jax.models.decoder import Decoder
@@ -60,7 +58,8 @@ def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
         trainable = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
     else:
         frozen = params
-        trainable, adapter = _abstract_adapter(subject.plan, params, model_config.num_hidden_layers)
+        layers = model_config.num_hidden_layers
+        trainable, adapter = adapter_shapes(jax.random.key(0), subject.plan, params, layers, "true")
     optimizer, train = make_optimizer(config.train, STEPS), config.train
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer, jax.random.key(0)), trainable)
     rows = train.per_device_train_batch_size * row_shards(mesh.shape)
@@ -81,11 +80,6 @@ def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
     return AbstractStep(
         make_train_step(model, optimizer, where), _placed(state, where), frozen, adapter, batch, mesh
     )
-
-
-def _abstract_adapter(plan: Plan, params: Any, layers: int) -> tuple[Any, Any]:
-    start = partial(init_adapter, plan=plan, layers=layers, init_lora_weights="true")
-    return jax.eval_shape(lambda key, base: start(key, frozen=base), jax.random.key(0), params)
 
 
 def _placed(tree: Any, where: Any) -> Any:

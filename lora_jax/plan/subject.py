@@ -44,6 +44,8 @@ class Subject:
     stored: Any
     computed: Any
     plan: Plan | None
+    packed: bool
+    """Whether the checkpoint is quantised already."""
 
 
 def read_subject(config: RunConfig, typed: Collection[str], platform: Platform) -> Subject:
@@ -72,7 +74,8 @@ def read_subject(config: RunConfig, typed: Collection[str], platform: Platform) 
     else:
         stored = _written_dtype(checkpoint)
     computed = compute_dtype(config.model, stored, quantization, platform)
-    return Subject(config, model_config, quantization, stored, computed, plan)
+    packed = isinstance(checkpoint, PackedCheckpoint)
+    return Subject(config, model_config, quantization, stored, computed, plan, packed)
 
 
 def _checkpoint(config: RunConfig) -> tuple[Checkpoint, bool]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
@@ -59,10 +59,9 @@ class Target:
         if self.chip is not None:
             return self.chip.memory
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        try:
-            return min(whole, int(CONTAINER.read_text()))
-        except (OSError, ValueError):  # no container, or one without a limit: "max"
-            return whole
+        with suppress(OSError, ValueError):  # no container, or one without a limit: "max"
+            whole = min(whole, int(CONTAINER.read_text()))
+        return whole // len(self.devices)
 
     def compiling(self) -> AbstractContextManager[Any]:
         """Return the context in which what is traced is for these devices."""

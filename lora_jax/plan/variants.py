@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lora_jax.config import MeshOptions, RunConfig
+from lora_jax.config import MeshOptions, RunConfig, TrainOptions, check
 from lora_jax.errors import UserError
 from lora_jax.plan.compiled import Figures
 from lora_jax.plan.estimate import Estimate, estimate, held_parts, planned_step
@@ -27,6 +27,8 @@ class Variant:
     config: RunConfig
     typed: Typed
     flags: str
+    topology: str | None = None
+    """Where it is to run, if elsewhere."""
 
 
 def methods(config: RunConfig, typed: Typed) -> list[tuple[str, Variant]]:
@@ -45,19 +47,14 @@ def what_fits(config: RunConfig, typed: Typed, found: Estimate) -> tuple[str, Es
     """Return the flags of the least change with which a run fits, and its estimate; None where none of them does.
 
     Changes that are tried: fewer rows a device, gradient checkpointing, 4 bits, all of these, a larger topology of
-    the same chips. One whose parts that are held and former activations are too large together is passed over.
+    the same chips. One that cannot fit is passed over: what is held is too much, or too much beside a quarter of the
+    former activations, of which gradient checkpointing alone may save more.
     """
     for variant in _changes(config, typed, found):
-        target = found.target
-        name, _, flags = variant.flags.rpartition("--topology ")
-        if name or flags != variant.flags:
-            target = find_target(flags)
+        target = found.target if variant.topology is None else find_target(variant.topology)
         try:
             step, _ = planned_step(variant.config, variant.typed, target)
-            fewer = (
-                variant.config.train.per_device_train_batch_size / config.train.per_device_train_batch_size
-            )
-            if held_parts(step).whole + found.activations * fewer / 4 > target.memory:
+            if held_parts(step).whole + _least_activations(variant.config.train, found) > target.memory:
                 continue
             tried = estimate(variant.config, variant.typed, target)
         except UserError:  # a change that does not go with the other options
@@ -65,6 +62,15 @@ def what_fits(config: RunConfig, typed: Typed, found: Estimate) -> tuple[str, Es
         if tried.figures.fits:
             return variant.flags, tried
     return None
+
+
+def _least_activations(train: TrainOptions, found: Estimate) -> float:
+    """Return what activations take at least with other options than those that an estimate is of."""
+    before = found.subject.config.train
+    if train.gradient_checkpointing and not before.gradient_checkpointing:
+        return 0
+    rows = train.per_device_train_batch_size / before.per_device_train_batch_size
+    return found.activations * rows / 4
 
 
 def _changes(config: RunConfig, typed: Typed, found: Estimate) -> Iterator[Variant]:
@@ -90,7 +96,7 @@ def _changes(config: RunConfig, typed: Typed, found: Estimate) -> Iterator[Varia
     kind, _, size = found.target.name.partition(":")
     sizes = TPUS[kind].known if kind in TPUS else ()
     for larger in sizes[sizes.index(size) + 1 :] if size in sizes else ():
-        yield Variant(config, typed, f"--topology {kind}:{larger}")
+        yield Variant(config, typed, f"--topology {kind}:{larger}", f"{kind}:{larger}")
 
 
 @dataclass(frozen=True)
@@ -161,11 +167,12 @@ def _seconds_a_token(found: Estimate) -> float:
 def _tried(config: RunConfig, typed: Typed, target: Target, note: Note) -> Estimate | None:
     """Return a run's estimate, None where what is held between steps is too much already."""
     try:
+        check(config)
         step, _ = planned_step(config, typed, target)
         if held_parts(step).whole > target.memory:
             return None
         found = estimate(config, typed, target)
-    except UserError:  # a mesh that does not divide the model
+    except UserError:  # what does not go with the other options, a mesh that does not divide the model
         return None
     note(f"{found.figures.peak / 2**30:.2f} GiB{'' if found.figures.fits else ', does not fit'}")
     return found

@@ -81,12 +81,13 @@ def test_optimiser_state_is_cut_as_what_it_is_about_and_counters_are_whole() -> 
 
 
 def test_what_does_not_divide_is_whole_and_named() -> None:
-    config = read_config({**CONFIGS["llama"], "hidden_size": 192, "head_dim": 48}, "test")
+    config = read_config({**CONFIGS["llama"], "hidden_size": 256, "head_dim": 48}, "test")
     params = abstract_params(config, "float32", QuantizationConfig(4, "nf4", True))
     eight = mesh(fsdp=4, tensor=2)
     named = left_whole(params, eight.shape)
     assert any(
-        line.startswith("layers/self_attn/q_proj/kernel (in of 192 does not divide in whole groups")
+        line
+        == "layers/self_attn/q_proj/kernel (in of 256 does not divide in whole groups of 128 by fsdp 4, but by 2)"
         for line in named
     )
     kernels = [
@@ -94,6 +95,17 @@ def test_what_does_not_divide_is_whole_and_named() -> None:
     ]
     assert {kernel.cut for kernel in kernels} >= {(None, "tensor")}
     assert not left_whole(params, mesh(data=8).shape)
+
+
+def test_what_its_input_does_not_divide_is_shared_out_along_its_output() -> None:
+    config = read_config({**CONFIGS["llama"], "hidden_size": 256, "head_dim": 48}, "test")
+    params = abstract_params(config, "float32", QuantizationConfig(4, "nf4", True))
+    four = mesh(fsdp=4)
+    attention: Any = cut(params, four.shape)["layers"]["self_attn"]
+    assert attention["q_proj"]["kernel"].cut == (None, "fsdp")
+    assert not [line for line in left_whole(params, four.shape) if "q_proj" in line]
+    assert dividing((6, 8), ("fsdp", None), four.shape) == (None, "fsdp")
+    assert dividing((6, 8), ("fsdp", "tensor"), mesh(fsdp=4, tensor=2).shape) == (None, "tensor")
 
 
 def test_activations_are_cut_along_what_divides() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from lora_jax.cli import main
 from lora_jax.parallel.chips import TPUS
-from tests.plan.conftest import planned, small
+from tests.plan.conftest import planned, small, write_config
 
 KEYS = {
     "topology", "devices", "peak_hbm_bytes", "hbm_limit_bytes", "fits", "frozen_bytes", "adapter_bytes",
@@ -89,6 +89,17 @@ def test_bad_options_are_one_line(
     assert main(["plan", *given]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_methods_of_a_checkpoint_that_is_quantised_are_not_compared(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    file = write_config(tmp_path, quantization_config=quantization)
+    assert main(["plan", *small(file, "cpu"), "--compare"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --compare: {file} is quantised already")
     assert error.count("\n") == 1
 
 

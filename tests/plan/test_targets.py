@@ -3,7 +3,7 @@
 import pytest
 
 from lora_jax.config import MeshOptions
-from lora_jax.plan.estimate import mesh_of
+from lora_jax.parallel.mesh import make_mesh, mesh_shape
 from lora_jax.plan.targets import find_target, prepare_environment
 
 
@@ -15,9 +15,28 @@ def test_all_devices_are_on_fsdp_unless_asked_otherwise(name: str, devices: int)
     prepare_environment()
     target = find_target(name)
     assert len(target.devices) == devices  # a v4 chip is two
-    assert dict(mesh_of(MeshOptions(), target).shape) == {
+    assert dict(make_mesh(MeshOptions(), target.devices).shape) == {
         "data": 1,
         "fsdp": devices,
         "tensor": 1,
         "sequence": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("v5e:4x8", MeshOptions(tensor=2)),
+        ("v6e:4x4", MeshOptions(data=2)),
+        ("v6e:4x4", MeshOptions(tensor=2, sequence=4)),
+        ("v5p:4x4x4", MeshOptions(tensor=8)),
+        ("v4:2x2x2", MeshOptions(tensor=2)),
+    ],
+    ids=str,
+)
+def test_a_mesh_of_two_axes_holds_every_device_once(name: str, sizes: MeshOptions) -> None:
+    prepare_environment()
+    devices = find_target(name).devices
+    mesh = make_mesh(sizes, devices)
+    assert mesh.shape == mesh_shape(sizes, len(devices))
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}

@@ -1,5 +1,6 @@
 """Other runs than the one asked for."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,17 +8,18 @@ import pytest
 from lora_jax.config import DataOptions, MeshOptions, ModelOptions, RunConfig, TrainOptions
 from lora_jax.plan import compiled, targets
 from lora_jax.plan.compiled import Figures
-from lora_jax.plan.estimate import held_parts, planned_step
+from lora_jax.plan.estimate import estimate, held_parts, planned_step
 from lora_jax.plan.targets import find_target, prepare_environment
-from lora_jax.plan.variants import MOST_ROWS, largest_batch, methods, search
+from lora_jax.plan.variants import MOST_ROWS, largest_batch, methods, search, what_fits
 from tests.plan.conftest import write_config
 
 
 def options(config_file: Path) -> RunConfig:
     return RunConfig(
         model=ModelOptions(path=str(config_file)),
-        data=DataOptions(max_length=64),
+        data=DataOptions(path=("none",), max_length=64),
         train=TrainOptions(per_device_train_batch_size=2, gradient_accumulation_steps=1),
+        output_dir="none",
     )
 
 
@@ -57,6 +59,32 @@ def test_each_device_of_fsdp_holds_its_share(config_file: Path) -> None:
     )
     assert alone.frozen / 8 <= eight.frozen < 1.1 * alone.frozen / 8  # norms are whole on each
     assert eight.adapter < alone.adapter
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_alone_is_what_fits_a_deep_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = options(write_config(tmp_path, num_hidden_layers=64))
+    target = find_target("cpu")
+    saving = replace(deep.train, gradient_checkpointing=True, per_device_train_batch_size=16)
+    whole = estimate(replace(deep, train=replace(saving, gradient_checkpointing=False)), (), target)
+    less = estimate(replace(deep, train=saving), (), target)
+    assert less.activations < whole.activations / 4  # by more than other changes are expected to save
+    (tmp_path / "memory.max").write_text(str(less.figures.peak))
+    monkeypatch.setattr(targets, "CONTAINER", tmp_path / "memory.max")
+    found = what_fits(whole.subject.config, (), whole)
+    assert found is not None
+    assert found[0] == "--train.gradient_checkpointing True"
+
+
+@pytest.mark.slow
+def test_search_tries_nothing_that_training_would_refuse(config_file: Path) -> None:
+    run = options(config_file)
+    run = replace(run, train=replace(run.train, gradient_checkpointing=True, offload="activations"))
+    notes: list[str] = []
+    found = search(run, (), replace(find_target("cpu")), notes.append)
+    assert [one.config.train.gradient_checkpointing for one in found] == [True]
 
 
 def test_search_finds_nothing_where_nothing_fits(tmp_path: Path) -> None:
