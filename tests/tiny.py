@@ -202,4 +202,5 @@ def adapted(base: Base, config: AdapterConfig, seed: int = 0) -> tuple[Plan, dic
         jax.random.key(seed), plan, base.params, base.config.num_hidden_layers, "true"
     )
     tensors = random_adapter(plan, seed)
-    return plan, tensors, import_tensors(tensors, trainable, plan, "here"), adapter
+    filled = jax.tree.map(jnp.asarray, import_tensors(tensors, trainable, plan, "here"))
+    return plan, tensors, filled, adapter

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -55,6 +56,14 @@ def init_adapter(
         trainable[("embed_tokens", "token_rows")] = rows.astype(jnp.float32)
         adapter[("embed_tokens", "token_indices")] = indices
     return unflatten_dict(trainable), unflatten_dict(adapter)
+
+
+def adapter_shapes(
+    key: jax.Array, plan: Plan, frozen: Tree, layers: int, init_lora_weights: str
+) -> tuple[Tree, Tree]:
+    """Return the shapes and dtypes of what `init_adapter` returns; `frozen` may be shapes, too."""
+    start = partial(init_adapter, plan=plan, layers=layers, init_lora_weights=init_lora_weights)
+    return jax.eval_shape(lambda key, frozen: start(key, frozen=frozen), key, frozen)
 
 
 def _by_path(targets: Iterable[Target]) -> dict[Path, dict[int | None, Target]]:

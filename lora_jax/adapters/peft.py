@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -109,7 +108,7 @@ def export_tensors(trainable: Mapping[str, Any], plan: Plan) -> Tensors:
 def import_tensors(
     tensors: Mapping[str, np.ndarray], trainable: Mapping[str, Any], plan: Plan, where: object
 ) -> Any:
-    """Return the trainable tree with its leaves taken from an adapter's tensors, padded where the tree is.
+    """Return the trainable tree, in numpy, with its leaves taken from an adapter's tensors, padded where the tree is.
 
     Raises UserError, naming `where`, that lists all missing, extra and misshapen tensors.
     """
@@ -122,7 +121,7 @@ def import_tensors(
         place[...] = np.pad(
             value, [(0, whole - part) for whole, part in zip(place.shape, value.shape, strict=True)]
         )
-    return unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
+    return unflatten_dict(leaves)
 
 
 def check_tensors(tensors: Mapping[str, np.ndarray], plan: Plan, where: object) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters.init import init_adapter
@@ -46,7 +47,8 @@ def adapter_trees(adapter: Adapter, frozen: Any) -> tuple[Any, Any]:
     """Return the trainable and adapter trees of an adapter over a frozen tree."""
     layers = adapter.model_config.num_hidden_layers
     trainable, facts = init_adapter(jax.random.key(0), adapter.plan, frozen, layers, "true")
-    return import_tensors(adapter.tensors, trainable, adapter.plan, adapter.folder), facts
+    tensors = import_tensors(adapter.tensors, trainable, adapter.plan, adapter.folder)
+    return jax.tree.map(jnp.asarray, tensors), facts
 
 
 def base_of(adapter: Path, config: AdapterConfig) -> str:

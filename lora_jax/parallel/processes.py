@@ -11,11 +11,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import deque
+from collections.abc import Collection
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +27,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.config import DistributedOptions
-from lora_jax.errors import UserError
+from lora_jax.errors import EXIT_CODE, UserError
 
 HEARTBEAT, SHUTDOWN = 30, 1800
 """Seconds of silence after which a process counts as lost, and that those that are done wait for one that exports."""
+
+PATIENCE = 10
+"""Seconds that processes which leave together wait for one another."""
+
+_LATER = 60
+"""Seconds by which JAX may wait longer for the others than this module: where it gives up, it aborts the process."""
+
+_DEPARTURES = "lora_jax/departures/"
+"""Where the processes' words are in the store, by their numbers."""
 
 _CLUSTERS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JAX_COORDINATOR_ADDRESS")
 """Variables without which processes that compute on a CPU stand alone; accelerators are looked for by JAX."""
@@ -48,7 +59,7 @@ def start(options: DistributedOptions) -> None:
     """Join the other processes of the run, if the options or the environment say that there are any.
 
     Raises UserError for options that say it wrongly, where process 0 does not answer in time, and where its port is
-    taken. To be called before any other use of JAX.
+    taken; ends the program where the others do not come in time. To be called before any other use of JAX.
     """
     _check(options)
     address, given = options.coordinator_address, options.process_id
@@ -61,9 +72,13 @@ def start(options: DistributedOptions) -> None:
     if address is not None:
         _reach(address, options.timeout) if given else _check_free(address)
     watchdog = _Watchdog(f"process {given}" if address is not None else "a process", address)
+    _WATCHDOGS.append(watchdog)
+    late = threading.Timer(options.timeout, watchdog.give_up)
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
-            address, options.num_processes, given, initialization_timeout=options.timeout,
+            address, options.num_processes, given, initialization_timeout=options.timeout + _LATER,
             heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=SHUTDOWN,
         )  # fmt: skip
     except ValueError:
@@ -78,8 +93,9 @@ def start(options: DistributedOptions) -> None:
             f"--distributed.coordinator_address {address or '(of the environment)'}: the processes cannot meet "
             f"({first[:200]}); start all of them with the same free address of process 0"
         ) from error
+    finally:
+        late.cancel()
     watchdog.running()
-    _WATCHDOGS.append(watchdog)
 
 
 def writes() -> bool:
@@ -102,15 +118,72 @@ def lost(error: Exception) -> UserError | None:
 
 
 def leave(code: int, last: str | None = None) -> None:
-    """End this process at once, its last words to standard error, where there are others: else each waits for all."""
-    if _WATCHDOGS and jax.process_count() > 1:
+    """End this process at once, its last words to standard error, where there are others: else each waits for all.
+
+    The watchdog is told in any case: a caller that this returns to may end the program without what Python does last.
+    """
+    others = any(watchdog.met for watchdog in _WATCHDOGS) and jax.process_count() > 1
+    if others:
         if last is not None:
             print(last, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+    for watchdog in _WATCHDOGS:
+        watchdog.done()
+    if others:
+        os._exit(code)
+
+
+TOLD, LEAVING, GONE = "told", "leaving", "gone"
+
+
+class Departure:
+    """What the processes tell one another in order to leave together, in a store that process 0 keeps.
+
+    Each has one word there: it was told to stop, it leaves, it is gone. No collective is needed, and no main thread.
+    """
+
+    def __init__(self, client: Any, number: int, count: int) -> None:
+        self._client, self._number, self._others = client, number, count - 1
+
+    @classmethod
+    def of_run(cls) -> Departure | None:
+        """Return that of the processes that have met, None where there is one alone."""
+        try:
+            from jax._src.distributed import global_state  # which has no public name
+
+            client, number, count = global_state.client, global_state.process_id, global_state.num_processes
+        except (ImportError, AttributeError):
+            return None
+        return cls(client, number, count) if client is not None and count and count > 1 else None
+
+    def say(self, word: str) -> None:
+        """Say a word in place of the one before."""
+        with suppress(Exception):  # the store is gone: so is process 0
+            self._client.key_value_set(f"{_DEPARTURES}{self._number}", word, allow_overwrite=True)
+
+    def said(self) -> list[str]:
+        """Return the words of the others, as far as they have said one."""
+        try:
+            found = self._client.key_value_dir_get(_DEPARTURES)
+        except Exception:
+            return []
+        return [word for key, word in found if key.rpartition("/")[2] != str(self._number)]
+
+    def leave(self) -> NoReturn:
+        """End this process with 0 once all of them leave; process 0, whose end aborts the others, is the last."""
+        until = time.monotonic() + PATIENCE
+        self._wait((LEAVING, GONE), until)
+        if self._number == 0:
+            self._wait((GONE,), until)
         for watchdog in _WATCHDOGS:
             watchdog.done()
-        os._exit(code)
+        self.say(GONE)
+        os._exit(0)
+
+    def _wait(self, words: Collection[str], until: float) -> None:
+        while sum(word in words for word in self.said()) < self._others and time.monotonic() < until:
+            time.sleep(0.1)
 
 
 def wait_for_all(name: str) -> None:
@@ -130,10 +203,11 @@ def same_in_all(text: str) -> bool:
 class Agreement:
     """Whether any process wants something, the same answer in all of them.
 
-    It is `LAG` questions old, so that no step waits for it; a run of one process answers itself at once.
+    It is `LAG` questions old, so that no step waits for it: whoever asks has waited for the step before anyway. A run
+    of one process answers itself at once.
     """
 
-    LAG = 2
+    LAG = 1
 
     def __init__(self, mesh: Mesh) -> None:
         self._here = NamedSharding(mesh, P(mesh.axis_names))
@@ -216,31 +290,39 @@ class _Watchdog:
     """A process beside this one that says what it means when this one is ended from below."""
 
     def __init__(self, who: str, address: str | None) -> None:
+        self.met = False
         met = (
             f"error: {who} of the run was ended: another process was lost, or this one was killed. The first error "
             "among the logs of all tells why; start all processes again with --resume"
         )
-        unmet = (
+        self._unmet = (
             f"error: {who} waited in vain for the others at {address or 'the address that the environment gives'}; "
-            "start all processes with the same --distributed.coordinator_address, or wait longer with "
-            "--distributed.timeout"
+            "start all processes with the same --distributed.coordinator_address, where nothing but process 0 listens, "
+            "or wait longer with --distributed.timeout"
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-c", _WATCHDOG, unmet, met],
+            [sys.executable, "-S", "-c", _WATCHDOG, self._unmet, met],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, text=True,
         )  # fmt: skip
         atexit.register(self.done)  # after JAX's own, which was registered later
 
     def running(self) -> None:
         """Note that all processes have met."""
+        self.met = True
         self._say("running")
 
     def done(self) -> None:
         """Note that this process ends of itself."""
         atexit.unregister(self.done)
         self._say("done")
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # the latter where two threads end the program
             self._process.communicate()
+
+    def give_up(self) -> None:
+        """End this process, which has waited for the others as long as it was to."""
+        self.done()
+        print(self._unmet, file=sys.stderr, flush=True)
+        os._exit(EXIT_CODE)
 
     def _say(self, what: str) -> None:
         with suppress(OSError, ValueError):
@@ -250,4 +332,4 @@ class _Watchdog:
 
 
 _WATCHDOGS: list[_Watchdog] = []
-"""That of this process, once it has met the others."""
+"""That of this process."""

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,17 @@ FREE = frozenset(
     {
         "data.cache",
         "data.num_proc",
+        "data.path",  # checksums of the rows, and a fingerprint of the base, are compared instead
+        "data.eval_path",
+        "model.path",
         "train.logging_steps",
         "train.save_strategy",
         "train.save_steps",
         "train.save_total_limit",
         "train.per_device_train_batch_size",  # the rows of a step are compared instead
+        "train.gradient_accumulation_steps",
+        "train.gradient_checkpointing",
+        "train.offload",
         "train.per_device_eval_batch_size",
         "train.load_best_model_at_end",  # decides only what is exported in the end
         "train.max_nonfinite_steps",
@@ -51,7 +58,10 @@ FREE = frozenset(
         "train.profile_steps",
     }
 )
-"""Options that may differ between a run and its resumption without changing the result."""
+"""Options that may differ between a run and its resumption: the result is the same, to float32's rounding.
+
+Passes draw dropout each for itself, so that with it another number of them drops other numbers.
+"""
 EVAL_LOSS = "eval_loss"
 METADATA = "_CHECKPOINT_METADATA"
 
@@ -142,6 +152,11 @@ class Checkpoints:
         )
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+            if isinstance(
+                self._place, Path
+            ):  # to hear now what the first save would, hundreds of steps later
+                tempfile.TemporaryFile(dir=self._place).close()
+            self._check_figures()
             self.manager = ocp.CheckpointManager(self.folder, options=options)
         self.best = self._stored_best()
         """The best of the checkpoints that are kept, None where none of them was made at an evaluation."""
@@ -212,34 +227,55 @@ class Checkpoints:
             self.wait()
 
     def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, Progress]:
-        """Return what `save` was given at a step, the last by default.
+        """Return what `save` was given at a step, the last by default, in place of `state`, whose arrays are deleted.
 
-        Each array comes in the shape, dtype and sharding that it has in `state`, which it need not hold any more.
+        Both at once would take twice the memory. Each array comes in the shape, dtype and sharding of the old one.
         Raises UserError where it was made with other options or on another base, naming them, or cannot be read.
         """
         self.wait()
         step = self.manager.latest_step() if step is None else step
         json_restore = ocp.args.JsonRestore
         notes = self._read(step, options=json_restore(), progress=json_restore())
-        self.identity.check(notes["options"])
+        try:
+            self.identity.check(notes["options"])
+            progress = Progress(**notes["progress"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"--resume: the checkpoint {self.folder}/{step} was written by another version of lora_jax ({error}); "
+                "go on with that one, or give --overwrite to start over"
+            ) from error
         arrays = _arrays(state)
         like = {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
             for name, array in arrays.items()
         }
+        structure, impl = jax.tree.structure(state), jax.random.key_impl(state.key)
+        for leaf in jax.tree.leaves((state.trainable, state.opt_state)):
+            leaf.delete()
         read = self._read(step, state=ocp.args.StandardRestore(like))["state"]
-        restored = jax.tree.unflatten(jax.tree.structure(state), [read[name] for name in arrays])
-        key = jax.random.wrap_key_data(restored.key, impl=jax.random.key_impl(state.key))
-        return restored._replace(key=key), Progress(**notes["progress"])
+        restored = jax.tree.unflatten(structure, [read[name] for name in arrays])
+        key = jax.random.wrap_key_data(restored.key, impl=impl)
+        return restored._replace(key=key), progress
 
     def _read(self, step: int | None, **parts: Any) -> Any:
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**parts))
         except Exception as error:
-            raise UserError(
-                f"--resume: the checkpoint {self.folder}/{step} cannot be read "
-                f"({type(error).__name__}: {str(error)[:200]}); remove that folder to go on from the one before"
-            ) from error
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: object, error: Exception) -> UserError:
+        return UserError(
+            f"--resume: the checkpoint {self.folder}/{step} cannot be read "
+            f"({type(error).__name__}: {str(error)[:200]}); remove that folder to go on from another one"
+        )
+
+    def _check_figures(self) -> None:
+        """Raise UserError where Orbax, which reads the figures of all checkpoints at once, could not read one."""
+        for file in self.folder.glob("*/metrics/metrics"):
+            try:
+                json.loads(file.read_text())
+            except ValueError as error:
+                raise self._unreadable(file.parent.parent.name, error) from error
 
     def _stored_best(self) -> Best | None:
         step = self.manager.best_step()

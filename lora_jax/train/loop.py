@@ -222,8 +222,6 @@ class Loop:
         best = self.checkpoints.best
         if not self.options.load_best_model_at_end or best is None or best.step == int(state.step):
             return state
-        for leaf in jax.tree.leaves((state.trainable, state.opt_state)):
-            leaf.delete()  # both would have to fit otherwise
         return self.checkpoints.restore(state, best.step)[0]
 
     def _broken(self, steps: range, saved: int) -> UserError:

@@ -150,7 +150,7 @@ class MetricsLog:
         self.path, self._also = path, also
         kept: list[dict[str, Any]] = []
         if keep_to is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_bytes().decode(errors="replace").splitlines():
                 if (entry := _parsed(line)) is not None and entry["step"] <= keep_to:
                     kept.append(entry)
         self._lines = [f"{json.dumps(entry)}\n" for entry in kept]
@@ -226,7 +226,9 @@ class Logs:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
+    """Return the object of a line, None where it is none of a log: a crash leaves a part, or zeros."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:  # the last line of a run that was killed while writing
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
         return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None

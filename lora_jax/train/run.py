@@ -21,15 +21,14 @@ from lora_jax.errors import INTERRUPTED, UserError, listing
 from lora_jax.hub.bucket import Place
 from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.push import check_push, push_output
-from lora_jax.models.sharding import placed, shardings
 from lora_jax.parallel.mesh import make_mesh
-from lora_jax.parallel.processes import lost, same_in_all, start, writes
+from lora_jax.parallel.processes import Departure, lost, same_in_all, start, writes
 from lora_jax.train.checkpoint import Checkpoints, Identity, Progress
 from lora_jax.train.evaluation import Evaluator
 from lora_jax.train.export import export_adapter, export_model, training_facts
 from lora_jax.train.feed import Sizes, padding_multiple
 from lora_jax.train.loop import Loop, Outcome, run_sizes
-from lora_jax.train.offload import nowhere_to_go, offloaded
+from lora_jax.train.offload import nowhere_to_go
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.output import (
     ADAPTER,
@@ -47,9 +46,9 @@ from lora_jax.train.report import Reporter, print_facts
 from lora_jax.train.scores import check_installed
 from lora_jax.train.setup import Run, prepare
 from lora_jax.train.signals import Signals
-from lora_jax.train.step import init_state
+from lora_jax.train.step import sharded_state
 from lora_jax.train.stopping import check_saves, goal
-from lora_jax.train.tracking import check_tracking, tracked
+from lora_jax.train.tracking import Tracking, check_tracking, tracked
 
 
 def train(config: RunConfig, typed: Collection[str] = (), console: Console | None = None) -> int:
@@ -61,28 +60,33 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
     """
     check(config)
     check_installed(config.train.generation_metrics)
-    start(config.distributed)
-    console = console or Console(quiet=not writes())
-    try:
-        mesh = make_mesh(config.mesh)
-        check_output(config)
-        check_tracking(config)
-        if config.push_to_hub is not None and writes():
-            check_push(config.push_to_hub, output_folder(config))
-        if not same_in_all(
-            f"{config_yaml(config)}{config.resume}{config.overwrite}"
-        ):  # and the output folder is checked by all
-            raise UserError(
-                "the processes of this run were given different options; start all of them with the same command line, "
-                "but for --distributed.process_id"
-            )
-        with jax.set_mesh(mesh), Signals(console, mesh) as signals:
-            return _train(config, typed, mesh, console, signals)
-    except Exception as error:
-        known = error if isinstance(error, UserError) else lost(error)
-        if known is None:
-            raise
-        raise known from error
+    with Signals() as signals:
+        start(config.distributed)
+        signals.met(Departure.of_run())
+        try:
+            return _checked(config, typed, console or Console(quiet=not writes()), signals)
+        except Exception as error:
+            known = error if isinstance(error, UserError) else lost(error)
+            if known is None:
+                raise
+            raise known from error
+
+
+def _checked(config: RunConfig, typed: Collection[str], console: Console, signals: Signals) -> int:
+    mesh = make_mesh(config.mesh)
+    signals.begin(console, mesh)
+    check_output(config)
+    check_tracking(config)
+    if config.push_to_hub is not None and writes():
+        check_push(config.push_to_hub, output_folder(config))
+    given = f"{config_yaml(config)}{config.resume}{config.overwrite}"
+    if not same_in_all(given):  # and the output folder is checked by all
+        raise UserError(
+            "the processes of this run were given different options; start all of them with the same command line, "
+            "but for --distributed.process_id"
+        )
+    with jax.set_mesh(mesh):
+        return _train(config, typed, mesh, console, signals)
 
 
 def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Console, signals: Signals) -> int:
@@ -104,9 +108,8 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     )  # before anything is written: what cannot be measured is refused
     aim = goal(config.train, list(run.eval_rows))
     check_saves(config.train, sizes.steps_per_epoch)
-    state = init_state(run.trainable, make_optimizer(config.train, sizes.steps), run.key)
-    state_shardings = offloaded(shardings(state, mesh), config.train)
-    state = placed(state, state_shardings)
+    optimizer = make_optimizer(config.train, sizes.steps)
+    state, state_shardings = sharded_state(run.trainable, optimizer, run.key, config.train, mesh)
     if (note := nowhere_to_go(config.train, mesh.devices.flat[0])) is not None:
         console.print(note, highlight=False, soft_wrap=True)
     config = run.config  # with the options that an adapter to go on with decides
@@ -130,10 +133,11 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             open_output(config)  # only now: a resumption that is refused leaves the folder as it was
         print_facts(console, run, state.opt_state, sizes)
         record = Record(folder, signals.resumed_at)
-        record.note(**run_facts(run, sizes, typed))
-        signals.on_leaving = partial(record.end, "stopped")
+        with signals.changing:
+            record.note(**run_facts(run, sizes, typed))
+            signals.on_leaving = partial(record.end, "stopped")
         with tracked(config, folder, record, signals.resumed_at, console) as tracking:
-            signals.on_leaving = tracking.leave
+            signals.on_leaving = partial(_stopped, tracking)
             with (
                 closing(Profiler(folder, config.train.profile_steps)) as profiler,
                 closing(
@@ -183,6 +187,12 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     return 0
 
 
+def _stopped(tracking: Tracking) -> None:
+    """Close a run that is ended at once; what goes wrong in it meanwhile, as the others are gone, does not count."""
+    tracking.done(whole=False, results={})
+    tracking.leave()
+
+
 def results(outcome: Outcome) -> dict[str, float]:
     """Return the final figures of a run: those of the exported state, and before the first step by NAME_before."""
     before = {f"{name}_before": value for name, value in outcome.before.items()}
@@ -213,7 +223,9 @@ def _identity(run: Run, sizes: Sizes) -> Identity:
         "checksums of the rows": _checksums(run),
         "data.pad_to_multiple_of": padding_multiple(run.config.data, run.mesh),
         "lengths of steps": listing([str(length) for length in sizes.plan.buckets]),
+        "sets to evaluate on": listing(run.eval_rows),
     }
+    del sections["data"]["eval_paths"]  # whose rows have checksums
     flat = {"method": run.config.method, **flatten_dict(sections, sep="."), **counted}
     return Identity(flat, fingerprint(run.checkpoint))
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax.adapters.count import trainable_parameters
-from lora_jax.adapters.init import init_adapter
+from lora_jax.adapters.init import adapter_shapes, init_adapter
 from lora_jax.adapters.peft import import_tensors
 from lora_jax.adapters.targets import Plan, check_unquantized
 from lora_jax.config import RunConfig
@@ -60,6 +60,7 @@ class Run:
     """The sets to evaluate on by their names; a single one without a name has the empty one."""
     frozen: Any
     trainable: Any
+    """Before the first step, which consumes the arrays; their shapes stay."""
     adapter: Any
     plan: Plan | None
     adapter_config: AdapterConfig | None
@@ -117,10 +118,13 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
     else:
         frozen, layers = params, model_config.num_hidden_layers
         init = config.lora.init_lora_weights if tensors is None else "true"
-        trainable, adapter = init_adapter(init_key, plan, frozen, layers, init)
+        where = shardings(adapter_shapes(init_key, plan, frozen, layers, init), mesh)
+        start = partial(init_adapter, plan=plan, layers=layers, init_lora_weights=init)
+        trainable, adapter = jax.jit(lambda key, base: start(key, frozen=base), out_shardings=where)(
+            init_key, frozen
+        )
         if tensors is not None:
-            trainable = import_tensors(tensors, trainable, plan, config.lora.init_from)
-    adapter = placed(adapter, shardings(adapter, mesh))
+            trainable = placed(import_tensors(tensors, trainable, plan, config.lora.init_from), where[0])
     compute = compute_dtype(config.model, storage_dtype(checkpoint, model_config, config.model), quantization)
     if quantization is not None:
         quantization = replace(quantization, compute_dtype=str(compute))

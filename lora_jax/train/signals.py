@@ -1,5 +1,6 @@
 """Being told to stop: what SIGINT and SIGTERM do at each stage of a run.
 
+    meeting     waiting for the other processes: both end the program at once
     starting    loading, tokenising, compiling: SIGTERM ends the program at once, there being nothing to save;
                 SIGINT is Python's KeyboardInterrupt
     stepping    both are noted, and the loop saves once the step under way is done
@@ -9,39 +10,56 @@ The second signal of a run interrupts it whatever the stage. Python runs a signa
 the main thread, so never while XLA compiles there, which takes minutes for a large model. But the interpreter
 also writes the signal's number to a pipe (`signal.set_wakeup_fd`), at once, and a thread that reads the pipe ends
 the program.
+
+Several processes do not pass from starting to stepping at the same time, but none of them has done a step before all
+have begun it. So where one that is starting leaves, all leave whatever their stage, and nothing is lost. One that is
+told to stop while it steps tells the others as well: those that are starting leave, and it with them; where there are
+none, the loop saves. Threads carry this from process to process (`Departure`), whatever the main ones wait for.
 """
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lora_jax.parallel.processes import Agreement, leave
+from lora_jax.errors import INTERRUPTED
+from lora_jax.parallel.processes import LEAVING, TOLD, Agreement, Departure, leave
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
-STARTING, STEPPING, FINISHING = "starting", "stepping", "finishing"
+MEETING, STARTING, STEPPING, FINISHING = "meeting", "starting", "stepping", "finishing"
+POLL = 0.5
+"""Seconds after which a process looks whether another one was told to stop."""
+_SWALLOWED = 0
+"""What stands in the pipe for an interrupt that was lost."""
 
 
 class Signals:
     """A context in which signals are handled as the stage says; in a thread other than the main one, none is."""
 
-    def __init__(self, console: Console, mesh: Mesh) -> None:
-        """To be made once all processes of the run have met: JAX then takes SIGTERM for itself."""
-        self.console = console
-        self.stage = STARTING
+    def __init__(self) -> None:
+        self.console: Console | None = None
+        self.stage = MEETING
         self.resumed_at: int | None = None
         """Step of the checkpoint that the run goes on from."""
         self.on_leaving: Callable[[], None] | None = None
         """What is to be done before the program is ended at once."""
         self._received: list[int] = []
-        self._agreement = Agreement(mesh)
-        self._waits = False
+        self._agreement: Agreement | None = None
+        self._departure: Departure | None = None
+        self._waits = True
+        self.changing = threading.Lock()
+        """Held while the stage or `on_leaving` changes, and for ever by the thread that ends the program."""
+        self._over = threading.Event()
+        self._listener: threading.Thread | None = None
 
     def __enter__(self) -> Signals:
         self._main = threading.current_thread() is threading.main_thread()
@@ -55,8 +73,13 @@ class Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         if not self._main:
             return
+        if self._listener is not None:
+            self._listener.join(2 * POLL)  # it may wait for a store that is gone
+        with self.changing:
+            pass  # where a thread ends the program this one goes no further
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in zip(HANDLED, self._before, strict=True):
             signal.signal(number, handler)
@@ -64,17 +87,38 @@ class Signals:
         self._watcher.join()
         os.close(self._reader)
 
+    def met(self, departure: Departure | None = None) -> None:
+        """Note that all processes of the run are there, and how they leave together where there are several.
+
+        JAX has taken SIGTERM for itself in the meantime.
+        """
+        self._departure = departure
+        self._change(STARTING)
+        self._waits = False
+        if self._main:
+            for number in HANDLED:
+                signal.signal(number, self._note)
+            if departure is not None:
+                self._listener = threading.Thread(target=self._listen, args=(departure,), daemon=True)
+                self._listener.start()
+
+    def begin(self, console: Console, mesh: Mesh) -> None:
+        """Take what the run prints to, and the devices on which its processes agree."""
+        self.console, self._agreement = console, Agreement(mesh)
+
     def compiling(self) -> None:
         """Enter the loop: from here on SIGINT waits for the first step, to save it."""
         self._waits = True
 
     def stepping(self) -> None:
         """Note that there is a step to save, and nothing left to compile before it is saved."""
-        self.stage = STEPPING
+        if self.stage != STEPPING:
+            self._change(STEPPING)
 
     def finishing(self) -> None:
         """Leave the loop."""
-        self.stage, self._waits = FINISHING, False
+        self._change(FINISHING)
+        self._waits = False
 
     def received(self) -> int | None:
         """Return the first signal that came, None where none did or there is no step to save yet.
@@ -82,31 +126,80 @@ class Signals:
         Where the run has several processes, all of them have to call this equally often, and the same call tells all
         of them of a signal that one has received.
         """
-        if self.stage == STARTING:
+        if self.stage == STARTING or self._agreement is None:
             return None
         mine = self._received[0] if self._received else None
         return (mine or signal.SIGTERM) if self._agreement.ask(mine is not None) else None
+
+    def swallowed(self) -> None:
+        """Interrupt again: whoever caught the interrupt has gone on, and what it was to end is still starting."""
+        if self.stage == STARTING and not self._waits and not self._over.is_set():
+            os.write(self._writer, bytes([_SWALLOWED]))
+
+    def _change(self, stage: str) -> None:
+        with self.changing:
+            self.stage = stage
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         repeated = bool(self._received)
         self._received.append(number)
         if repeated or (number == signal.SIGINT and not self._waits):
-            raise KeyboardInterrupt
+            raise _Interrupt(self)
 
     def _watch(self) -> None:
         while number := os.read(self._reader, 1):
-            if number[0] == signal.SIGTERM and self.stage == STARTING:
-                try:
-                    if self.on_leaving is not None:
-                        self.on_leaving()
-                    kept = f"; step {self.resumed_at} is still saved" if self.resumed_at is not None else ""
+            if number[0] == signal.SIGTERM:
+                self._leave(told=True)
+            elif number[0] == _SWALLOWED:
+                time.sleep(0.1)  # else it would come in the midst of `__del__`, which cannot raise
+                _thread.interrupt_main(signal.SIGINT)
+            elif self.stage == MEETING:
+                with self.changing:
+                    print("interrupted", file=sys.stderr, flush=True)
+                    leave(INTERRUPTED)
+                    os._exit(INTERRUPTED)
+
+    def _listen(self, departure: Departure) -> None:
+        while not self._over.wait(POLL):
+            if said := departure.said():
+                self._leave(whatever=set(said) != {TOLD})
+
+    def _leave(self, told: bool = False, whatever: bool = False) -> None:
+        """End the program; where there is a step to save, and that does not count, tell the others alone.
+
+        `told` is that this process received the signal: it says so itself then, though it prints nothing else.
+        """
+        with self.changing:
+            if self.stage in (STEPPING, FINISHING) and not whatever:
+                if told and self.stage == STEPPING and self._departure is not None:
+                    self._departure.say(TOLD)
+                return
+            try:
+                if self._departure is not None:
+                    self._departure.say(LEAVING)
+                if self.on_leaving is not None:
+                    self.on_leaving()
+                kept = f"; step {self.resumed_at} is still saved" if self.resumed_at is not None else ""
+                line = f"stopped before a step was done: nothing to save{kept}"
+                if self.console is not None and not self.console.quiet:
                     self.console.show_cursor()
-                    self.console.print(
-                        f"stopped before a step was done: nothing to save{kept}",
-                        highlight=False,
-                        soft_wrap=True,
-                    )
+                    self.console.print(line, highlight=False, soft_wrap=True)
                     self.console.file.flush()
-                finally:
-                    leave(0)
-                    os._exit(0)
+                elif told:
+                    print(line, flush=True)
+            finally:
+                if self._departure is not None:
+                    self._departure.leave()
+                leave(0)
+                os._exit(0)
+
+
+class _Interrupt(KeyboardInterrupt):
+    """An interrupt that tells when it is gone: an import may catch whatever an optional module raises, and go on."""
+
+    def __init__(self, signals: Signals) -> None:
+        super().__init__()
+        self._signals = signals
+
+    def __del__(self) -> None:
+        self._signals.swallowed()

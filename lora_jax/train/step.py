@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from lora_jax.config import TrainOptions
 from lora_jax.data.batches import Batch
 from lora_jax.models.decoder import NOISE, Decoder
 from lora_jax.models.layers import variables
+from lora_jax.models.sharding import placed, shardings
 from lora_jax.train.losses import head_variables, summed_loss
-from lora_jax.train.offload import fetched, put_back
+from lora_jax.train.offload import fetched, offloaded, put_back
 
 Tree = Any
 
@@ -64,6 +67,20 @@ def init_state(trainable: Tree, optimizer: optax.GradientTransformation, key: ja
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
 
+def sharded_state(
+    trainable: Tree, optimizer: optax.GradientTransformation, key: jax.Array, train: TrainOptions, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """Return `init_state` on a mesh and its shardings; `trainable` is there already.
+
+    The optimiser's state is made where it is to be, in the host's memory where the options say so.
+    """
+    state = jax.eval_shape(partial(init_state, optimizer=optimizer), trainable, key=key)
+    where = offloaded(shardings(state, mesh), train)
+    optimizer_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(trainable)
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer_state, key)
+    return placed(state, where), where
+
+
 def batch_loss(
     model: Decoder, trainable: Tree, frozen: Tree, adapter: Tree, batch: Batch, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -81,13 +98,13 @@ def batch_loss(
 
 
 def make_train_step(
-    model: Decoder, optimizer: optax.GradientTransformation, shardings: TrainState | None = None
+    model: Decoder, optimizer: optax.GradientTransformation, where: TrainState | None = None
 ) -> Callable[[TrainState, Tree, Tree, Batch], tuple[TrainState, StepMetrics]]:
     """Return the jitted step for batches [accumulation, batch, length]; it consumes the state given to it.
 
-    `shardings` are those of the state on a mesh, which it keeps.
+    `where` holds the shardings of the state on a mesh, which it keeps.
     """
-    kept: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, shardings.step)}
+    kept: dict[str, Any] = {} if where is None else {"out_shardings": (where, where.step)}
 
     @partial(jax.jit, donate_argnums=0, **kept)
     def train_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -188,6 +189,134 @@ def test_the_other_ends_with_a_line_when_one_is_killed_and_a_rerun_goes_on(
     said = killed_in_the_middle([*arguments, "--resume"], output, tmp_path / "second", victim=0)
     assert re.search(line, said, re.MULTILINE), said
     assert "resuming after step" in (tmp_path / "second/0.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_sigterm_to_one_process_before_the_first_step_stops_all(
+    model: Path, rows: Path, tmp_path: Path, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ENABLE_COMPILATION_CACHE": "false", "DISABLE_MOST_OPTIMIZATIONS": "false"}.items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    output, logs, until = tmp_path / "out", tmp_path / "logs", time.monotonic() + 240
+    processes = start_pair(train_arguments(model, rows, output), logs)
+    try:
+        while not (output / "run.json").exists():
+            assert all(process.poll() is None for process in processes), (logs / "0.log").read_text()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        processes[told].send_signal(signal.SIGTERM)
+        codes = ended(processes, LIMIT / 2)
+    finally:
+        for process in processes:
+            process.kill()
+    said = [(logs / f"{number}.log").read_text() for number in (0, 1)]
+    assert codes == [0, 0], said
+    line = "stopped before a step was done: nothing to save"
+    lines = [[line for line in text.splitlines() if "[Gloo]" not in line] for text in said]
+    assert lines[0][-1] == line
+    assert lines[1] == ([line] if told else [])
+    assert json.loads((output / "run.json").read_text())["status"] == "stopped"
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_in_vain_for_the_others_is_one_line_with_the_address(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as silent:  # something else than JAX, where process 1 looks for process 0
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        addresses = [f"127.0.0.1:{port}" for port in (free_port(), silent.getsockname()[1])]
+        processes = []
+        for number, address in enumerate(addresses):
+            given = (
+                *("--distributed.coordinator_address", address, "--distributed.num_processes", "2"),
+                *("--distributed.process_id", str(number), "--distributed.timeout", "5"),
+            )
+            arguments = [*train_arguments(model, rows, tmp_path / "out"), *given]
+            processes.append(start(arguments, 1, tmp_path / f"{number}.log"))
+        assert ended(processes) == [2, 2]
+    for number, address in enumerate(addresses):
+        said = (tmp_path / f"{number}.log").read_text()
+        assert said.startswith(f"error: process {number} waited in vain for the others at {address}; ")
+        assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def alone(arguments: Sequence[str], port: int, expected: int = 1) -> subprocess.Popen[str]:
+    """Start process 0 of so many that are expected; its pipes end with the last process that writes to them."""
+    address = f"127.0.0.1:{port}"
+    together = ("--distributed.coordinator_address", address, "--distributed.num_processes", str(expected))
+    return subprocess.Popen(
+        [sys.executable, "-m", "lora_jax", *arguments, *together, "--distributed.process_id", "0"], cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGTERM, 0, "stopped before a step was done: nothing to save\n"),
+        (signal.SIGINT, 130, "interrupted\n"),
+        (signal.SIGKILL, -signal.SIGKILL, None),
+    ],
+)
+def test_a_signal_ends_a_process_that_waits_for_the_others_and_the_watchdog_says_so_if_it_cannot(
+    model: Path, rows: Path, tmp_path: Path, number: int, code: int, line: str | None
+) -> None:
+    port, until = free_port(), time.monotonic() + 240
+    process = alone(train_arguments(model, rows, tmp_path / "out"), port, expected=2)
+    try:
+        while True:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        process.send_signal(number)
+        printed, errors = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    assert process.returncode == code, errors
+    if line is not None:
+        assert printed + errors == line
+        return
+    assert errors.startswith(f"error: process 0 waited in vain for the others at 127.0.0.1:{port}; "), errors
+    assert errors.count("\n") == 1
+
+
+def test_an_error_of_the_only_process_of_a_cluster_is_one_line(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    process = alone(
+        [*train_arguments(model, rows, tmp_path / "out"), "--lora.target_modules", "no_such"], free_port()
+    )
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 2, errors
+    assert errors.startswith("error: target_modules: ")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_the_only_process_of_a_cluster_while_it_compiles_is_no_loss(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    process = alone(train_arguments(model, rows, tmp_path / "out"), free_port())
+    assert process.stdout is not None
+    try:
+        while not process.stdout.readline().startswith("output"):
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.2)  # what is left to do before the first step is to compile it
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    assert (process.returncode, errors) == (0, "")
+    assert printed == "stopped before a step was done: nothing to save\n"
 
 
 def test_a_coordinator_that_does_not_answer_is_one_line_with_its_address(

@@ -17,14 +17,13 @@ from typing import Any
 import jax
 
 from lora_jax.config import RunConfig
-from lora_jax.models.sharding import placed, shardings
 from lora_jax.options import parse
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.train.feed import Feed
 from lora_jax.train.loop import run_sizes
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.setup import prepare
-from lora_jax.train.step import init_state, make_train_step
+from lora_jax.train.step import make_train_step, sharded_state
 
 
 def resident(name: str) -> int:
@@ -40,9 +39,9 @@ def main() -> None:
         run = prepare(config, typed, mesh)
         sizes = run_sizes(run)
         optimizer = make_optimizer(run.config.train, sizes.steps)
-        state: Any = init_state(run.trainable, optimizer, run.key)
-        where = shardings(state, mesh)
-        step, state = make_train_step(run.model, optimizer, where), placed(state, where)
+        state: Any
+        state, where = sharded_state(run.trainable, optimizer, run.key, run.config.train, mesh)
+        step = make_train_step(run.model, optimizer, where)
         feed = Feed(run.train_rows, sizes, mesh, 0)
         batches = [feed.batch(number) for number in range(1, 5)]
         held = sum(leaf.nbytes for leaf in jax.tree.leaves((state[1:3], run.frozen, run.adapter, batches[0])))

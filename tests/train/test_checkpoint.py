@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import closing
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,8 +98,12 @@ def saved(tmp_path: Path) -> Path:
 
 def test_a_state_of_any_containers_comes_back_to_the_bit(saved: Path) -> None:
     with opened(saved) as checkpoints:
-        restored, progress = checkpoints.restore(state())
+        before = state()
+        restored, progress = checkpoints.restore(before)
     assert equal(restored, state(4, seed=4))
+    assert all(
+        leaf.is_deleted() for leaf in jax.tree.leaves((before.trainable, before.opt_state))
+    )  # never both
     assert progress == Progress([1.5, 3.0], {"step": 4, "loss": 0.5})
     assert jax.random.key_impl(restored.key) == jax.random.key_impl(state().key)
 
@@ -147,6 +153,33 @@ def test_another_base_and_other_options_are_named(saved: Path) -> None:
     ):  # fmt: skip
         with opened(saved, identity=identity) as checkpoints, pytest.raises(UserError, match=message):
             checkpoints.restore(state())
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("options", '{"options": {}}', "written by another version"),
+        ("progress", '{"window": [], "news": 1}', "written by another version"),
+        ("progress", '{"window": [', "cannot be read .*; remove that folder"),
+    ],
+)
+def test_notes_that_are_not_this_versions_are_one_line(
+    saved: Path, file: str, text: str, message: str
+) -> None:
+    (saved / "4" / file / "metadata").write_text(text)
+    before = state()
+    with opened(saved) as checkpoints, pytest.raises(UserError, match=f"checkpoint {saved}/4 .*{message}"):
+        checkpoints.restore(before)
+    assert not before.trainable["layers"]["lora_A"].is_deleted()
+
+
+def test_a_damaged_figure_of_an_older_checkpoint_is_named(tmp_path: Path) -> None:
+    with opened(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(state(step), Progress([]), float(step))
+    (tmp_path / "1" / "metrics" / "metrics").write_text('{"eval_')
+    with pytest.raises(UserError, match=f"checkpoint {tmp_path}/1 cannot be read .*; remove that folder"):
+        opened(tmp_path)
 
 
 def test_memory_that_the_target_lies_in_is_kept_to(saved: Path) -> None:
@@ -260,13 +293,36 @@ def test_a_folder_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert names(tmp_path / "out/checkpoints")
 
 
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Without root's rights, if the tests have them."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_a_folder_that_is_read_only_is_one_line_before_any_step() -> None:
+    with tempfile.TemporaryDirectory() as above:  # not in pytest's, which nobody but its owner may enter
+        folder = Path(above) / "checkpoints"
+        folder.mkdir()
+        for path, mode in ((Path(above), 0o755), (folder, 0o555)):
+            path.chmod(mode)
+        with as_nobody(), pytest.raises(UserError, match=f"cannot write {folder}: Permission denied"):
+            Checkpoints(folder, 2, SAME)
+        assert not list(folder.iterdir())
+
+
 def test_the_state_before_the_first_step_can_be_saved(tmp_path: Path) -> None:
     trainable = {"lora_A": jnp.ones((2, 3))}
     first = init_state(trainable, optax.sgd(0.1), jax.random.key(0))
     with opened(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(first, Progress([0.0, 0.0]))
     with opened(tmp_path / "checkpoints") as checkpoints:
-        assert equal(checkpoints.restore(first)[0], first)
+        assert equal(checkpoints.restore(jax.tree.map(jnp.copy, first))[0], first)
 
 
 def test_a_checkpoint_that_is_given_its_figure_later_may_be_the_best(tmp_path: Path) -> None:

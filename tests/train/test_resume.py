@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lora_jax.cli import main
+from lora_jax.hub.adapter_files import read_adapter
 from lora_jax.train.output import MetricsLog
 from scripts.soak import soak
 from tests.conftest import ROOT
@@ -67,12 +69,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
         shutil.move(tmp_path / "whole", output)
 
 
-def test_a_line_cut_off_by_a_crash_is_dropped_on_resuming(
+def test_what_a_crash_left_in_the_log_is_dropped_on_resuming(
     stopped: tuple[list[str], Path], finished: tuple[list[str], Path]
 ) -> None:
     arguments, output = stopped
     with (output / "metrics.jsonl").open("a") as log:
-        log.write('{"step": 2, "lo')
+        log.write('123\n{"loss": 1}\n\0\0\n{"step": 2, "lo')
+    with (output / "metrics.jsonl").open("ab") as log:
+        log.write(b"\xff\xfe\n")
     run(*arguments, "--resume")
     assert timeless(output) == timeless(finished[1])
 
@@ -108,6 +112,28 @@ def test_resuming_with_other_options_is_refused_and_changes_nothing(
     assert error.startswith("error: --resume: the checkpoint was made with other options")
     assert message in error
     assert tree(output) == before
+
+
+@pytest.mark.slow
+def test_other_passes_and_moved_files_make_no_difference_on_resuming(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    more = ("--lora.lora_dropout", "0", "--train.save_steps", "2", "--train.save_total_limit", "None")
+    run(*train_arguments(model, rows, whole, *more))
+    shutil.copytree(whole, output)
+    shutil.rmtree(output / "adapter")
+    shutil.rmtree(output / "checkpoints" / "4")
+    others = (
+        *("--train.per_device_train_batch_size", "1", "--train.gradient_accumulation_steps", "4"),
+        *("--train.gradient_checkpointing", "True"),
+    )
+    moved = shutil.copytree(model, tmp_path / "base"), Path(shutil.copy(rows, tmp_path))
+    run(*train_arguments(*moved, output, *more, *others, "--resume"))
+    found, expected = (read_adapter(folder / "adapter")[1] for folder in (output, whole))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name], tensor, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_resuming_with_other_rows_is_refused(

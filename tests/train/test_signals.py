@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,12 @@ def back_to(output: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-def watched() -> Signals:
-    return Signals(Console(file=io.StringIO()), make_mesh(MeshOptions()))
+@contextmanager
+def watched() -> Iterator[Signals]:
+    with Signals() as signals:
+        signals.met()
+        signals.begin(Console(file=io.StringIO()), make_mesh(MeshOptions()))
+        yield signals
 
 
 @pytest.fixture(autouse=True)
@@ -62,16 +67,45 @@ def test_signals_are_noted_between_the_first_step_and_the_last_and_the_second_in
 
 
 def test_an_interrupt_before_the_loop_is_an_ordinary_one_and_waits_for_the_first_step_in_it() -> None:
-    with watched() as signals:
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        assert signals.received() is None
+    with pytest.raises(KeyboardInterrupt), watched():
+        signal.raise_signal(signal.SIGINT)
     with watched() as signals:
         signals.compiling()
         signal.raise_signal(signal.SIGINT)
         assert signals.received() is None  # there is nothing to save
         signals.stepping()
         assert signals.received() == signal.SIGINT
+
+
+def test_an_interrupt_that_an_import_swallows_comes_again() -> None:
+    with pytest.raises(KeyboardInterrupt), watched() as signals:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signals.received() is None
+        for _ in range(500):
+            time.sleep(0.01)
+        pytest.fail("the interrupt was lost")
+
+
+IMPORTED = """
+import signal, sys
+from lora_jax.cli import main
+class Told:
+    def find_spec(self, name, *_):
+        if name == "lora_jax.train.run":
+            signal.raise_signal(signal.SIGTERM)
+            print("went on")
+sys.meta_path.insert(0, Told())
+main(["train", "--model.path", "model", "--data.path", "rows", "--output_dir", "out"])
+"""
+
+
+def test_a_sigterm_while_the_run_is_imported_ends_it_as_any_before_the_first_step(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", IMPORTED], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
 def test_a_sigterm_does_not_stop_the_export_and_an_interrupt_does() -> None:
@@ -160,7 +194,10 @@ from rich.console import Console
 from lora_jax.config import MeshOptions
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.train.signals import Signals
-with Signals(Console(file=io.StringIO()), make_mesh(MeshOptions())) as signals:
+from lora_jax.parallel.processes import Departure
+with Signals() as signals:
+    signals.met(Departure.of_run())
+    signals.begin(Console(file=io.StringIO()), make_mesh(MeshOptions()))
     signals.stepping()
     for step in range(1, 30):
         if step == 5 and jax.process_index() == 1:
@@ -171,20 +208,76 @@ with Signals(Console(file=io.StringIO()), make_mesh(MeshOptions())) as signals:
 """
 
 
-def test_all_processes_hear_of_a_signal_at_the_same_step() -> None:
+def pair(program: str, *arguments: str) -> list[tuple[int, str, str]]:
+    """Run a program as two processes; return the code, output and errors of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, port, number], env=os.environ | {"PYTHONPATH": str(ROOT)},
+            [sys.executable, "-c", program, port, number, *arguments],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for number in ("0", "1")
     ]  # fmt: skip
     try:
-        ended = [process.communicate(timeout=120) for process in processes]
+        said = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [printed.splitlines()[-1:] for printed, _ in ended] == [["7"], ["7"]], ended
+    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+
+
+def test_all_processes_hear_of_a_signal_at_the_same_step() -> None:
+    ended = pair(PROCESS)
+    assert [printed.splitlines()[-1:] for _, printed, _ in ended] == [["6"], ["6"]], ended
+
+
+APART = """
+import signal, sys, time
+import jax
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+from rich.console import Console
+from lora_jax.config import MeshOptions
+from lora_jax.parallel.mesh import make_mesh
+from lora_jax.parallel.processes import Departure, wait_for_all
+from lora_jax.train.signals import Signals
+stage, told = sys.argv[3 + int(sys.argv[2])], sys.argv[5 + int(sys.argv[2])]
+with Signals() as signals:
+    signals.met(Departure.of_run())
+    signals.begin(Console(quiet=sys.argv[2] == "1"), make_mesh(MeshOptions()))
+    wait_for_all("start")
+    if stage == "stepping":
+        signals.stepping()
+    wait_for_all("stages")
+    if told == "told":
+        signal.raise_signal(signal.SIGTERM)
+    time.sleep(10)
+    print(signals.stage)
+"""
+STOPPED = "stopped before a step was done: nothing to save"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stages", "told", "printed"),
+    [
+        (("starting", "starting"), ("told", ""), [STOPPED, ""]),
+        (("starting", "starting"), ("", "told"), [STOPPED, STOPPED]),
+        (("starting", "starting"), ("told", "told"), [STOPPED, STOPPED]),
+        (("stepping", "starting"), ("told", ""), [STOPPED, ""]),
+        (("stepping", "starting"), ("", "told"), [STOPPED, STOPPED]),
+        (("stepping", "starting"), ("told", "told"), [STOPPED, STOPPED]),
+        (("starting", "stepping"), ("told", ""), [STOPPED, ""]),
+        (("starting", "stepping"), ("", "told"), [STOPPED, ""]),
+        (("stepping", "stepping"), ("", "told"), ["stepping", "stepping"]),
+    ],
+)
+def test_all_processes_leave_together_where_one_that_is_told_or_another_has_no_step_to_save(
+    stages: tuple[str, str], told: tuple[str, str], printed: list[str]
+) -> None:
+    ended = pair(APART, *stages, *told)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    said = [[line for line in text.splitlines() if "[Gloo]" not in line] for _, text, _ in ended]
+    assert said == [line.splitlines() for line in printed], ended
