@@ -105,7 +105,8 @@ def _ended_by_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # as `Signals` may leave it
+            signal.signal(signal.SIGTERM, before)
 
 
 @_ended_by_sigterm()

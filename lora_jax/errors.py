@@ -11,8 +11,8 @@ INTERRUPTED = 130
 """Exit code of what Ctrl-C has ended, as a shell gives it: 128 + SIGINT."""
 
 _NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*(memory|allocat)", re.DOTALL | re.IGNORECASE)
-_ON_CHIP = re.compile(r"memory space (?!hbm)|shared memory", re.IGNORECASE)
-"""Of a kernel that asks for more than a core's own memory: a mistake of the program."""
+_ON_CHIP = re.compile(r"memory space (?!hbm)|space=(?!hbm)|[vs]mem\b|shared memory|register", re.IGNORECASE)
+"""Of a kernel that asks for more than a core's own memory or registers: a mistake of the program."""
 _ASKED = re.compile(r"(?:allocat\w*|request for|reserve|Used|of size) ([\d.]+) ?([KMGT]i?B?|B|bytes)?\b")
 _BEYOND = re.compile(r"overflow .*jitted computation.* value (-?\d+)", re.DOTALL)
 

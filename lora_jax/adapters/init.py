@@ -101,19 +101,21 @@ def _low_rank(
         target = targets[None]
         a, b = _one(key, target.module, target.r, target.r, init_lora_weights)
         return a, b, jnp.float32(target.scaling)
-    width = max(target.r for target in targets.values())
-    factors = []
-    for layer in range(layers):
-        if layer in targets:
-            target = targets[layer]
-            factors.append(
-                _one(jax.random.fold_in(key, layer), target.module, target.r, width, init_lora_weights)
-            )
-        else:
-            sizes = next(iter(targets.values())).module.sizes
-            factors.append((jnp.zeros((sizes[0], width)), jnp.zeros((width, sizes[1]))))
+    width, (inputs, outputs) = (
+        max(target.r for target in targets.values()),
+        next(iter(targets.values())).module.sizes,
+    )
+    a, b = jnp.zeros((layers, inputs, width)), jnp.zeros((layers, width, outputs))
+    for r in {target.r for target in targets.values()}:  # a program for each rank, not for each layer
+        chosen = {layer: target for layer, target in targets.items() if layer is not None and target.r == r}
+        module, rows = next(iter(chosen.values())).module, jnp.array(list(chosen))
+
+        def start(layer: jax.Array, module: Module = module, r: int = r) -> tuple[jax.Array, jax.Array]:
+            return _one(jax.random.fold_in(key, layer), module, r, width, init_lora_weights)
+
+        found = jax.vmap(start)(rows)
+        a, b = (stack.at[rows].set(part) for stack, part in zip((a, b), found, strict=True))
     scaling = [targets[layer].scaling if layer in targets else 0.0 for layer in range(layers)]
-    a, b = (jnp.stack(stack) for stack in zip(*factors, strict=True))
     return a, b, jnp.asarray(scaling, jnp.float32)
 
 

@@ -56,6 +56,11 @@ def left_whole(tree: Tree, mesh: Mapping[str, int]) -> list[str]:
             return
         asked = axes_of(path, leaf.ndim)[-2:]
         kept = _kept(path, leaf, mesh)
+        if isinstance(leaf, QuantizedKernel) and not leaf.grouped:
+            cuts = [axis for axis in asked if axis is not None and mesh[axis] > 1]
+            if cuts:
+                found.append(f"{path} (blocks of an in of {leaf.sizes[0]} run over the ends of rows)")
+            return
         for side, size, axis in zip(("in", "out"), leaf.shape[-2:], asked, strict=True):
             if axis is not None and axis not in kept and mesh[axis] > 1:
                 grouped = side == "in" and isinstance(leaf, QuantizedKernel)

@@ -74,14 +74,20 @@ class Identity:
     base: Mapping[str, str]
 
     def check(self, stored: Mapping[str, Any]) -> None:
-        """Raise UserError, naming what differs, unless the `plain` form of another identity equals this one's."""
+        """Raise UserError, naming what differs, unless the `plain` form of another identity equals this one's.
+
+        Raises KeyError where that has other names, as another version gives them.
+        """
         now = json.loads(json.dumps(self.plain()))
         if bases := _differences(stored["base"], now["base"]):
             raise UserError(
                 f"--resume: the checkpoint was made on another base model: {listing(bases)}; give the one that it was "
                 "made on as --model.path, or --overwrite to start over on this one"
             )
-        if options := _differences(stored["options"], now["options"]):
+        known = {name: value for name, value in stored["options"].items() if name not in FREE}
+        if known.keys() != now["options"].keys():
+            raise KeyError(*sorted(known.keys() ^ now["options"].keys())[:1])
+        if options := _differences(known, now["options"]):
             raise UserError(
                 f"--resume: the checkpoint was made with other options: {listing(options)}; give those, or "
                 "--overwrite; to train further, use --lora.init_from"
@@ -239,7 +245,7 @@ class Checkpoints:
         try:
             self.identity.check(notes["options"])
             progress = Progress(**notes["progress"])
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise UserError(
                 f"--resume: the checkpoint {self.folder}/{step} was written by another version of lora_jax ({error}); "
                 "go on with that one, or give --overwrite to start over"
@@ -274,7 +280,7 @@ class Checkpoints:
         for file in self.folder.glob("*/metrics/metrics"):
             try:
                 json.loads(file.read_text())
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise self._unreadable(file.parent.parent.name, error) from error
 
     def _stored_best(self) -> Best | None:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from lora_jax.adapters.notes import read_notes
 from lora_jax.config import RunConfig, check
-from lora_jax.errors import INTERRUPTED, UserError, listing
+from lora_jax.errors import INTERRUPTED, UserError
 from lora_jax.hub.bucket import Place
 from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.push import check_push, push_output
@@ -222,8 +222,8 @@ def _identity(run: Run, sizes: Sizes) -> Identity:
         "rows a step": sizes.rows_per_step,
         "checksums of the rows": _checksums(run),
         "data.pad_to_multiple_of": padding_multiple(run.config.data, run.mesh),
-        "lengths of steps": listing([str(length) for length in sizes.plan.buckets]),
-        "sets to evaluate on": listing(run.eval_rows),
+        "lengths of steps": list(sizes.plan.buckets),
+        "sets to evaluate on": list(run.eval_rows),
     }
     del sections["data"]["eval_paths"]  # whose rows have checksums
     flat = {"method": run.config.method, **flatten_dict(sections, sep="."), **counted}

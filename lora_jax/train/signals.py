@@ -83,6 +83,9 @@ class Signals:
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in zip(HANDLED, self._before, strict=True):
             signal.signal(number, handler)
+        if self._departure is not None and self.stage == FINISHING:
+            # Process 0 may still export, and would not outlive this one.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.close(self._writer)  # the watcher reads the end of the pipe
         self._watcher.join()
         os.close(self._reader)
@@ -93,8 +96,10 @@ class Signals:
         JAX has taken SIGTERM for itself in the meantime.
         """
         self._departure = departure
-        self._change(STARTING)
         self._waits = False
+        self._change(STARTING)
+        if signal.SIGINT in self._received:  # just now: neither the watcher nor `_note` has acted on it
+            raise KeyboardInterrupt
         if self._main:
             for number in HANDLED:
                 signal.signal(number, self._note)

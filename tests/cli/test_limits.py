@@ -163,6 +163,8 @@ def test_a_lack_of_memory_is_one_line_with_a_remedy(
         "INTERNAL: memory",
         f"{OUT}Ran out of memory in memory space vmem. Used 20M of 16M vmem.",
         f"{OUT}Shared memory size limit exceeded: requested 300000, available: 232448",
+        f"{OUT}Allocation (size=134217728) would exceed memory (size=67108864) :: space=vmem, scoped memory for dot",
+        f"{OUT}ptxas fatal: Register allocation failed with register count of 255",
     ],
 )
 def test_a_mistake_of_the_program_is_no_lack_of_memory(text: str, monkeypatch: pytest.MonkeyPatch) -> None:

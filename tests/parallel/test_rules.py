@@ -97,6 +97,15 @@ def test_what_does_not_divide_is_whole_and_named() -> None:
     assert not left_whole(params, mesh(data=8).shape)
 
 
+def test_a_kernel_whose_blocks_run_over_the_ends_of_rows_is_named_for_that() -> None:
+    config = read_config({**CONFIGS["llama"], "hidden_size": 48}, "test")
+    named = left_whole(
+        abstract_params(config, "float32", QuantizationConfig(4, "nf4", True)), mesh(fsdp=4).shape
+    )
+    gate = [line for line in named if "gate_proj" in line]
+    assert gate == ["layers/mlp/gate_proj/kernel (blocks of an in of 48 run over the ends of rows)"]
+
+
 def test_what_its_input_does_not_divide_is_shared_out_along_its_output() -> None:
     config = read_config({**CONFIGS["llama"], "hidden_size": 256, "head_dim": 48}, "test")
     params = abstract_params(config, "float32", QuantizationConfig(4, "nf4", True))

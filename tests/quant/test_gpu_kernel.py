@@ -26,7 +26,10 @@ ALL = {**CHIPS, "8.0": OTHER}
 # From 0.11 on, jax asks which GPU it lowers for where there is none.
 H100 = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
 
 
 def tile(lookup: Any, batch: int = 16, outs: int = 32) -> Tile:
@@ -63,7 +66,6 @@ def assert_close(found: Any, x: Any, weight: np.ndarray, bound: float) -> None:
     assert (error <= bound * (np.abs(wide) @ np.abs(exact)) + smallest).all()
 
 
-@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     st.sampled_from([1, 3, 16, 17, 40]),

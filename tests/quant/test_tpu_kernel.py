@@ -33,6 +33,8 @@ from lora_jax.quant.kernels.tpu_tiles import (
 )
 from lora_jax.quant.leaf import BLOCK, groups
 
+pytestmark = pytest.mark.slow
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Relative to the sum of the products' sizes: rounding of the result, and of the sums in float32.
 BOUNDS = {"float32": 2e-6, "bfloat16": 2**-8}
@@ -95,7 +97,6 @@ def check(
         assert (np.abs(np.asarray(found, np.float64) - wide @ matrix) <= bound).all()
 
 
-@pytest.mark.slow
 @settings(max_examples=6)
 @given(
     batch=st.integers(1, 40),
@@ -115,7 +116,6 @@ def test_product_and_gradient_equal_those_of_the_dequantised_kernel(
     check(batch, BLOCK * blocks, outs, layer, dtype, kind, tile, True, seed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "outs", "lookup"),
     [(BLOCK, 1, "gather"), (5 * BLOCK, 200, "gather"), (5 * BLOCK, 200, "tree"), (4 * BLOCK, 256, "tree")],
@@ -210,7 +210,6 @@ def test_compiled_kernel_holds_no_decoded_weight(
     assert temporary(partial(run, table=NF4, tile=tile), arguments) < rows * outs // 32
 
 
-@pytest.mark.slow
 @compiled_for_tpu
 @pytest.mark.parametrize("name", CHIPS)
 def test_scan_reads_the_stack_in_place(devices: Any, name: str) -> None:

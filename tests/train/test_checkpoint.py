@@ -159,6 +159,12 @@ def test_another_base_and_other_options_are_named(saved: Path) -> None:
     ("file", "text", "message"),
     [
         ("options", '{"options": {}}', "written by another version"),
+        ("options", '{"options": [], "base": {"config.json": "sha256 a"}}', "written by another version"),
+        (
+            "options",
+            '{"options": {"train.seed": 1, "train.news": 2}, "base": {"config.json": "sha256 a"}}',
+            r"written by another version of lora_jax \('train.news'\)",
+        ),
         ("progress", '{"window": [], "news": 1}', "written by another version"),
         ("progress", '{"window": [', "cannot be read .*; remove that folder"),
     ],
