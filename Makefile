@@ -46,7 +46,7 @@ soak: $(VENV)/.installed-test ## Kill a training run 25 times and resume it, the
 	$(BIN)/python -m scripts.fuzz_rows
 
 parity: $(VENV)/.installed-parity ## Run the tests beside torch, transformers and peft.
-	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/python -m pytest tests/parity $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/python -m pytest tests/parity -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-dev ## Lint, check the formatting, the layers of imports and the types.
 	$(BIN)/ruff check .
@@ -61,7 +61,7 @@ format: $(VENV)/.installed-dev ## Mend what ruff can mend.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-memory: $(VENV)/.installed-test ## Compile the steps of docs/memory.md for TPUs and print its table: an hour or more.
+memory: $(VENV)/.installed-test ## Compile the steps of docs/memory.md for TPUs and print its table: half an hour or more.
 	$(BIN)/python benchmarks/memory.py $(ARGS)
 
 aot: $(VENV)/.installed-test ## Compile the 4-bit kernels for TPUs, in every shape of four models: half an hour or more.

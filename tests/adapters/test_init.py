@@ -13,9 +13,10 @@ import pytest
 from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.targets import make_plan
 from lora_jax.config import TrainOptions
+from lora_jax.models.families import read_config
 from lora_jax.models.names import modules
 from lora_jax.train.optim import make_optimizer
-from tests.tiny import LAYERS, Base, adapted_logits, lora, text, tiny_base
+from tests.tiny import CONFIGS, LAYERS, Base, adapted_logits, lora, text, tiny_base
 
 EVERYTHING: dict[str, dict[str, Any]] = {
     "linear": {"target_modules": "all-linear"},
@@ -43,6 +44,16 @@ def fresh(base: Base, config: Any, init: str = "true", seed: int = 0) -> tuple[A
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
     folder = tmp_path_factory.mktemp("bases")
     return {name: tiny_base(folder / name, name) for name in ("llama-biases", "llama-biases-tied")}
+
+
+def test_the_program_of_a_start_is_as_short_for_many_layers_as_for_few() -> None:
+    lengths = []
+    for layers in (4, 64):
+        config = read_config(CONFIGS["llama"] | {"num_hidden_layers": layers}, "test")
+        plan = make_plan(lora(rank_pattern={"layers.1.self_attn.q_proj": 6}), modules(config))
+        start = partial(init_adapter, plan=plan, frozen={}, layers=layers, init_lora_weights="true")
+        lengths.append(jax.jit(start).lower(jax.random.key(0)).as_text().count("\n"))
+    assert lengths[1] < 1.1 * lengths[0]
 
 
 @pytest.mark.slow
