@@ -22,6 +22,7 @@ from rich.console import Console
 from lora_jax.cli import main
 from lora_jax.config import MeshOptions
 from lora_jax.parallel.mesh import make_mesh
+from lora_jax.parallel.processes import Departure
 from lora_jax.train.signals import Signals
 from tests.conftest import ROOT
 from tests.runs import metrics, run, timeless, train_arguments, tree, write_rows
@@ -227,6 +228,17 @@ def pair(program: str, *arguments: str) -> list[tuple[int, str, str]]:
         for process in processes:
             process.kill()
     return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+
+
+def test_one_of_several_processes_that_is_done_ignores_sigterm_until_all_are() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with Signals() as signals:
+            signals.met(Departure(None, 1, 2))
+            signals.finishing()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_all_processes_hear_of_a_signal_at_the_same_step() -> None:
