@@ -34,7 +34,8 @@ MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (2, 2, 2, 1), (1, 2, 1, 4)]
 CONFIG = {
     **CONFIGS["llama"], "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "head_dim": 64,
 }  # fmt: skip
-"""512 is four groups of 128: fsdp 2 and 4 cut a kernel's input, 8 its output."""
+"""512 is four groups of 128: fsdp 2 and 4 cut a 4-bit kernel's input, 8 its output."""
+NARROW = {**CONFIG, "hidden_size": 256, "intermediate_size": 640, "head_dim": 32}
 BATCH, LENGTH, STEPS = 8, 24, 5
 """No activation has the shape of a kernel."""
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(1e-3))
@@ -91,7 +92,7 @@ def is_kernel(shape: str, tensor: int) -> bool:
 
 def check_on_eight_devices(bits: int) -> None:
     """Compare every mesh with one device, and look at what the compiled step gathers."""
-    folder = write_checkpoint(Path(tempfile.mkdtemp()) / "tiny", CONFIG)
+    folder = write_checkpoint(Path(tempfile.mkdtemp()) / "tiny", CONFIG if bits == 4 else NARROW)
     base = open_base(folder)
     alone = make_mesh(MeshOptions(), jax.devices()[:1])
     losses, trained, _ = losses_and_adapter(base, bits, alone)
