@@ -101,10 +101,8 @@ def _low_rank(
         target = targets[None]
         a, b = _one(key, target.module, target.r, target.r, init_lora_weights)
         return a, b, jnp.float32(target.scaling)
-    width, (inputs, outputs) = (
-        max(target.r for target in targets.values()),
-        next(iter(targets.values())).module.sizes,
-    )
+    width = max(target.r for target in targets.values())
+    inputs, outputs = next(iter(targets.values())).module.sizes
     a, b = jnp.zeros((layers, inputs, width)), jnp.zeros((layers, width, outputs))
     for r in {target.r for target in targets.values()}:  # a program for each rank, not for each layer
         chosen = {layer: target for layer, target in targets.items() if layer is not None and target.r == r}

@@ -158,9 +158,7 @@ class Checkpoints:
         )
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if isinstance(
-                self._place, Path
-            ):  # to hear now what the first save would, hundreds of steps later
+            if isinstance(self._place, Path):  # what the first save would say is said before any step
                 tempfile.TemporaryFile(dir=self._place).close()
             self._check_figures()
             self.manager = ocp.CheckpointManager(self.folder, options=options)

@@ -226,7 +226,11 @@ def _identity(run: Run, sizes: Sizes) -> Identity:
         "sets to evaluate on": list(run.eval_rows),
     }
     del sections["data"]["eval_paths"]  # whose rows have checksums
-    flat = {"method": run.config.method, **flatten_dict(sections, sep="."), **counted}
+    flat = {
+        "method": run.config.method,
+        **flatten_dict(sections, is_leaf=lambda path, _: len(path) == 2, sep="."),
+        **counted,
+    }
     return Identity(flat, fingerprint(run.checkpoint))
 
 

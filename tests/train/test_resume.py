@@ -96,6 +96,7 @@ def test_resuming_without_a_checkpoint_starts_afresh(
     [
         ("--train.seed", "1", "train.seed was 42, is 1"),
         ("--lora.r", "4", "lora.r was 2, is 4"),
+        ("--lora.rank_pattern", "q_proj 4", "lora.rank_pattern was {}, is {'q_proj': 4}"),
         ("--train.learning_rate", "0.02", "train.learning_rate was 0.01, is 0.02"),
         ("--lora.target_modules", "q_proj", "lora.target_modules was ['all-linear'], is ['q_proj']"),
         ("--data.split", "train[:7]", "data.split was train[:8], is train[:7]"),
@@ -107,7 +108,7 @@ def test_resuming_with_other_options_is_refused_and_changes_nothing(
 ) -> None:
     arguments, output = stopped
     before = tree(output)
-    assert main([*arguments, option, value, "--resume"]) == 2
+    assert main([*arguments, option, *value.split(), "--resume"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --resume: the checkpoint was made with other options")
     assert message in error
