@@ -21,7 +21,7 @@ export JAX_PLATFORMS ?= cpu
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow soak parity check check-report format memory aot aot-cuda clean
+.PHONY: help demo test test-slow test-exhaustive soak parity check check-report format memory aot aot-cuda clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -36,17 +36,20 @@ demo: $(VENV)/.installed ## Train the shipped model on the shipped rows, merge, 
 	@$(BIN)/lora-jax generate --model.path $(DEMO)/merged --prompt "$(PROMPT)"
 
 test: $(VENV)/.installed-test ## Run the tests that need no torch, but for the slow ones.
-	$(BIN)/python -m pytest --ignore=tests/parity -m "not slow" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/parity -m "not slow and not exhaustive" -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed-test ## Run the slow ones: meshes, several processes, kernels, thousands of generated cases.
-	$(BIN)/python -m pytest --ignore=tests/parity -m slow -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/parity -m "slow and not exhaustive" -n 2 --dist worksteal $(ARGS)
+
+test-exhaustive: $(VENV)/.installed-parity ## Run what proves a thing once, beside torch where it needs it; not part of CI.
+	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/python -m pytest -m exhaustive -n 2 --dist worksteal $(ARGS)
 
 soak: $(VENV)/.installed-test ## Kill a training run 25 times and resume it, then check 10,000 generated files of rows; some minutes.
 	$(BIN)/python scripts/soak.py $(ARGS)
 	$(BIN)/python -m scripts.fuzz_rows
 
 parity: $(VENV)/.installed-parity ## Run the tests beside torch, transformers and peft.
-	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/python -m pytest tests/parity -n 2 --dist loadfile $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/python -m pytest tests/parity -m "not exhaustive" -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-dev ## Lint, check the formatting, the layers of imports and the types.
 	$(BIN)/ruff check .
