@@ -207,6 +207,8 @@ class TrainOptions:
     """Steps between lines of metrics.jsonl; the first and the last step are always logged."""
     eval_steps: int = 0
     """Steps between evaluations; 0 evaluates before the first step and after the last one only."""
+    eval_on_start: bool = True
+    """Evaluate before the first step too; False saves the time, and the run cannot say what it started from."""
     metric_for_best_model: str | None = None
     """Figure that tells the best checkpoint, such as eval_token_accuracy; unset is the first set's loss."""
     load_best_model_at_end: bool = False
@@ -216,7 +218,7 @@ class TrainOptions:
     early_stopping_threshold: float = 0.0
     """How much better than the best so far a figure has to be for early_stopping_patience."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts to complete at each evaluation, before the first step too; they go to samples.jsonl."""
+    """Prompts to complete at each evaluation; completions go to samples.jsonl."""
     sample_max_new_tokens: int = 64
     """Greatest number of tokens in a sample."""
     generation_metrics: tuple[GenerationMetric, ...] = ()

@@ -41,6 +41,7 @@ FREE = frozenset(
         "data.eval_path",
         "model.path",
         "train.logging_steps",
+        "train.eval_on_start",  # a checkpoint is behind the start
         "train.save_strategy",
         "train.save_steps",
         "train.save_total_limit",

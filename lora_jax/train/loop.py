@@ -133,7 +133,7 @@ class Loop:
         )
         self._warn(self.cautions.before_training())
         self.cautions.compile(state.trainable)
-        if first == 0:
+        if first == 0 and options.eval_on_start:
             self._before_training(state)
         elif progress.unlogged is not None:
             evaluation = self._evaluate(state)
@@ -143,7 +143,7 @@ class Loop:
                 # By it the checkpoint may be the best, as if the run had never been stopped.
                 self.checkpoints.measured(first, evaluation.figures.get(goal.metric))
         elif first < sizes.steps and not self.patience.over:
-            self.evaluator.compile(state.trainable)
+            self.evaluator.compile(state.trainable)  # which an evaluation at the start would have done
         if first < sizes.steps and not self.patience.over:
             shapes = self.feed.shapes(first + 1)
             self.train_step.compile(state, self.run.frozen, self.run.adapter, batches=shapes)

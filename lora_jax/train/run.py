@@ -171,10 +171,13 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         count = f"{config.train.early_stopping_patience} evaluations in a row without a better {aim.metric}"
         console.print(f"stopped early after step {outcome.steps}: {count}", highlight=False, soft_wrap=True)
     before, after = outcome.eval_before, outcome.eval_after
-    if before is not None and after is not None:
+    if after is not None:
         name = next(iter(run.eval_rows))
-        worse = "; what is written is worse than the start" if not after <= before else ""  # no number, say
-        line = f"eval loss {f'of {name} ' if name else ''}{before:.4f} -> {after:.4f}{worse}"
+        start = "" if before is None else f"{before:.4f} -> "
+        worse = (
+            "; what is written is worse than the start" if before is not None and not after <= before else ""
+        )
+        line = f"eval loss {f'of {name} ' if name else ''}{start}{after:.4f}{worse}"
         console.print(line, highlight=False, markup=False)
     if (found := checkpoints.best) is not None and found.step < sizes.steps:
         whose = " (exported)" if found.step == int(outcome.state.step) else ""

@@ -92,6 +92,32 @@ def test_prompts_are_completed_at_each_evaluation_and_before_the_first_step(
     assert len({line["text"] for line in lines}) > 2
 
 
+def test_without_the_evaluation_at_the_start_the_rest_of_a_run_is_the_same(
+    watched: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A user who trains often on one set does not want to pay for the base's figures again each time."""
+    arguments, whole = watched
+    output = tmp_path / "out"
+    again = [str(output) if word == str(whole) else word for word in arguments]
+    capsys.readouterr()
+    run(*again, "--train.eval_on_start", "False", "--resume")  # where nothing is yet, it starts afresh
+    assert (
+        f"\neval loss of one {losses(output, 'eval_one_loss')[max(losses(output)) - 2]:.4f}\n"
+        in capsys.readouterr().out
+    )
+    assert timeless(output) == timeless(whole)[1:]
+    assert samples(output) == [line for line in samples(whole) if line["step"]]
+    weights = "adapter_model.safetensors"
+    assert (output / "adapter" / weights).read_bytes() == (whole / "adapter" / weights).read_bytes()
+    results = json.loads((output / "run.json").read_text())["results"]
+    assert "eval_one_loss" in results
+    assert not any(name.endswith("_before") for name in results)
+    card = (output / "adapter" / "README.md").read_text()
+    assert "loss after" in card
+    assert "loss before" not in card
+    run("report", str(output))
+
+
 def test_samples_are_what_generate_writes_with_the_adapter(
     watched: tuple[list[str], Path], model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
