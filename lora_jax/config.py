@@ -143,6 +143,8 @@ class DataOptions:
     """Lengths that steps are padded to, at most, where rows are not packed; each is compiled once."""
     pad_to_multiple_of: int | None = None
     """What those lengths are multiples of; None is 128 on TPUs, 64 elsewhere."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of other names: our name, then the file's, or none for a column that is to be left out."""
     text_field: str = "text"
     """Column that holds the text in the format text."""
     completion_only_loss: bool | None = None

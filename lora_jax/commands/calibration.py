@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class CalibrationOptions:
     """Longest sequence in tokens; longer rows are cut at the end."""
     text_field: str = "text"
     """Column that holds the text in the format text."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of other names: our name, then the file's, or none for a column that is to be left out."""
 
 
 def check_calibration(options: CalibrationOptions, model: ModelOptions, typed: Collection[str]) -> None:
@@ -73,7 +75,10 @@ class Calibration:
         self._options = options
         self._gain = Gain()
         data = DataOptions(
-            format=options.format, max_length=options.max_length, text_field=options.text_field
+            format=options.format,
+            columns=options.columns,
+            max_length=options.max_length,
+            text_field=options.text_field,
         )
         found = load_examples(
             data,

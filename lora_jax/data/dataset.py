@@ -6,10 +6,11 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from rich.console import Console
@@ -181,6 +182,8 @@ class TokenDataset(Sequence[Tokens]):
             line += f"; {self.dropped:,} dropped, nothing in them to train on"
         if self.counts.windows:
             line += f"; {_count(self.counts.windows, 'window')} dropped, nothing in them to train on"
+        if self.counts.unread:
+            line += f"; columns not used: {listing(self.counts.unread)}"
         return line
 
 
@@ -211,12 +214,39 @@ def load_examples(
         UserError: the rows cannot be read, a row does not fit its format, a token is not in the model's
             vocabulary, or nothing is left to train on.
     """
+    with _options_of(option):
+        return _loaded(options, tokenizer, path, split, vocab_size, option, console)
+
+
+@contextmanager
+def _options_of(option: str) -> Iterator[None]:
+    """Let errors name the options of another section, such as --calibration, where a path is one of its."""
+    section = option.partition(".")[0]
+    try:
+        yield
+    except UserError as error:
+        if section == "--data":
+            raise
+        raise UserError(str(error).replace("--data.", f"{section}.")) from error
+
+
+def _loaded(
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Sequence[str],
+    split: str,
+    vocab_size: int | None,
+    option: str,
+    console: Console | None,
+) -> TokenDataset:
     recipe = Recipe.of(options)
     sources = [find_rows(one, split, option=option) for one in ([path] if isinstance(path, str) else path)]
     parts = tuple(_part(source, recipe, tokenizer, options, console) for source in sources)
     rows = sum(len(part.store) for part in parts)
     counts = sum((part.counts for part in parts), Counts())
     found = TokenDataset(parts, np.arange(rows, dtype=np.int64), options.max_length, counts)
+    if not option.startswith("--data.eval"):  # rows to evaluate on may have columns of their own
+        recipe.named.check_found(counts.stated, counts.unread, found.name)
     _check_vocabulary(found, tokenizer, vocab_size)
     return found
 
@@ -233,7 +263,7 @@ def _part(
     key = token_cache.key(content, asdict(recipe), tokenizer) if folder else None
     if folder and key and (entry := token_cache.find(folder, key)) is not None:
         about = entry.about
-        return Part(source.name, about["unit"], about["format"], entry.store, Counts(**about["counts"]))
+        return Part(source.name, about["unit"], about["format"], entry.store, _counts(about))
     aside = token_cache.begin(folder) if folder and key else None
     keep = aside is not None
     if aside is None:
@@ -251,6 +281,14 @@ def _part(
     finally:  # what is mapped stays readable
         shutil.rmtree(aside, ignore_errors=True)
     return part
+
+
+def _counts(about: dict[str, Any]) -> Counts:
+    """Return what was left out, as an entry of the cache notes it: JSON has no tuples."""
+    said = about["counts"]
+    return Counts(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    )
 
 
 def _tokenised(

@@ -12,24 +12,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_jax.config import DataFormat, DataOptions
+from lora_jax.config import DataFormat
+from lora_jax.data.columns import CONTEXT, CONVERSATIONS, MEDIA, is_empty
 from lora_jax.data.lines import kind
 from lora_jax.errors import UserError, listing, nearest
 
 Message = dict[str, Any]
-
-COLUMNS: dict[DataFormat, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "question_answer": ("question", "answer"),
-    "text": ("text",),
-}
-CONVERSATIONS = "conversations"
 
 RESERVED = (
     "messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
@@ -86,31 +78,6 @@ class ChatExample:
 Example = TextExample | CompletionExample | ChatExample
 
 
-def recognise(columns: Iterable[str], stated: DataFormat, text_field: str, where: str) -> DataFormat:
-    """Return the format that the columns of a row fit, or the one that is stated.
-
-    Raises:
-        UserError: the format is auto and the columns fit none.
-    """
-    if stated != "auto":
-        return stated
-    have = list(columns)
-    if text_field != DataOptions.text_field and text_field in have:
-        return "text"  # naming the column says which format is meant
-    if CONVERSATIONS in have and "messages" not in have:
-        return "messages"
-    for form, needed in COLUMNS.items():
-        if form == "text":
-            needed = (text_field,)
-        if all(column in have for column in needed):
-            return form
-    known = "; ".join(" and ".join(needed) for needed in COLUMNS.values())
-    raise UserError(
-        f"{where}: the columns {listing(have) or '(none)'} fit no format; rename them to one of: {known}; "
-        "or name the column of plain text with --data.text_field"
-    )
-
-
 def to_example(
     row: Mapping[str, Any],
     form: DataFormat,
@@ -145,18 +112,26 @@ def to_example(
         column = "messages"
         if row.get(column) is None and row.get(CONVERSATIONS) is not None:
             column = CONVERSATIONS
-        return _chat(row, _messages(_column(row, column, where), column, where), 0, whole, where)
+        messages = _preceded(row, _messages(_column(row, column, where), column, where), where)
+        return _chat(row, messages, 0, whole, where)
     if form == "prompt_completion":
         prompt, completion = _column(row, "prompt", where), _column(row, "completion", where)
         if isinstance(prompt, str) and isinstance(completion, str):
             texts = _text(row, "prompt", where), _text(row, "completion", where)
+            _check_plain(
+                row,
+                where,
+                "prompt and completion are strings; give both as lists of messages, or take them as a question and "
+                "its answer: --data.columns question prompt answer completion",
+            )
             return CompletionExample(*texts, whole=completion_only is False)
         if isinstance(prompt, str) or isinstance(completion, str):
             raise UserError(
                 f"{where}: prompt is {kind(prompt)} and completion is {kind(completion)}; "
                 "give both as strings, or both as lists of messages"
             )
-        head, tail = _messages(prompt, "prompt", where), _messages(completion, "completion", where)
+        head = _preceded(row, _messages(prompt, "prompt", where), where)
+        tail = _messages(completion, "completion", where)
         return _chat(row, head + tail, 0 if completion_only is False else len(head), whole, where)
     if form == "instruction":
         instruction, response = _text(row, "instruction", where), _text(row, "output", where)
@@ -167,10 +142,16 @@ def to_example(
     else:
         raise ValueError(f"{form!r} is no format of a row")
     if not chat:
+        _check_plain(
+            row,
+            where,
+            "the tokenizer has no chat template; put a chat_template.jinja into the model's folder, or write it "
+            f"into the {'instruction' if form == 'instruction' else 'question'}",
+        )
         return CompletionExample(alpaca_prompt(instruction, extra), response, completion_only is False)
     request = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": response}]
-    return ChatExample(messages, whole=whole)
+    messages = _preceded(row, _turns(request, response), where)
+    return _chat(row, messages, 0, whole, where)
 
 
 HEAVIEST = 1_000_000
@@ -204,6 +185,51 @@ def alpaca_prompt(instruction: str, extra: str = "") -> str:
     if extra.strip():
         body += f"### Input:\n{extra}\n\n"
     return body + "### Response:\n"
+
+
+def _turns(asked: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
+def _preceded(row: Mapping[str, Any], messages: list[Message], where: str) -> list[Message]:
+    """Return messages behind what the columns system and history put before them, as in LLaMA-Factory and ms-swift."""
+    system = _text(row, "system", where) if row.get("system") is not None else ""
+    own = messages[:1] if messages[0]["role"] in ("system", "developer") else []
+    if system.strip() and own and own[0].get("content") != system:
+        raise UserError(
+            f"{where}: column system differs from the {own[0]['role']} message of the conversation; remove one of them"
+        )
+    if system.strip() and not own:
+        own, rest = [{"role": "system", "content": system}], messages
+    else:
+        rest = messages[len(own) :]
+    return [*own, *_history(row, where), *rest]
+
+
+def _history(row: Mapping[str, Any], where: str) -> list[Message]:
+    """Return the turns of the column history: pairs of what was asked and answered, or messages."""
+    value = _parsed(row.get("history"))
+    if is_empty(value):
+        return []
+    if isinstance(value, list) and isinstance(value[0], dict):
+        return _messages(value, "history", where)
+    remedy = "give a list of pairs: what was asked, and the answer"
+    if not isinstance(value, list):
+        raise UserError(f"{where}: column history is {kind(value)}; {remedy}")
+    found: list[Message] = []
+    for number, pair in enumerate(value, start=1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise UserError(f"{where}: item {number} of history is no pair; {remedy}")
+        asked, answer = (_checked(text, f"{where}: item {number} of history", remedy) for text in pair)
+        found += _turns(asked, answer)
+    return found
+
+
+def _check_plain(row: Mapping[str, Any], where: str, reason: str) -> None:
+    """Raise UserError for a column that only messages can have beside them."""
+    for column in CONTEXT:
+        if not is_empty(_parsed(row.get(column), "{" if column == "chat_template_kwargs" else "[")):
+            raise UserError(f"{where}: column {column} goes with messages, and {reason}")
 
 
 def _chat(row: Mapping[str, Any], messages: list[Message], head: int, whole: bool, where: str) -> ChatExample:
@@ -284,16 +310,35 @@ def _message(item: Any, where: str) -> Message:
         raise UserError(f"{where} has role {role[:40]!r};{nearest(role[:40], ROLES)} Roles: {listing(ROLES)}")
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], where)
+    for key in MEDIA:
+        if not is_empty(message.get(key)):
+            raise UserError(f"{where} has {key}, and {_TEXT_ONLY}")
     content = message.get("content")
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in content
-    ):
-        content = "".join(_checked(part.get("text"), f"{where}: its text", "give text") for part in content)
+    if isinstance(content, list):
+        content = "".join(
+            _part(part, f"{where}: part {number}") for number, part in enumerate(content, start=1)
+        )
     elif content is None and "tool_calls" in message:
         return _encodable(message, where)
     remedy = "give the text of the message"
     content = _checked(content, f"{where}: its content", remedy)
     return _encodable({**message, "content": content}, where)
+
+
+_TEXT_ONLY = "only text can be trained on; remove it, or the row"
+
+
+def _part(part: Any, where: str) -> str:
+    """Return the text of a part of a message's content."""
+    if not isinstance(part, dict):
+        raise UserError(
+            f'{where} is {kind(part)}; give {{"type": "text", "text": …}}, or the content as a string'
+        )
+    what = part.get("type")
+    if what != "text":
+        said = f"of type {str(what)[:40]!r}" if what is not None else "without a type"
+        raise UserError(f"{where} is {said}, and {_TEXT_ONLY}")
+    return _checked(part.get("text"), f"{where}: its text", "give text")
 
 
 def _tool_calls(calls: Any, where: str) -> list[Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lora_jax.config import DataFormat, DataOptions
-from lora_jax.data.formats import recognise, row_weight, to_example
+from lora_jax.data.columns import NONE, Columns
+from lora_jax.data.formats import row_weight, to_example
 from lora_jax.data.tokens import Tokens, TrainOnEos, encode
 from lora_jax.data.windows import TruncationMode, fitted
 from lora_jax.errors import UserError
@@ -28,11 +30,20 @@ class Recipe:
     assistant_only_loss: bool | None
     train_on_eos: TrainOnEos
     weight_field: str | None
+    columns: dict[str, str]
 
     @classmethod
     def of(cls, options: DataOptions) -> Recipe:
-        """Return the recipe of data options."""
-        return cls(**{name: getattr(options, name) for name in cls.__dataclass_fields__})
+        """Return the recipe of data options; raises UserError for columns that are none of ours."""
+        recipe = cls(**{name: getattr(options, name) for name in cls.__dataclass_fields__})
+        recipe.named.check()
+        return recipe
+
+    @cached_property
+    def named(self) -> Columns:
+        """What the options say of columns."""
+        names = {ours: NONE if name.lower() == NONE else name for ours, name in self.columns.items()}
+        return Columns(names, self.text_field, self.weight_field)
 
     def form(self, columns: Mapping[str, Any], where: str) -> DataFormat:
         """Return the format of a source by its first row.
@@ -40,7 +51,7 @@ class Recipe:
         Raises:
             UserError: the columns fit none, or one that has not what the loss is to be taken of.
         """
-        form = recognise(columns, self.format, self.text_field, where)
+        form = self.named.recognise(columns, self.format, where)
         if self.completion_only_loss and form in ("text", "messages"):
             raise UserError(
                 f"{where}: the format {form} has no completion, which --data.completion_only_loss True asks for; "
@@ -66,7 +77,7 @@ class Recipe:
         Parts without a trained token are among them. Raises UserError for a row that does not fit.
         """
         example = to_example(
-            row,
+            self.named.named(row),
             form,
             where,
             text_field=self.text_field,

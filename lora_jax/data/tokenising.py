@@ -36,6 +36,9 @@ ROWS, BYTES = 256, 2**20
 LARGE_FILE, LARGE_SET, MOST = 2**24, 30_000, 8
 """From so many bytes, or rows where bytes are not known, processes are worth the seconds that they take to start."""
 
+MOST_NAMED = 100
+"""Columns that are held by name: rows may have keys that are data themselves."""
+
 Piece = tuple[int, Any]
 """A row's number, and its bytes or its columns."""
 
@@ -52,6 +55,10 @@ class Counts:
     """Rows left out as too long."""
     windows: int = 0
     """Windows without a trained token, of rows that have others."""
+    unread: tuple[str, ...] = ()
+    """Columns that say something and are not read, MOST_NAMED at most."""
+    stated: tuple[str, ...] = ()
+    """Columns that options name and rows have."""
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -59,7 +66,13 @@ class Counts:
             self.cut_empty + other.cut_empty,
             self.long + other.long,
             self.windows + other.windows,
+            _united(self.unread, other.unread),
+            _united(self.stated, other.stated),
         )
+
+
+def _united(names: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*names, *others)))[:MOST_NAMED]
 
 
 @dataclass(frozen=True)
@@ -76,9 +89,14 @@ class Worker:
     def chunk(self, pieces: list[Piece]) -> tuple[Any, Counts, int]:
         """Return a batch of the store, what was left out, and the number of rows; raises UserError for a bad row."""
         kept, counts = [], Counts()
+        unread: dict[str, None] = {}
+        stated: dict[str, None] = {}
         for number, piece in pieces:
             where = f"{self.name} {self.unit} {number}"
             row = piece if self.parser is None else self.parser(piece, where)
+            not_read, named = self.recipe.named.unread(row, self.form, where)
+            unread |= dict.fromkeys(not_read)
+            stated |= dict.fromkeys(named)
             try:
                 parts = self.recipe.tokens(row, self.form, self.tokenizer, where, number)
             except RecursionError as error:
@@ -91,6 +109,7 @@ class Worker:
                 counts += Counts(empty=1, cut_empty=int(parts[0].truncated))
             else:
                 counts += Counts(windows=len(parts) - len(trained))
+        counts += Counts(unread=tuple(unread), stated=tuple(stated))
         return as_batch(kept), counts, len(pieces)
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
+from lora_jax.data.columns import Columns
 from lora_jax.data.formats import (
     ChatExample,
     CompletionExample,
     TextExample,
     alpaca_prompt,
-    recognise,
     to_example,
 )
 from lora_jax.errors import UserError
@@ -16,7 +16,7 @@ MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content
 
 
 def example(row, *, chat=True, form="auto", text_field="text"):
-    found = recognise(row, form, text_field, "rows.jsonl line 3")
+    found = Columns({}, text_field).recognise(row, form, "rows.jsonl line 3")
     return to_example(row, found, "rows.jsonl line 3", text_field=text_field, chat=chat)
 
 
@@ -34,13 +34,13 @@ def example(row, *, chat=True, form="auto", text_field="text"):
     ],
 )
 def test_columns_tell_the_format(columns, form):
-    assert recognise(columns.split(), "auto", "text", "here") == form
+    assert Columns({}).recognise(columns.split(), "auto", "here") == form
 
 
 def test_naming_the_column_of_text_or_the_format_decides():
     columns = ["instruction", "output", "body"]
-    assert recognise(columns, "auto", "body", "here") == "text"
-    assert recognise(columns, "question_answer", "text", "here") == "question_answer"
+    assert Columns({}, "body").recognise(columns, "auto", "here") == "text"
+    assert Columns({}).recognise(columns, "question_answer", "here") == "question_answer"
     assert example({"text": "a", "body": "b"}, text_field="body") == TextExample("b")
 
 
@@ -127,7 +127,11 @@ def test_tools_go_along_with_the_messages():
         ({"messages": [{"content": "a"}]}, "auto", r"message 1 of messages has no role; it has content"),
         ({"messages": [{"role": "user"}]}, "auto", r"message 1 of messages: its content is null"),
         ({"messages": [*MESSAGES, {"role": "user", "content": 3}]}, "auto", r"message 3 of .* is a number"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "auto", r"its content is a list"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "auto",
+            r"part 1 is of type 'image'",
+        ),
         ({"messages": MESSAGES, "tools": "add"}, "auto", r"column tools is a string"),
     ],
 )

@@ -1,0 +1,264 @@
+"""Which columns of a row are read, and which are not.
+
+A column is read because the row's format, or an option, asks for it. A column that changes what the row means,
+pictures say, but cannot be trained on is an error. All others are counted, so that each is named once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lora_jax.config import DataFormat, DataOptions
+from lora_jax.errors import UserError, listing, nearest
+
+COLUMNS: dict[DataFormat, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "question_answer": ("question", "answer"),
+    "text": ("text",),
+}
+"""Columns that a format needs."""
+CONVERSATIONS = "conversations"
+"""ShareGPT's name for messages."""
+CONTEXT = ("system", "history", "tools", "chat_template_kwargs")
+"""Columns that any row may have that becomes messages."""
+READ: dict[DataFormat, frozenset[str]] = {
+    "messages": frozenset(("messages", CONVERSATIONS, *CONTEXT)),
+    "prompt_completion": frozenset(("prompt", "completion", *CONTEXT)),
+    "instruction": frozenset(("instruction", "input", "output", *CONTEXT)),
+    "question_answer": frozenset(("question", "answer", *CONTEXT)),
+    "text": frozenset(("text",)),
+}
+NONE = "none"
+"""In --data.columns: our column is to be read from none of the file's."""
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages")
+_VERDICT = ("label", "kto_tag")
+_REASONING = (
+    "reasoning",
+    "reasoning_content",
+    "thinking",
+    "thoughts",
+    "rationale",
+    "cot",
+    "chain_of_thought",
+)
+_REFUSED: dict[str, str] = (
+    dict.fromkeys(
+        MEDIA,
+        "is not text, and only text can be trained on; remove the rows that have it, or train on their text alone "
+        "with --data.columns {0} none",
+    )
+    | dict.fromkeys(
+        _PREFERENCE,
+        "belongs to a preference pair (DPO), and training is on answers alone; name the column of the answers, "
+        "as in --data.columns completion chosen, or leave it out with --data.columns {0} none",
+    )
+    | dict.fromkeys(
+        _VERDICT,
+        "says whether the answer is a good one (KTO), and all answers would be trained on alike; remove the rows "
+        "with false, then give --data.columns {0} none",
+    )
+    | dict.fromkeys(
+        _REASONING,
+        "holds reasoning, which would not be trained on; write it into the answer, between <think> and </think>, "
+        "or leave it out with --data.columns {0} none",
+    )
+)
+"""What columns say that training cannot heed, and what to do."""
+
+_ASKED = ("question", "query", "prompt", "instruction", "problem", "input", "user", "human", "request")
+_ANSWERED = (
+    "answer", "response", "completion", "output", "reply", "solution", "assistant", "target", "chosen",
+)  # fmt: skip
+_TALKED = ("conversation", "dialogue", "dialog", "chat", "turns")
+_WRITTEN = ("content", "body", "document", "story", "article")
+"""Other names of what formats need, to suggest a mapping by."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of rows: what options say of them, and what of them is read."""
+
+    names: Mapping[str, str]
+    """Our name of a column, then the file's, or none."""
+    text_field: str = DataOptions.text_field
+    weight_field: str | None = None
+
+    def check(self) -> None:
+        """Raise UserError for a name in --data.columns that is none of ours."""
+        read = sorted(frozenset().union(*READ.values()))
+        for ours, theirs in self.names.items():
+            option = f"--data.columns {ours} {theirs}"
+            if ours not in read and ours not in _REFUSED:
+                raise UserError(
+                    f"{option}: {ours} is not a column that is read; give our name, then the file's."
+                    f"{nearest(ours, read)} Ours: {listing(read, 20)}"
+                )
+            if ours in _REFUSED and theirs != NONE:
+                raise UserError(f"{option}: {ours} cannot be trained on; only {NONE} can be given for it")
+        text = self.names.get("text")
+        if text is not None and self.text_field != DataOptions.text_field:
+            raise UserError(
+                f"--data.columns text {text}: excludes --data.text_field {self.text_field}; give one of the two"
+            )
+
+    def named(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a row by our names."""
+        if not self.names:
+            return row
+        theirs = {name for name in self.names.values() if name != NONE}
+        left_out = theirs | {ours for ours, name in self.names.items() if name == NONE}
+        kept = {name: value for name, value in row.items() if name not in left_out}
+        return kept | {ours: row[name] for ours, name in self.names.items() if name in row and name != NONE}
+
+    def recognise(self, columns: Iterable[str], stated: DataFormat, where: str) -> DataFormat:
+        """Return the format that the columns of a row fit, or the one that is stated.
+
+        Where they fit several, a column that an option names decides, then the order of COLUMNS.
+
+        Raises:
+            UserError: the format is auto and the columns fit none.
+        """
+        if stated != "auto":
+            return stated
+        have = list(columns)
+        ours = self.named(dict.fromkeys(have))
+        fitting = [form for form in COLUMNS if not self._lacking(ours, form)]
+        chosen = [
+            form
+            for form in fitting
+            if any(self.names.get(name) in have for name in COLUMNS[form])
+            or (form == "text" and self.text_field != DataOptions.text_field)
+        ]
+        if chosen or fitting:
+            return (chosen or fitting)[0]
+        raise UserError(self._unfit(have, where))
+
+    def _lacking(self, ours: Mapping[str, Any], form: DataFormat) -> list[str]:
+        """Return the columns that a format needs and a row has not."""
+        if form == "messages":
+            return [] if "messages" in ours or CONVERSATIONS in ours else ["messages"]
+        needed = (self.text_field,) if form == "text" else COLUMNS[form]
+        return [name for name in needed if name not in ours]
+
+    def _unfit(self, have: list[str], where: str) -> str:
+        for option, name in self._stated:
+            if name not in have:
+                return (
+                    f"{option}: {where} has no column {name!r}, only {listing(have)};{_or_rename(name, have)}"
+                )
+        for name in have:
+            if name in _REFUSED:
+                return f"{where}: column {name} {_REFUSED[name].format(name)}"
+        known = "; ".join(" and ".join(needed) for needed in COLUMNS.values())
+        return (
+            f"{where}: the columns {listing(have) or '(none)'} fit no format; {_suggested(have)}or rename them to one "
+            f"of: {known}"
+        )
+
+    @cached_property
+    def _stated(self) -> list[tuple[str, str]]:
+        """What options name: the option, and the file's column."""
+        said = [(f"--data.columns {ours} {name}", name) for ours, name in self.names.items() if name != NONE]
+        if self.text_field != DataOptions.text_field:
+            said.append((f"--data.text_field {self.text_field}", self.text_field))
+        return said
+
+    def check_found(self, found: Iterable[str], have: Iterable[str], name: str) -> None:
+        """Raise UserError where an option names a column that no row of the data has.
+
+        Args:
+            found: the columns named by options that rows have.
+            have: other columns of the rows.
+            name: the data, in words.
+        """
+        seen = set(found)
+        for option, column in self._stated:
+            if column not in seen:
+                others = list(have)
+                raise UserError(
+                    f"{option}: no row of {name} has a column {column!r};{_or_rename(column, others)}"
+                )
+
+    @cached_property
+    def _refused(self) -> frozenset[str]:
+        """Columns that are errors: none that options name, and none of a pair of which they name one."""
+        mentioned = {*self.names, *self.names.values(), self.weight_field, self.text_field}
+        refused = set(_REFUSED) - mentioned
+        if mentioned & set(_PREFERENCE):  # the user has said what to do about the pair
+            refused -= set(_PREFERENCE)
+        return frozenset(refused)
+
+    def unread(self, row: Mapping[str, Any], form: DataFormat, where: str) -> tuple[list[str], list[str]]:
+        """Return the columns of a row as the file has it that are not read, and those that options name and it has.
+
+        A column that is empty, or that the user left out, is not counted.
+
+        Raises:
+            UserError: a column that the format needs is missing, or one says what training cannot heed.
+        """
+        self._check_needed(row, form, where)
+        stated = [name for _, name in self._stated if name in row]
+        replaced = {ours for ours, name in self.names.items() if name in row}
+        read = {self.text_field} if form == "text" else READ[form]
+        unread = []
+        for name, value in row.items():
+            if (name in read and name not in replaced) or name == self.weight_field or name in stated:
+                continue
+            if is_empty(value) or self.names.get(name) == NONE:
+                continue
+            if name in self._refused and _heeded(name, value, form):
+                raise UserError(f"{where}: column {name} {_REFUSED[name].format(name)}")
+            unread.append(name)
+        return unread, stated
+
+    def _check_needed(self, row: Mapping[str, Any], form: DataFormat, where: str) -> None:
+        lacking = self._lacking(row if not self.names else self.named(row), form)
+        if not lacking:
+            return
+        column, have = lacking[0], list(row)
+        name = self.names.get(column, column)
+        option = f" (--data.columns {column} {name})" if column in self.names else ""
+        if form == "text" and self.text_field != DataOptions.text_field:
+            option = " (--data.text_field)"
+        raise UserError(
+            f"{where}: no column {name!r}{option}, only {listing(have) or 'none'}; add it, name another with "
+            f"--data.columns {'text' if form == 'text' else column} NAME, or set --data.format.{nearest(name, have)}"
+        )
+
+
+def is_empty(value: object) -> bool:
+    """Tell whether a column says nothing."""
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
+
+
+def _heeded(name: str, value: object, form: DataFormat) -> bool:
+    """Tell whether a column has the meaning that it would be refused for: text is whole, and classes are numbers."""
+    if name in _VERDICT:
+        return form != "text" and (isinstance(value, bool) or str(value).lower() in ("true", "false"))
+    return form != "text" or name not in _REASONING
+
+
+def _or_rename(name: str, have: list[str]) -> str:
+    return nearest(name, have) or " name one that it has"
+
+
+def _suggested(have: list[str]) -> str:
+    """Return the option by which columns of other names would fit a format."""
+
+    def first(names: tuple[str, ...]) -> str | None:
+        return next((column for name in names for column in have if column.lower() == name), None)
+
+    asked, answered = first(_ASKED), first(_ANSWERED)
+    if asked and answered:
+        pairs = (("question", asked), ("answer", answered))
+        return f"give --data.columns {' '.join(f'{ours} {name}' for ours, name in pairs if ours != name)}, "
+    if talk := first(_TALKED):
+        return f"give --data.columns messages {talk}, "
+    return f"name the column of plain text with --data.text_field {first(_WRITTEN) or 'NAME'}, "

@@ -1,0 +1,252 @@
+"""What the columns of a row mean: those that say something are used or refused, all others are named."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lora_jax.config import DataOptions
+from lora_jax.data.dataset import load_examples
+from lora_jax.data.formats import ChatExample, to_example
+from lora_jax.data.recipe import Recipe
+from lora_jax.errors import UserError
+
+SHAREGPT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day"}]
+TURNS = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+PAIR = {"role": "user", "content": "And 2?"}, {"role": "assistant", "content": "four"}
+SYSTEM = {"role": "system", "content": "Square it."}
+IN_LINE = "rows.jsonl line 3"
+
+
+def example(row, *, chat=True, **options):
+    recipe = Recipe.of(DataOptions(**options))
+    form = recipe.form(row, IN_LINE)
+    recipe.named.unread(row, form, IN_LINE)
+    return to_example(recipe.named.named(row), form, IN_LINE, text_field=recipe.text_field, chat=chat)
+
+
+def load(path, tokenizer, **options):
+    return load_examples(DataOptions(cache=False, **options), tokenizer, path, "train", None)
+
+
+def test_system_column_becomes_the_first_message():
+    """LlamaFactory#7592, ms-swift#5431: the system prompt beside ShareGPT's conversations was not trained with."""
+    system = {"role": "system", "content": "Speak like a pirate."}
+    row = {"conversations": SHAREGPT, "system": "Speak like a pirate."}
+    assert example(row) == ChatExample([system, *TURNS])
+    assert example({**row, "system": ""}) == example({**row, "system": None}) == ChatExample(TURNS)
+    assert example({"messages": [system, *TURNS], "system": "Speak like a pirate."}) == example(row)
+    assert example(
+        {"prompt": TURNS[:1], "completion": TURNS[1:], "system": system["content"]}
+    ) == ChatExample([system, *TURNS], 2)
+
+
+def test_system_column_that_contradicts_the_conversation_is_one_clear_error():
+    row = {"messages": [SYSTEM, *TURNS], "system": "Speak like a pirate."}
+    with pytest.raises(
+        UserError, match=r"line 3: column system differs from the system message .* remove one"
+    ):
+        example(row)
+
+
+def test_history_column_becomes_the_turns_before_and_is_trained_on():
+    """As LLaMA-Factory's data/README.md has it: pairs of instruction and response, whose responses are learned too."""
+    row = {"instruction": "And 3?", "input": "", "output": "nine", "system": "Square it."}
+    turns = [{"role": "user", "content": "And 3?"}, {"role": "assistant", "content": "nine"}]
+    right = ChatExample([SYSTEM, *PAIR, *turns])
+    pairs = [["And 2?", "four"]]
+    for history in (pairs, json.dumps(pairs), list(PAIR)):
+        assert example({**row, "history": history}) == right
+    assert example({**row, "history": []}) == ChatExample([SYSTEM, *turns])
+    swift = {"query": "And 3?", "response": "nine", "system": "Square it.", "history": pairs}
+    assert example(swift, columns={"question": "query", "answer": "response"}) == right
+    inside = {"messages": [SYSTEM, *turns], "history": pairs}
+    assert example(inside) == right
+
+
+def test_tools_go_with_every_format_that_becomes_messages():
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    row = {"instruction": "Add.", "output": "5", "tools": json.dumps(tools)}
+    assert example(row).tools == tools
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "a", "completion": "b", "label": False},
+            r"column label says .*KTO.* --data\.columns label none",
+        ),
+        ({"messages": TURNS, "kto_tag": "true"}, r"column kto_tag says whether the answer is a good one"),
+        (
+            {"text": "<image> what", "images": ["a.png"]},
+            r"column images is not text, .* --data\.columns images none",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c"},
+            r"column chosen belongs to a preference",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"column chosen belongs to a preference pair"),
+        ({"messages": TURNS, "rejected_response": "c"}, r"column rejected_response belongs to a preference"),
+        (
+            {"question": "a", "answer": "b", "reasoning": "c"},
+            r"column reasoning holds reasoning, .* between <think>",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "system": "c"},
+            r"column system goes with messages, and prompt and comp",
+        ),
+        ({"prompt": "a", "completion": "b", "tools": [{}]}, r"column tools goes with messages"),
+        ({"messages": TURNS, "history": "a"}, r"column history is a string; give a list of pairs"),
+        ({"messages": TURNS, "history": [["a"]]}, r"item 1 of history is no pair"),
+        ({"messages": TURNS, "history": [["a", None]]}, r"item 1 of history is null where a string"),
+        ({"messages": TURNS, "system": 3}, r"column system is a number"),
+        (
+            {"messages": [{**TURNS[0], "images": ["a"]}, TURNS[1]]},
+            r"message 1 of messages has images, and only text",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}
+                ]
+            },
+            r"message 1 of messages: part 2 is of type 'image_url', and only text can be trained on",
+        ),
+    ],
+)
+def test_column_that_cannot_be_heeded_is_one_clear_error(row, message):
+    """Preference pairs, verdicts and pictures of TRL, LLaMA-Factory and ms-swift, and parts of OpenAI's messages."""
+    with pytest.raises(UserError, match=message) as caught:
+        example(row)
+    assert IN_LINE in str(caught.value)
+
+
+def test_context_without_a_chat_template_is_one_clear_error():
+    with pytest.raises(
+        UserError, match=r"column history goes with messages, and the tokenizer has no chat template"
+    ):
+        example({"question": "a", "answer": "b", "history": [["a", "b"]]}, chat=False)
+
+
+def test_columns_that_say_nothing_and_classes_are_no_errors():
+    row = {"messages": TURNS, "images": [], "system": None, "rejected": "", "label": 3, "tools": []}
+    assert example(row) == ChatExample(TURNS)
+    example({"text": "a", "label": True, "reasoning": "b"})  # of a text that is whole
+
+
+def test_user_may_leave_columns_out_or_train_on_the_chosen_answers():
+    chosen = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert example(chosen, columns={"completion": "chosen"}).completion == "b"
+    left_out = {"label": "none", "images": "None", "chosen": "none"}
+    row = {"prompt": "a", "completion": "b", "label": False, "images": ["a"], "chosen": "b", "rejected": "c"}
+    assert example(row, columns=left_out).completion == "b"
+
+
+def test_columns_not_used_are_named_once_over_all_rows(make_tokenizer, write_lines, tmp_path):
+    rows = [
+        {"text": "a b", "id": 1, "empty": None},
+        {"text": "c d", "source": "x"},
+        {"text": "e f", "id": 3, "w": 2},
+    ]
+    found = load(write_lines(*rows), make_tokenizer())
+    assert found.summary().endswith("; columns not used: id, source, w")
+    weighted = load(write_lines(*({**row, "w": 1} for row in rows)), make_tokenizer(), weight_field="w")
+    assert weighted.summary().endswith("; columns not used: id, source")
+    pq.write_table(pa.Table.from_pylist([{"text": "a b", "id": 1, "empty": None}]), tmp_path / "rows.parquet")
+    assert load(str(tmp_path / "rows.parquet"), make_tokenizer()).summary().endswith("; columns not used: id")
+    assert "not used" not in load(write_lines({"text": "a b"}), make_tokenizer()).summary()
+
+
+def test_columns_not_used_are_known_when_tokens_come_from_the_cache(make_tokenizer, write_lines):
+    path = write_lines({"text": "a b", "id": 1})
+    first, again = (
+        load_examples(DataOptions(), make_tokenizer(), path, "train", None).summary() for _ in range(2)
+    )
+    assert first == again
+    assert first.endswith("; columns not used: id")
+
+
+def test_one_of_two_formats_is_used_and_the_other_is_named(make_tokenizer, write_lines):
+    """tatsu-lab/alpaca has instruction, input, output, and text that is made of them."""
+    path = write_lines({"prompt": "a b", "completion": "c", "text": "d"})
+    assert load(path, make_tokenizer()).summary().endswith("; columns not used: text")
+    named = load(path, make_tokenizer(), columns={"text": "text"})
+    assert [part.form for part in named.parts] == ["text"]
+
+
+def test_mapped_columns_take_the_place_of_ours(make_tokenizer, write_lines):
+    tokenizer = make_tokenizer("chatml")
+    plain = load(write_lines({"question": "What is 2?", "answer": "5"}), tokenizer)
+    mapped = load(
+        write_lines({"q": "What is 2?", "answer": "wrong", "a": "5", "id": 7}, name="other.jsonl"),
+        tokenizer,
+        columns={"question": "q", "answer": "a"},
+    )
+    assert mapped[0].input_ids.tolist() == plain[0].input_ids.tolist()
+    assert mapped.summary().endswith("; columns not used: answer, id")
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        (
+            {"query": "a", "response": "b"},
+            {},
+            r"fit no format; give --data\.columns question query answer response, ",
+        ),
+        ({"instruction": "a", "response": "b"}, {}, r"--data\.columns question instruction answer response"),
+        (
+            {"body": "a"},
+            {"text_field": "bdy"},
+            r"--data\.text_field bdy: .*only body; Perhaps you meant 'body'\?",
+        ),
+        (
+            {"body": "a", "prompt": "a", "completion": "b"},
+            {"text_field": "bdy"},
+            r"--data\.text_field bdy: no row of .* has a column 'bdy'; Perhaps you meant 'body'\?",
+        ),
+        (
+            {"query": "a", "response": "b"},
+            {"columns": {"question": "qury", "answer": "response"}},
+            r"--data\.columns question qury: .* line 1 has no column 'qury', only query, response; Perhaps .* 'query'",
+        ),
+        (
+            {"question": "a", "answer": "b", "sys": "c"},
+            {"columns": {"system": "syst"}},
+            r"--data\.columns system syst: no row of .* has a column 'syst'; Perhaps you meant 'sys'\?",
+        ),
+        (
+            {"body": "a"},
+            {"columns": {"txt": "body"}},
+            r"columns txt body: txt is not .*Perhaps you meant 'text'\?",
+        ),
+        ({"text": "a"}, {"columns": {"images": "text"}}, r"images cannot be trained on; only none"),
+        ({"a": "a"}, {"columns": {"text": "a"}, "text_field": "b"}, r"excludes --data\.text_field b"),
+        (
+            {"prompt": "a", "answer": "b"},
+            {"format": "prompt_completion", "columns": {"completion": "anser"}},
+            r"line 1: no column 'anser' \(--data\.columns completion anser\), only prompt, answer;.*Perhaps.*'answer'",
+        ),
+    ],
+)
+def test_column_that_an_option_names_and_no_row_has_is_one_clear_error(
+    make_tokenizer, write_lines, row, options, message
+):
+    with pytest.raises(UserError, match=message):
+        load(write_lines(row), make_tokenizer("chatml"), **options)
+
+
+def test_rows_to_evaluate_on_may_have_our_names(make_tokenizer, write_lines):
+    options = DataOptions(columns={"text": "body"}, cache=False)
+    path = write_lines({"text": "a b"})
+    assert load_examples(options, make_tokenizer(), path, "train", None, option="--data.eval_path").rows == 1
+
+
+def test_errors_about_rows_to_calibrate_on_name_their_options(make_tokenizer, write_lines):
+    with pytest.raises(UserError, match=r"^--calibration\.text_field bdy: "):
+        load_examples(
+            DataOptions(text_field="bdy"), make_tokenizer(), write_lines({"body": "a"}), "train", None,
+            option="--calibration.path",
+        )  # fmt: skip
