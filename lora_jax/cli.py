@@ -15,6 +15,7 @@ from typing import NoReturn
 from lora_jax import __version__
 from lora_jax.cache import keep_compiled
 from lora_jax.errors import EXIT_CODE, INTERRUPTED, UserError, mendable, nearest
+from lora_jax.progress import alive, hush
 
 USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
 
@@ -83,11 +84,13 @@ def _mendable(error: Exception, command: str) -> UserError | None:
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command as a program.
+    """Run one command as a program, which says what it is doing (see `progress`).
 
     After an error the program ends at once: threads of a checkpoint that failed would wait minutes for one another.
     """
-    code = main(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with alive(f"lora-jax {' '.join(given[:1])}".strip()):
+        code = main(given)
     if code == EXIT_CODE:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -115,6 +118,8 @@ def _train(arguments: Sequence[str]) -> int:
     from lora_jax.options import parse
 
     config, typed = parse(RunConfig, arguments, program="train.py")
+    if config.distributed.process_id:
+        hush()
     from lora_jax.parallel.processes import leave
     from lora_jax.train.run import train
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 def timeless(output: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl without what depends on the clock."""
     return [{k: v for k, v in entry.items() if k not in TIMES} for entry in metrics(output)]
+
+
+def without_progress(stderr: str) -> str:
+    """Return what a program wrote to standard error, less the lines that only say what it is doing."""
+    return re.sub(r"^\[\d+:\d\d.*\n", "", stderr, flags=re.MULTILINE)
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

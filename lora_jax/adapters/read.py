@@ -19,6 +19,7 @@ from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import modules
+from lora_jax.progress import stage
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -43,6 +44,7 @@ def open_adapter(folder: Path, base: ModelConfig) -> Adapter:
     return Adapter(folder, config, tensors, plan, model_config)
 
 
+@stage("loading the adapter")
 def adapter_trees(adapter: Adapter, frozen: Any) -> tuple[Any, Any]:
     """Return the trainable and adapter trees of an adapter over a frozen tree."""
     layers = adapter.model_config.num_hidden_layers

@@ -30,6 +30,7 @@ from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models.quantization import quantized_kernel, quantized_names, quantized_weights, read_weight
 from lora_jax.models.save import packed_tensors
 from lora_jax.models.streamed import streamed_logits
+from lora_jax.progress import at, stage
 from lora_jax.quant.decode import dequantize
 
 Precision = Literal["original", "dequantized"]
@@ -95,6 +96,7 @@ class Comparison:
         merged = self._merged(self.chosen)
         return merged if anew is None else packed_tensors(merged, self._quantized_anew(), anew)
 
+    @stage("comparing the ways to merge")
     def print(self, console: Console, prompts: Sequence[str], tokenizer: Path) -> None:
         """Print how far each choice is from base + adapter, and what it costs on the prompts."""
         title = "Distance from base + adapter as it was trained, and the size of the update, as shares of the weights:"
@@ -141,6 +143,7 @@ class Comparison:
         anew = self._quantized_anew()
         for target in self.adapter.plan.targets:
             name = f"{target.module.name}.weight"
+            at(name)
             if name not in quantized | anew:
                 continue  # merged as ever
             held, notes = self.trained.quantization if name in quantized else None, self.trained

@@ -15,6 +15,7 @@ from lora_jax.generate.load import Loaded, load_for_inference
 from lora_jax.generate.prompt import encode_prompt, end_ids
 from lora_jax.generate.sampling import Sampling
 from lora_jax.generate.text import TextStream, decoded
+from lora_jax.progress import spoke, stage
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,20 @@ def generate(options: GenerateOptions, typed: Collection[str] = ()) -> int:
     if len(prompts) == 1:
         _print_as_it_comes(loaded, prompts, how)
         return 0
-    completions = complete(loaded.model, loaded.variables, prompts, **how)
+    with stage("completing the prompts"):
+        completions = complete(loaded.model, loaded.variables, prompts, **how)
     for prompt, tokens in zip(options.prompt, completions, strict=True):
         quoted = "\n".join(f"> {line}" for line in prompt.splitlines())
         print(f"{quoted}\n{decoded(tokens, loaded.tokenizer)}\n")
     return 0
 
 
+@stage("completing the prompt")
 def _print_as_it_comes(loaded: Loaded, prompts: Sequence[Sequence[int]], how: dict[str, Any]) -> None:
     text = TextStream(loaded.tokenizer)
     for tokens in stream(loaded.model, loaded.variables, prompts, **how):
         print(text.add(int(tokens[0])), end="", flush=True)
+        spoke()
     print(text.end())
 
 

@@ -25,6 +25,7 @@ from lora_jax.data.tokenising import Counts, Worker, processes, write_tokens
 from lora_jax.data.tokens import Tokens
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import write_failure
+from lora_jax.progress import stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,6 +188,7 @@ class TokenDataset(Sequence[Tokens]):
         return line
 
 
+@stage("tokenising")
 def load_examples(
     options: DataOptions,
     tokenizer: PreTrainedTokenizerBase,

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from lora_jax.data.recipe import Recipe
 from lora_jax.data.rows import Rows
 from lora_jax.data.store import StoreWriter, as_batch
 from lora_jax.errors import UserError
+from lora_jax.progress import at, shown_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,17 +136,20 @@ def write_tokens(rows: Rows, worker: Worker, file: Path, workers: int, console: 
     done = (
         (worker.chunk(chunk) for chunk in chunks) if workers == 1 else _in_processes(worker, chunks, workers)
     )
-    counts = Counts()
+    counts, done_rows = Counts(), 0
     shown = console if console is not None and console.is_terminal else Console(quiet=True)
     with (
         StoreWriter(file) as writer,
         Progress(console=shown, transient=True, disable=shown.quiet) as progress,
+        nullcontext() if shown.quiet else shown_by(lambda _, __: None),
     ):
         task = progress.add_task(f"tokenising {rows.name}".replace("[", r"\["), total=len(rows))
         for batch, left_out, number in done:
             writer.write(batch)
             counts += left_out
             progress.advance(task, number)
+            done_rows += number
+            at(f"{done_rows:,} of {len(rows):,} rows of {rows.name}")
     return counts
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lora_jax.generate.sampling import GREEDY, Sampling, choose, penalise
 from lora_jax.models.decoder import Cache, Decoder, positions_of
 from lora_jax.parallel.processes import on_host
+from lora_jax.progress import at
 
 NO_TOKEN = -1
 SMALLEST_BUCKET = 16
@@ -51,6 +52,7 @@ def stream(
     key = jax.random.key(seed)
     ended = np.zeros(len(prompts), bool)
     for step in range(max_new_tokens):
+        at(f"token {step + 1} of at most {max_new_tokens}")
         chosen, seen = _next(logits, seen, key, step, sampling)
         found = on_host(chosen)
         yield np.where(ended, np.int32(NO_TOKEN), found)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from rich.console import Console
 
 from lora_jax.errors import UserError, listing
+from lora_jax.progress import stage
 
 LOG_IN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
 
@@ -87,6 +88,7 @@ WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 """Files of a model's weights. Those of an earlier upload go: transformers takes one whole file before shards."""
 
 
+@stage("uploading to the Hub")
 def push(
     folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None
 ) -> str:  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_jax.errors import UserError, nearest
+from lora_jax.progress import stage
 
 # Weights as safetensors, configuration and tokenizer; no code, no pictures, no other frameworks' weights.
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -68,6 +69,7 @@ def _similar(folder: Path) -> str:
     return nearest(folder.name, (child.name for child in folder.parent.iterdir() if child.is_dir()))
 
 
+@stage("downloading from the Hub")
 def _download(repo_id: str, revision: str | None, option: str, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.advice import without_advice
 from lora_jax.hub.atomic import write_bytes
+from lora_jax.progress import stage
 
 if TYPE_CHECKING:
     import transformers
@@ -39,6 +40,7 @@ _UNUSED_TOKENS = (
 )
 
 
+@stage("reading the tokenizer")
 def load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase":
     """Read a folder's tokenizer without the network; raises UserError where none can be read."""
     if not any((folder / name).exists() for name in _VOCABULARIES):

@@ -30,6 +30,7 @@ from lora_jax.models.layers import FROZEN, Linear
 from lora_jax.models.names import EMBED_TOKENS, TensorName, name_table
 from lora_jax.models.quantization import quantized_kernel, quantized_names, read_tensor
 from lora_jax.models.rope import angles
+from lora_jax.progress import at
 from lora_jax.quant.decode import dequantize
 from lora_jax.quant.gptq import calibrated, output_error
 from lora_jax.quant.leaf import BLOCK, Quantized, may_be_grouped
@@ -93,6 +94,8 @@ def calibrated_tensors(
     names = quantized_names(config, quantization)
     hidden: list[_Hidden] = []
     for layer, group in groupby(name_table(config), key=lambda entry: entry.layer):
+        if layer is not None:
+            at(f"fitting layer {layer + 1} of {config.num_hidden_layers}")
         entries = {entry: read_tensor(checkpoint, entry.name, dtype) for entry in group}
         found: dict[str, np.ndarray | Quantized] = {entry.name: tensor for entry, tensor in entries.items()}
         if layer is None:

@@ -34,6 +34,7 @@ from lora_jax.models.quantization import (
 )
 from lora_jax.models.sharding import cut, placed, shardings
 from lora_jax.parallel.rules import spec_of
+from lora_jax.progress import at, stage
 from lora_jax.quant.leaf import Quantized
 from lora_jax.quant.stack import empty_stack, place
 
@@ -70,6 +71,7 @@ def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
         )
 
 
+@stage("loading the model")
 def load_params(
     checkpoint: Checkpoint,
     config: ModelConfig,
@@ -89,7 +91,9 @@ def load_params(
     leaves: dict[Path, Any] = {}
     quantized = quantized_weights(checkpoint, config, quantization)
     whole, source = _whole_paths(config, quantized), quantized_from or dtype
-    for entry in name_table(config):
+    table = name_table(config)
+    for number, entry in enumerate(table, start=1):
+        at(f"tensor {number} of {len(table)}")
         if quantization is not None and entry.path not in whole:
             kernel = read_kernel(checkpoint, entry.name, quantization, source)
             if kernel.shape[-1] < entry.shape[0]:

@@ -23,6 +23,7 @@ from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import name_table
 from lora_jax.models.quantization import quantized_kernel
 from lora_jax.parallel.processes import on_host
+from lora_jax.progress import at, stage
 from lora_jax.quant.repack import to_bitsandbytes
 
 CHECKED_ONE_IN = 16
@@ -31,6 +32,7 @@ CHECKED_ONE_IN = 16
 NamedTensors = Iterable[tuple[str, np.ndarray]]
 
 
+@stage("writing the model")
 def save_model(
     folder: Place,
     source: Checkpoint,
@@ -57,6 +59,7 @@ def save_model(
         sums: dict[str, int] = {}
         with ShardWriter(aside, limit) as writer:
             for name, tensor in tensors:
+                at(name)
                 writer.add(name, tensor)
                 if not sums or zlib.crc32(name.encode()) % CHECKED_ONE_IN == 0:
                     sums[name] = _checksum(tensor)

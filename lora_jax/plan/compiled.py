@@ -26,6 +26,7 @@ from lora_jax.hub.atomic import write_text
 from lora_jax.plan import collectives
 from lora_jax.plan.step import AbstractStep
 from lora_jax.plan.targets import Target
+from lora_jax.progress import stage
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)i?B?"
@@ -64,7 +65,7 @@ def figures(step: AbstractStep, target: Target) -> Figures:
             f"--train.per_device_train_batch_size: a pass of {rows:,} rows of {length:,} tokens is more than "
             f"{INT32:,} tokens; give fewer rows, or a smaller --data.max_length"
         )
-    with target.compiling():
+    with stage("tracing the step"), target.compiling():
         lowered = step.lower(target.platform)
     file = _kept(lowered, target)
     if file is not None and file.exists():
@@ -83,7 +84,7 @@ def figures(step: AbstractStep, target: Target) -> Figures:
 
 def _compiled(lowered: Any, target: Target) -> Figures:
     try:
-        with _unkept():
+        with stage(f"compiling the step for {target.name}"), _unkept():
             compiled = lowered.compile()
     except Exception as error:  # the compiler's out-of-memory error has no type of its own in every release
         need = out_of_memory(str(error))

@@ -31,6 +31,7 @@ from etils import epath
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import write_failure, write_text, writing_to
 from lora_jax.parallel.processes import lost, wait_for_all, writes
+from lora_jax.progress import stage
 from lora_jax.train.step import TrainState
 
 FREE = frozenset(
@@ -171,6 +172,7 @@ class Checkpoints:
         """Return the step of the newest whole checkpoint."""
         return self.manager.latest_step()
 
+    @stage("saving a checkpoint")
     def save(self, state: TrainState, progress: Progress, value: float | None = None) -> None:
         """Write the state in the background, a step once; `value` is the figure of this very step.
 
@@ -231,6 +233,7 @@ class Checkpoints:
             self._writing = False
             self.wait()
 
+    @stage("restoring a checkpoint")
     def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, Progress]:
         """Return what `save` was given at a step, the last by default, in place of `state`, whose arrays are deleted.
 

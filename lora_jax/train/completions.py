@@ -11,6 +11,7 @@ from lora_jax.generate.load import generation_settings
 from lora_jax.generate.prompt import encode_prompt, end_ids
 from lora_jax.generate.text import decoded
 from lora_jax.models.layers import variables
+from lora_jax.progress import stage
 from lora_jax.train.setup import Run
 
 
@@ -36,6 +37,7 @@ class Completions:
             )
         return tokens
 
+    @stage("sampling")
     def texts(
         self,
         trainable: Any,

@@ -18,8 +18,9 @@ from lora_jax.data.dataset import TokenDataset
 from lora_jax.errors import UserError
 from lora_jax.generate.text import decoded
 from lora_jax.hub.tokenizer import padding_token_id
+from lora_jax.progress import at, stage
 from lora_jax.train.completions import Completions
-from lora_jax.train.feed import Sizes, evaluation, evaluation_shapes
+from lora_jax.train.feed import Sizes, evaluation, evaluation_plan, evaluation_shapes
 from lora_jax.train.programs import Programs
 from lora_jax.train.scores import Question, questions, scores
 from lora_jax.train.setup import Run
@@ -49,12 +50,13 @@ class Evaluator:
         self.run, self.sizes, self.signals = run, sizes, signals
         self.options = run.config.train
         self.goal = goal(self.options, list(run.eval_rows))
-        self.eval_step = Programs(make_eval_step(run.model))
+        self.eval_step = Programs(make_eval_step(run.model), "the evaluation")
         self.padding_id = padding_token_id(run.tokenizer)
         self.completions = Completions(run, self._interrupted)
         self.prompts = [self.completions.encoded(prompt) for prompt in self.options.sample_prompts]
         self.questions = {name: self._asked(rows) for name, rows in run.eval_rows.items()}
 
+    @stage("evaluating")
     def __call__(self, trainable: Any) -> Evaluation:
         """Measure a trainable tree; raises Interrupted when a signal comes that there is a step to save for."""
         figures: dict[str, float] = {}
@@ -89,7 +91,9 @@ class Evaluator:
     def _sums(self, rows: TokenDataset, trainable: Any, adapter: Any) -> EvalSums:
         total = np.zeros(len(EvalSums._fields))
         queued: EvalSums | None = None
-        for batch in self._batches(rows):
+        count = evaluation_plan(rows, self.sizes).steps_per_epoch
+        for number, batch in enumerate(self._batches(rows), start=1):
+            at(f"batch {number} of {count}{f' of {rows.name}' if len(self.run.eval_rows) > 1 else ''}")
             sums = self.eval_step(trainable, self.run.frozen, adapter, batch)
             if queued is not None:  # read only when the next one is under way, so that no device waits
                 total += [float(part) for part in queued]

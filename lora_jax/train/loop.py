@@ -14,6 +14,7 @@ from lora_jax.data.steps import Shaping
 from lora_jax.errors import UserError
 from lora_jax.hub.tokenizer import padding_token_id
 from lora_jax.parallel.mesh import POSITIONS, row_shards
+from lora_jax.progress import at, stage
 from lora_jax.train.cautions import Cautions
 from lora_jax.train.checkpoint import Checkpoints, Progress
 from lora_jax.train.evaluation import Evaluation, Evaluator, Interrupted
@@ -22,7 +23,7 @@ from lora_jax.train.optim import make_optimizer, schedule
 from lora_jax.train.output import Logs
 from lora_jax.train.profile import Profiler
 from lora_jax.train.programs import Programs
-from lora_jax.train.report import Reporter
+from lora_jax.train.report import TRAINING, Reporter
 from lora_jax.train.setup import Run
 from lora_jax.train.signals import Signals
 from lora_jax.train.skipped import Skipped, places
@@ -109,7 +110,7 @@ class Loop:
         self.checkpoints, self.signals = checkpoints, signals
         self.options: TrainOptions = run.config.train
         optimizer = make_optimizer(self.options, sizes.steps)
-        self.train_step = Programs(make_train_step(run.model, optimizer, state_shardings))
+        self.train_step = Programs(make_train_step(run.model, optimizer, state_shardings), "the step")
         self.evaluator = evaluator
         self.rate = schedule(self.options, sizes.steps)
         self.feed = Feed(run.train_rows, sizes, run.mesh, padding_token_id(run.tokenizer))
@@ -118,6 +119,7 @@ class Loop:
         self.evaluations = {line["step"]: found for line in kept if (found := evaluated_figures(line))}
         self.warnings: list[str] = []
 
+    @stage(TRAINING)
     def train(self, state: TrainState, progress: Progress | None = None) -> Outcome:
         """Run from the state's step to the last one, until it stops early, or until SIGINT or SIGTERM.
 
@@ -154,6 +156,7 @@ class Loop:
             if self.patience.over:
                 break
             self.profiler.before(step)
+            at(f"step {step}/{sizes.steps}")
             batch = self.feed.batch(step)
             state, metrics = self.train_step(state, self.run.frozen, self.run.adapter, batch)
             self.signals.stepping()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from rich.text import Text
 from lora_jax.adapters.count import trainable_line
 from lora_jax.errors import listing
 from lora_jax.models.sharding import left_whole
+from lora_jax.progress import shown_by, spoke
 from lora_jax.quant.leaf import is_quantized
 from lora_jax.train.feed import Sizes
 from lora_jax.train.offload import HOST
@@ -63,6 +65,7 @@ def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> Non
     if whole := left_whole(run.frozen or run.trainable, run.mesh.shape):
         facts["uncut"] = f"whole along an axis: {listing(whole, 3)}"
     if not console.is_terminal:  # a log is read and searched by line: none is wrapped
+        spoke()
         for name, fact in facts.items():
             console.print(f"{name:<8} {fact}", highlight=False, markup=False, soft_wrap=True)
         return
@@ -110,24 +113,35 @@ def _bits(run: Run) -> str:
     return f" ({run.quantization.summary()}: {bits:.2f} bits a weight in the linear layers{rest})"
 
 
+TRAINING = "training"
+
+
 class Reporter:
-    """A progress bar with loss, tokens/s and time left on a terminal; a line a logged step elsewhere."""
+    """A progress bar with the stage, loss, tokens/s and time left on a terminal; a line a logged step elsewhere."""
 
     def __init__(self, console: Console, steps: int, done: int = 0) -> None:
         self.console, self.steps = console, steps
         self.progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self.task = self.progress.add_task("train", total=steps, completed=done, figures="compiling")
+        self.task = self.progress.add_task("train", total=steps, completed=done, figures="", stage=TRAINING)
+        self._showing = ExitStack()
 
     def __enter__(self) -> Reporter:
         self.progress.start()
+        if self.console.is_terminal:
+            self._showing.enter_context(shown_by(self._at_stage))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._showing.close()
         self.progress.stop()
+
+    def _at_stage(self, name: str, detail: str) -> None:
+        far = "" if name == TRAINING or not detail else f" {detail}"  # the bar itself counts steps
+        self.progress.update(self.task, stage=f"{name}{far}")
 
     def at(self, step: int) -> None:
         """Move the bar."""
@@ -148,17 +162,21 @@ class Reporter:
                 parts.append(f"skipped_steps {entry['skipped_steps']}")
         found = [_figure(name, value) for name, value in entry.items() if is_evaluated(name)]
         if found or not self.console.is_terminal:
-            self.console.print("  ".join([*parts, *found]), highlight=False, soft_wrap=True)
+            self._print("  ".join([*parts, *found]))
 
     def sampled(self, sample: dict[str, Any]) -> None:
         """Show a line of samples.jsonl, cut to what fits a line."""
         prompt, text = (json.dumps(sample[part], ensure_ascii=False) for part in ("prompt", "text"))
         shown = f"sample {_shortened(prompt, 40)} -> {_shortened(text, 80)}"
-        self.console.print(shown, highlight=False, markup=False, soft_wrap=True)
+        self._print(shown)
 
     def warned(self, text: str) -> None:
         """Show a warning."""
-        self.console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
+        self._print(f"warning: {text}")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        spoke()
 
 
 def is_evaluated(name: str) -> bool:

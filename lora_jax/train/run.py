@@ -23,6 +23,7 @@ from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.push import check_push, push_output
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.processes import Departure, lost, same_in_all, start, writes
+from lora_jax.progress import hush, stage
 from lora_jax.train.checkpoint import Checkpoints, Identity, Progress
 from lora_jax.train.evaluation import Evaluator
 from lora_jax.train.export import export_adapter, export_model, training_facts
@@ -61,9 +62,12 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
     check(config)
     check_installed(config.train.generation_metrics)
     with Signals() as signals:
-        start(config.distributed)
+        with stage("finding devices and other processes"):
+            start(config.distributed)
         signals.met(Departure.of_run())
         try:
+            if not writes():
+                hush()
             return _checked(config, typed, console or Console(quiet=not writes()), signals)
         except Exception as error:
             known = error if isinstance(error, UserError) else lost(error)
@@ -154,7 +158,8 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
                     run, sizes, state_shardings, logs, checkpoints, reporter, signals, profiler, evaluator
                 )
                 outcome = loop.train(state, progress)
-            checkpoints.wait()
+            with stage("finishing the checkpoint"):
+                checkpoints.wait()
             if (number := outcome.stopped_by) is not None:
                 console.print(
                     f"stopped; step {int(outcome.state.step)} is saved, go on with --resume", highlight=False
@@ -163,7 +168,8 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
                 return INTERRUPTED if number == signal.SIGINT else 0
             facts = training_facts(run, outcome)
             export = export_model if run.plan is None else export_adapter
-            written = export(run, outcome.state.trainable, folder, facts)
+            with stage("exporting"):
+                written = export(run, outcome.state.trainable, folder, facts)
             tracking.done(whole=True, results=results(outcome))
     finally:
         checkpoints.close()

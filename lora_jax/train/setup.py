@@ -41,6 +41,7 @@ from lora_jax.models.quantization import (
 )
 from lora_jax.models.sharding import placed, shardings
 from lora_jax.parallel.processes import writes
+from lora_jax.progress import stage
 from lora_jax.train.adapted import adapted, check_full
 from lora_jax.train.offload import has_host_memory, offloads_activations
 
@@ -120,9 +121,10 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
         init = config.lora.init_lora_weights if tensors is None else "true"
         where = shardings(adapter_shapes(init_key, plan, frozen, layers, init), mesh)
         start = partial(init_adapter, plan=plan, layers=layers, init_lora_weights=init)
-        trainable, adapter = jax.jit(lambda key, base: start(key, frozen=base), out_shardings=where)(
-            init_key, frozen
-        )
+        with stage("making the adapter"):
+            trainable, adapter = jax.jit(lambda key, base: start(key, frozen=base), out_shardings=where)(
+                init_key, frozen
+            )
         if tensors is not None:
             trainable = placed(import_tensors(tensors, trainable, plan, config.lora.init_from), where[0])
     compute = compute_dtype(config.model, storage_dtype(checkpoint, model_config, config.model), quantization)

@@ -21,6 +21,7 @@ from lora_jax.data.batches import Batch
 from lora_jax.models.decoder import NOISE, Decoder
 from lora_jax.models.layers import variables
 from lora_jax.models.sharding import placed, shardings
+from lora_jax.progress import stage
 from lora_jax.train.losses import head_variables, summed_loss
 from lora_jax.train.offload import fetched, offloaded, put_back
 
@@ -67,6 +68,7 @@ def init_state(trainable: Tree, optimizer: optax.GradientTransformation, key: ja
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
 
+@stage("making the optimiser's state")
 def sharded_state(
     trainable: Tree, optimizer: optax.GradientTransformation, key: jax.Array, train: TrainOptions, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
