@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from lora_jax.adapters.init import init_adapter
+from lora_jax.adapters.init import adapter_shapes, init_adapter
 from lora_jax.adapters.notes import read_notes
 from lora_jax.adapters.peft import check_tensors, import_tensors
 from lora_jax.adapters.targets import Plan, make_plan
@@ -19,6 +21,7 @@ from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import modules
+from lora_jax.models.sharding import placed, shardings
 from lora_jax.progress import stage
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -45,12 +48,21 @@ def open_adapter(folder: Path, base: ModelConfig) -> Adapter:
 
 
 @stage("loading the adapter")
-def adapter_trees(adapter: Adapter, frozen: Any) -> tuple[Any, Any]:
-    """Return the trainable and adapter trees of an adapter over a frozen tree."""
+def adapter_trees(adapter: Adapter, frozen: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
+    """Return the trainable and adapter trees of an adapter over a frozen tree, on the mesh that the tree is on."""
     layers = adapter.model_config.num_hidden_layers
-    trainable, facts = init_adapter(jax.random.key(0), adapter.plan, frozen, layers, "true")
+    start = partial(init_adapter, plan=adapter.plan, layers=layers, init_lora_weights="true")
+    key = jax.random.key(0)
+    if mesh is None:
+        trainable, facts = start(key, frozen=frozen)
+        tensors = import_tensors(adapter.tensors, trainable, adapter.plan, adapter.folder)
+        return jax.tree.map(jnp.asarray, tensors), facts
+    where = shardings(adapter_shapes(key, adapter.plan, frozen, layers, "true"), mesh)
+    trainable, facts = jax.jit(lambda key, frozen: start(key, frozen=frozen), out_shardings=where)(
+        key, frozen
+    )
     tensors = import_tensors(adapter.tensors, trainable, adapter.plan, adapter.folder)
-    return jax.tree.map(jnp.asarray, tensors), facts
+    return placed(tensors, where[0]), facts
 
 
 def base_of(adapter: Path, config: AdapterConfig) -> str:

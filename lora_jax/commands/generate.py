@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_jax.adapters.notes import read_notes
 from lora_jax.config import ModelOptions
 from lora_jax.errors import UserError
 from lora_jax.generate.decode import complete, stream
@@ -53,7 +52,8 @@ def generate(options: GenerateOptions, typed: Collection[str] = ()) -> int:
     """
     _check(options)
     loaded = load_for_inference(options.model, options.adapter, typed)
-    _note_other_base(options, loaded)
+    for note in loaded.notes(options.model):
+        print(f"note: {note}", file=sys.stderr)
     chat = bool(loaded.tokenizer.chat_template) and not options.raw
     if options.system is not None and not chat:
         raise UserError(
@@ -94,19 +94,6 @@ def _sampling(options: GenerateOptions, loaded: Loaded) -> Sampling:
     if penalty is None:
         penalty = float(loaded.settings.get("repetition_penalty") or 1.0)
     return Sampling(options.temperature, options.top_k, options.top_p, penalty)
-
-
-def _note_other_base(options: GenerateOptions, loaded: Loaded) -> None:
-    named = loaded.adapter.config.base_model_name_or_path if loaded.adapter else None
-    if options.model.path and named not in (None, options.model.path):
-        print(f"note: the adapter names {named} as its base", file=sys.stderr)
-    trained = read_notes(loaded.adapter.folder).quantization if loaded.adapter else None
-    if trained is not None and loaded.quantization is None:
-        how = "--model.load_in_4bit True" if trained.bits == 4 else "--model.load_in_8bit True"
-        print(
-            f"note: the adapter was trained on a quantised base ({trained.summary()}); {how} makes it so",
-            file=sys.stderr,
-        )
 
 
 def _check(options: GenerateOptions) -> None:

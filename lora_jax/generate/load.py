@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax.adapters.notes import read_notes
 from lora_jax.adapters.read import Adapter, adapter_trees, base_of, open_adapter
+from lora_jax.adapters.targets import check_unquantized
 from lora_jax.config import ModelOptions, check_model
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import read_adapter_config
@@ -23,22 +25,45 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
 from lora_jax.models.layers import variables
 from lora_jax.models.load import check_names, load_params, storage_dtype
-from lora_jax.models.quantization import compute_dtype, quantization_of
+from lora_jax.models.quantization import compute_dtype, quantization_of, quantized_weights
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model that is ready to run: `model.apply(variables, tokens, positions, segments)`."""
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model as its files say, before a weight of the base is read."""
 
     checkpoint: Checkpoint
     quantization: QuantizationConfig | None
     config: ModelConfig
-    model: Decoder
-    variables: Mapping[str, Any]
     tokenizer: Any
     adapter: Adapter | None
+
+    def compute_dtype(self, options: ModelOptions) -> Any:
+        """Return the dtype of the matrix products."""
+        stored = storage_dtype(self.checkpoint, self.config, options)
+        return compute_dtype(options, stored, self.quantization)
+
+    def notes(self, options: ModelOptions) -> Iterator[str]:
+        """Yield what the user should know of how the base and the adapter go together."""
+        if self.adapter is None:
+            return
+        named = self.adapter.config.base_model_name_or_path
+        if options.path and named not in (None, options.path):
+            yield f"the adapter names {named} as its base"
+        trained = read_notes(self.adapter.folder).quantization
+        if trained is not None and self.quantization is None:
+            how = "--model.load_in_4bit True" if trained.bits == 4 else "--model.load_in_8bit True"
+            yield f"the adapter was trained on a quantised base ({trained.summary()}); {how} makes it so"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded(Opened):
+    """A model that is ready to run: `model.apply(variables, tokens, positions, segments)`."""
+
+    model: Decoder
+    variables: Mapping[str, Any]
     settings: Mapping[str, Any]
     """What generation_config.json holds; nothing where there is none."""
 
@@ -46,12 +71,31 @@ class Loaded:
 def load_for_inference(
     options: ModelOptions, adapter: str | None = None, typed: Collection[str] = ()
 ) -> Loaded:
-    """Read a model and, un-merged, an adapter; without a path the base is the one that the adapter names.
+    """Read a model and, un-merged, an adapter, as `open_for_inference` finds them.
 
     With dtype auto the weights are held in the compute dtype, not as stored: they are read for every token,
-    and converting them each time takes most of it. A quantised base's codes stay as they are. The tokenizer is
-    the adapter's where it brings one. `typed` names the options that the user gave. Raises UserError for
-    whatever is wrong with the files.
+    and converting them each time takes most of it. A quantised base's codes stay as they are.
+    """
+    found = open_for_inference(options, adapter, typed)
+    compute = found.compute_dtype(options)
+    held = jnp.dtype(compute).name if options.dtype == "auto" else options.dtype
+    params = load_params(found.checkpoint, found.config, held, found.quantization, options.dtype)
+    trainable, facts = ({}, {}) if found.adapter is None else adapter_trees(found.adapter, params)
+    return Loaded(
+        **vars(found),
+        model=Decoder(found.config, dtype=compute),
+        variables=variables(params, trainable, facts),
+        settings=generation_settings(found.checkpoint),
+    )
+
+
+def open_for_inference(
+    options: ModelOptions, adapter: str | None = None, typed: Collection[str] = ()
+) -> Opened:
+    """Open a model and an adapter; without a path the base is the one that the adapter names.
+
+    The tokenizer is the adapter's where it brings one. `typed` names the options that the user gave. Raises UserError
+    for whatever is wrong with the files.
     """
     folder = None if adapter is None else resolve(adapter, option="--adapter")
     path, revision = options.path, options.revision
@@ -70,21 +114,11 @@ def load_for_inference(
     if options.resize_vocab and len(tokenizer) > config.vocab_size:
         config = replace(config, vocab_size=len(tokenizer))
     opened = None if folder is None else open_adapter(folder, config)
-    config = config if opened is None else opened.model_config
-    compute = compute_dtype(options, storage_dtype(checkpoint, config, options), quantization)
-    held = jnp.dtype(compute).name if options.dtype == "auto" else options.dtype
-    params = load_params(checkpoint, config, held, quantization, options.dtype)
-    trainable, facts = ({}, {}) if opened is None else adapter_trees(opened, params)
-    model, collections = Decoder(config, dtype=compute), variables(params, trainable, facts)
-    return Loaded(
-        checkpoint,
-        quantization,
-        config,
-        model,
-        collections,
-        tokenizer,
-        opened,
-        generation_settings(checkpoint),
+    if opened is not None:
+        config = opened.model_config
+        check_unquantized(opened.plan, quantized_weights(checkpoint, config, quantization))
+    return Opened(
+        checkpoint=checkpoint, quantization=quantization, config=config, tokenizer=tokenizer, adapter=opened
     )
 
 

@@ -12,28 +12,28 @@ from lora_jax.generate.prompt import encode_prompt, end_ids
 from lora_jax.generate.text import decoded
 from lora_jax.models.layers import variables
 from lora_jax.progress import stage
-from lora_jax.train.setup import Run
+from lora_jax.train.in_memory import InMemory
 
 
 class Completions:
-    """Prompts of a run, completed by any of its states."""
+    """Prompts, completed by a base with any adapter of one structure, as the states of a run are."""
 
-    def __init__(self, run: Run, interrupted: Callable[[], None]) -> None:
+    def __init__(self, base: InMemory, interrupted: Callable[[], None]) -> None:
         """`interrupted` is called after every token of a batch, and may raise to end the writing."""
-        self.run, self.interrupted = run, interrupted
-        tokenizer = run.tokenizer
+        self.base, self.interrupted = base, interrupted
+        tokenizer = base.tokenizer
         self.chat = bool(tokenizer.chat_template)
-        settings = generation_settings(run.checkpoint)
-        self.end_ids = end_ids(settings, run.checkpoint.config, tokenizer, chat=self.chat)
+        settings = generation_settings(base.checkpoint)
+        self.end_ids = end_ids(settings, base.checkpoint.config, tokenizer, chat=self.chat)
 
     def encoded(self, prompt: str) -> list[int]:
         """Return a sample prompt's tokens, as a user's turn where there is a chat template."""
         option = "--train.sample_prompts"
-        tokens = encode_prompt(prompt, self.run.tokenizer, chat=self.chat, option=option)
-        if max(tokens) >= self.run.model_config.vocab_size:
+        tokens = encode_prompt(prompt, self.base.tokenizer, chat=self.chat, option=option)
+        if max(tokens) >= self.base.model_config.vocab_size:
             raise UserError(
                 f"{option}: token {max(tokens)} is beyond the model's vocabulary of "
-                f"{self.run.model_config.vocab_size}; use --model.resize_vocab True, or another prompt"
+                f"{self.base.model_config.vocab_size}; use --model.resize_vocab True, or another prompt"
             )
         return tokens
 
@@ -41,20 +41,21 @@ class Completions:
     def texts(
         self,
         trainable: Any,
+        adapter: Any,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         batch: int,
         passes: int = 0,
     ) -> list[str]:
         """Return the completion of each prompt, in batches of one shape; if not 0, `passes` tokens of one batch."""
-        collections = variables(self.run.frozen, trainable, self.run.adapter)
+        collections = variables(self.base.frozen, trainable, adapter)
         longest, found = max(map(len, prompts)), []
         for start in range(0, batch if passes else len(prompts), batch):
             part = [*prompts[start : start + batch]]
             filled = part + [part[0]] * (batch - len(part))
             rows: list[list[int]] = [[] for _ in filled]
             how: dict[str, Any] = {"end_ids": self.end_ids, "shortest": longest}
-            given = (self.run.model, collections, filled)
+            given = (self.base.model, collections, filled)
             for done, tokens in enumerate(stream(*given, max_new_tokens=max_new_tokens, **how), start=1):
                 for row, token in zip(rows, tokens, strict=True):
                     if token != NO_TOKEN:
@@ -62,5 +63,5 @@ class Completions:
                 if done == passes:
                     break
                 self.interrupted()
-            found += [decoded(row, self.run.tokenizer) for row in rows[: len(part)]]
+            found += [decoded(row, self.base.tokenizer) for row in rows[: len(part)]]
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,22 +17,28 @@ from lora_jax.data.batches import Batch
 from lora_jax.data.dataset import TokenDataset
 from lora_jax.data.steps import Shaping, StepPlan, step_batch
 from lora_jax.data.tokens import Tokens
-from lora_jax.parallel.mesh import POSITIONS, ROWS
+from lora_jax.parallel.mesh import POSITIONS, ROWS, row_shards
+
+
+@dataclass(frozen=True)
+class EvalSizes:
+    """The static sizes of an evaluation: rows in one pass over all devices, and how rows become batches."""
+
+    batch: int
+    shaping: Shaping
 
 
 @dataclass(frozen=True)
 class Sizes:
     """The static sizes of a run: its steps have few shapes, so that each is compiled once.
 
-    `batch` and `eval_batch` are rows in one pass over all devices, `steps` those of the whole run.
+    `batch` is rows in one pass over all devices, `steps` those of the whole run.
     """
 
     plan: StepPlan
     batch: int
     accumulation: int
-    eval_batch: int
-    eval_shaping: Shaping
-    evaluations: int
+    evaluation: EvalSizes
     steps: int
 
     @property
@@ -93,20 +99,32 @@ class Feed:
         return self.plan.padding_before(step)
 
 
-def evaluation(rows: TokenDataset, sizes: Sizes, mesh: Mesh, padding_id: int) -> Iterator[Batch]:
+def shaping(data: DataOptions, mesh: Mesh) -> Shaping:
+    """Return how training rows become steps on a mesh."""
+    multiple = padding_multiple(data, mesh)
+    return Shaping(data.packing, data.max_length, data.length_buckets, multiple, mesh.shape[POSITIONS])
+
+
+def eval_sizes(data: DataOptions, per_device: int, mesh: Mesh) -> EvalSizes:
+    """Return the sizes of evaluations with so many rows a device."""
+    packing = data.eval_packing or data.packing
+    return EvalSizes(per_device * row_shards(mesh.shape), replace(shaping(data, mesh), packing=packing))
+
+
+def evaluation(rows: TokenDataset, sizes: EvalSizes, mesh: Mesh, padding_id: int) -> Iterator[Batch]:
     """Yield all rows as arrays [batch, length] cut over the mesh, the longest first, padding filling the last batch."""
     plan, here = evaluation_plan(rows, sizes), NamedSharding(mesh, P(ROWS, POSITIONS))
     for step in range(plan.steps_per_epoch):
-        shape = (sizes.eval_batch, plan.at(step).length)
+        shape = (sizes.batch, plan.at(step).length)
         part = _part(here, shape, 0)
         local = step_batch(rows, plan, step, accumulation=1, padding_id=padding_id, part=part)
         yield _on_mesh(Batch(*(array[0] for array in local)), here, shape)
 
 
-def evaluation_shapes(rows: TokenDataset, sizes: Sizes, mesh: Mesh) -> list[Batch]:
+def evaluation_shapes(rows: TokenDataset, sizes: EvalSizes, mesh: Mesh) -> list[Batch]:
     """Return a batch of each length that an evaluation has: shapes alone."""
     plan, here = evaluation_plan(rows, sizes), NamedSharding(mesh, P(ROWS, POSITIONS))
-    return [abstract_batch((sizes.eval_batch, length), here) for length in plan.steps_by_length]
+    return [abstract_batch((sizes.batch, length), here) for length in plan.steps_by_length]
 
 
 def padding_multiple(data: DataOptions, mesh: Mesh) -> int:
@@ -116,9 +134,12 @@ def padding_multiple(data: DataOptions, mesh: Mesh) -> int:
 
 
 @lru_cache(maxsize=16)  # for each set of rows
-def evaluation_plan(rows: TokenDataset, sizes: Sizes) -> StepPlan:
-    """Return which rows each batch of an evaluation takes."""
-    return sizes.eval_shaping.plan(rows.lengths, sizes.eval_batch, None, epochs=sizes.evaluations)
+def evaluation_plan(rows: TokenDataset, sizes: EvalSizes) -> StepPlan:
+    """Return which rows each batch of an evaluation takes.
+
+    Lengths are those of a set that is measured twice, so that figures do not depend on how often it is.
+    """
+    return sizes.shaping.plan(rows.lengths, sizes.batch, None, epochs=2)
 
 
 def abstract_batch(shape: tuple[int, ...], here: NamedSharding) -> Any:

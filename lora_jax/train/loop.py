@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from lora_jax.config import TrainOptions
-from lora_jax.data.steps import Shaping
 from lora_jax.errors import UserError
 from lora_jax.hub.tokenizer import padding_token_id
-from lora_jax.parallel.mesh import POSITIONS, row_shards
+from lora_jax.parallel.mesh import row_shards
 from lora_jax.progress import at, stage
 from lora_jax.train.cautions import Cautions
 from lora_jax.train.checkpoint import Checkpoints, Progress
-from lora_jax.train.evaluation import Evaluation, Evaluator, Interrupted
-from lora_jax.train.feed import Feed, Sizes, padding_multiple
+from lora_jax.train.evaluation import Evaluation, Evaluator
+from lora_jax.train.feed import Feed, Sizes, eval_sizes, shaping
 from lora_jax.train.optim import make_optimizer, schedule
 from lora_jax.train.output import Logs
 from lora_jax.train.profile import Profiler
 from lora_jax.train.programs import Programs
 from lora_jax.train.report import TRAINING, Reporter
 from lora_jax.train.setup import Run
-from lora_jax.train.signals import Signals
+from lora_jax.train.signals import Interrupted, Signals
 from lora_jax.train.skipped import Skipped, places
 from lora_jax.train.step import TrainState, make_train_step
-from lora_jax.train.stopping import EVALUATED, Patience
+from lora_jax.train.stopping import EVALUATED, Goal, Patience
 from lora_jax.train.utilisation import utilisation_of_a_token
 from lora_jax.train.window import Window
 
@@ -65,11 +64,10 @@ class Outcome:
 def run_sizes(run: Run) -> Sizes:
     """Return which rows each step takes, rows a pass and the number of steps of a run."""
     train, data, mesh = run.config.train, run.config.data, run.mesh
-    shards, passes = row_shards(mesh.shape), train.gradient_accumulation_steps
-    batch = train.per_device_train_batch_size * shards
-    multiple, parts = padding_multiple(data, mesh), mesh.shape[POSITIONS]
-    shaping = Shaping(data.packing, data.max_length, data.length_buckets, multiple, parts)
-    plan = shaping.plan(
+    passes = train.gradient_accumulation_steps
+    batch = train.per_device_train_batch_size * row_shards(mesh.shape)
+    per_device = train.per_device_eval_batch_size or train.per_device_train_batch_size
+    plan = shaping(data, mesh).plan(
         run.train_rows.lengths,
         batch * passes,
         train.seed,
@@ -83,9 +81,7 @@ def run_sizes(run: Run) -> Sizes:
         plan=plan,
         batch=batch,
         accumulation=passes,
-        eval_batch=(train.per_device_eval_batch_size or train.per_device_train_batch_size) * shards,
-        eval_shaping=replace(shaping, packing=data.eval_packing or data.packing),
-        evaluations=2 + (steps // train.eval_steps if train.eval_steps else 0),
+        evaluation=eval_sizes(data, per_device, mesh),
         steps=steps,
     )
 
@@ -104,6 +100,7 @@ class Loop:
         signals: Signals,
         profiler: Profiler,
         evaluator: Evaluator,
+        goal: Goal,
     ) -> None:
         self.run, self.sizes, self.logs, self.reporter = run, sizes, logs, reporter
         self.profiler, self.utilisation = profiler, utilisation_of_a_token(run)
@@ -111,7 +108,7 @@ class Loop:
         self.options: TrainOptions = run.config.train
         optimizer = make_optimizer(self.options, sizes.steps)
         self.train_step = Programs(make_train_step(run.model, optimizer, state_shardings), "the step")
-        self.evaluator = evaluator
+        self.evaluator, self.goal = evaluator, goal
         self.rate = schedule(self.options, sizes.steps)
         self.feed = Feed(run.train_rows, sizes, run.mesh, padding_token_id(run.tokenizer))
         kept = logs.metrics.kept
@@ -129,7 +126,7 @@ class Loop:
         first, sizes = int(state.step), self.sizes
         progress = progress or Progress([])
         self.skipped = Skipped(self.options.max_nonfinite_steps, progress.skipped, progress.skipped_in_a_row)
-        options, goal, stand = self.options, self.evaluator.goal, (progress.best, progress.worse)
+        options, goal, stand = self.options, self.goal, (progress.best, progress.worse)
         self.patience = Patience(
             goal, options.early_stopping_patience, options.early_stopping_threshold, *stand
         )

@@ -107,10 +107,9 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             "the processes of this run see different rows; give all of them the same files, tokenizer and template"
         )
     check_profile(config.train.profile_steps, sizes.steps)
-    evaluator = Evaluator(
-        run, sizes, signals
-    )  # before anything is written: what cannot be measured is refused
     aim = goal(config.train, list(run.eval_rows))
+    # Before anything is written: what cannot be measured is refused.
+    evaluator = Evaluator(run, run.eval_rows, sizes.evaluation, config.train, signals.interrupted)
     check_saves(config.train, sizes.steps_per_epoch)
     optimizer = make_optimizer(config.train, sizes.steps)
     state, state_shardings = sharded_state(run.trainable, optimizer, run.key, config.train, mesh)
@@ -155,7 +154,16 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
                 Reporter(console, sizes.steps, int(state.step)) as reporter,
             ):
                 loop = Loop(
-                    run, sizes, state_shardings, logs, checkpoints, reporter, signals, profiler, evaluator
+                    run,
+                    sizes,
+                    state_shardings,
+                    logs,
+                    checkpoints,
+                    reporter,
+                    signals,
+                    profiler,
+                    evaluator,
+                    aim,
                 )
                 outcome = loop.train(state, progress)
             with stage("finishing the checkpoint"):

@@ -36,13 +36,13 @@ def score_names(metrics: Collection[GenerationMetric]) -> tuple[str, ...]:
     return tuple(name for metric in metrics for name in _NAMES[metric])
 
 
-def check_installed(metrics: Collection[GenerationMetric]) -> None:
-    """Raise UserError for a score whose library is not installed."""
+def check_installed(metrics: Collection[GenerationMetric], section: str = "--train.") -> None:
+    """Raise UserError for a score whose library is not installed; `section` is where the option stands."""
     for metric in metrics:
         module, package = _LIBRARIES.get(metric, ("", ""))
         if module and find_spec(module) is None:
             raise UserError(
-                f"--train.generation_metrics {metric}: needs the package {package}; pip install 'lora_jax[eval]'"
+                f"{section}generation_metrics {metric}: needs the package {package}; pip install 'lora_jax[eval]'"
             )
 
 

@@ -17,7 +17,7 @@ from lora_jax.adapters.count import trainable_parameters
 from lora_jax.adapters.init import adapter_shapes, init_adapter
 from lora_jax.adapters.peft import import_tensors
 from lora_jax.adapters.targets import Plan, check_unquantized
-from lora_jax.config import RunConfig
+from lora_jax.config import DataOptions, RunConfig
 from lora_jax.data.dataset import TokenDataset, load_examples
 from lora_jax.data.mixture import hold_out, mixed
 from lora_jax.data.packing import packs
@@ -43,30 +43,24 @@ from lora_jax.models.sharding import placed, shardings
 from lora_jax.parallel.processes import writes
 from lora_jax.progress import stage
 from lora_jax.train.adapted import adapted, check_full
+from lora_jax.train.in_memory import InMemory
 from lora_jax.train.offload import has_host_memory, offloads_activations
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, kw_only=True)
+class Run(InMemory):
     """A run's model, data and adapter, as they stand before the first step."""
 
     config: RunConfig
-    checkpoint: Checkpoint
     quantization: QuantizationConfig | None
-    model_config: ModelConfig
-    model: Decoder
-    tokenizer: Any
     train_rows: TokenDataset
     eval_rows: Mapping[str, TokenDataset]
     """The sets to evaluate on by their names; a single one without a name has the empty one."""
-    frozen: Any
     trainable: Any
     """Before the first step, which consumes the arrays; their shapes stay."""
-    adapter: Any
     plan: Plan | None
     adapter_config: AdapterConfig | None
     key: jax.Array
-    mesh: Mesh
 
     @property
     def storage_dtype(self) -> Any:
@@ -140,8 +134,9 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
         neftune_noise_alpha=config.train.neftune_noise_alpha,
     )
     return Run(
-        config, checkpoint, quantization, model_config, model, tokenizer, train_rows, eval_rows, frozen, trainable,
-        adapter, plan, lora_config, run_key, mesh,
+        checkpoint=checkpoint, model_config=model_config, model=model, tokenizer=tokenizer, frozen=frozen,
+        adapter=adapter, mesh=mesh, config=config, quantization=quantization, train_rows=train_rows,
+        eval_rows=eval_rows, trainable=trainable, plan=plan, adapter_config=lora_config, key=run_key,
     )  # fmt: skip
 
 
@@ -149,19 +144,27 @@ def _rows(
     config: RunConfig, tokenizer: Any, vocab_size: int
 ) -> tuple[TokenDataset, Mapping[str, TokenDataset]]:
     data, seed = config.data, config.train.seed
-    load = partial(load_examples, data, tokenizer, console=Console(quiet=not writes()))
+    console = Console(quiet=not writes())
+    found = load_examples(data, tokenizer, data.path, data.split, vocab_size, console=console)
+    sets = evaluation_rows(data, tokenizer, vocab_size, console)
+    train_rows, held = hold_out(found, 0 if sets else data.eval_fraction, seed)
+    sets = sets if held is None else {"": held}
+    return mixed(train_rows, data.mixture_weights, data.stopping_strategy, seed), sets
+
+
+def evaluation_rows(
+    data: DataOptions, tokenizer: Any, vocab_size: int, console: Console
+) -> Mapping[str, TokenDataset]:
+    """Return the sets of eval_path or eval_paths by their names, a single one by the empty name; none for neither."""
     paths, option = data.eval_paths, "--data.eval_paths"
     if data.eval_path:
         paths, option = {"": data.eval_path}, "--data.eval_path"
-    train_rows, held = hold_out(
-        load(data.path, data.split, vocab_size), 0 if paths else data.eval_fraction, seed
-    )
-    sets = {} if held is None else {"": held}
+    sets = {}
     for name, path in paths.items():
-        local = Path(path).expanduser().exists()
-        split = data.eval_split or ("train" if local else data.split)
-        sets[name] = load(path, split, vocab_size, option=f"{option} {name}".rstrip())
-    return mixed(train_rows, data.mixture_weights, data.stopping_strategy, seed), sets
+        split = data.eval_split or ("train" if Path(path).expanduser().exists() else data.split)
+        where = f"{option} {name}".rstrip()
+        sets[name] = load_examples(data, tokenizer, path, split, vocab_size, option=where, console=console)
+    return sets
 
 
 def _check_resized(checkpoint: Checkpoint, config: ModelConfig, plan: Plan) -> None:

@@ -136,6 +136,11 @@ class Signals:
         mine = self._received[0] if self._received else None
         return (mine or signal.SIGTERM) if self._agreement.ask(mine is not None) else None
 
+    def interrupted(self) -> None:
+        """Raise Interrupted where `received` returns a signal."""
+        if (number := self.received()) is not None:
+            raise Interrupted(number)
+
     def swallowed(self) -> None:
         """Interrupt again: whoever caught the interrupt has gone on, and what it was to end is still starting."""
         if self.stage == STARTING and not self._waits and not self._over.is_set():
@@ -197,6 +202,14 @@ class Signals:
                     self._departure.leave()
                 leave(0)
                 os._exit(0)
+
+
+class Interrupted(Exception):  # noqa: N818 - a way out, not an error
+    """A signal came in the midst of something that is broken off for it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 class _Interrupt(KeyboardInterrupt):

@@ -16,7 +16,7 @@ from lora_jax.data.tokens import Tokens
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.sharding import placed, shardings
 from lora_jax.parallel.mesh import POSITIONS, make_mesh
-from lora_jax.train.feed import Feed, Sizes
+from lora_jax.train.feed import EvalSizes, Feed, Sizes
 from lora_jax.train.step import make_eval_step
 from tests.apart import on_eight_devices
 from tests.tiny import CONFIGS, VOCAB, adapted, lora, tiny_base
@@ -37,7 +37,7 @@ def losses(base: Any, sizes: tuple[int, ...], devices: int) -> list[float]:
     mesh, rows = make_mesh(MeshOptions(*sizes), jax.devices()[:devices]), dataset()
     shaping = Shaping("bfd", CAPACITY, most=2, multiple=8, parts=mesh.shape[POSITIONS])
     plan = shaping.plan(np.array([len(row) for row in rows]), ROWS, seed=0, epochs=9)
-    counted = Sizes(plan, ROWS, 1, ROWS, shaping, evaluations=9, steps=plan.steps_per_epoch)
+    counted = Sizes(plan, ROWS, 1, EvalSizes(ROWS, shaping), steps=plan.steps_per_epoch)
     with jax.set_mesh(mesh):
         _, _, trainable, adapter = adapted(base, lora())
         trees = [placed(tree, shardings(tree, mesh)) for tree in (trainable, base.params, adapter)]

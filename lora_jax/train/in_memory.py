@@ -1,0 +1,25 @@
+"""A model in memory: what an evaluation needs of it, whether it is being trained or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh
+
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.models.config import ModelConfig
+from lora_jax.models.decoder import Decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class InMemory:
+    """A base on the mesh, the facts of the adapter over it, and the tokenizer."""
+
+    checkpoint: Checkpoint
+    model_config: ModelConfig
+    model: Decoder
+    tokenizer: Any
+    frozen: Any
+    adapter: Any
+    mesh: Mesh
