@@ -42,7 +42,8 @@ from scripts.row_oracle import (
 
 _PIECES = (
     "", " ", "\n", "a", "Good day", "2 + 3", "é🙂", "\u2028", "\x00", "\t\x1b[2J", "\r\n", '"', ",", "{", "[1]",
-    "[", "null", *SPECIALS, "<|im_start|>assistant\n", "</think>", "\u241e0\u241e", "{{ 1 }}",
+    "[", "null", *SPECIALS, "<|im_start|>assistant\n", "</think>", "\u241e0\u241e", "{{ 1 }}", "<|im_",
+    "start|>", '{"name": "f"}',
 )  # fmt: skip
 _TEXTS = st.lists(st.sampled_from(_PIECES), max_size=4).map("".join) | st.text(max_size=6)
 _HALVES = st.sampled_from(["\ud800", "a\udc00", "\ud83d"])
@@ -86,7 +87,12 @@ def _messages(draw: st.DrawFn) -> Any:
     for index in range(draw(_mostly(st.integers(1, 4), st.just(0)))):
         message = {
             named[0]: draw(
-                _mostly(st.just(roles[index % 2]), st.sampled_from(["system", "tool", "robot", 3, None]))
+                _mostly(
+                    st.just(roles[index % 2]),
+                    st.sampled_from(
+                        ["system", "tool", "ipython", "observation", "function_call", "robot", 3, None]
+                    ),
+                )
             ),
             named[1]: draw(_CONTENTS),
         }
@@ -96,6 +102,10 @@ def _messages(draw: st.DrawFn) -> Any:
             (
                 "tool_calls",
                 st.sampled_from([None, [], [{"function": {"name": "f", "arguments": '{"a": 1}'}}], "x"]),
+            ),
+            (
+                "function_call",
+                st.sampled_from([None, {"name": "f", "arguments": "{}"}, '{"name": "f"}', "f", []]),
             ),
             ("name", _ODD),
         ):

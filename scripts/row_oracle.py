@@ -23,10 +23,10 @@ MARKED = (
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
+ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
 FROM = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-    "system": "system", "tool": "tool", "observation": "tool",
+    "system": "system", "tool": "tool", "observation": "tool", "function_call": "assistant",
 }  # fmt: skip
 
 
@@ -178,6 +178,10 @@ def _completion(
     tokens, read = _closed(_plain(prompt + completion)), _plain(prompt)
     same = next((i for i, pair in enumerate(zip(tokens, read, strict=False)) if pair[0] != pair[1]), None)
     same = min(len(tokens), len(read)) if same is None else same
+    if (
+        same < len(read) and completion and not whole
+    ):  # a token would hold the end of one and the start of the other
+        tokens, same = _closed([*read, *_tokens(completion)]), len(read)
     return tokens, _eos([whole or index >= same for index in range(len(tokens))], options)
 
 
@@ -203,8 +207,11 @@ def _chat(
             raise BadRowError(number)
         if said and not said[0]:
             silent.add(index)
-    if options.template is None or any("content" not in message for message in messages):
+    if options.template is None or any(
+        "content" not in message for message in messages if not message.get("tool_calls")
+    ):
         raise BadRowError(number)
+    messages = [{"content": "", **message} for message in messages]  # the template writes no calls
     tokens, trained, ends = [], [], []
     for index, message in enumerate(messages):
         mine = message["role"] == "assistant" and index not in silent and index >= head
@@ -248,9 +255,14 @@ def _message(item: Any, number: int) -> dict[str, Any]:
         if not isinstance(message["from"], str) or message["from"] not in FROM:
             raise BadRowError(number)
         marks = {key: message[key] for key in ("train", "weight") if key in message}
-        message = {"role": FROM[message["from"]], "content": message.get("value"), **marks}
+        said = {"content": message.get("value")}
+        if message["from"] == "function_call":
+            said = {"tool_calls": _called(said["content"], number)}
+        message = {"role": FROM[message["from"]], **said, **marks}
     if not isinstance(message.get("role"), str) or message["role"] not in ROLES:
         raise BadRowError(number)
+    if "function_call" in message and "tool_calls" not in message:
+        message["tool_calls"] = _called(message.pop("function_call"), number)
     calls = message.get("tool_calls")
     if "tool_calls" in message:
         calls = _from_text(calls, "[")
@@ -267,6 +279,14 @@ def _message(item: Any, number: int) -> dict[str, Any]:
     if content is None and "tool_calls" in message:
         return message
     return {**message, "content": _string(content, number)}
+
+
+def _called(said: Any, number: int) -> list[Any]:
+    said = _from_text(_from_text(said, "["), "{")
+    calls = said if isinstance(said, list) else [said]
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        raise BadRowError(number)
+    return [{"function": call} for call in calls]
 
 
 def _weight(row: dict[str, Any], number: int, options: Options) -> float:

@@ -19,6 +19,7 @@ from lora_jax.cache import token_folder
 from lora_jax.config import DataFormat, DataOptions
 from lora_jax.data import token_cache
 from lora_jax.data.recipe import Recipe
+from lora_jax.data.remarks import WORDS, Remark
 from lora_jax.data.rows import Source, find_rows
 from lora_jax.data.store import Store
 from lora_jax.data.tokenising import Counts, Worker, processes, write_tokens
@@ -185,7 +186,21 @@ class TokenDataset(Sequence[Tokens]):
             line += f"; {_count(self.counts.windows, 'window')} dropped, nothing in them to train on"
         if self.counts.unread:
             line += f"; columns not used: {listing(self.counts.unread)}"
-        return line
+        return line + "".join(f"; {self.remarked(remark)}" for remark in self.remarks)
+
+    @cached_property
+    def remarks(self) -> dict[Remark, np.ndarray]:
+        """The places, in this data set, of the rows that each remark is about; without those that are about none."""
+        said = self.column("remarks")
+        found = {remark: np.flatnonzero(said & remark) for remark in WORDS}
+        return {remark: places for remark, places in found.items() if len(places)}
+
+    def remarked(self, remark: Remark) -> str:
+        """Return in words how many rows a remark is about, and which come first."""
+        places = self.remarks[remark]
+        first = ", ".join(self.where(int(place)) for place in places[:3])
+        more = f" and {len(places) - 3:,} more" if len(places) > 3 else ""
+        return f"{_count(len(places), 'row')} {WORDS[remark]} ({first}{more})"
 
 
 @stage("tokenising")

@@ -4,8 +4,9 @@ Text and string prompts and completions are taken as they are. Conversations, an
 questions where the tokenizer has a chat template, become messages; without a template an instruction
 takes Alpaca's layout of headings, `alpaca_prompt`.
 
-A message may say whether it is trained: `train`, true or false, or `weight`, 1 or 0. Arguments of tool calls
-that come as text are parsed, since a template that writes them as JSON would put quotes around all of it.
+A message may say whether it is trained: `train`, true or false, or `weight`, 1 or 0. Calls of tools have one shape
+whatever they come as: ShareGPT's function_call, the function_call field of OpenAI's older files, or tool_calls. Which
+form of a message a template bears is for `rendering` to find out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ RESERVED = (
 )  # fmt: skip
 """Words for a template that are not a row's to say."""
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -38,6 +39,7 @@ _SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
     "observation": "tool",
+    "function_call": "assistant",
 }
 
 
@@ -208,7 +210,7 @@ def _preceded(row: Mapping[str, Any], messages: list[Message], where: str) -> li
 
 def _history(row: Mapping[str, Any], where: str) -> list[Message]:
     """Return the turns of the column history: pairs of what was asked and answered, or messages."""
-    value = _parsed(row.get("history"))
+    value = parsed(row.get("history"))
     if is_empty(value):
         return []
     if isinstance(value, list) and isinstance(value[0], dict):
@@ -228,7 +230,7 @@ def _history(row: Mapping[str, Any], where: str) -> list[Message]:
 def _check_plain(row: Mapping[str, Any], where: str, reason: str) -> None:
     """Raise UserError for a column that only messages can have beside them."""
     for column in CONTEXT:
-        if not is_empty(_parsed(row.get(column), "{" if column == "chat_template_kwargs" else "[")):
+        if not is_empty(parsed(row.get(column), "{" if column == "chat_template_kwargs" else "[")):
             raise UserError(f"{where}: column {column} goes with messages, and {reason}")
 
 
@@ -268,7 +270,7 @@ def _is_trained(message: Message, where: str) -> bool | None:
 
 
 def _words(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    words = _parsed(row.get("chat_template_kwargs") or None, "{")
+    words = parsed(row.get("chat_template_kwargs") or None, "{")
     if words is None:
         return {}
     if not isinstance(words, dict):
@@ -281,7 +283,7 @@ def _words(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _messages(value: Any, column: str, where: str) -> list[Message]:
     """Return a column's messages with role and content, ShareGPT's from and value translated."""
-    value = _parsed(value)
+    value = parsed(value)
     if not isinstance(value, list):
         raise UserError(f"{where}: column {column} is {kind(value)}; give a list of messages")
     if not value:
@@ -302,12 +304,17 @@ def _message(item: Any, where: str) -> Message:
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             raise UserError(f"{where} is from {str(speaker)[:40]!r}; use one of: {listing(_SHAREGPT_ROLES)}")
         marks = {key: message[key] for key in ("train", "weight") if key in message}
-        message = {"role": _SHAREGPT_ROLES[speaker], "content": message.get("value"), **marks}
+        said = {"content": message.get("value")}
+        if speaker == "function_call":
+            said = {"tool_calls": _called(said["content"], where)}
+        message = {"role": _SHAREGPT_ROLES[speaker], **said, **marks}
     role = message.get("role")
     if not isinstance(role, str):
         raise UserError(f"{where} has no role; it has {listing(message) or 'nothing'}; give role and content")
     if role not in ROLES:
         raise UserError(f"{where} has role {role[:40]!r};{nearest(role[:40], ROLES)} Roles: {listing(ROLES)}")
+    if "function_call" in message and "tool_calls" not in message:
+        message["tool_calls"] = _called(message.pop("function_call"), where)
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], where)
     for key in MEDIA:
@@ -341,20 +348,24 @@ def _part(part: Any, where: str) -> str:
     return _checked(part.get("text"), f"{where}: its text", "give text")
 
 
+def _called(said: Any, where: str) -> list[Any]:
+    """Return what a function_call holds, one call or several, as tool_calls."""
+    said = parsed(parsed(said), "{")
+    calls = said if isinstance(said, list) else [said]
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        raise UserError(f"{where}: its function_call is {kind(said)}; give an object with name and arguments")
+    return [{"type": "function", "function": call} for call in calls]
+
+
 def _tool_calls(calls: Any, where: str) -> list[Any]:
-    """Return calls with their arguments as objects, which is what templates expect."""
-    calls = _parsed(calls)
+    calls = parsed(calls)
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise UserError(f"{where}: its tool_calls are {kind(calls)}; give a list of objects")
-    found = []
     for call in calls:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f"{where}: a tool call has no name; give function with name and arguments")
-        arguments = _parsed(function.get("arguments"), "{")
-        function = {**function, "arguments": arguments} if "arguments" in function else function
-        found.append({**call, "function": function} if "function" in call else function)
-    return found
+    return calls
 
 
 def _encodable(value: Any, where: str) -> Any:
@@ -369,13 +380,13 @@ def _encodable(value: Any, where: str) -> Any:
 
 
 def _tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
-    tools = _parsed(row.get("tools") or None)  # an empty field of a CSV file is none
+    tools = parsed(row.get("tools") or None)  # an empty field of a CSV file is none
     if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         return _encodable(tools, f"{where}: column tools") or None
     raise UserError(f"{where}: column tools is {kind(tools)}; give a list of JSON schemas")
 
 
-def _parsed(value: Any, opening: str = "[") -> Any:
+def parsed(value: Any, opening: str = "[") -> Any:
     """Return what a string holds as JSON, as CSV has no lists; other values are returned as they are."""
     if not isinstance(value, str) or not value.lstrip().startswith(opening):
         return value

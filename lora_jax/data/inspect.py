@@ -8,6 +8,7 @@ import numpy as np
 from rich.text import Text
 
 from lora_jax.data.dataset import TokenDataset
+from lora_jax.data.remarks import WORDS
 from lora_jax.data.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, limit: int
             heading += f", cut at {dataset.max_length}, {example.cut} left out"
         if example.weight != 1:
             heading += f", weight {example.weight:g}"
+        heading += "".join(f", {words}" for remark, words in WORDS.items() if example.remarks & remark)
         shown.append(f"\n{heading}\n", "bold")
         shown.append_text(_row(example, tokenizer, marks))
         shown.append("\n")

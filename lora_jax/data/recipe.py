@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,8 @@ class Recipe:
             assistant_only=self.assistant_only_loss,
         )
         weight = row_weight(row, self.weight_field, where)
-        ids, trained = encode(example, tokenizer, where, self.train_on_eos)
+        ids, trained, remarks = encode(example, tokenizer, where, self.train_on_eos)
         if weight == 0:  # what counts for nothing is not trained
             trained = trained & False
-        return fitted(ids, trained, self.max_length, self.truncation_mode, row=number, weight=weight)
+        parts = fitted(ids, trained, self.max_length, self.truncation_mode, row=number, weight=weight)
+        return [replace(part, remarks=remarks) for part in parts] if remarks else parts

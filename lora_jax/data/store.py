@@ -3,9 +3,9 @@
 The file is an Arrow stream, as `datasets.Dataset.from_file` reads it, of these columns:
 
     input_ids list<int32>    trained list<bool>    targets int32 (trained tokens)    row int64    window int32
-    cut int64 (tokens cut off)    weight float64
+    cut int64 (tokens cut off)    weight float64    remarks uint8 (the bits of `Remark`)
 
-Of all columns but the first two the whole is held in memory: 36 bytes a row, and its length.
+Of all columns but the first two the whole is held in memory: 37 bytes a row, and its length.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.data.remarks import Remark
 from lora_jax.data.tokens import Tokens
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import write_failure
 
-SCALARS = {"targets": np.int32, "row": np.int64, "window": np.int32, "cut": np.int64, "weight": np.float64}
+SCALARS = {
+    "targets": np.int32, "row": np.int64, "window": np.int32, "cut": np.int64, "weight": np.float64,
+    "remarks": np.uint8,
+}  # fmt: skip
 
 
 def as_batch(examples: Sequence[Tokens]) -> Any:
@@ -40,6 +44,7 @@ def as_batch(examples: Sequence[Tokens]) -> Any:
         "window": [example.window for example in examples],
         "cut": [example.cut for example in examples],
         "weight": [example.weight for example in examples],
+        "remarks": [int(example.remarks) for example in examples],
     }
     columns = {
         "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids)),
@@ -119,6 +124,7 @@ class Store(Sequence[Tokens]):
             int(said["cut"][row]),
             float(said["weight"][row]),
             int(said["window"][row]),
+            Remark(int(said["remarks"][row])),
         )
 
     @cached_property

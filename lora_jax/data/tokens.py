@@ -3,8 +3,9 @@
 What is trained, and where the EOS token comes from:
 
 - text: every token; EOS is appended if the text does not end with it.
-- prompt and completion: the tokens after those that the prompt and the whole have in common, and EOS,
-  appended likewise; or all tokens.
+- prompt and completion: the tokens of the completion and EOS, appended likewise; or all tokens. Where a token
+  would hold the end of the prompt and the start of the completion, the two are tokenised apart, since the model
+  that generates is given the prompt alone.
 - messages: the assistant's turns with their end tokens, as `turns` finds them. The template writes the end
   token; only where it writes none after a closing turn is EOS appended, since nothing else would teach the
   model to stop. Or the whole conversation.
@@ -14,7 +15,8 @@ Whether end tokens are trained can be asked for: those of all trained turns, the
 A BOS token is what the tokenizer adds to plain text and what the template writes into a conversation,
 never both: a conversation is tokenised as transformers' `apply_chat_template` does, without additions, and
 text that starts with a written-out BOS gets no second one. A token that holds a character of a span belongs
-to the span. The first token is never trained: there is nothing to predict it from. Whether a token is
+to the span, and none reaches across its start: what asks for a turn is tokenised without the turn, as it is for
+generation. The first token is never trained: there is nothing to predict it from. Whether a token is
 trained never depends on its id, so a padding token that is also EOS changes nothing.
 """
 
@@ -22,12 +24,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from lora_jax.data.formats import ChatExample, CompletionExample, Example
-from lora_jax.data.turns import Span, render_turns, shared_prefix, without_ends
+from lora_jax.data.remarks import Remark
+from lora_jax.data.turns import Span, remarks_of, render_turns, shared_prefix, without_ends
 from lora_jax.errors import UserError
 from lora_jax.hub.tokenizer import end_token_id
 
@@ -53,6 +56,8 @@ class Tokens:
     """Factor of the row's trained tokens in the loss."""
     window: int = 0
     """1-based number of the window of the row's text that this is; 0 where it is the row."""
+    remarks: Remark = Remark.NONE
+    """What is worth saying of the row."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -61,6 +66,16 @@ class Tokens:
     def truncated(self) -> bool:
         """Some of the row's tokens were cut off."""
         return self.cut > 0
+
+
+class Encoded(NamedTuple):
+    """All tokens of an example."""
+
+    ids: np.ndarray
+    """int32 [length]"""
+    trained: np.ndarray
+    """bool [length]"""
+    remarks: Remark
 
 
 def tokenise(
@@ -76,14 +91,15 @@ def tokenise(
 
     `row` is the row's number, to be kept with its tokens.
     """
-    ids, trained = encode(example, tokenizer, where, train_on_eos)
-    return Tokens(ids[:max_length], trained[:max_length], row=row, cut=max(len(ids) - max_length, 0))
+    ids, trained, remarks = encode(example, tokenizer, where, train_on_eos)
+    cut = max(len(ids) - max_length, 0)
+    return Tokens(ids[:max_length], trained[:max_length], row=row, cut=cut, remarks=remarks)
 
 
 def encode(
     example: Example, tokenizer: PreTrainedTokenizerBase, where: str, train_on_eos: TrainOnEos = "turn"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return all tokens of an example, int32 [length], and which of them are trained, bool [length].
+) -> Encoded:
+    """Return all tokens of an example, which of them are trained, and what is worth saying of it.
 
     Args:
         example: what the row holds.
@@ -94,20 +110,35 @@ def encode(
     Raises:
         UserError: the tokenizer lacks what the example needs, or its template hides what is the assistant's.
     """
+    remarks = Remark.NONE
     if isinstance(example, ChatExample):
-        ids, trained = _chat(example, tokenizer, where, train_on_eos)
+        ids, trained, remarks = _chat(example, tokenizer, where, train_on_eos)
     else:
         if isinstance(example, CompletionExample):
-            ids = _ended(_plain(example.prompt + example.completion, tokenizer), tokenizer)
-            read = 0 if example.whole else shared_prefix(_plain(example.prompt, tokenizer), ids)
+            ids, read = _prompted(example, tokenizer)
             trained = np.arange(len(ids)) >= read
+            remarks = Remark.NONE if example.completion.strip() else Remark.EMPTY
         else:
             ids = _ended(_plain(example.text, tokenizer), tokenizer)
             trained = np.full(len(ids), bool(example.text.strip()))
         if train_on_eos == "none":
             trained[-1:] = False
     trained[:1] = False
-    return np.asarray(ids, np.int32), trained
+    return Encoded(np.asarray(ids, np.int32), trained, remarks)
+
+
+def _prompted(example: CompletionExample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """Return the tokens of a prompt and its completion, and how many of them are only read."""
+    ids = _plain(example.prompt + example.completion, tokenizer)
+    if example.whole:
+        return _ended(ids, tokenizer), 0
+    asked = _plain(example.prompt, tokenizer)
+    shared = shared_prefix(asked, ids)
+    if example.completion and shared < len(asked):
+        apart = [*asked, *_placed_within(example.completion, tokenizer, [])[0]]
+        if tokenizer.decode(apart) == tokenizer.decode(ids):
+            ids, shared = apart, len(asked)
+    return _ended(ids, tokenizer), shared
 
 
 def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -124,21 +155,19 @@ def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _chat(
     chat: ChatExample, tokenizer: PreTrainedTokenizerBase, where: str, train_on_eos: TrainOnEos
-) -> tuple[list[int], np.ndarray]:
+) -> tuple[list[int], np.ndarray, Remark]:
     if not tokenizer.is_fast:
         raise UserError(
             f"{where}: the tokenizer does not tell where in the text its tokens lie; give the model a "
             "tokenizer.json"
         )
     rendered = render_turns(chat, tokenizer, where)
-    text, spans = rendered
+    text, spans = rendered.text, rendered.spans
     kept = spans
     if train_on_eos != "turn":
         last = train_on_eos == "last"
         kept = without_ends(rendered, tokenizer, whole=chat.whole, keep_last=last)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
-    offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    ids, offsets = _placed(text, tokenizer, [span.start for span in spans])
     trained = within(offsets, kept)
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
@@ -147,7 +176,38 @@ def _chat(
         closed = _ended(ids, tokenizer)
         trained = np.append(trained, np.full(len(closed) - len(ids), train_on_eos != "none"))
         ids = closed
-    return ids, trained
+    return ids, trained, rendered.remarks | remarks_of(chat, tokenizer)
+
+
+def _placed(text: str, tokenizer: PreTrainedTokenizerBase, starts: list[int]) -> tuple[list[int], np.ndarray]:
+    """Return the tokens of a conversation and their characters, int64 [length, 2], none reaching across a start.
+
+    What is in front of a turn is what a model that generates is given, and it is tokenised without the turn.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
+    offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    begins, ends = _reaching(offsets)
+    for start in starts:
+        across = np.flatnonzero((begins < start) & (start < ends))
+        if len(across):
+            head, before = _placed(text[:start], tokenizer, [])
+            tail, after = _placed_within(
+                text[start:], tokenizer, [one - start for one in starts if one > start]
+            )
+            return head + tail, np.concatenate([before, after + start])
+    return ids, offsets
+
+
+def _placed_within(
+    text: str, tokenizer: PreTrainedTokenizerBase, starts: list[int]
+) -> tuple[list[int], np.ndarray]:
+    """Return what `_placed` does for text that goes on from other text."""
+    end = (
+        f"{tokenizer.eos_token}"  # which nothing melts into, so that no space is put in front of a first word
+    )
+    ids, offsets = _placed(end + text, tokenizer, [start + len(end) for start in starts])
+    return ids[1:], offsets[1:] - len(end)
 
 
 def within(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
@@ -163,11 +223,16 @@ def within(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
     for (_, end), (start, _) in pairwise((span.start, span.end) for span in spans):
         if start < end:
             raise ValueError("spans overlap")
-    # Some tokenizers trim spaces off their offsets, so a token reaches back to where the one before ended.
-    ends = offsets[:, 1]
-    before = np.concatenate(([0], np.maximum.accumulate(ends)[:-1])) if len(ends) else ends
-    starts = np.minimum(offsets[:, 0], before)
+    starts, ends = _reaching(offsets)
     trained = np.zeros(len(offsets), bool)
     for span in spans:
         trained |= (ends > span.start) & (starts < span.end)
     return trained
+
+
+def _reaching(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each token starts and ends, int [length] each."""
+    # Some tokenizers trim spaces off their offsets, so a token reaches back to where the one before ended.
+    ends = offsets[:, 1]
+    before = np.concatenate(([0], np.maximum.accumulate(ends)[:-1])) if len(ends) else ends
+    return np.minimum(offsets[:, 0], before), ends

@@ -15,27 +15,30 @@ The span comes from, in this order,
 
 A turn that none of these finds is an error: a guess would train on the wrong tokens in silence. A conversation
 that is trained on as a whole has one span, to the end of the text.
+
+Some templates close a turn in the header of the next message. That end token belongs to the turn, and the last
+turn gets it too. Words that a template cuts out of the last turn, where a model would generate them, are put back;
+out of earlier turns they stay cut, as they are when the model generates, which `Remark.LOST` tells.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from jinja2 import TemplateError
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_jax.data.formats import ChatExample, Message
+from lora_jax.data.remarks import Remark
+from lora_jax.data.rendering import REASONING, Renderer, holds, saying, spoken, squashed
 from lora_jax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+_UNIT = r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|."
 
 
 class Span(NamedTuple):
@@ -47,19 +50,34 @@ class Span(NamedTuple):
     """It ends with an end token."""
 
 
-class Rendered(NamedTuple):
+@dataclass(frozen=True)
+class Rendered:
     """A conversation as text, and what of it is trained."""
 
     text: str
     spans: list[Span]
+    remarks: Remark = Remark.NONE
 
 
 @lru_cache(maxsize=4)
-def _special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return the texts of a tokenizer's control tokens, the longest first."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     if isinstance(tokenizer.eos_token, str):
         special.add(tokenizer.eos_token)
     return tuple(sorted(special, key=len, reverse=True))
+
+
+@lru_cache(maxsize=4)
+def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return a pattern of a tokenizer's control tokens; of nothing where it has none."""
+    return re.compile("|".join(map(re.escape, special_texts(tokenizer))) or r"(?!)")
+
+
+@lru_cache(maxsize=4)
+def unit_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return a pattern of what no span begins or ends within: a control token, a tag or a word."""
+    return re.compile(f"{special_pattern(tokenizer).pattern}|{_UNIT}", re.DOTALL)
 
 
 def render_turns(chat: ChatExample, tokenizer: PreTrainedTokenizerBase, where: str) -> Rendered:
@@ -68,28 +86,22 @@ def render_turns(chat: ChatExample, tokenizer: PreTrainedTokenizerBase, where: s
     Raises:
         UserError: there is no template, it refuses the messages, or a turn's place cannot be found.
     """
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{where}: the tokenizer has no chat template to write messages with; use an instruct model's "
-            "tokenizer, put a chat_template.jinja into the model's folder, or give prompt and completion"
-        )
     conversation = _Conversation(chat, tokenizer, where)
-    try:
-        text, marked = conversation.render_marked()
-    except _TEMPLATE_ERRORS as error:
-        raise UserError(f"{where}: the chat template refuses the messages ({error}); mend the row") from error
+    text = conversation.text
     if chat.whole:
-        return Rendered(text, conversation.whole_span(text))
-    if conversation.has_marks:
-        return Rendered(text, conversation.spans_of_marks(text, marked))
-    return Rendered(text, conversation.spans_of_turns(text, conversation.turns))
+        spans = conversation.whole_span(text)
+    elif conversation.has_marks:
+        spans = conversation.spans_of_marks(text, conversation.marked)
+    else:
+        spans = conversation.spans_of_turns(text, conversation.turns)
+    return conversation.ended(conversation.restored(Rendered(text, spans)))
 
 
 def without_ends(
     rendered: Rendered, tokenizer: PreTrainedTokenizerBase, *, whole: bool, keep_last: bool
 ) -> list[Span]:
     """Return spans without the end tokens that close turns, but for the last one with keep_last."""
-    text, spans = rendered
+    text, spans = rendered.text, rendered.spans
     found: list[Span] = []
     for span in spans:
         special = _closing(text[: span.end], tokenizer)
@@ -110,29 +122,20 @@ def without_ends(
 
 def _closing(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the special token that a text ends with, spaces aside."""
-    spoken = text.rstrip()
-    return next((special for special in _special_texts(tokenizer) if spoken.endswith(special)), None)
+    return next(reversed(_closings(text, tokenizer)), None)
 
 
-@dataclass(frozen=True)
-class _Conversation:
-    chat: ChatExample
-    tokenizer: PreTrainedTokenizerBase
-    where: str
+def _closings(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the special tokens that a text ends with, in their order, spaces aside."""
+    found: list[str] = []
+    text = text.rstrip()
+    while special := next((one for one in special_texts(tokenizer) if text.endswith(one)), None):
+        found.insert(0, special)
+        text = text[: -len(special)].rstrip()
+    return found
 
-    @cached_property
-    def template(self) -> str:
-        try:
-            return self.tokenizer.get_chat_template(tools=self.chat.tools)
-        except ValueError as error:
-            raise UserError(
-                f"{self.where}: none of the tokenizer's chat templates is the default; name one default"
-            ) from error
 
-    @cached_property
-    def has_marks(self) -> bool:
-        return _GENERATION.search(self.template) is not None
-
+class _Conversation(Renderer):
     @property
     def turns(self) -> list[int]:
         """Indices of the trained messages."""
@@ -140,31 +143,8 @@ class _Conversation:
 
     @property
     def _assistants(self) -> list[int]:
-        numbered = enumerate(self.chat.messages)
+        numbered = enumerate(self.messages)
         return [i for i, item in numbered if item["role"] == "assistant" and i >= self.chat.prompt_messages]
-
-    def render_marked(self) -> tuple[str, list[tuple[int, int]]]:
-        """Return the whole text and the spans of characters that the template marks as generated."""
-        texts, spans = self._render(self.chat.messages, return_assistant_tokens_mask=self.has_marks)
-        return texts[0], spans[0] if self.has_marks else []
-
-    def render(self, messages: list[Message], *, ask: bool = False) -> str | None:
-        """Return messages as text, asking for the next turn or not; None where the template refuses them."""
-        if not messages:
-            return None
-        try:
-            return self._render(messages, add_generation_prompt=ask)[0][0]
-        except _TEMPLATE_ERRORS:
-            return None
-
-    def _render(self, messages: list[Message], **how: bool) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        # What apply_chat_template calls; that one gives no places of characters.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        words: dict[str, Any] = {**self.tokenizer.special_tokens_map, **self.chat.words, **how}
-        return render_jinja_template(  # pyright: ignore[reportReturnType]
-            [messages], tools=self.chat.tools, chat_template=self.template, **words
-        )
 
     def spans_of_marks(self, text: str, marked: list[tuple[int, int]]) -> list[Span]:
         silent = self.spans_of_turns(text, [turn for turn in self._assistants if turn in self.chat.silent])
@@ -178,11 +158,9 @@ class _Conversation:
                 f"{self.where}: the chat template's generation marks cover no assistant turn; mend the "
                 "template, or remove its marks so that the turns are found without them"
             )
-        messages = self.chat.messages
         first = 0
         if self.chat.prompt_messages:
-            asked = self.render(messages[: self.chat.prompt_messages], ask=True) or ""
-            first = shared_prefix(asked, text)
+            first = self._shared(self.upto(self.chat.prompt_messages, ask=True) or "", text)
         ending = self._ending(self.turns[-1]) if self.turns else None
         spans: list[Span] = []
         for start, end in marked:
@@ -195,10 +173,10 @@ class _Conversation:
         return spans
 
     def whole_span(self, text: str) -> list[Span]:
-        head, start = self.chat.messages[: self.chat.prompt_messages], 0
+        head, start = self.chat.prompt_messages, 0
         if head:
-            plain = self.render(head)
-            start = shared_prefix(self.render(head, ask=True) or plain or "", text)
+            plain = self.upto(head)
+            start = self._shared(self.upto(head, ask=True) or plain or "", text)
             if plain is None or start < len(plain):
                 raise UserError(
                     f"{self.where}: the chat template rewrites the prompt once the completion follows, so where it "
@@ -215,41 +193,128 @@ class _Conversation:
             if span is None:
                 raise UserError(
                     f"{self.where}: message {turn + 1}: the chat template rewrites earlier turns, so what "
-                    "is the assistant's cannot be told; cut the conversation after that turn, or use a "
-                    "template with {% generation %} marks"
+                    "is the assistant's cannot be told; cut the conversation after that turn, or give a "
+                    "template with {% generation %} marks with --data.chat_template"
                 )
             spans.append(span)
         return spans
 
+    def restored(self, rendered: Rendered) -> Rendered:
+        """Return the conversation with what the template cuts out of its last turn, and what it cuts elsewhere told.
+
+        What is put back stands as the row has it, behind what asks for the turn, as a model would generate it.
+        """
+        text, spans = rendered.text, rendered.spans
+        lost = False
+        ends = self._ends(text, spans)
+        for number, turn in enumerate(self.turns):
+            message = self.messages[turn]
+            floor, end = (ends[number - 1] if number else 0), ends[number]
+            if (
+                number < len(spans)
+                and end == spans[number].end
+                and holds(text[spans[number].start : end], message)
+            ):
+                continue
+            before = self.upto(turn)
+            start = len(before) if before is not None and text.startswith(before) else floor
+            if holds(text[start:end], message):  # with what the template writes to ask for the turn
+                continue
+            last = turn == len(self.messages) - 1 and not self.has_marks
+            put_back = self._with_last_turn_whole(text, spans) if last and spans else None
+            if put_back is not None:
+                rendered = put_back
+            # Fields and calls that are no part of the content stay lost.
+            lost |= put_back is None or not holds(put_back.text, message)
+        return replace(rendered, remarks=rendered.remarks | Remark.LOST) if lost else rendered
+
+    def _ends(self, text: str, spans: list[Span]) -> list[int]:
+        """Return for each trained turn a place behind it and, where it is known, before the next one's content."""
+        if not self.has_marks and not self.chat.whole:
+            return [span.end for span in spans]
+        texts = [self.upto(turn + 1) for turn in self.turns]
+        return [len(one) if one is not None and text.startswith(one) else len(text) for one in texts]
+
+    def _with_last_turn_whole(self, text: str, spans: list[Span]) -> Rendered | None:
+        """Return the conversation with the last message's content whole; None where it is not cut but changed."""
+        message = self.messages[-1]
+        content = spoken(message) or ""
+        mark = _unused(text)
+        before, found, after = (self.render([*self.messages[:-1], saying(message, mark)]) or "").partition(
+            mark
+        )
+        if not found or mark in after or not text.startswith(before) or not text.endswith(after):
+            return None
+        kept = squashed(text[len(before) : len(text) - len(after)])
+        if len(text) < len(before) + len(after) or kept not in squashed(content):
+            return None
+        asked = self.upto(len(self.messages) - 1, ask=True) or ""
+        if before.startswith(asked) and before[len(asked) :].strip():
+            return None  # the template has something of its own to say, such as an empty thought
+        opened = asked.removeprefix(before) if asked.startswith(before) else ""
+        if opened.strip() and not content.lstrip().startswith(opened.strip()):
+            before = asked  # such as an opened <think>, which the content goes on from
+        whole = before + content + after
+        if whole == text:
+            return None
+        start = spans[-1].start
+        if not self.chat.whole:
+            start = len(asked) if whole.startswith(asked) else min(start, len(before))
+        span = Span(start, len(whole) - (len(text) - spans[-1].end), spans[-1].closed)
+        return Rendered(whole, [*spans[:-1], span], Remark.KEPT)
+
+    def ended(self, rendered: Rendered) -> Rendered:
+        """Return the conversation with its last turn closed, where the template closes turns in the next header."""
+        text, spans = rendered.text, rendered.spans
+        last = len(self.messages) - 1
+        if not spans or spans[-1].closed or spans[-1].end != len(text) or last not in self.turns:
+            return rendered
+        tail = self._next_header(last)
+        closing = None if tail is None else self._late_end(tail)
+        if tail is None or closing is None:
+            return rendered
+        text += tail[:closing]
+        return replace(
+            rendered, text=text, spans=[*spans[:-1], Span(spans[-1].start, len(text), closed=True)]
+        )
+
     def _start(self, text: str, turn: int, floor: int) -> int | None:
-        past = self.chat.messages[:turn]
-        asked = self.render(past, ask=True)
+        asked = self.upto(turn, ask=True)
         if asked is not None and text.startswith(asked):
             return len(asked)
         content = self._content_at(text, turn, end=False)
-        plain = self.render(past)
+        plain = self.upto(turn)
         if asked is not None and plain is not None and asked.startswith(plain) and text.startswith(plain):
             # The template asks with more than it keeps, such as an opened <think>: what both have is given.
-            common = shared_prefix(asked, text)
+            common = self._shared(asked, text)
             return common if content is None else min(common, content)
         if content is not None:
             return content
         return self._after_header(text, turn, floor)
 
+    def _shared(self, asked: str, text: str) -> int:
+        """Return where two texts part, at the start of the tag or word in which they do."""
+        at = shared_prefix(asked, text)
+        if at in (len(asked), len(text)):
+            return at
+        line = text.rfind("\n", 0, at) + 1
+        parted = min(_unit_start(one, line, at, self.tokenizer) for one in (asked, text))
+        return at if parted == at else self._shared(asked[:parted], text)
+
     def _after_header(self, text: str, turn: int, floor: int) -> int | None:
         """Return where the last header ends, in the words that ask for a turn, before the content does."""
-        asked = self.render(self.chat.messages, ask=True)
+        asked = self.upto(len(self.messages), ask=True)
         end = self._content_at(text, turn, end=True)
         if asked is None or end is None or not asked.startswith(text):
             return None
         header = asked[len(text) :]
         at = text.rfind(header, floor, end) if header.strip() else -1
-        if at < 0 or header in str(self.chat.messages[turn].get("content")):
+        if at < 0 or header in str(spoken(self.messages[turn])):
             return None
         return at + len(header)
 
     def _end(self, text: str, turn: int, start: int) -> Span | None:
-        through = text if turn + 1 == len(self.chat.messages) else self.render(self.chat.messages[: turn + 1])
+        through = self.upto(turn + 1)
         if through is not None and text.startswith(through) and len(through) >= start:
             return self._close(text, start, len(through))
         end = self._content_at(text, turn, end=True)
@@ -263,39 +328,87 @@ class _Conversation:
         if end < start:
             return None
         # Some templates close a turn of the past otherwise than the last one: as the turn before it is closed.
-        for closing in filter(None, (ending, self._ending(turn - 1) if turn else None)):
+        for closing in (*reversed(self._endings(turn)), *(self._endings(turn - 1)[-1:] if turn else ())):
             at = text.find(closing, end)
             if at >= 0 and (not text[end:at].strip() if following is None else at <= following):
                 return Span(start, at + len(closing), closed=True)
         unsure = following is None and ending is not None and ending in text[end:]
-        return None if unsure else Span(start, end, closed=False)
+        if unsure:
+            return None
+        closing = self._late_end(text[end:])
+        return Span(start, end, closed=False) if closing is None else Span(start, end + closing, closed=True)
 
     def _close(self, text: str, start: int, end: int) -> Span:
-        """Return the span without what follows its end token; whole where it has none."""
-        spoken = text[start:end].rstrip()
-        if spoken.endswith(_special_texts(self.tokenizer)):
-            return Span(start, start + len(spoken), closed=True)
-        return Span(start, end, closed=False)
+        """Return the span without what follows its end token, with one that the next header brings."""
+        spoken_text = text[start:end].rstrip()
+        if spoken_text.endswith(special_texts(self.tokenizer)):
+            return Span(start, start + len(spoken_text), closed=True)
+        closing = self._late_end(text[end:])
+        return Span(start, end, closed=False) if closing is None else Span(start, end + closing, closed=True)
+
+    def _late_end(self, tail: str) -> int | None:
+        """Return where in what follows a turn the token ends that closes it; None where a message merely begins."""
+        token = special_pattern(self.tokenizer).match(tail, len(tail) - len(tail.lstrip()))
+        if token is None or token.group() in self._openings:
+            return None
+        return token.end()
+
+    @cached_property
+    def _openings(self) -> set[str]:
+        """The special tokens that open messages of the assistant and of others alike, and so end nothing."""
+        pattern = special_pattern(self.tokenizer)
+        mark = _unused(self.text)
+        first = [saying(self.messages[0], mark)]
+        opening, _, _ = (self.render(first) or "").partition(mark)
+        asked = (self.render(first, ask=True) or "").removeprefix(self.render(first) or "")
+        return set(pattern.findall(opening)) & set(pattern.findall(asked))
+
+    def _next_header(self, turn: int) -> str | None:
+        """Return what the template writes in front of the message that answers a turn."""
+        calls = {key: value for key, value in self.messages[turn].items() if key in ("role", "tool_calls")}
+        said = saying({**calls, "content": self.messages[turn].get("content")}, "Hello")
+        role = "tool" if "tool_calls" in calls else "user"
+        past = [*self.messages[:turn], said]
+        through = self.render(past)
+        answered = self.render([*past, saying({"role": role, "content": said["content"]}, "Hello")])
+        if through is None or answered is None or not answered.startswith(through):
+            return None
+        return answered[len(through) :]
 
     def _ending(self, turn: int) -> str | None:
         """Return the end token that the template writes after a turn when it is the last."""
-        alone = (self.render(self.chat.messages[: turn + 1]) or "").rstrip()
-        return next((special for special in _special_texts(self.tokenizer) if alone.endswith(special)), None)
+        return next(reversed(self._endings(turn)), None)
+
+    def _endings(self, turn: int) -> list[str]:
+        """Return the special tokens, in their order, that the template ends a turn with when it is the last."""
+        return _closings(self.upto(turn + 1) or "", self.tokenizer)
 
     def _content_at(self, text: str, turn: int, *, end: bool) -> int | None:
         """Return where a message's content ends, or starts, in the whole text; None if it cannot be told."""
-        messages = self.chat.messages
-        content = messages[turn].get("content") if turn < len(messages) else None
-        if not isinstance(content, str):
+        messages = self.messages
+        content = spoken(messages[turn]) if turn < len(messages) else None
+        if content is None:
             return None
-        mark = next(mark for number in count() if (mark := f"\u241e{number}\u241e") not in text)
+        mark = _unused(text)
         # Templates that trim the content keep a mark only behind the trimmed form.
         for said in (content, content.rstrip() if end else content.lstrip()):
-            message = {**messages[turn], "content": said + mark if end else mark + said}
+            message = saying(messages[turn], said + mark if end else mark + said)
             marked = self.render([*messages[:turn], message, *messages[turn + 1 :]])
             if marked is not None and marked.count(mark) == 1 and marked.replace(mark, "") == text:
                 return marked.index(mark)
         return None
+
+
+def _unused(text: str) -> str:
+    return next(mark for number in count() if (mark := f"\u241e{number}\u241e") not in text)
+
+
+def _unit_start(text: str, line: int, at: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return where the tag or word begins that a place is within, else the place; a line starts outside of any."""
+    for unit in unit_pattern(tokenizer).finditer(text, line):
+        if unit.end() > at:
+            return min(unit.start(), at)
+    return at
 
 
 def shared_prefix(first: Sequence[object], second: Sequence[object]) -> int:
@@ -304,3 +417,21 @@ def shared_prefix(first: Sequence[object], second: Sequence[object]) -> int:
         if one != other:
             return index
     return min(len(first), len(second))
+
+
+def remarks_of(chat: ChatExample, tokenizer: PreTrainedTokenizerBase) -> Remark:
+    """Return what a conversation's messages give reason to remark, whatever the template makes of them."""
+    found = Remark.NONE
+    pattern = special_pattern(tokenizer)
+    for index, message in enumerate(chat.messages):
+        said = message.get("content") or ""
+        if pattern.search(said):
+            found |= Remark.CONTROL
+        if index >= chat.prompt_messages and index not in chat.silent and _is_empty(message):
+            found |= Remark.EMPTY
+    return found
+
+
+def _is_empty(message: Message) -> bool:
+    said = (message.get("content"), message.get("tool_calls"), *(message.get(name) for name in REASONING))
+    return message["role"] == "assistant" and not any(str(one).strip() for one in said if one)

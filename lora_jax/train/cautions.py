@@ -2,6 +2,9 @@
 
     learning_rate     one that suits the other method: adapters take about ten times that of full fine-tuning
     max_length        more than 5 % of the training rows are cut, or were dropped because nothing was left to train
+    lost_words        trained words that the chat template leaves out or changes
+    empty_answers     rows that train nothing but an end token
+    control_tokens    rows with control tokens within a message
     duplicates        more than 5 % of the training rows repeat another
     leaked            rows of an evaluation set are also trained on
     start             the loss before the first step is worse than that of guessing evenly, ln(vocabulary), or that of
@@ -29,6 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.config import RunConfig
 from lora_jax.data.dataset import TokenDataset
+from lora_jax.data.remarks import Remark
 from lora_jax.errors import listing
 from lora_jax.train.setup import Run
 
@@ -40,6 +44,15 @@ WORSE = 0.1
 """Nats by which a loss has to be worse to be worth a warning."""
 MOVED_BY = 10
 """Steps after which every B has moved, a warm-up's first step of rate zero among them."""
+_REMARKED = {
+    Remark.LOST: (
+        "lost_words",
+        "end a row with each turn whose reasoning is to be trained, or choose another --data.chat_template",
+    ),
+    Remark.EMPTY: ("empty_answers", "they teach the model to say nothing; remove them if that is not meant"),
+    Remark.CONTROL: ("control_tokens", "the model reads them as the ends and starts of turns; remove them"),
+}
+"""What is warned of among the remarks about rows: a name, and what can be done."""
 ADAM_LIKE = ("adamw", "adamw8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor")
 
 
@@ -126,6 +139,9 @@ def about_rows(rows: TokenDataset) -> dict[str, str | None]:
             f"{_share(long, all_rows)} training rows are longer than --data.max_length {rows.max_length:,} "
             "and lose their ends, or are left out; raise it, or shorten them"
         )
+    for remark, (name, remedy) in _REMARKED.items():
+        if remark in rows.remarks:
+            found[name] = f"{rows.remarked(remark)}; {remedy}"
     once = _digests(rows)[np.unique(rows.order, return_index=True)[1]]  # a mixture repeats rows on purpose
     repeated = len(once) - len(np.unique(once))
     if repeated > BULK * len(once):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_jax.data.formats import ChatExample, CompletionExample, TextExample
+from lora_jax.data.remarks import Remark
 from lora_jax.data.tokens import Tokens, tokenise, within
 from lora_jax.data.turns import Span
 from lora_jax.errors import UserError
@@ -54,10 +55,22 @@ def test_completion_and_eos_are_trained_and_the_prompt_is_not(make_tokenizer):
     assert trained_text(tokens, tokenizer) == " The sum is 5.</s>"
 
 
-def test_completion_that_melts_into_the_prompt_is_trained_from_the_first_differing_token(make_tokenizer):
+@pytest.mark.parametrize("prompt", ["the ans", "th"])
+def test_completion_that_would_share_a_token_with_the_prompt_is_tokenised_apart(make_tokenizer, prompt):
+    """A prompt of one token that melts into its completion would leave nothing but EOS to train."""
     tokenizer = make_tokenizer()
+    for completion in ("wer", "e", "e answer"):
+        tokens = tokenise(CompletionExample(prompt, completion), tokenizer, 64, "here")
+        assert trained_text(tokens, tokenizer) == completion + "</s>"
+        asked = tokenizer(prompt)["input_ids"]  # what a model that generates is given
+        assert tokens.input_ids[: len(asked)].tolist() == asked
+
+
+def test_completion_tokenised_apart_gets_no_space_from_a_tokenizer_with_metaspace(make_tokenizer):
+    tokenizer = make_tokenizer(form="metaspace")
     tokens = tokenise(CompletionExample("the ans", "wer"), tokenizer, 64, "here")
-    assert trained_text(tokens, tokenizer).endswith("wer</s>")
+    assert tokenizer.decode(tokens.input_ids).removesuffix("</s>").strip() == "the answer"
+    assert trained_text(tokens, tokenizer).removesuffix("</s>") in ("wer", "answer")
 
 
 def test_tokenizer_that_adds_bos_gives_exactly_one(make_tokenizer):
@@ -98,7 +111,9 @@ def test_blank_text_has_nothing_to_train_on(make_tokenizer):
 
 def test_empty_completion_trains_eos_alone(make_tokenizer):
     tokenizer = make_tokenizer()
-    assert trained_text(tokenise(CompletionExample("Hello", ""), tokenizer, 64, "here"), tokenizer) == "</s>"
+    tokens = tokenise(CompletionExample("Hello", ""), tokenizer, 64, "here")
+    assert trained_text(tokens, tokenizer) == "</s>"
+    assert tokens.remarks == Remark.EMPTY
 
 
 def test_tokenizer_without_eos_is_one_clear_error(make_tokenizer):

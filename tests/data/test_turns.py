@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lora_jax.data.formats import ChatExample
 from lora_jax.data.tokens import tokenise
 from lora_jax.errors import UserError
+from lora_jax.generate.prompt import end_ids
 
 TURNS = ("What is 2 + 3?", "The sum is 5.", "Hello", "Good day 🙂")
 TWO_TURNS = {
@@ -19,8 +20,8 @@ TWO_TURNS = {
     "forgetful": "The sum is 5.<|im_end|><think>\n\n</think>\n\nGood day 🙂<|im_end|>",
     "opening": "The sum is 5.<|im_end|>\n</think>\n\nGood day 🙂<|im_end|>",
     "moving": " The sum is 5.</s> Good day 🙂</s>",
-    # " The" is one token, so the space that asks for the turn is trained with it; EOS is appended.
-    "endless": " The sum is 5.\nGood day 🙂\n</s>",
+    # The space that asks for the turn is no part of it, though " The" would be one token; EOS is appended.
+    "endless": "The sum is 5.\nGood day 🙂\n</s>",
 }
 
 
@@ -41,14 +42,12 @@ def test_every_assistant_turn_is_trained_with_its_end_token(make_tokenizer, temp
     assert trained_text(chat(*TURNS), make_tokenizer(template, form=form)) == TWO_TURNS[template]
 
 
-@pytest.mark.parametrize("template", ["chatml", "llama3", "mistral", "gemma", "endless"])
+@pytest.mark.parametrize("template", ["chatml", "llama3", "mistral", "gemma"])
 def test_tokens_are_those_of_the_rendered_conversation(make_tokenizer, template):
     tokenizer = make_tokenizer(template, add_bos=True)
     messages = chat(*TURNS).messages
     tokens = tokenise(chat(*TURNS), tokenizer, 512, "here")
     expected = tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
-    if template == "endless":
-        expected = [*expected, tokenizer.eos_token_id]
     assert tokens.input_ids.tolist() == expected
 
 
@@ -151,8 +150,17 @@ def test_cut_conversation_loses_its_end(make_tokenizer):
     np.testing.assert_array_equal(cut.trained, whole.trained[:-4])
 
 
+def test_turn_is_tokenised_apart_from_what_asks_for_it(make_tokenizer):
+    """A line end that starts an answer would share a token with the header's, which generation is given alone."""
+    tokenizer = make_tokenizer("chatml")
+    tokens = tokenise(chat("Hello", "\n\nthe answer", "Hello", "\nday"), tokenizer, 512, "here")
+    assert tokenizer.decode(tokens.input_ids[tokens.trained]) == "\n\nthe answer<|im_end|>\nday<|im_end|>"
+    asked = tokenizer.apply_chat_template(chat("Hello").messages, add_generation_prompt=True)["input_ids"]
+    assert tokens.input_ids[: len(asked)].tolist() == asked
+
+
 _WORDS = st.text(alphabet="the answer é🙂\n<|>:[]", min_size=1, max_size=20)
-# A leading line end would share a token with that of the header.
+# The templates that part reasoning from what is said strip line ends.
 _ANSWERS = _WORDS.filter(lambda text: not text[0].isspace())
 
 
@@ -167,3 +175,57 @@ def test_trained_text_is_that_of_the_assistant_whatever_is_said(make_tokenizer, 
         found = found.replace(thought, "")
     space = " " if template in ("mistral", "moving") else ""
     assert found == "".join(space + answer + ending for _, answer in turns)
+
+
+LATE = (
+    "{% for m in messages %}{{ ('' if loop.first else '<|im_end|>\n') + '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|>\n<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_end_token_in_front_of_the_next_message_belongs_to_the_turn_that_it_ends(make_tokenizer, whole):
+    """trl PR #5988: a turn is closed in the header of the next message, and the last one likewise."""
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = LATE
+    example = ChatExample(chat("a", "b", "c", "d").messages, whole=whole)
+    found = trained_text(example, tokenizer)
+    assert found.endswith("d<|im_end|>")
+    assert whole or found == "b<|im_end|>d<|im_end|>"
+    assert end_ids({}, {}, tokenizer, chat=True) >= {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+def test_token_that_opens_every_message_ends_none(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "")
+    assert trained_text(chat("a", "b", "c", "d"), tokenizer) == "b\nd\n</s>"
+
+
+@pytest.mark.parametrize("form", ["bytes", "trimmed"])
+def test_turn_begins_at_the_tag_where_it_parts_from_what_asks_for_it(make_tokenizer, form):
+    """Automodel PR #3739: <think> and <tool_call> begin alike."""
+    tokenizer = make_tokenizer("chatml", form=form)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+        "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + (c.function.arguments | tojson) + '</tool_call>' }}"
+        "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    for calling in ({"content": "", "tool_calls": [call]}, {"tool_calls": [call]}):
+        turns = [{"role": "user", "content": "2?"}, {"role": "assistant", **calling}]
+        example = ChatExample(
+            [*turns, {"role": "tool", "content": "5"}, {"role": "assistant", "content": "5."}]
+        )
+        found = trained_text(example, tokenizer)
+        assert found == '<tool_call>{"a": 2}</tool_call><|im_end|>5.<|im_end|>'
+
+
+def test_turn_begins_at_the_word_where_it_parts_from_what_asks_for_it(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n' }}", "assistant\nThere is' }}")
+    call = {"role": "assistant", "content": "Therefore: 5"}
+    assert (
+        trained_text(ChatExample([{"role": "user", "content": "2?"}, call]), tokenizer)
+        == "Therefore: 5<|im_end|>"
+    )

@@ -29,8 +29,9 @@ LINE_END = UNMARKED.replace("{% endfor %}", "{{ '\n' }}{% endfor %}", 1)
 TEXTS = [{"text": "The sum of 2 and 3 is 5."}, {"text": "Good day</s>"}]
 COMPLETIONS = [
     {"prompt": "The sum of 2 and", "completion": " 3 is 5."},
-    {"prompt": "the ans", "completion": "wer"},
+    {"prompt": "the answer", "completion": " Good"},
 ]
+MELTING = [{"prompt": "the ans", "completion": "wer"}]
 USER, ASSISTANT = ({"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "The sum is 5."})
 MESSAGES = [{"messages": [USER, ASSISTANT, USER, ASSISTANT]}]
 MESSAGE_PAIRS = [{"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]}]
@@ -96,7 +97,7 @@ def ours(
         (MESSAGES, CLOSED, {"assistant_only_loss": True}, 512),
         (MESSAGES, CLOSED, {"assistant_only_loss": True}, 20),
         (MESSAGE_PAIRS, UNMARKED, {}, 512),
-        (COMPLETIONS, UNMARKED, {"completion_only_loss": False}, 512),
+        (COMPLETIONS + MELTING, UNMARKED, {"completion_only_loss": False}, 512),
         (MESSAGES, LINE_END, {"assistant_only_loss": False}, 512),
         (MESSAGE_PAIRS, LINE_END, {"completion_only_loss": False, "assistant_only_loss": False}, 512),
         (MESSAGE_PAIRS, LINE_END, {"completion_only_loss": True, "assistant_only_loss": False}, 512),
@@ -118,6 +119,19 @@ def test_line_end_after_the_end_token_is_trained_by_trl_alone(tmp_path):
         ours(MESSAGE_PAIRS, LINE_END, tmp_path, 512)[0],
     )
     assert np.flatnonzero(np.asarray(expected) != np.asarray(found)).tolist() == [len(ids) - 1]
+
+
+def test_completion_that_melts_into_its_prompt_is_tokenised_apart_unlike_with_trl(tmp_path):
+    """TRL trains the token that holds the end of the prompt too, which no model is given the prompt without."""
+    (theirs_ids, _), (ids, trained) = (
+        theirs(MELTING, UNMARKED, tmp_path, 512)[0],
+        ours(MELTING, UNMARKED, tmp_path, 512)[0],
+    )
+    tokenizer = make_tokenizer(UNMARKED)
+    asked = tokenizer(MELTING[0]["prompt"])["input_ids"]
+    assert ids[: len(asked)] == asked != theirs_ids[: len(asked)]
+    assert tokenizer.decode(np.asarray(ids)[trained]) == "wer</s>"
+    assert tokenizer.decode(ids) == tokenizer.decode(theirs_ids)
 
 
 def test_turns_found_without_marks_are_those_of_the_marks(tmp_path):
@@ -143,7 +157,7 @@ def trained_text(name: str, row: dict) -> str:
     tokenizer = make_tokenizer(template)
     special = set(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", template))
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(special)})
-    ids, trained = encode(
+    ids, trained, _ = encode(
         to_example(row, "messages", "row 1", text_field="text", chat=True), tokenizer, "row 1"
     )
     return tokenizer.decode(ids[trained])

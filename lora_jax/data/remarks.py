@@ -1,0 +1,28 @@
+"""What is worth saying of a row that trains: it is used, but likely not as it was meant."""
+
+from __future__ import annotations
+
+from enum import IntFlag
+
+
+class Remark(IntFlag):
+    """Remarks about one row; they are kept with its tokens as the bits of a number."""
+
+    NONE = 0
+    LOST = 1
+    """Words of a trained turn are not in the text that the chat template writes."""
+    KEPT = 2
+    """Words that the template cuts out of the last turn were put back."""
+    EMPTY = 4
+    """A trained turn or completion is empty: its end token alone is trained."""
+    CONTROL = 8
+    """The text of a message holds a control token."""
+
+
+WORDS = {
+    Remark.LOST: "with trained words that the chat template leaves out or changes",
+    Remark.KEPT: "with words put back that the chat template cuts out of the last turn",
+    Remark.EMPTY: "with an empty answer, of which the end token alone is trained",
+    Remark.CONTROL: "with control tokens within a message",
+}
+"""What a row is, in the order in which that is said."""
