@@ -302,10 +302,11 @@ def _part(
 
 def _counts(about: dict[str, Any]) -> Counts:
     """Return what was left out, as an entry of the cache notes it: JSON has no tuples."""
-    said = about["counts"]
-    return Counts(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
-    )
+    said: dict[str, Any] = about["counts"]
+    found: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in said.items()
+    }
+    return Counts(**found)
 
 
 def _tokenised(
