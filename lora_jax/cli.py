@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,7 +46,8 @@ MORE_MEMORY = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code.
 
-    0, 2 for what the user can mend, 3 for a plan that does not fit, 130 when interrupted, 141 unread.
+    0, 2 for what the user can mend, 3 for a plan that does not fit, 130 when interrupted, 141 unread, 129 and 143
+    when ended by SIGHUP and SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] == "--version":
@@ -64,7 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _without_absent_tpu()
         if given[0] in COMPILING:
             keep_compiled()
-        return command(given[1:])
+        with _leaving_nothing() if given[0] in WRITING else nullcontext():
+            return command(given[1:])
+    except Terminated as signalled:
+        print(str(signalled), file=sys.stderr)
+        return signalled.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -96,6 +101,35 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+class Terminated(BaseException):
+    """A signal that ends the program came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.code = 128 + number
+
+
+@contextmanager
+def _leaving_nothing() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that nothing half written stays; nohup's choice holds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> NoReturn:
+        raise Terminated(number)
+
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in found.items() if handler == signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -186,6 +220,8 @@ def _inspect(arguments: Sequence[str]) -> int:
 
 COMPILING = ("train", "generate", "plan")
 """Commands whose compiled programs are kept."""
+WRITING = ("merge", "quantize", "export")
+"""Commands that write a folder; train, which does too, knows signals itself."""
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,

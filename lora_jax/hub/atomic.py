@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -16,6 +17,9 @@ from uuid import uuid4
 from lora_jax.errors import UserError
 from lora_jax.hub.bucket import Place, unreachable, uploaded_folder
 
+STALE = 24 * 3600
+"""Seconds after which a folder of another name, half written, is taken for a dead program's."""
+_DIGITS = "[0-9a-f]" * 8
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another disk",
     errno.EDQUOT: "free some space or choose another disk",
@@ -87,10 +91,10 @@ def write_text(path: Place, text: str) -> None:
 def whole_folder(path: Place, *, overwrite: bool = False) -> Iterator[Path]:
     """Give an empty temporary folder beside `path`, which becomes `path` on leaving.
 
-    On any failure, an interrupt included, nothing is left and an older `path` stays as it was; what a program that
-    was killed left is removed first. With `overwrite` the older one goes away at the very end. In a bucket it is
-    replaced file by file. Raises UserError where `path` is a file, holds something and `overwrite` is not given, or
-    cannot be written.
+    On any failure, an interrupt included, nothing is left and an older `path` stays as it was; what programs that were
+    killed left around it is removed first (`remove_leftovers`). With `overwrite` the older one goes away at the very
+    end. In a bucket it is replaced file by file. Raises UserError where `path` is a file, holds something and
+    `overwrite` is not given, or cannot be written.
     """
     if not isinstance(path, Path):
         with uploaded_folder(path) as folder:
@@ -121,19 +125,36 @@ def whole_folder(path: Place, *, overwrite: bool = False) -> Iterator[Path]:
 def remove_leftovers(path: Place) -> None:
     """Remove what a program that was killed while it wrote `path` left beside it; in a bucket there is nothing.
 
-    A folder that another program is still writing is locked, and stays.
+    So goes what was to be a folder of another name, once it is a day old. A folder that another program is still
+    writing is locked, and stays; that of another machine is not locked on every file system, hence the day.
     """
     for aside in _beside(path, "partial") if isinstance(path, Path) else ():
         if not aside.is_dir():
             aside.unlink(missing_ok=True)
-        elif (lock := _locked(aside)) is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.close(lock)
+        else:
+            _remove_unlocked(aside)
+    for aside in path.parent.glob(f".*.{_DIGITS}.partial") if isinstance(path, Path) else ():
+        if aside.is_dir() and time.time() - _last_written(aside) > STALE:
+            _remove_unlocked(aside)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    if (lock := _locked(folder)) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _last_written(folder: Path) -> float:
+    times = [0.0]
+    for path in (folder, *folder.iterdir()):
+        with suppress(OSError):  # gone meanwhile
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def _beside(path: Path, ending: str) -> Iterator[Path]:
     """Give the temporary names of `path` that are there, and not those of one whose name begins like it."""
-    return path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 8}.{ending}")
+    return path.parent.glob(f".{escape(path.name)}.{_DIGITS}.{ending}")
 
 
 def _locked(folder: Path) -> int | None:

@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from lora_jax.errors import UserError
-from lora_jax.hub.atomic import whole_file, whole_folder, write_bytes, write_text
+from lora_jax.hub.atomic import STALE, whole_file, whole_folder, write_bytes, write_text
 
 
 def everything(folder: Path) -> dict[str, str]:
@@ -205,6 +206,30 @@ def test_what_another_program_is_still_writing_stays(tmp_path: Path) -> None:
         (tmp_path / "out" / "a").unlink()
         (aside / "a").write_text("theirs")
     assert everything(tmp_path) == {"out/a": "theirs"}
+
+
+@pytest.mark.parametrize("name", [".other.0123abcd.partial", ".mine.partial", ".other.0123abcd.older"])
+@pytest.mark.parametrize("age", [STALE - 60, STALE + 60])
+def test_what_was_killed_under_another_name_goes_once_it_is_a_day_old(
+    tmp_path: Path, name: str, age: int
+) -> None:
+    """A merge ended by SIGKILL left a folder of the model's size, which a merge to another name never removed."""
+    left = tmp_path / name
+    left.mkdir()
+    (left / "a").write_text("half")
+    for path in (left, left / "a"):
+        os.utime(path, times=(time.time() - age,) * 2)
+    with whole_folder(tmp_path / "out") as aside:
+        (aside / "a").write_text("1")
+    assert left.exists() == (age < STALE or name != ".other.0123abcd.partial")
+
+
+def test_an_old_folder_that_is_still_being_written_stays(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "other") as other:
+        os.utime(other, times=(0, 0))
+        with whole_folder(tmp_path / "out") as aside:
+            (aside / "a").write_text("1")
+        assert other.is_dir()
 
 
 def test_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
