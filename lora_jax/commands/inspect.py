@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from lora_jax.config import DataOptions, ModelOptions, RunConfig, TrainOptions, check_data
 from lora_jax.errors import UserError
 from lora_jax.options import parse
+
+WIDEST = 10_000
+"""Characters of a table's line at most."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,6 @@ def inspect_data(options: InspectDataOptions, console: Console | None = None) ->
 
 def inspect_adapter(options: InspectAdapterOptions, console: Console | None = None) -> int:
     """Print an adapter's config and the norm of each kind of module's tensors; return the exit code."""
-    import numpy as np
-
     from lora_jax.hub.adapter_files import read_adapter
 
     if not options.adapter:
@@ -87,14 +90,30 @@ def inspect_adapter(options: InspectAdapterOptions, console: Console | None = No
         f"r {config.r}, lora_alpha {config.lora_alpha:g}, base {config.base_model_name_or_path}",
         soft_wrap=True,
     )
-    kinds: dict[str, list[np.ndarray]] = {}
+    kinds: dict[str, dict[str, list[Any]]] = {}
     for name, tensor in tensors.items():
         kind = ".".join(part for part in name.split(".") if not part.isdigit())
-        kinds.setdefault(kind, []).append(tensor)
-    table = Table("tensors", "number", "shapes", "Frobenius norm")
-    for kind, group in kinds.items():
-        shapes = sorted({"x".join(map(str, tensor.shape)) for tensor in group})
-        norm = np.sqrt(sum(float(np.sum(np.square(tensor, dtype=np.float64))) for tensor in group))
-        table.add_row(kind, str(len(group)), ", ".join(shapes), f"{norm:.4g}")
+        module, adapted, factor = kind.removesuffix(".weight").rpartition(".lora_")
+        module, factor = (module, factor.removeprefix("embedding_")) if adapted else (kind, "whole")
+        kinds.setdefault(module, {}).setdefault(factor, []).append(tensor)
+    table = Table("module", "number", "tensor", "shapes", "Frobenius norm", box=None, pad_edge=False)
+    for column in table.columns:
+        column.no_wrap = True
+    for kind, groups in kinds.items():
+        cells = [_cells(factor, group) for factor, group in groups.items()]
+        number = str(max(map(len, groups.values())))
+        table.add_row(kind, number, *(", ".join(parts) for parts in zip(*cells, strict=True)))
+    console.width = WIDEST
+    console.width = Measurement.get(
+        console, console.options, table
+    ).maximum  # a narrow terminal wraps the lines
     console.print(table)
     return 0
+
+
+def _cells(factor: str, group: Sequence[Any]) -> tuple[str, str, str]:
+    import numpy as np
+
+    shapes = sorted({"x".join(map(str, tensor.shape)) for tensor in group})
+    norm = np.sqrt(sum(float(np.sum(np.square(tensor, dtype=np.float64))) for tensor in group))
+    return factor, " ".join(shapes), f"{norm:.4g}"
