@@ -10,7 +10,11 @@ EXIT_CODE = 2
 INTERRUPTED = 130
 """Exit code of what Ctrl-C has ended, as a shell gives it: 128 + SIGINT."""
 
-_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*(memory|allocat)", re.DOTALL | re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"RESOURCE_EXHAUSTED.*(memory|allocat)|out[ _]of[ _]memory|bad_alloc|(failed to|cannot) allocate",
+    re.DOTALL | re.IGNORECASE,
+)
+"""What XLA on an accelerator, XLA on a CPU, CUDA, C++ and the operating system say."""
 _ON_CHIP = re.compile(r"memory space (?!hbm)|space=(?!hbm)|[vs]mem\b|shared memory|register", re.IGNORECASE)
 """Of a kernel that asks for more than a core's own memory or registers: a mistake of the program."""
 _ASKED = re.compile(r"(?:allocat\w*|request for|reserve|Used|of size) ([\d.]+) ?([KMGT]i?B?|B|bytes)?\b")
@@ -38,7 +42,7 @@ def mendable(error: Exception, more_memory: str) -> UserError | None:
     if isinstance(error, UserError):
         return error
     if isinstance(error, MemoryError) or (_NO_MEMORY.search(text) and not _ON_CHIP.search(text)):
-        where = "the machine" if isinstance(error, MemoryError) else "the device"
+        where = "the machine" if isinstance(error, MemoryError | OSError) else "the device"
         asked = _ASKED.search(text)
         said = f"was asked for {_size(asked)}" if asked else "has no more"
         return UserError(f"out of memory: {where} {said}; {more_memory}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from lora_jax.errors import UserError, listing, nearest
 from lora_jax.parallel.chips import GPUS, TPUS, Chip
+from lora_jax.parallel.memory import host_memory
 
 Platform = Literal["tpu", "cuda", "cpu"]
 
@@ -32,7 +33,6 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else it waits for no other process that has it loaded, and aborts
     "JAX_PLATFORMS": "cpu",
 }
-CONTAINER = Path("/sys/fs/cgroup/memory.max")
 """Holds the bytes that a container may take."""
 HOST = (2, 2, 1)
 """Chips of a host as libtpu divides a topology; a smaller topology is one host, and has to be named so."""
@@ -58,10 +58,7 @@ class Target:
         """Bytes that a device has for a program."""
         if self.chip is not None:
             return self.chip.memory
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        with suppress(OSError, ValueError):  # no container, or one without a limit: "max"
-            whole = min(whole, int(CONTAINER.read_text()))
-        return whole // len(self.devices)
+        return host_memory() // len(self.devices)
 
     def compiling(self) -> AbstractContextManager[Any]:
         """Return the context in which what is traced is for these devices."""

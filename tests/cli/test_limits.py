@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +130,17 @@ XLA = jax.errors.JaxRuntimeError
             "the device was asked for 17.50 GiB",
         ),
         (XLA(f"{OUT}Out of memory"), "the device has no more"),
+        (
+            XLA("INTERNAL: Error dispatching computation: Out of memory allocating 103079215104 bytes."),
+            "the device was asked for 96.00 GiB",
+        ),
+        (
+            XLA("INTERNAL: Failed to allocate 1048576 bytes for new constant"),
+            "the device was asked for 1.0 MiB",
+        ),
+        (XLA("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY"), "the device has no more"),
+        (RuntimeError("std::bad_alloc"), "the device has no more"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "the machine has no more"),
         (MemoryError(), "the machine has no more"),
         (
             MemoryError("Unable to allocate 7.28 TiB for an array with shape (1,)"),

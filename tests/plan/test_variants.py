@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from lora_jax.config import DataOptions, MeshOptions, ModelOptions, RunConfig, TrainOptions
-from lora_jax.plan import compiled, targets
+from lora_jax.parallel import memory
+from lora_jax.plan import compiled
 from lora_jax.plan.compiled import Figures
 from lora_jax.plan.estimate import estimate, held_parts, planned_step
 from lora_jax.plan.targets import find_target, prepare_environment
@@ -46,7 +47,7 @@ def test_figures_that_were_kept_go_by_the_memory_that_there_is_now(
     found = compiled.figures(step, target)
     assert found.fits
     (tmp_path / "memory.max").write_text("1000\n")  # of a container
-    monkeypatch.setattr(targets, "CONTAINER", tmp_path / "memory.max")
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path / "memory.max")
     again = compiled.figures(step, target)
     assert (again.peak, again.limit, again.fits) == (found.peak, 1000, False)
 
@@ -72,7 +73,7 @@ def test_gradient_checkpointing_alone_is_what_fits_a_deep_model(
     less = estimate(replace(deep, train=saving), (), target)
     assert less.activations < whole.activations / 4  # by more than other changes are expected to save
     (tmp_path / "memory.max").write_text(str(less.figures.peak))
-    monkeypatch.setattr(targets, "CONTAINER", tmp_path / "memory.max")
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path / "memory.max")
     found = what_fits(whole.subject.config, (), whole)
     assert found is not None
     assert found[0] == "--train.gradient_checkpointing True"
