@@ -11,8 +11,9 @@ written apart and config.json says `tie_word_embeddings: false`, or the head wou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from lora_jax.adapters.peft import TOKEN_ROWS
 from lora_jax.adapters.targets import Plan, Target
 from lora_jax.errors import UserError
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.values import cast, finite, not_finite, too_large
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.load import grown
 from lora_jax.models.names import EMBED_TOKENS, LM_HEAD, name_table
@@ -48,7 +50,7 @@ def merged_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every tensor of the merged model by name, in dtype (auto: as the base stores it).
 
-    Raises UserError, which names the tensor, where float16 cannot hold it.
+    Raises UserError, which names the tensor, where a value of the base or of the result is not finite.
 
     `config` is the base's; its vocab_size may be larger than the checkpoint's where rows were added. With `notes`
     of a quantised base it is merged onto what the codes stand for, an unquantised one's as they say.
@@ -69,30 +71,42 @@ def merged_tensors(
         target_dtype = stored if dtype == "auto" else jnp.dtype(dtype)
         whole = tensors.get(entry.name, tensors.get(biases.get(entry.name, "")))
         if whole is not None:
-            yield entry.name, _converted(whole, target_dtype, entry.name)
+            yield entry.name, _converted(whole, target_dtype, entry.name, base, None)
             continue
         held = quantization if source in quantized else None
-        value = read_weight(base, source, held, notes.dtype, notes.decoded)
+        read = partial(read_weight, base, source, held, notes.dtype, notes.decoded)
+        value = read()
         if value.shape[0] < entry.shape[0]:
             value = grown(value, entry.shape[0])
         if entry.name in deltas:
             target = deltas[entry.name]
-            value = value.astype(np.float32) + delta(target, tensors)
+            with np.errstate(over="ignore", invalid="ignore"):  # `_converted` names what is not finite then
+                value = value.astype(np.float32) + delta(target, tensors)
         if plan.token_indices and source == EMBEDDING_NAME:
             value = value.astype(np.float32)
             value[list(plan.token_indices)] = tensors[TOKEN_ROWS]
-        yield entry.name, _converted(value, target_dtype, entry.name)
+        yield entry.name, _converted(value, target_dtype, entry.name, base, read)
 
 
-def _converted(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what is infinite then is an error with a name
-        converted = value.astype(dtype)
-    if dtype == np.float16 and value.dtype != np.float16 and not np.isfinite(converted).all():
+def _converted(
+    value: np.ndarray, dtype: Any, name: str, base: Checkpoint, read: Callable[[], np.ndarray] | None
+) -> np.ndarray:
+    """Return a merged tensor in dtype; `read` reads again what the base has of it, to tell where a NaN comes from."""
+    converted = cast(value, dtype)
+    if finite(converted):
+        return converted
+    if finite(value):
+        raise too_large(value, dtype, name, "--dtype")
+    stored = None if read is None else read()
+    if stored is not None and not finite(stored):
         raise UserError(
-            f"--dtype float16: {name} has weights of up to {np.abs(value.astype(np.float32)).max():.3g}, beyond "
-            "float16's 65504; give --dtype bfloat16 or float32"
+            f"the base has weights that are not finite: {name} ({not_finite(stored)}): {base.folder}; download it "
+            "again"
         )
-    return converted
+    raise UserError(
+        f"{name} overflows float32 once the adapter is added: its values times its scale are too large; train it again "
+        "at a lower learning rate, or mend its lora_alpha"
+    )
 
 
 def delta(target: Target, tensors: Mapping[str, np.ndarray]) -> np.ndarray:

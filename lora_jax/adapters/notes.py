@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ class Notes:
     """Rows of the vocabulary (0: not noted), the base's dtype as it was asked for, and how it was quantised.
 
     The compute_dtype of the quantisation is the one that the adapter was trained with. `from_codes` says that the
-    base's checkpoint was quantised already: its codes are then known from it alone.
+    base's checkpoint was quantised already: its codes are then known from it alone. `base` is its fingerprint.
     """
 
     vocab_size: int = 0
     dtype: str = "auto"
     quantization: QuantizationConfig | None = None
     from_codes: bool = False
+    base: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def decoded(self) -> str:
@@ -40,6 +41,8 @@ class Notes:
 def write_notes(folder: Path, notes: Notes) -> None:
     """Write an adapter folder's notes."""
     content: dict[str, Any] = {"vocab_size": notes.vocab_size}
+    if notes.base:
+        content["base"] = dict(notes.base)
     if notes.quantization is not None:
         content |= {"dtype": notes.dtype, "quantization_config": notes.quantization.to_json()}
         content["base_is_quantized"] = notes.from_codes
@@ -55,9 +58,11 @@ def read_notes(folder: Path) -> Notes:
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {dtype!r}")
         quantization = read_quantization_config(content, path, _REMEDY)
-        return Notes(
-            int(content["vocab_size"]), dtype, quantization, content.get("base_is_quantized") is True
-        )
+        base = content.get("base", {})
+        if not isinstance(base, dict):
+            raise TypeError(f"base {base!r}")
+        packed = content.get("base_is_quantized") is True
+        return Notes(int(content["vocab_size"]), dtype, quantization, packed, base)
     except FileNotFoundError:
         return Notes()  # not written by this library: its rows are the base's
     except (ValueError, KeyError, TypeError, AttributeError) as error:

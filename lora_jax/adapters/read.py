@@ -14,11 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax.adapters.init import adapter_shapes, init_adapter
-from lora_jax.adapters.notes import read_notes
+from lora_jax.adapters.notes import Notes, read_notes
 from lora_jax.adapters.peft import check_tensors, import_tensors
 from lora_jax.adapters.targets import Plan, make_plan
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, listing
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.fingerprint import fingerprint
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import modules
 from lora_jax.models.sharding import placed, shardings
@@ -71,6 +74,37 @@ def base_of(adapter: Path, config: AdapterConfig) -> str:
     if not base:
         raise UserError(f"{adapter}: the adapter names no base model; give it")
     return base
+
+
+def note_of_base(
+    adapter: Path, named: str | None, base: Checkpoint, given: str | None, option: str
+) -> str | None:
+    """Return what to say where a base is not the one that an adapter was trained on; None where it is, or may be.
+
+    `named` is the base in the adapter's config, `given` the one that the user gave by `option`, if any. One of other
+    weights is told by the fingerprint in the adapter's notes, unless just one of the two is quantised.
+    """
+    changed = _changes(read_notes(adapter), base)
+    if (
+        named
+        and given not in (None, "", named)
+        and Path(named).expanduser().resolve() != base.folder.resolve()
+    ):
+        other = f", which differs from it in {changed}" if changed else ""
+        return f"the adapter names {named} as its base; {given} is used{other}"
+    if changed:
+        return (
+            f"the base has changed since the adapter was trained on it: {base.folder} differs in {changed}; "
+            f"restore it, or give the one that it was with {option}"
+        )
+    return None
+
+
+def _changes(notes: Notes, base: Checkpoint) -> str:
+    if not notes.base or notes.from_codes != isinstance(base, PackedCheckpoint):
+        return ""
+    found = fingerprint(base)
+    return listing(sorted(name for name in {*notes.base, *found} if notes.base.get(name) != found.get(name)))
 
 
 def vocab_size(

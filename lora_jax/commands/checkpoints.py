@@ -77,7 +77,7 @@ def saved_adapter(given: str) -> Saved:
     packed = isinstance(base, PackedCheckpoint)
     dtype = "auto" if packed else config.model.dtype
     rows = found.model_config.vocab_size
-    notes = Notes(rows, dtype, quantization, packed)
+    notes = Notes(rows, dtype, quantization, packed, fingerprint(base))
     tensors = export_tensors(trained, found.plan)
     facts = replace(
         _logged(folder, step, planned_facts(found.config)),

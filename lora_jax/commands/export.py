@@ -13,16 +13,17 @@ from rich.console import Console
 from lora_jax import __version__
 from lora_jax.adapters.notes import NOTES_FILE, write_notes
 from lora_jax.adapters.peft import fold_for_vllm, saved_config
-from lora_jax.adapters.read import open_adapter
+from lora_jax.adapters.read import note_of_base, open_adapter
 from lora_jax.commands.checkpoints import saved_adapter
 from lora_jax.commands.merge import base_folder, check_target
 from lora_jax.errors import UserError
+from lora_jax.generate.stops import write_stops
 from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter_config, write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.model_card import TrainingFacts, adapter_card
 from lora_jax.hub.push import check_push, push_output
-from lora_jax.hub.tokenizer import copy_tokenizer
+from lora_jax.hub.tokenizer import carries_tokenizer, copy_generation_config, copy_tokenizer, load_tokenizer
 from lora_jax.models.families import read_config
 
 
@@ -69,16 +70,26 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
     folded, tensors = fold_for_vllm(saved_config(config, adapter.plan), adapter.tensors, adapter.plan)
     with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:
         write_adapter(aside, folded, tensors)
-        copy_tokenizer(folder, aside)
+        _copy_tokenizer(base, folder, aside)
         if (folder / NOTES_FILE).exists():
             shutil.copyfile(folder / NOTES_FILE, aside / NOTES_FILE)
         rows = adapter.model_config.vocab_size
         resized = rows if rows > model_config.vocab_size else None
         facts = TrainingFacts(resized_vocabulary=resized, version=__version__, hub_id=options.push_to_hub)
         write_text(aside / "README.md", adapter_card(folded, facts))
+    if note := note_of_base(folder, config.base_model_name_or_path, base, options.base, "--base"):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"wrote {options.output}, rank {folded.r} and scale 1 in all modules", soft_wrap=True)
     push_output(Path(options.output).expanduser(), options, console)
     return 0
+
+
+def _copy_tokenizer(base: Checkpoint, source: Path, target: Path) -> None:
+    """Copy a folder's tokenizer, if it carries one, with what it lacks of the base's, and what it stops at."""
+    if carries_tokenizer(source):
+        copy_generation_config(source, target)
+        copy_tokenizer(base.folder, target, source)
+        write_stops(target, base, load_tokenizer(target), source)
 
 
 def _from_checkpoint(options: ExportOptions, console: Console) -> int:
@@ -98,7 +109,7 @@ def _from_checkpoint(options: ExportOptions, console: Console) -> int:
     check_target(options.output, ADAPTER_CONFIG_FILE, saved.base.folder)
     with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:
         write_adapter(aside, saved.config, saved.tensors)
-        copy_tokenizer(saved.base.folder, aside)
+        _copy_tokenizer(saved.base, saved.base.folder, aside)
         write_notes(aside, saved.notes)
         facts = replace(saved.facts, hub_id=options.push_to_hub)
         write_text(aside / "README.md", adapter_card(saved.config, facts))

@@ -7,13 +7,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from lora_jax.config import ModelOptions
 from lora_jax.errors import UserError
-from lora_jax.generate.decode import complete, stream
+from lora_jax.generate.decode import NOT_FINITE, complete, stream
+from lora_jax.generate.limits import beyond_positions, check_cache
 from lora_jax.generate.load import Loaded, load_for_inference
 from lora_jax.generate.prompt import encode_prompt, end_ids
 from lora_jax.generate.sampling import Sampling
 from lora_jax.generate.text import TextStream, decoded
+from lora_jax.models.finite import broken_weights
 from lora_jax.progress import spoke, stage
 
 
@@ -48,7 +53,7 @@ def generate(options: GenerateOptions, typed: Collection[str] = ()) -> int:
     """Print the completion of each prompt on standard output; return the exit code.
 
     A single one is printed as it comes; several each follow their prompt, quoted with "> ". `typed` names the
-    options that the user gave. Raises UserError before anything is printed.
+    options that the user gave. Raises UserError before anything is printed, or once logits are not finite.
     """
     _check(options)
     loaded = load_for_inference(options.model, options.adapter, typed)
@@ -63,6 +68,7 @@ def generate(options: GenerateOptions, typed: Collection[str] = ()) -> int:
         encode_prompt(prompt, loaded.tokenizer, chat=chat, system=options.system) for prompt in options.prompt
     ]
     _check_vocabulary(prompts, loaded)
+    _check_length(prompts, options.max_new_tokens, loaded, typed)
     how: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
         "end_ids": end_ids(loaded.settings, loaded.checkpoint.config, loaded.tokenizer, chat=chat),
@@ -70,10 +76,13 @@ def generate(options: GenerateOptions, typed: Collection[str] = ()) -> int:
         "seed": options.seed,
     }
     if len(prompts) == 1:
-        _print_as_it_comes(loaded, prompts, how)
+        if not _print_as_it_comes(loaded, prompts, how):
+            raise _not_finite(options, loaded)
         return 0
     with stage("completing the prompts"):
         completions = complete(loaded.model, loaded.variables, prompts, **how)
+    if any(NOT_FINITE in tokens for tokens in completions):
+        raise _not_finite(options, loaded)
     for prompt, tokens in zip(options.prompt, completions, strict=True):
         quoted = "\n".join(f"> {line}" for line in prompt.splitlines())
         print(f"{quoted}\n{decoded(tokens, loaded.tokenizer)}\n")
@@ -81,12 +90,44 @@ def generate(options: GenerateOptions, typed: Collection[str] = ()) -> int:
 
 
 @stage("completing the prompt")
-def _print_as_it_comes(loaded: Loaded, prompts: Sequence[Sequence[int]], how: dict[str, Any]) -> None:
-    text = TextStream(loaded.tokenizer)
+def _print_as_it_comes(loaded: Loaded, prompts: Sequence[Sequence[int]], how: dict[str, Any]) -> bool:
+    """Print a completion; return whether its logits were finite to the end."""
+    text, begun = TextStream(loaded.tokenizer), False
     for tokens in stream(loaded.model, loaded.variables, prompts, **how):
+        if tokens[0] == NOT_FINITE:
+            print(end="\n" * begun)
+            return False
         print(text.add(int(tokens[0])), end="", flush=True)
         spoke()
+        begun = True
     print(text.end())
+    return True
+
+
+def _not_finite(options: GenerateOptions, loaded: Loaded) -> UserError:
+    """Return what to say of logits that are NaN or infinite: what in the model makes them so."""
+    cause = broken_weights(loaded.checkpoint, loaded.config, options.model.dtype)
+    if cause is not None:
+        return UserError(f"the model's logits are not finite: {cause}")
+    compute, folder = jnp.dtype(loaded.model.dtype).name, loaded.checkpoint.folder
+    what = f"the model's logits are not finite, though all weights of {folder} are"
+    if loaded.adapter is not None:
+        largest = max(float(np.abs(tensor).max(initial=0)) for tensor in loaded.adapter.tensors.values())
+        what += f", and the adapter's values, of up to {largest:.3g}, too"
+    remedy = "give --model.compute_dtype float32"
+    if compute == "float32":
+        remedy = "take another model" if loaded.adapter is None else "train the adapter again at a lower rate"
+    return UserError(f"{what}: the products overflow in {compute}; {remedy}")
+
+
+def _check_length(
+    prompts: Collection[Sequence[int]], max_new_tokens: int, loaded: Loaded, typed: Collection[str]
+) -> None:
+    longest = max(map(len, prompts))
+    check_cache(loaded.model, len(prompts), longest, max_new_tokens, "--max_new_tokens")
+    asked = max_new_tokens if "max_new_tokens" in typed else 0  # the default is a bound, and no wish
+    if note := beyond_positions(loaded.model, loaded.checkpoint.config, longest, asked):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _sampling(options: GenerateOptions, loaded: Loaded) -> Sampling:

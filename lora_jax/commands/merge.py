@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +12,10 @@ from rich.console import Console
 from lora_jax import __version__
 from lora_jax.adapters.merge import merged_config
 from lora_jax.adapters.notes import NOTES_FILE, Notes
-from lora_jax.adapters.read import base_of, open_adapter
+from lora_jax.adapters.read import base_of, note_of_base, open_adapter
 from lora_jax.commands.comparison import PROMPTS, Choice, Comparison, Precision, trained_notes
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, listing
+from lora_jax.generate.stops import write_stops
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter_config
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.bitsandbytes import Bits, QuantizationConfig
@@ -24,7 +24,7 @@ from lora_jax.hub.model_card import TrainingFacts, model_card
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from lora_jax.hub.push import check_push, push_output
 from lora_jax.hub.resolve import resolve
-from lora_jax.hub.tokenizer import TOKENIZER_FILE
+from lora_jax.hub.tokenizer import carries_tokenizer, load_tokenizer
 from lora_jax.hub.writer import parse_size
 from lora_jax.models.families import read_config
 from lora_jax.models.load import check_names
@@ -67,11 +67,6 @@ def base_folder(adapter: Path, config: AdapterConfig, given: str | None) -> Path
         return resolve(given, option="--base")
     named = base_of(adapter, config)
     return resolve(named, config.revision, option="--base not given, and the adapter's own")
-
-
-def differs(named: str | None, used: Path) -> bool:
-    """Say whether an adapter names another base than the folder used."""
-    return named is not None and Path(named).expanduser().resolve() != used.resolve()
 
 
 def check_target(output: str, written: str, *sources: Path) -> None:
@@ -127,36 +122,57 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
         "quantization_config": None if chosen.quantization is None else chosen.quantization.to_json(),
     }
     named = options.base or base_of(folder, config)
-    tokenizer = folder if (folder / TOKENIZER_FILE).exists() else base.folder
+    facts = TrainingFacts(version=__version__, hub_id=options.push_to_hub)
+    tokenizer_notes: list[str] = []
+
+    def also(aside: Path) -> None:
+        write_text(aside / "README.md", model_card(named, facts))
+        tokenizer_notes.extend(_settle(aside, base, folder, merged.vocab_size))
+
     save_model(
         Path(options.output).expanduser(),
         base,
         comparison.stored_tensors(),
         changes,
-        tokenizer=tokenizer,
+        own=folder,
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
-        also=partial(_write_card, named, options.push_to_hub),
+        also=also,
     )
-    if options.base and differs(config.base_model_name_or_path, base_path):
-        named = config.base_model_name_or_path
-        console.print(f"note: the adapter names {named} as its base; {options.base} is used", soft_wrap=True)
+    if note := note_of_base(folder, config.base_model_name_or_path, base, options.base, "--base"):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     if model_config.tie_word_embeddings and not merged.tie_word_embeddings:
         console.print(
             "note: embedding and head differ now; config.json says tie_word_embeddings false", soft_wrap=True
         )
+    for note in tokenizer_notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     quantized = trained.quantization is not None or chosen.quantization is not None
     how = f" ({chosen.name})" if quantized else ""
     console.print(f"merged {len(adapter.plan.targets)} modules into {options.output}{how}", soft_wrap=True)
     if quantized:
-        comparison.print(console, options.prompts, tokenizer)
+        comparison.print(console, options.prompts, Path(options.output).expanduser())
     push_output(Path(options.output).expanduser(), options, console)
     return 0
 
 
-def _write_card(base: str, hub_id: str | None, folder: Path) -> None:
-    facts = TrainingFacts(version=__version__, hub_id=hub_id)
-    write_text(folder / "README.md", model_card(base, facts))
+def _settle(merged: Path, base: Checkpoint, adapter: Path, rows: int) -> list[str]:
+    """Make a merged folder stop where training ends a text; return notes about that and its tokenizer."""
+    if not carries_tokenizer(merged):
+        return []
+    tokenizer: Any = load_tokenizer(merged)
+    notes: list[str] = []
+    if added := write_stops(merged, base, tokenizer, adapter):
+        notes.append(
+            f"generation_config.json and config.json stop at {listing(added)} too, as training taught"
+        )
+    beyond = [f"{token} ({i})" for token, i in tokenizer.get_added_vocab().items() if i >= rows]
+    if beyond:
+        notes.append(
+            f"the tokenizer has {listing(beyond)}, beyond the model's {rows:,} rows: no text may hold it; copy the "
+            "tokenizer.json that the adapter was trained with into its folder"
+        )
+    return notes
 
 
 def _precision(asked: str, base: Checkpoint, trained: Notes, folder: Path) -> Precision:

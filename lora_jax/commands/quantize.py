@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -24,7 +22,7 @@ from lora_jax.models.config import ModelConfig
 from lora_jax.models.families import read_config
 from lora_jax.models.load import check_names, storage_dtype
 from lora_jax.models.names import name_table
-from lora_jax.models.quantization import quantization_of, quantized_weights, read_kernel
+from lora_jax.models.quantization import quantization_of, quantized_weights, read_kernel, read_tensor
 from lora_jax.models.save import save_model
 from lora_jax.quant.leaf import Quantized
 from lora_jax.quant.repack import to_bitsandbytes
@@ -134,8 +132,7 @@ def _tensors(
         if entry.name in quantized:
             yield entry.name, read_kernel(checkpoint, entry.name, quantization, dtype)
         else:
-            tensor: Any = checkpoint.tensor(entry.name)
-            yield entry.name, tensor if dtype == "auto" else tensor.astype(jnp.dtype(dtype))
+            yield entry.name, read_tensor(checkpoint, entry.name, dtype)
 
 
 def _stored(

@@ -20,7 +20,8 @@ from lora_jax.models.decoder import Cache, Decoder, positions_of
 from lora_jax.parallel.processes import on_host
 from lora_jax.progress import at
 
-NO_TOKEN = -1
+NO_TOKEN, NOT_FINITE = -1, -2
+"""In place of a token: the row has ended; its logits are NaN or infinite, which ends it."""
 SMALLEST_BUCKET = 16
 
 Logits = Float[Array, "batch vocab"]
@@ -38,7 +39,7 @@ def stream(
     seed: int = 0,
     shortest: int = 1,
 ) -> Iterator[np.ndarray]:
-    """Yield the next token of every prompt, int32 [batch], pass by pass; -1 for a row that has ended.
+    """Yield the next token of every prompt, int32 [batch], pass by pass; -1 for a row that has ended, -2 as it breaks.
 
     A row ends with a token of `end_ids`, which is yielded; all end after max_new_tokens. Prompts are token
     ids below the vocabulary's size, at least one each. A row's draws depend on the seed, the pass and its
@@ -56,7 +57,7 @@ def stream(
         chosen, seen = _next(logits, seen, key, step, sampling)
         found = on_host(chosen)
         yield np.where(ended, np.int32(NO_TOKEN), found)
-        ended |= np.isin(found, list(end_ids))
+        ended |= np.isin(found, [NOT_FINITE, *end_ids])
         if ended.all() or step + 1 == max_new_tokens:
             return
         logits, cache = advance(model, variables, cache, chosen, lengths + np.int32(step))
@@ -72,7 +73,7 @@ def complete(
     sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Return the tokens that `stream` yields, a list a prompt, with the end token where one was reached."""
+    """Return the tokens that `stream` yields, a list a prompt, with what ended it: an end token or -2, if any."""
     passes = list(
         stream(
             model, variables, prompts,
@@ -131,6 +132,13 @@ def padded(prompts: Sequence[Sequence[int]], shortest: int = 1) -> tuple[np.ndar
     return tokens, segments
 
 
+def cache_bytes(model: Decoder, batch: int, longest: int, max_new_tokens: int) -> int:
+    """Return the size of the cache of `batch` prompts, the longest of `longest` tokens, in bytes."""
+    config, slots = model.config, bucket(bucket(longest) + max_new_tokens - 1)
+    heads = config.num_key_value_heads * config.head_dim
+    return 2 * config.num_hidden_layers * batch * slots * heads * jnp.dtype(model.dtype).itemsize
+
+
 def bucket(length: int) -> int:
     """Return a length rounded up, by less than 16 or at most a quarter of it, so that few different ones occur."""
     step = max(SMALLEST_BUCKET, 1 << max(length.bit_length() - 3, 0))
@@ -155,11 +163,11 @@ def _read(
 def _next(
     logits: Logits, seen: Seen | None, key: Key[Array, ""], step: Any, sampling: Sampling
 ) -> tuple[Int[Array, " batch"], Seen | None]:
-    if seen is None:
-        return choose(jax.random.fold_in(key, step), logits, sampling), None
-    penalised = penalise(logits, seen, sampling.repetition_penalty)
+    penalised = logits if seen is None else penalise(logits, seen, sampling.repetition_penalty)
     chosen = choose(jax.random.fold_in(key, step), penalised, sampling)
-    return chosen, seen.at[jnp.arange(len(chosen)), chosen].set(True)
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(chosen)), chosen].set(True)
+    return jnp.where(jnp.isfinite(logits).all(axis=-1), chosen, NOT_FINITE), seen
 
 
 @partial(jax.jit, static_argnames="vocab")

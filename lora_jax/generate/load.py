@@ -9,25 +9,23 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax.adapters.notes import read_notes
-from lora_jax.adapters.read import Adapter, adapter_trees, base_of, open_adapter
+from lora_jax.adapters.read import Adapter, adapter_trees, base_of, note_of_base, open_adapter
 from lora_jax.adapters.targets import check_unquantized
 from lora_jax.config import ModelOptions, check_model
 from lora_jax.errors import UserError
+from lora_jax.generate.stops import generation_settings
 from lora_jax.hub.adapter_files import read_adapter_config
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.hub.json_file import read_json_object
 from lora_jax.hub.packed_checkpoint import open_checkpoint
 from lora_jax.hub.resolve import resolve
-from lora_jax.hub.tokenizer import TOKENIZER_FILE, load_tokenizer
+from lora_jax.hub.tokenizer import load_joined_tokenizer
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
 from lora_jax.models.layers import variables
 from lora_jax.models.load import check_names, load_params, storage_dtype
 from lora_jax.models.quantization import compute_dtype, quantization_of, quantized_weights
-
-GENERATION_CONFIG_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +47,10 @@ class Opened:
         """Yield what the user should know of how the base and the adapter go together."""
         if self.adapter is None:
             return
-        named = self.adapter.config.base_model_name_or_path
-        if options.path and named not in (None, options.path):
-            yield f"the adapter names {named} as its base"
-        trained = read_notes(self.adapter.folder).quantization
+        adapter, named = self.adapter.folder, self.adapter.config.base_model_name_or_path
+        if note := note_of_base(adapter, named, self.checkpoint, options.path, "--model.path"):
+            yield note
+        trained = read_notes(adapter).quantization
         if trained is not None and self.quantization is None:
             how = "--model.load_in_4bit True" if trained.bits == 4 else "--model.load_in_8bit True"
             yield f"the adapter was trained on a quantised base ({trained.summary()}); {how} makes it so"
@@ -81,11 +79,12 @@ def load_for_inference(
     held = jnp.dtype(compute).name if options.dtype == "auto" else options.dtype
     params = load_params(found.checkpoint, found.config, held, found.quantization, options.dtype)
     trainable, facts = ({}, {}) if found.adapter is None else adapter_trees(found.adapter, params)
+    own = None if found.adapter is None else found.adapter.folder
     return Loaded(
         **vars(found),
         model=Decoder(found.config, dtype=compute),
         variables=variables(params, trainable, facts),
-        settings=generation_settings(found.checkpoint),
+        settings=generation_settings(found.checkpoint.folder, own),
     )
 
 
@@ -94,8 +93,8 @@ def open_for_inference(
 ) -> Opened:
     """Open a model and an adapter; without a path the base is the one that the adapter names.
 
-    The tokenizer is the adapter's where it brings one. `typed` names the options that the user gave. Raises UserError
-    for whatever is wrong with the files.
+    Each file of the tokenizer, and the generation settings, are the adapter's where it brings them. `typed` names the
+    options that the user gave. Raises UserError for whatever is wrong with the files.
     """
     folder = None if adapter is None else resolve(adapter, option="--adapter")
     path, revision = options.path, options.revision
@@ -109,8 +108,7 @@ def open_for_inference(
     config = read_config(checkpoint.config, checkpoint.folder)
     check_names(checkpoint, config)
     quantization = quantization_of(options, checkpoint, config, typed)
-    own = folder is not None and (folder / TOKENIZER_FILE).exists()
-    tokenizer = load_tokenizer(folder if folder is not None and own else checkpoint.folder)
+    tokenizer = load_joined_tokenizer(checkpoint.folder, folder)
     if options.resize_vocab and len(tokenizer) > config.vocab_size:
         config = replace(config, vocab_size=len(tokenizer))
     opened = None if folder is None else open_adapter(folder, config)
@@ -120,9 +118,3 @@ def open_for_inference(
     return Opened(
         checkpoint=checkpoint, quantization=quantization, config=config, tokenizer=tokenizer, adapter=opened
     )
-
-
-def generation_settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Return what generation_config.json holds; nothing where there is none."""
-    path = checkpoint.folder / GENERATION_CONFIG_FILE
-    return read_json_object(path, "mend it or delete it") if path.exists() else {}

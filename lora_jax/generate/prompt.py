@@ -45,20 +45,32 @@ def encode_prompt(
 def end_ids(
     settings: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any, *, chat: bool
 ) -> frozenset[int]:
-    """Return the tokens that end a completion.
+    """Return the tokens that end a completion (see `stop_ids`)."""
+    return frozenset(stop_ids(settings, config, tokenizer, chat=chat))
+
+
+def stop_ids(
+    settings: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any, *, chat: bool
+) -> list[int]:
+    """Return the tokens that end a completion, each once.
 
     They are `eos_token_id`, one id or several, of generation_config.json (`settings`), else of config.json,
     as in transformers; the tokenizer's own end token; and in a chat the one that closes the assistant's turn
     in the template, since a base model's files do not name what it was fine-tuned to stop at.
     """
-    named = settings.get("eos_token_id")
-    named = config.get("eos_token_id") if named is None else named
-    found = [*named] if isinstance(named, list) else [named]
+    found: list[int | None] = [*named_ends(settings, config)]
     if tokenizer.eos_token_id is not None:
         found.append(end_token_id(tokenizer))
     if chat:
         found.append(_turn_end(tokenizer))
-    return frozenset(token for token in found if isinstance(token, int))
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
+def named_ends(settings: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
+    """Return `eos_token_id`, one id or several, of generation_config.json (`settings`), else of config.json."""
+    named = settings.get("eos_token_id")
+    named = config.get("eos_token_id") if named is None else named
+    return [token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)]
 
 
 def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase, system: str | None, option: str) -> str:
@@ -68,7 +80,9 @@ def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase, system: str | None, 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # pyright: ignore[reportReturnType]
     except _TEMPLATE_ERRORS as error:
-        remedy = "leave --system out, or give --raw" if option == "--prompt" else "give one that it takes"
+        remedy = "give one that it takes" if option != "--prompt" else "give --raw, or mend the template"
+        if system is not None:
+            remedy = "leave --system out, or give --raw"
         raise UserError(f"{option}: the chat template refuses it ({error}); {remedy}") from error
 
 

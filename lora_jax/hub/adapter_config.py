@@ -17,6 +17,7 @@ from lora_jax.hub.json_file import read_json_object
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 BIAS_MODES = ("none", "all", "lora_only")
+_MOST = 3.402823466e38  # of float32; NaN and infinity, which Python's json reads, are beyond it
 # Inits that leave the base weights as they are, so that A and B say all there is to know.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # Keys without a say in what the saved tensors mean: notes, and options of inits.
@@ -122,7 +123,7 @@ class _Reader:
             raise self._error("target_modules is missing, and PEFT would guess it from the model", "add it")
         return AdapterConfig(
             r=rank if _is_rank(rank) else self._malformed("r", "a positive integer"),
-            lora_alpha=alpha if _is_number(alpha) else self._malformed("lora_alpha", "a number"),
+            lora_alpha=alpha if _is_scale(alpha) else self._malformed("lora_alpha", "a positive number"),
             target_modules=target_modules,
             base_model_name_or_path=self._text("base_model_name_or_path"),
             revision=self._text("revision"),
@@ -208,7 +209,7 @@ class _Reader:
 
     def _pattern(self, key: str) -> dict[str, Any]:
         value = self.content.get(key) or {}
-        legal = _is_rank if key == "rank_pattern" else _is_number
+        legal = _is_rank if key == "rank_pattern" else _is_scale
         if not isinstance(value, dict) or not all(legal(item) for item in value.values()):
             return self._malformed(key, "an object of name and positive number")
         return value
@@ -233,7 +234,11 @@ def _is_rank(value: object) -> TypeGuard[int]:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MOST
+
+
+def _is_scale(value: object) -> TypeGuard[float]:
+    return _is_number(value) and value > 0
 
 
 def _whole(number: float) -> float | int:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, listing
 from lora_jax.hub.adapter_config import ADAPTER_CONFIG_FILE, AdapterConfig, read_adapter_config
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.safetensors_file import SafetensorsFile, save_tensors
+from lora_jax.hub.values import finite, not_finite
 
 __all__ = [
     "ADAPTER_CONFIG_FILE",
@@ -38,7 +39,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
     """Read an adapter's configuration and its tensors in float32.
 
     Raises UserError as `read_adapter_config` does, and where the tensors are absent, in the pickle format,
-    truncated, of another dtype, or named twice.
+    truncated, of another dtype, named twice, or hold values that are not finite.
     """
     config = read_adapter_config(folder)
     path = folder / ADAPTER_WEIGHTS_FILE
@@ -55,6 +56,9 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
                 f"two tensors are both {name}: {path}; save the adapter again with one adapter name"
             )
         tensors[name] = file.tensor(stored).astype(np.float32, copy=False)
+    _check_finite(
+        tensors, f"the adapter has values that are not finite: {path}", "train it again, or copy it again"
+    )
     return config, tensors
 
 
@@ -62,10 +66,17 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, np.
     """Write an adapter that PEFT loads; each file appears whole or not at all, the configuration last.
 
     `tensors` are named as `read_adapter` names them and are written in the dtype they have. Raises
-    UserError where the system refuses to write.
+    UserError where a value is not finite, or the system refuses to write.
     """
+    _check_finite(tensors, "the adapter has values that are not finite", "take an earlier checkpoint")
     save_tensors(folder / ADAPTER_WEIGHTS_FILE, {_PREFIX + name: array for name, array in tensors.items()})
     write_text(folder / ADAPTER_CONFIG_FILE, config.to_json())
+
+
+def _check_finite(tensors: Mapping[str, np.ndarray], what: str, remedy: str) -> None:
+    found = [f"{name} ({not_finite(tensor)})" for name, tensor in tensors.items() if not finite(tensor)]
+    if found:
+        raise UserError(f"{what}: {listing(found, 4)}; {remedy}")
 
 
 def _plain_name(stored: str) -> str:

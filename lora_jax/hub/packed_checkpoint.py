@@ -22,6 +22,7 @@ from lora_jax.hub.bitsandbytes import (
     read_quantization_config,
 )
 from lora_jax.hub.checkpoint import CONFIG_FILE, Checkpoint
+from lora_jax.hub.values import finite, not_finite
 
 _DTYPES: Final = {
     "float32": np.dtype(np.float32),
@@ -183,6 +184,8 @@ class PackedCheckpoint(Checkpoint):
             raise self._bad(f"{name} has the dtype {array.dtype} instead of {np.dtype(dtype)}")
         if size is not None and array.size != size:
             raise self._bad(f"{name} has {array.size} elements instead of {size}")
+        if not finite(array):
+            raise self._bad(f"{name} has values that are not finite ({not_finite(array)})")
         return array.reshape(-1)
 
     def _bad(self, what: str) -> UserError:

@@ -5,26 +5,31 @@ is: going by the class named in `tokenizer_config.json` would import every model
 where it is installed.
 """
 
+import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.advice import without_advice
 from lora_jax.hub.atomic import write_bytes
+from lora_jax.hub.json_file import read_json_object
 from lora_jax.progress import stage
 
 if TYPE_CHECKING:
     import transformers
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_CONFIG_FILE = "generation_config.json"
 _VOCABULARIES = (TOKENIZER_FILE, "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
 _FILES = (
     *_VOCABULARIES,
     "merges.txt",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
@@ -61,6 +66,17 @@ def load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase":
         ) from error
 
 
+def load_joined_tokenizer(source: Path, own: Path | None = None) -> "transformers.PreTrainedTokenizerBase":
+    """Read the tokenizer of a base's folder with an adapter's files in their place (see `tokenizer_files`)."""
+    files = tokenizer_files(source, own)
+    for folder in (source, own):
+        if folder is not None and files == _found(folder):
+            return load_tokenizer(folder)
+    with TemporaryDirectory() as folder:
+        copy_tokenizer(source, Path(folder), own)
+        return load_tokenizer(Path(folder))
+
+
 def padding_token_id(tokenizer: "transformers.PreTrainedTokenizerBase") -> int:
     """Return an id to fill the ends of rows with, which nothing ever attends to or trains on.
 
@@ -87,26 +103,93 @@ def end_token_id(tokenizer: "transformers.PreTrainedTokenizerBase") -> int:
     return _single(tokenizer.eos_token_id)
 
 
-def copy_tokenizer(source: Path, target: Path) -> tuple[str, ...]:
-    """Copy a folder's tokenizer files byte for byte and return their names; raises UserError on failure."""
-    return _copy(source, target, _FILES)
+def copy_tokenizer(source: Path, target: Path, own: Path | None = None) -> tuple[str, ...]:
+    """Copy a folder's tokenizer files byte for byte and return their names; raises UserError on failure.
+
+    `own` is an adapter's folder, whose files go before the source's, each for itself (see `tokenizer_files`).
+    """
+    files = tokenizer_files(source, own)
+    for name, content in files.items():
+        write_bytes(target / name, content if isinstance(content, bytes) else _read(content))
+    return tuple(files)
 
 
-def copy_config_files(source: Path, target: Path) -> tuple[str, ...]:
-    """Copy generation_config.json, where there is one, and return the names of what was copied."""
-    return _copy(source, target, ("generation_config.json",))
+def copy_generation_config(source: Path, target: Path, own: Path | None = None) -> None:
+    """Copy generation_config.json, `own`'s or else the source's, where there is one."""
+    path = generation_config(source, own)
+    if path is not None:
+        write_bytes(target / GENERATION_CONFIG_FILE, _read(path))
 
 
-def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    found = [path for pattern in patterns for path in sorted(source.glob(pattern))]
-    names = tuple(path.relative_to(source).as_posix() for path in found)
-    for path, name in zip(found, names, strict=True):
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}; check the file and the rights") from error
-        write_bytes(target / name, content)
-    return names
+def generation_config(source: Path, own: Path | None = None) -> Path | None:
+    """Return the generation_config.json of the folder `own`, else of the source; None where neither has one."""
+    paths = [folder / GENERATION_CONFIG_FILE for folder in (own, source) if folder is not None]
+    return next((path for path in paths if path.exists()), None)
+
+
+def carries_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has any file of a tokenizer."""
+    return bool(_found(folder))
+
+
+def chat_template(folder: Path) -> bytes | None:
+    """Return a folder's default chat template, of the file or of tokenizer_config.json; None without one."""
+    path = folder / TEMPLATE_FILE
+    return _read(path) if path.exists() else _templates(folder).get(TEMPLATE_FILE)
+
+
+def tokenizer_files(source: Path, own: Path | None = None) -> dict[str, Path | bytes]:
+    """Return the files of a base's tokenizer with those of an adapter's folder in their place, by their names.
+
+    What the base has and the adapter does not, its chat template among it, stays. But what would overrule a file of
+    the adapter's goes: a tokenizer.json beside another vocabulary, special tokens beside its tokenizer_config.json,
+    and a template beside one that stands in its tokenizer_config.json. A base's template that stands there is kept as
+    a file of its own.
+    """
+    found, mine = _found(source), {} if own is None else _found(own)
+    if own is None or not mine:
+        return {**found}
+    overruled = {TOKENIZER_FILE} if mine.keys() & {*_VOCABULARIES} - {TOKENIZER_FILE} else set[str]()
+    kept: dict[str, bytes] = {}
+    if TOKENIZER_CONFIG_FILE in mine:
+        overruled |= {"special_tokens_map.json", "added_tokens.json"}
+    if any(map(_is_template, mine)) or _templates(own):
+        overruled |= {*filter(_is_template, found)}
+    elif not any(map(_is_template, found)):
+        kept = _templates(source)
+    return {name: path for name, path in found.items() if name not in overruled} | kept | mine
+
+
+def _found(folder: Path) -> dict[str, Path]:
+    paths = [path for pattern in _FILES for path in sorted(folder.glob(pattern))]
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _is_template(name: str) -> bool:
+    return "chat_template" in name
+
+
+def _templates(folder: Path) -> dict[str, bytes]:
+    """Return the chat templates in a folder's tokenizer_config.json, each as the file that would hold it."""
+    path = folder / TOKENIZER_CONFIG_FILE
+    held = read_json_object(path, "download it again").get("chat_template") if path.exists() else None
+    found: dict[str, bytes] = {}
+    for entry in held if isinstance(held, list) else [{"name": "default", "template": held}]:
+        match entry:
+            case {"name": "default", "template": str(text)}:
+                found[TEMPLATE_FILE] = text.encode()
+            case {"name": str(name), "template": str(text)} if re.fullmatch(r"[\w-]+", name):  # and no path
+                found[f"additional_chat_templates/{name}.jinja"] = text.encode()
+            case _:
+                pass
+    return found
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the file and the rights") from error
 
 
 def _single(token_id: Any) -> int:

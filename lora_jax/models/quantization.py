@@ -21,6 +21,7 @@ from lora_jax.errors import UserError, listing, nearest
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint
+from lora_jax.hub.values import converted, finite, not_finite
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import LM_HEAD, modules
 from lora_jax.quant.decode import dequantize
@@ -122,12 +123,17 @@ def read_kernel(
 
 
 def read_tensor(checkpoint: Checkpoint, name: str, dtype: str = "auto") -> np.ndarray:
-    """Return a tensor of an unquantised checkpoint in `dtype` (auto: as stored)."""
+    """Return a tensor of an unquantised checkpoint in `dtype` (auto: as stored).
+
+    Raises UserError, which names it, where it is not finite, or is not in that dtype.
+    """
     tensor = checkpoint.tensor(name)
-    if dtype == "auto":
-        return tensor
-    with np.errstate(over="ignore"):  # what is infinite then is an error with a name
-        return tensor.astype(jnp.dtype(dtype))
+    if not finite(tensor):
+        raise UserError(
+            f"weights that are not finite: {name} ({not_finite(tensor)}): {checkpoint.folder}; download it again, or "
+            "take another checkpoint"
+        )
+    return tensor if dtype == "auto" else converted(tensor, jnp.dtype(dtype), name, "--model.dtype")
 
 
 def quantized_kernel(weight: np.ndarray, quantization: QuantizationConfig, name: str) -> Quantized:

@@ -17,7 +17,8 @@ from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.bucket import Place
 from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.hub.tokenizer import copy_config_files, copy_tokenizer
+from lora_jax.hub.tokenizer import copy_generation_config, copy_tokenizer
+from lora_jax.hub.values import converted, finite, not_finite
 from lora_jax.hub.writer import ShardWriter, parse_size
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import name_table
@@ -39,7 +40,7 @@ def save_model(
     tensors: NamedTensors,
     changes: Mapping[str, Any],
     *,
-    tokenizer: Path | None = None,
+    own: Path | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     also: Callable[[Path], None] | None = None,
@@ -47,12 +48,13 @@ def save_model(
     """Write tensors, in the dtype they come in, beside the source's config and tokenizer.
 
     `changes` go into config.json; None takes a key out of it. `also` writes what else the folder is to hold, once
-    the tensors are written.
+    all else is. `own` is an adapter's folder, whose tokenizer and generation settings go before the source's.
 
     The folder appears whole or not at all. Tensors are written as they come: at most two shards are in
     memory. A few of them are read back and compared before the folder takes its name.
 
-    Raises UserError where the folder is in use or cannot be written.
+    Raises UserError where a value is not finite, which a caller that knows why says first, and where the folder is
+    in use or cannot be written.
     """
     limit = parse_size(max_shard_size)
     with whole_folder(folder, overwrite=overwrite) as aside:
@@ -60,6 +62,11 @@ def save_model(
         with ShardWriter(aside, limit) as writer:
             for name, tensor in tensors:
                 at(name)
+                if not finite(tensor):
+                    raise UserError(
+                        f"weights that are not finite: {name} ({not_finite(tensor)}): {source.folder}; download it "
+                        "again, or take another checkpoint"
+                    )
                 writer.add(name, tensor)
                 if not sums or zlib.crc32(name.encode()) % CHECKED_ONE_IN == 0:
                     sums[name] = _checksum(tensor)
@@ -67,8 +74,8 @@ def save_model(
             aside / "config.json",
             json.dumps(_changed(source.config, changes), indent=2, sort_keys=True) + "\n",
         )
-        copy_config_files(source.folder, aside)
-        copy_tokenizer(tokenizer or source.folder, aside)
+        copy_generation_config(source.folder, aside, own)
+        copy_tokenizer(source.folder, aside, own)
         if also is not None:
             also(aside)
         _read_back(aside, sums)
@@ -77,15 +84,16 @@ def save_model(
 def tree_tensors(
     params: Mapping[str, Any], config: ModelConfig, dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the checkpoint tensors of a parameter tree in torch's layout, converted to dtype."""
+    """Yield the checkpoint tensors of a parameter tree in torch's layout, converted to dtype.
+
+    Raises UserError, which names the tensor, where dtype cannot hold it.
+    """
     leaves: dict[Any, Any] = dict(flatten_dict(dict(params)))
     for entry in name_table(config):
         leaf = leaves[entry.path]
         value = on_host(leaf if entry.layer is None else leaf[entry.layer])
-        yield (
-            entry.name,
-            np.ascontiguousarray(value.T if entry.transposed else value).astype(jnp.dtype(dtype)),
-        )
+        value = np.ascontiguousarray(value.T if entry.transposed else value)
+        yield entry.name, converted(value, jnp.dtype(dtype), entry.name, "--model.dtype")
 
 
 def packed_tensors(

@@ -34,6 +34,7 @@ from lora_jax.config import RunConfig
 from lora_jax.data.dataset import TokenDataset
 from lora_jax.data.remarks import Remark
 from lora_jax.errors import listing
+from lora_jax.models.finite import broken_weights
 from lora_jax.train.setup import Run
 
 BULK = 0.05
@@ -84,9 +85,11 @@ class Cautions:
             for name, value in figures.items()
             if name.endswith("loss")
         ]
-        return self._new(
-            {"start": start(*losses[0], self.run.model_config.vocab_size, base_loss)} if losses else {}
-        )
+        if not losses:
+            return []
+        (name, loss), vocabulary = losses[0], self.run.model_config.vocab_size
+        cause = broken_base(self.run) if loss is None else None
+        return self._new({"start": start(name, loss, vocabulary, base_loss, cause)})
 
     def about_step(self, entry: Mapping[str, Any], trainable: Any) -> list[str]:
         """Return the reasons to warn of a logged step."""
@@ -162,10 +165,23 @@ def about_leaks(rows: TokenDataset, sets: Mapping[str, TokenDataset]) -> dict[st
     )
 
 
-def start(name: str, loss: float | None, vocabulary: int, base_loss: float | None) -> str | None:
-    """Return a warning where the first loss is no fine-tune's: worse than an even guess, or than the base alone."""
+def broken_base(run: Run) -> str | None:
+    """Return what is wrong with the values of a run's base, whose weights are all read for it; None for nothing."""
+    return broken_weights(run.checkpoint, run.model_config, run.config.model.dtype)
+
+
+def start(
+    name: str, loss: float | None, vocabulary: int, base_loss: float | None, cause: str | None = None
+) -> str | None:
+    """Return a warning where the first loss is no fine-tune's: worse than an even guess, or than the base alone.
+
+    `cause` is what is wrong with the base's values, where the loss is not finite and that is known.
+    """
     if loss is None:
-        return f"{name} is not finite before the first step: the base model's weights or the rows are broken"
+        why = (
+            "all weights are, so products overflow; give --model.compute_dtype float32, or take another model"
+        )
+        return f"{name} is not finite before the first step: {cause or why}"
     if base_loss is not None and loss > base_loss + WORSE:
         return (
             f"{name} starts at {loss:.4f} with the adapter of --lora.init_from and is {base_loss:.4f} without it; it "

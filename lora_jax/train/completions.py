@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_jax.errors import UserError
-from lora_jax.generate.decode import NO_TOKEN, stream
-from lora_jax.generate.load import generation_settings
+from lora_jax.generate.decode import NO_TOKEN, NOT_FINITE, stream
+from lora_jax.generate.limits import check_cache
 from lora_jax.generate.prompt import encode_prompt, end_ids
+from lora_jax.generate.stops import generation_settings
 from lora_jax.generate.text import decoded
 from lora_jax.models.layers import variables
 from lora_jax.progress import stage
@@ -23,7 +24,7 @@ class Completions:
         self.base, self.interrupted = base, interrupted
         tokenizer = base.tokenizer
         self.chat = bool(tokenizer.chat_template)
-        settings = generation_settings(base.checkpoint)
+        settings = generation_settings(base.checkpoint.folder)
         self.end_ids = end_ids(settings, base.checkpoint.config, tokenizer, chat=self.chat)
 
     def encoded(self, prompt: str) -> list[int]:
@@ -36,6 +37,13 @@ class Completions:
                 f"{self.base.model_config.vocab_size}; use --model.resize_vocab True, or another prompt"
             )
         return tokens
+
+    def check_room(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch: int, option: str
+    ) -> None:
+        """Raise UserError, naming the `option` of max_new_tokens, where the cache cannot fit into memory."""
+        if prompts:
+            check_cache(self.base.model, batch, max(map(len, prompts)), max_new_tokens, option)
 
     @stage("sampling")
     def texts(
@@ -58,7 +66,7 @@ class Completions:
             given = (self.base.model, collections, filled)
             for done, tokens in enumerate(stream(*given, max_new_tokens=max_new_tokens, **how), start=1):
                 for row, token in zip(rows, tokens, strict=True):
-                    if token != NO_TOKEN:
+                    if token not in (NO_TOKEN, NOT_FINITE):
                         row.append(int(token))
                 if done == passes:
                     break

@@ -66,6 +66,7 @@ class Evaluator:
         self.completions = Completions(base, interrupted)
         self.prompts = [self.completions.encoded(prompt) for prompt in options.sample_prompts]
         self.questions = {name: asked(rows, options, section) for name, rows in sets.items()}
+        self._check_room(section)
 
     @stage("evaluating")
     def __call__(self, trainable: Any, adapter: Any = None) -> Evaluation:
@@ -134,6 +135,15 @@ class Evaluator:
         answers = [decoded(question.answer, self.base.tokenizer) for question in given]
         found = self._completed(given, trainable, adapter)
         return scores(self.options.generation_metrics, found, answers)
+
+    def _check_room(self, section: str) -> None:
+        room, options = self.completions.check_room, self.options
+        room(
+            self.prompts, options.sample_max_new_tokens, len(self.prompts), f"{section}sample_max_new_tokens"
+        )
+        for given in self.questions.values():
+            prompts, batch = [question.prompt for question in given], min(self.sizes.batch, len(given))
+            room(prompts, options.generation_max_new_tokens, batch, f"{section}generation_max_new_tokens")
 
     def _completed(self, given: list[Question], trainable: Any, adapter: Any, passes: int = 0) -> list[str]:
         batch, most = min(self.sizes.batch, len(given)), self.options.generation_max_new_tokens

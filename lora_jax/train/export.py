@@ -14,6 +14,7 @@ from lora_jax.adapters.notes import Notes, write_notes
 from lora_jax.adapters.peft import export_tensors, saved_config
 from lora_jax.config import RunConfig
 from lora_jax.data.files import READERS
+from lora_jax.generate.stops import write_stops
 from lora_jax.hub.adapter_files import write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.bucket import Place
@@ -42,9 +43,11 @@ def export_adapter(run: Run, trainable: Any, folder: Place, facts: TrainingFacts
     with whole_folder(target, overwrite=True) as aside:
         write_adapter(aside, config, tensors)
         copy_tokenizer(run.checkpoint.folder, aside)
+        write_stops(aside, run.checkpoint, run.tokenizer)
         packed = isinstance(run.checkpoint, PackedCheckpoint)
         dtype = "auto" if packed else run.config.model.dtype
-        write_notes(aside, Notes(run.model_config.vocab_size, dtype, run.quantization, packed))
+        rows, base = run.model_config.vocab_size, run.base_fingerprint
+        write_notes(aside, Notes(rows, dtype, run.quantization, packed, base))
         write_text(aside / "README.md", adapter_card(config, facts))
     return target
 
@@ -102,6 +105,7 @@ def export_model(run: Run, trainable: Any, folder: Place, facts: TrainingFacts) 
     card = model_card(run.config.model.path, facts)
 
     def write_card(aside: Path) -> None:
+        write_stops(aside, run.checkpoint, run.tokenizer)
         write_text(aside / "README.md", card)
 
     save_model(target, run.checkpoint, tensors, changes, overwrite=True, also=write_card)

@@ -14,7 +14,7 @@ from lora_jax.errors import UserError
 from lora_jax.hub.tokenizer import padding_token_id
 from lora_jax.parallel.mesh import row_shards
 from lora_jax.progress import at, stage
-from lora_jax.train.cautions import Cautions
+from lora_jax.train.cautions import Cautions, broken_base
 from lora_jax.train.checkpoint import Checkpoints, Progress
 from lora_jax.train.evaluation import Evaluation, Evaluator
 from lora_jax.train.feed import Feed, Sizes, eval_sizes, shaping
@@ -232,9 +232,9 @@ class Loop:
         if saved < self.sizes.steps:
             behind = f", or go on behind them with --resume: step {saved} is saved, and no skipped step has changed it"
         which = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+        cause = broken_base(self.run) or "look at those rows or lower --train.learning_rate"
         return UserError(
-            f"loss or gradient not finite in {which}, on {places(self.run.train_rows, rows)}; look at those rows or "
-            f"lower --train.learning_rate{behind}"
+            f"loss or gradient not finite in {which}, on {places(self.run.train_rows, rows)}; {cause}{behind}"
         )
 
     def _save(

@@ -16,11 +16,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax.adapters.notes import read_notes
+from lora_jax.adapters.read import note_of_base
 from lora_jax.config import RunConfig, check
 from lora_jax.errors import INTERRUPTED, UserError
+from lora_jax.hub.adapter_files import read_adapter_config
 from lora_jax.hub.bucket import Place
-from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.push import check_push, push_output
+from lora_jax.hub.tokenizer import chat_template
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.processes import Departure, lost, same_in_all, start, writes
 from lora_jax.progress import hush, stage
@@ -96,11 +98,8 @@ def _checked(config: RunConfig, typed: Collection[str], console: Console, signal
 def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Console, signals: Signals) -> int:
     run = prepare(config, typed, mesh)
     if config.lora.init_from is not None:
-        before = read_notes(Path(config.lora.init_from).expanduser()).quantization
-        if before is not None and run.quantization is None:
-            console.print(
-                f"note: --lora.init_from was trained on a quantised base ({before.summary()})", soft_wrap=True
-            )
+        for note in _notes_of_start(Path(config.lora.init_from).expanduser(), run):
+            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     sizes = run_sizes(run)
     if not same_in_all(_checksums(run)):  # else each would wait for the others in another step
         raise UserError(
@@ -204,6 +203,22 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     return 0
 
 
+def _notes_of_start(adapter: Path, run: Run) -> list[str]:
+    """Return what to say of an adapter to go on with that was trained on something else than the run's base."""
+    named = read_adapter_config(adapter).base_model_name_or_path
+    notes = [note_of_base(adapter, named, run.checkpoint, run.config.model.path, "--model.path")]
+    template = chat_template(adapter)
+    if template is not None and template != chat_template(run.checkpoint.folder):
+        notes.append(
+            "the adapter of --lora.init_from brings another chat template, and the run takes the base's; to "
+            "train with it, copy it into the base's folder"
+        )
+    before = read_notes(adapter).quantization
+    if before is not None and run.quantization is None:
+        notes.append(f"--lora.init_from was trained on a quantised base ({before.summary()})")
+    return [note for note in notes if note is not None]
+
+
 def _stopped(tracking: Tracking) -> None:
     """Close a run that is ended at once; what goes wrong in it meanwhile, as the others are gone, does not count."""
     tracking.done(whole=False, results={})
@@ -248,7 +263,7 @@ def _identity(run: Run, sizes: Sizes) -> Identity:
         **flatten_dict(sections, is_leaf=lambda path, _: len(path) == 2, sep="."),
         **counted,
     }
-    return Identity(flat, fingerprint(run.checkpoint))
+    return Identity(flat, run.base_fingerprint)
 
 
 def _logged(resumed_at: int | None, progress: Progress | None) -> int | None:

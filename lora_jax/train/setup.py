@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.packed_checkpoint import open_checkpoint
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
+from lora_jax.models.finite import broken_weights
 from lora_jax.models.load import check_names, load_params, storage_dtype
 from lora_jax.models.names import name_table
 from lora_jax.models.quantization import (
@@ -66,6 +68,11 @@ class Run(InMemory):
     def storage_dtype(self) -> Any:
         """Dtype that a whole model is written in."""
         return storage_dtype(self.checkpoint, self.model_config, self.config.model)
+
+    @cached_property
+    def base_fingerprint(self) -> dict[str, str]:
+        """What identifies the base, as it was when first asked for: before the first step."""
+        return fingerprint(self.checkpoint)
 
     @property
     def resized_vocabulary(self) -> int | None:
@@ -108,6 +115,7 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
     key = jax.random.key(config.train.seed)
     init_key, run_key = jax.random.split(key)
     if plan is None or lora_config is None:
+        _check_finite(params, checkpoint, model_config, config)
         frozen, adapter = {}, {}
         trainable = jax.tree.map(partial(jnp.array, dtype=jnp.float32), params)
     else:
@@ -138,6 +146,15 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
         adapter=adapter, mesh=mesh, config=config, quantization=quantization, train_rows=train_rows,
         eval_rows=eval_rows, trainable=trainable, plan=plan, adapter_config=lora_config, key=run_key,
     )  # fmt: skip
+
+
+def _check_finite(params: Any, checkpoint: Checkpoint, model_config: ModelConfig, config: RunConfig) -> None:
+    """Raise UserError where weights that are all trained, and written at the end, are not finite."""
+    finite = jax.jit(
+        lambda tree: jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+    )
+    if not bool(finite(params)):
+        raise UserError(f"--method full: {broken_weights(checkpoint, model_config, config.model.dtype)}")
 
 
 def _rows(

@@ -9,12 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lora_jax.adapters.notes import NOTES_FILE
 from lora_jax.adapters.read import adapter_trees, open_adapter
 from lora_jax.adapters.targets import make_plan
+from lora_jax.cli import main
 from lora_jax.commands.merge import MergeOptions, merge
-from lora_jax.errors import UserError
+from lora_jax.errors import EXIT_CODE, UserError
 from lora_jax.hub.adapter_files import write_adapter
 from lora_jax.models.families import read_config
 from lora_jax.models.load import load_params
@@ -57,6 +59,11 @@ def write(folder: Path, base: Base, **settings: Any) -> Path:
     config = lora(**settings, base_model_name_or_path=str(base.folder))
     write_adapter(folder, config, adapted(base, config)[1])
     return folder
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return tiny_base(tmp_path_factory.mktemp("biased") / "base", "llama-biases")
 
 
 @pytest.mark.slow
@@ -135,6 +142,120 @@ def test_weights_that_float16_cannot_hold_are_not_written(tmp_path: Path) -> Non
     assert not (tmp_path / "merged").exists()
 
 
+SPOILT: dict[str, tuple[dict[str, Any], str]] = {
+    "lora_A": ({}, "model.layers.1.self_attn.q_proj.lora_A.weight"),
+    "lora_B": ({}, "model.layers.1.self_attn.v_proj.lora_B.weight"),
+    "table": ({"modules_to_save": ("lm_head",)}, "lm_head.weight"),
+    "embedding": ({"target_modules": ("embed_tokens",)}, "model.embed_tokens.lora_embedding_A"),
+    "rows": ({"trainable_token_indices": (9, 4)}, "model.embed_tokens.token_adapter.trainable_tokens_delta"),
+    "bias": ({"bias": "lora_only"}, "model.layers.2.self_attn.q_proj.base_layer.bias"),
+}
+
+
+@pytest.mark.parametrize(("settings", "name"), SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_an_adapter_with_a_value_that_is_not_finite_is_refused_by_the_name_of_its_tensor(
+    biased: Base,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    name: str,
+    bad: float,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """PEFT PR #1001: one NaN in an adapter, which merging spreads over a whole weight."""
+    folder = write(tmp_path / "adapter", biased, **settings)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"base_model.model.{name}"].flat[1] = bad
+    save_file(tensors, file)
+    output, given = str(tmp_path / "output"), ("--adapter", str(folder))
+    train = ("train", "--model.path", str(biased.folder), "--data.path", "x", "--lora.init_from", str(folder))
+    kind = "NaN" if np.isnan(bad) else "infinite"
+    size = tensors[f"base_model.model.{name}"].size
+    for command in (
+        ("merge", *given, "--output", output),
+        ("export", *given, "--output", output, "--for", "vllm"),
+        ("generate", *given, "--prompt", "a"),
+        (*train, "--output_dir", output),
+    ):
+        assert main(command) == EXIT_CODE
+        assert capsys.readouterr().err == (
+            f"error: the adapter has values that are not finite: {file}: {name} (1 of {size:,} values is {kind}); "
+            "train it again, or copy it again\n"
+        )
+    assert not Path(output).exists()
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_base_with_a_value_that_is_not_finite_is_refused_by_the_name_of_its_tensor(
+    tmp_path: Path, dtype: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Merging onto a base with one NaN: it was copied into the merged model without a word."""
+    tensors = random_tensors(read_config(CONFIGS["llama"], tmp_path))
+    tensors["model.layers.1.self_attn.q_proj.weight"][3, 1:3] = np.nan
+    base = open_base(write_checkpoint(tmp_path / "base", CONFIGS["llama"], tensors=tensors))
+    options = MergeOptions(
+        str(write(tmp_path / "adapter", base)), output=str(tmp_path / "merged"), dtype=dtype
+    )
+    named = r"model.layers.1.self_attn.q_proj.weight \(2 of 1,024 values are NaN\): .*base; download it again"
+    with pytest.raises(UserError, match=f"^the base has weights that are not finite: {named}"):
+        merge(options)
+    assert (
+        main(["quantize", "--model.path", str(base.folder), "--output", str(tmp_path / "merged")])
+        == EXIT_CODE
+    )
+    assert "model.layers.1.self_attn.q_proj.weight (2 of 1,024 values are NaN)" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_weight_that_the_adapter_replaces_may_be_broken_in_the_base(tmp_path: Path) -> None:
+    tensors = random_tensors(read_config(CONFIGS["llama"], tmp_path))
+    tensors["lm_head.weight"][:] = np.nan
+    base = open_base(write_checkpoint(tmp_path / "base", CONFIGS["llama"], tensors=tensors))
+    folder = write(tmp_path / "adapter", base, modules_to_save=("lm_head",))
+    assert merge(MergeOptions(str(folder), output=str(tmp_path / "merged"))) == 0
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "size", "said"),
+    [
+        (
+            "float16",
+            "auto",
+            1e5,
+            "--dtype float16: {} has weights of up to .*; give --dtype bfloat16 or float32",
+        ),
+        (
+            "float32",
+            "float16",
+            1e5,
+            "--dtype float16: {} has weights of up to .*; give --dtype bfloat16 or float32",
+        ),
+        (
+            "float32",
+            "bfloat16",
+            3.4e38,
+            r"--dtype bfloat16: {} has weights of up to 3.4e\+38, .*; give --dtype float32",
+        ),
+        ("float32", "auto", 3e38, "{} overflows float32 once the adapter is added"),
+        ("bfloat16", "float32", 3e38, "{} overflows float32 once the adapter is added"),
+    ],
+)
+def test_a_merged_weight_that_overflows_is_named_with_the_cause(
+    tmp_path: Path, stored: str, dtype: Any, size: float, said: str
+) -> None:
+    base = open_base(write_checkpoint(tmp_path / "base", CONFIGS["llama"], dtype=jnp.dtype(stored)))
+    folder = write(tmp_path / "adapter", base, lora_alpha=4)
+    tensors, name = load_file(folder / "adapter_model.safetensors"), "model.layers.0.self_attn.v_proj"
+    a, b = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+    a[:], b[:] = 0, 0
+    a[0, 0], b[0, 0] = 2 if size == 3e38 else 1, size
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"^{said.format(name + '.weight')}"):
+        merge(MergeOptions(str(folder), output=str(tmp_path / "merged"), dtype=dtype))
+    assert not (tmp_path / "merged").exists()
+
+
 def test_merge_writes_nothing_where_the_adapter_does_not_fit(tmp_path: Path) -> None:
     base, other = tiny_base(tmp_path / "base"), tiny_base(tmp_path / "other", hidden_size=64)
     folder = write(tmp_path / "adapter", base)
@@ -151,6 +272,7 @@ def test_merge_writes_nothing_where_the_adapter_does_not_fit(tmp_path: Path) -> 
 MEASURE = """
 import sys
 from pathlib import Path
+from lora_jax.cli import main
 from lora_jax.commands.merge import MergeOptions, merge
 
 def peak():

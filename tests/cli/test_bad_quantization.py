@@ -123,7 +123,7 @@ OPTIONS: dict[str, Case] = {
     "not a number": (
         tensors("model/model.safetensors", **{WEIGHT: np.full((48, 32), np.nan, np.float32)}),
         (*TRAIN, *FOUR),
-        "infinite or not numbers: model.layers.0.mlp.up_proj.weight",
+        "weights that are not finite: model.layers.0.mlp.up_proj.weight (1,536 of 1,536 values are NaN): model; ",
     ),
 }
 CHECKPOINTS: dict[str, Case] = {

@@ -85,8 +85,9 @@ def test_a_terminal_shows_a_bar_with_loss_speed_and_time_left(home: Path) -> Non
 
 def test_merge_says_what_it_did(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", "--adapter", "adapter", "--base", "model", "--output", "merged"]) == 0
-    note, done = capsys.readouterr().out.splitlines()
+    note, ends, done = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"note: the adapter names /\S+/model as its base; \S+ is used", note)
+    assert ends == "note: generation_config.json and config.json stop at </s> (1) too, as training taught"
     assert done == "merged 21 modules into merged"
 
 

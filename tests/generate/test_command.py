@@ -3,17 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lora_jax.adapters.targets import make_plan
 from lora_jax.cli import main
 from lora_jax.config import ModelOptions
-from lora_jax.generate.decode import complete
+from lora_jax.generate.decode import NOT_FINITE, complete
 from lora_jax.generate.load import load_for_inference
 from lora_jax.generate.text import decoded
 from lora_jax.hub.adapter_files import write_adapter
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.families import read_config
 from lora_jax.models.names import modules
-from tests.tiny import CONFIGS, lora, open_base, random_adapter, write_checkpoint
+from tests.tiny import CONFIGS, lora, open_base, random_adapter, random_tensors, write_checkpoint
 
 TEMPLATE = "{% for m in messages %}{{ m.role + ':' + m.content + '</s>' }}{% endfor %}Q"
 NEW = 8
@@ -83,7 +86,7 @@ def test_adapter_changes_the_completion_and_its_other_base_is_noted(
     assert run(base, "--prompt", "2+3=", "--adapter", str(tmp_path / "adapter")) == 0
     printed = capsys.readouterr()
     assert printed.out != expected(base, "2+3=") + "\n"
-    assert printed.err == "note: the adapter names someone/elsewhere as its base\n"
+    assert printed.err == f"note: the adapter names someone/elsewhere as its base; {base} is used\n"
 
 
 def test_repetition_penalty_is_the_models_own_unless_given(
@@ -136,3 +139,82 @@ def test_prompt_token_beyond_the_vocabulary_is_one_clear_error(
     small = write_checkpoint(tmp_path / "small", CONFIGS["llama"] | {"vocab_size": 40})
     assert run(small, "--prompt", "z") == 2
     assert "is beyond the model's vocabulary of 40" in capsys.readouterr().err
+
+
+def spoilt(folder: Path, value: float) -> Path:
+    """Write a base with a layer's up_proj full of such a value; return its folder."""
+    tensors = random_tensors(read_config(CONFIGS["llama"], folder))
+    tensors[UP][:] = value
+    return write_checkpoint(folder, CONFIGS["llama"], tensors=tensors)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("value", "more", "cause"),
+    [
+        (np.nan, (), f"the base has weights that are not finite: {UP} (1,536 of 1,536 values are NaN): "),
+        (
+            1e30,
+            ("--model.dtype", "float16"),
+            f"--model.dtype float16: {UP} has weights of up to 1e+30, beyond float16's 65504; give --model.dtype",
+        ),
+        (3e38, (), "the products overflow in float32; take another model\n"),
+    ],
+)
+@pytest.mark.parametrize("prompts", [("ab",), ("ab", "c")], ids=["one", "two"])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_cause(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    value: float,
+    more: tuple[str, ...],
+    cause: str,
+    prompts: tuple[str, ...],
+) -> None:
+    """One infinite fp16 weight, or --model.dtype float16 of a weight of 1e30: generate printed nothing and gave 0."""
+    assert run(spoilt(tmp_path / "spoilt", value), "--prompt", *prompts, *more) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: the model's logits are not finite")
+    assert cause in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_row_that_breaks_does_not_end_the_others(tmp_path: Path) -> None:
+    tensors = random_tensors(read_config(CONFIGS["llama"], tmp_path))
+    tensors["model.embed_tokens.weight"][5] = np.nan
+    base = open_base(write_checkpoint(tmp_path / "base", CONFIGS["llama"], tensors=tensors))
+    given = (Decoder(base.config), {"params": base.params})
+    alone = complete(*given, [[7, 8]], max_new_tokens=4)
+    assert complete(*given, [[7, 8], [5, 9]], max_new_tokens=4) == [*alone, [NOT_FINITE]]
+    assert min(alone[0]) >= 0
+
+
+def test_a_cache_that_cannot_fit_is_refused_before_anything_is_computed(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["generate", "--model.path", str(base), "--prompt", "a", "--max_new_tokens", "1000000000"]) == 2
+    )
+    printed = capsys.readouterr().err
+    assert printed.startswith(
+        "error: --max_new_tokens 1000000000: the cache for so many tokens takes 384.0 GiB, and "
+    )
+    assert printed.endswith(" GiB of memory; give fewer\n")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "note"),
+    [
+        ("a" * 70, (), "the prompt has 70 tokens, and the model was made for 64 (max_position_embeddings)"),
+        ("a" * 60, (), "the prompt and --max_new_tokens make up to 68 tokens, and the model was made for 64"),
+        ("a" * 8, (), ""),
+    ],
+)
+def test_a_prompt_longer_than_the_positions_is_noted_with_both_figures(
+    base: Path, capsys: pytest.CaptureFixture[str], prompt: str, more: tuple[str, ...], note: str
+) -> None:
+    assert run(base, "--prompt", prompt, *more) == 0
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"note: {note}") if note else printed == ""

@@ -1,6 +1,7 @@
 """Adapter files: what PEFT writes is read or refused in words, and what is written is what PEFT expects."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,14 @@ def test_init_that_changed_the_base_is_one_clear_error(tmp_path: Path, init: str
         ({"r": "8"}, '^r is "8": .*; it must be a positive integer'),
         ({"r": 0}, "^r is 0: .*; it must be a positive integer"),
         ({"r": True}, "^r is true: .*; it must be a positive integer"),
-        ({"lora_alpha": [1]}, "^lora_alpha is .*; it must be a number"),
+        ({"lora_alpha": [1]}, "^lora_alpha is .*; it must be a positive number"),
+        ({"lora_alpha": math.nan}, "^lora_alpha is NaN: .*; it must be a positive number"),
+        ({"lora_alpha": math.inf}, "^lora_alpha is Infinity: .*; it must be a positive number"),
+        ({"lora_alpha": 0}, "^lora_alpha is 0: .*; it must be a positive number"),
+        ({"lora_alpha": -8}, "^lora_alpha is -8: .*; it must be a positive number"),
+        ({"lora_alpha": 10**400}, "^lora_alpha is 1000.*; it must be a positive number"),
+        ({"alpha_pattern": {"q_proj": math.nan}}, "^alpha_pattern is .*NaN.*; it must be an object"),
+        ({"lora_dropout": math.nan}, "^lora_dropout is NaN: .*; it must be a number"),
         ({"target_modules": {"q_proj": 1}}, "^target_modules is .*; it must be a list of names"),
         ({"target_modules": [1]}, "^target_modules is .*; it must be a list of names"),
         (

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lora_jax.errors import UserError
 from lora_jax.hub.tokenizer import (
-    copy_config_files,
+    copy_generation_config,
     copy_tokenizer,
     end_token_id,
+    load_joined_tokenizer,
     load_tokenizer,
     padding_token_id,
 )
@@ -151,13 +152,74 @@ def test_tokenizer_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     assert not (tmp_path / "target" / "tokenizer.model").is_symlink()
 
 
+CONFIG, JINJA, TOOLS = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tools.jinja"
+
+
+def with_key(template: object) -> str:
+    return json.dumps({"eos_token": "</s>", "chat_template": template})
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "expected"),
+    [
+        ({JINJA: "b"}, {}, {JINJA: "b"}),
+        ({JINJA: "b", "tokenizer.json": "b"}, {"tokenizer.json": "a", CONFIG: "{}"},
+         {JINJA: "b", "tokenizer.json": "a", CONFIG: "{}"}),
+        ({JINJA: "b", TOOLS: "b"}, {JINJA: "a"}, {JINJA: "a"}),
+        ({JINJA: "b", "tokenizer.json": "b"}, {CONFIG: with_key("a")},
+         {CONFIG: with_key("a"), "tokenizer.json": "b"}),
+        ({CONFIG: with_key("b")}, {CONFIG: "{}"}, {CONFIG: "{}", JINJA: "b"}),
+        ({CONFIG: with_key("b")}, {"tokenizer.json": "a"}, {CONFIG: with_key("b"), "tokenizer.json": "a", JINJA: "b"}),
+        ({CONFIG: with_key([{"name": "default", "template": "b"}, {"name": "tools", "template": "t"},
+                            {"name": "../out", "template": "t"}, {"name": "n"}, 3])}, {CONFIG: "{}"},
+         {CONFIG: "{}", JINJA: "b", TOOLS: "t"}),
+        ({"special_tokens_map.json": "b", "added_tokens.json": "b", CONFIG: "{}"}, {CONFIG: "{ }"}, {CONFIG: "{ }"}),
+        ({"tokenizer.json": "b"}, {"vocab.json": "a"}, {"vocab.json": "a"}),
+        ({"tokenizer.json": "b", "tokenizer.model": "b"}, {"tokenizer.json": "a"},
+         {"tokenizer.json": "a", "tokenizer.model": "b"}),
+    ],
+)  # fmt: skip
+def test_each_file_is_the_adapters_where_it_has_it_and_none_of_the_bases_overrules_it(
+    tmp_path: Path, base: dict[str, str], own: dict[str, str], expected: dict[str, str]
+) -> None:
+    """LLaMA-Factory #8399: an adapter's folder with a tokenizer but no chat template lost the base's."""
+    for folder, files in (("base", base), ("own", own)):
+        (tmp_path / folder).mkdir()
+        for name, text in files.items():
+            (tmp_path / folder / name).parent.mkdir(exist_ok=True)
+            (tmp_path / folder / name).write_text(text)
+    copy_tokenizer(tmp_path / "base", tmp_path / "merged", tmp_path / "own")
+    merged = tmp_path / "merged"
+    found = {
+        path.relative_to(merged).as_posix(): path.read_text() for path in merged.rglob("*") if path.is_file()
+    }
+    assert found == expected
+
+
+def test_a_tokenizer_of_two_folders_is_read_as_one(tmp_path: Path) -> None:
+    base, own = write_tokenizer(tmp_path / "base"), tmp_path / "own"
+    own.mkdir()
+    (base / JINJA).write_text("base")
+    config = json.loads((base / CONFIG).read_text())
+    config.pop("chat_template")
+    (own / CONFIG).write_text(json.dumps(config))
+    assert load_joined_tokenizer(base, own).chat_template == "base"
+    (own / JINJA).write_text("own")
+    joined = load_joined_tokenizer(base, own)
+    assert joined.chat_template == "own"
+    assert joined("a b") == load_tokenizer(base)("a b")
+    assert load_joined_tokenizer(base).chat_template == "base"
+
+
 def test_what_is_not_of_the_tokenizer_is_not_copied(tmp_path: Path) -> None:
     source = write_tokenizer(tmp_path / "source")
     for name in ("config.json", "generation_config.json", "model.safetensors", "modeling.py", "README.md"):
         (source / name).write_text("{}")
     assert copy_tokenizer(source, tmp_path / "target") == ("tokenizer.json", "tokenizer_config.json")
-    assert copy_config_files(source, tmp_path / "target") == ("generation_config.json",)
-    assert copy_config_files(tmp_path / "blank", tmp_path / "target") == ()
+    copy_generation_config(source, tmp_path / "target")
+    assert (tmp_path / "target" / "generation_config.json").exists()
+    copy_generation_config(tmp_path / "nowhere", tmp_path / "blank")
+    assert not (tmp_path / "blank" / "generation_config.json").exists()
 
 
 def test_real_tokenizer_reads_as_transformers_reads_it(real_model: Path) -> None:

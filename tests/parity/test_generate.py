@@ -1,21 +1,32 @@
 """Generating beside transformers' `generate`: the logits of every cached pass, and the tokens and text that follow."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_jax.adapters.targets import make_plan
+from lora_jax.cli import main
 from lora_jax.config import ModelOptions
 from lora_jax.generate.decode import advance, bucket, complete, padded, prefill
 from lora_jax.generate.load import Loaded, load_for_inference
 from lora_jax.generate.prompt import encode_prompt, end_ids
 from lora_jax.generate.sampling import Sampling
 from lora_jax.generate.text import decoded
+from lora_jax.hub.adapter_files import write_adapter
+from lora_jax.hub.packed_checkpoint import open_checkpoint
+from lora_jax.models.families import read_config
+from lora_jax.models.names import modules
 from tests.parity.peers import peft_model, quiet, randomise, torch_base, torch_model
-from tests.tiny import VOCAB
+from tests.tiny import VOCAB, lora, random_adapter
+
+FENNEL = Path(__file__).parent.parent.parent / "examples" / "fennel-2m"
+PAD, TURN_END = 0, 2
 
 # Prompts and what follows are longer than the windows, and than the context that scaled positions start from.
 NAMES = [
@@ -161,3 +172,33 @@ def test_greedy_chat_text_of_the_real_model_is_that_of_transformers(real_model: 
     logits = cached_logits(loaded, prompts, written)
     assert logits.shape == expected.shape
     assert np.abs(logits - expected).max() < 1e-3
+
+
+def test_transformers_stops_where_training_taught_a_merged_model_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen3 #927, #1064, LLaMA-Factory #7943: the base's settings name another token than the one that ends a turn."""
+    base = shutil.copytree(FENNEL, tmp_path / "base")
+    for name in ("config.json", "generation_config.json"):
+        (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | {"eos_token_id": PAD}))
+    config = lora(base_model_name_or_path=str(base), lora_alpha=1e-3)
+    opened = open_checkpoint(base)
+    plan = make_plan(config, modules(read_config(opened.config, base)))
+    write_adapter(tmp_path / "adapter", config, random_adapter(plan))
+    assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 0
+    assert "stop at <|im_end|> (2) too" in capsys.readouterr().out
+
+    def written(folder: Path) -> list[int]:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        asked = [{"role": "user", "content": "Tell me about Oscar."}]
+        given = tokenizer.apply_chat_template(
+            asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        peer: Any = AutoModelForCausalLM.from_pretrained(folder)
+        return peer.generate(**given, max_new_tokens=120, do_sample=False)[
+            0, given["input_ids"].shape[1] :
+        ].tolist()
+
+    passed = written(base)
+    assert TURN_END in passed[:-1]
+    assert written(tmp_path / "merged") == passed[: passed.index(TURN_END) + 1]

@@ -117,7 +117,9 @@ def test_a_start_that_is_no_number_is_warned_of_and_null_in_the_log(
 ) -> None:
     more = ("--data.eval_path", str(rows), "--train.max_steps", "1")
     run(*train_arguments(broken, rows, tmp_path / "out", *more))
-    assert "warning: start: eval_loss is not finite before the first step" in capsys.readouterr().out
+    named = "the base has weights that are not finite: model.embed_tokens.weight (32 of 3,072 values are NaN)"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"warning: start: eval_loss is not finite before the first step: {named}" in printed
     first = metrics(tmp_path / "out")[0]
     assert (first["eval_loss"], first["eval_perplexity"]) == (None, None)
     assert [text.partition(":")[0] for text in first["warnings"]] == ["leaked", "start"]
@@ -151,10 +153,21 @@ def test_a_run_that_has_skipped_all_its_steps_has_failed(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: loss or gradient not finite in steps 1 to 2, on ")
-    assert error.endswith("; look at those rows or lower --train.learning_rate\n"), (
+    named = f"model.embed_tokens.weight (32 of 3,072 values are NaN): {broken}; download it again\n"
+    assert error.endswith(f"; the base has weights that are not finite: {named}"), (
         "there is nothing behind them"
     )
     assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_a_base_that_is_broken_is_not_trained_whole(
+    broken: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it is trained and written at the end: what could not be written is refused before the first step."""
+    assert main(train_arguments(broken, rows, tmp_path / "out", "--method", "full")) == 2
+    named = "the base has weights that are not finite: model.embed_tokens.weight (32 of 3,072 values are NaN)"
+    assert capsys.readouterr().err.startswith(f"error: --method full: {named}")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

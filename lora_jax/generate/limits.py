@@ -1,0 +1,45 @@
+"""What a model cannot write: more tokens than memory has room for, or than it has positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.errors import UserError
+from lora_jax.generate.decode import cache_bytes
+from lora_jax.models.decoder import Decoder
+from lora_jax.parallel.memory import devices_memory
+
+_STRETCHED = ("linear", "dynamic")
+"""Kinds of RoPE whose factor is not in max_position_embeddings already."""
+
+
+def check_cache(model: Decoder, batch: int, longest: int, max_new_tokens: int, option: str) -> None:
+    """Raise UserError, naming the `option` of max_new_tokens, where the cache alone is larger than the memory."""
+    needed, there = cache_bytes(model, batch, longest, max_new_tokens), devices_memory()
+    if needed > there:
+        raise UserError(
+            f"{option} {max_new_tokens}: the cache for so many tokens takes {needed / 2**30:,.1f} GiB, and there are "
+            f"{there / 2**30:,.1f} GiB of memory; give fewer"
+        )
+
+
+def beyond_positions(
+    model: Decoder, config: Mapping[str, Any], longest: int, max_new_tokens: int
+) -> str | None:
+    """Return what to note where a prompt of `longest` tokens, or what may follow it, leaves the model's positions.
+
+    `config` is the content of config.json; without max_position_embeddings in it there is nothing to say.
+    """
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
+    rope = model.config.rope
+    positions *= int(rope.factor) if rope.rope_type in _STRETCHED else 1
+    if longest > positions:
+        what = f"the prompt has {longest:,} tokens"
+    elif longest + max_new_tokens > positions:
+        what = f"the prompt and --max_new_tokens make up to {longest + max_new_tokens:,} tokens"
+    else:
+        return None
+    return f"{what}, and the model was made for {positions:,} (max_position_embeddings); beyond them it writes noise"

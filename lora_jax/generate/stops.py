@@ -1,0 +1,50 @@
+"""Where a folder that training has written tells other programs to stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax.generate.prompt import named_ends, stop_ids
+from lora_jax.hub.atomic import write_text
+from lora_jax.hub.checkpoint import CONFIG_FILE, Checkpoint
+from lora_jax.hub.json_file import read_json_object
+from lora_jax.hub.tokenizer import GENERATION_CONFIG_FILE, generation_config
+
+_WITH_THEM = ("bos_token_id", "pad_token_id")
+"""What transformers takes from config.json where there is no generation_config.json."""
+
+
+def generation_settings(source: Path, own: Path | None = None) -> Mapping[str, Any]:
+    """Return what generation_config.json of the folder `own`, else of the source, holds; nothing without one."""
+    path = generation_config(source, own)
+    return {} if path is None else read_json_object(path, "mend it or delete it")
+
+
+def write_stops(folder: Path, base: Checkpoint, tokenizer: Any, own: Path | None = None) -> list[str]:
+    """Make the settings in a folder stop at what training ends a text and a turn with, and return the tokens added.
+
+    transformers and vLLM stop at the eos_token_id of generation_config.json, or of config.json, alone, and a base's
+    does not name the token that ends a turn of the chat template. generation_config.json and, where there is one,
+    config.json get it. `own` is an adapter's folder, whose settings go before the base's. A token that the model has
+    no row for is left out.
+    """
+    settings = generation_settings(base.folder, own)
+    known = named_ends(generation_settings(base.folder), base.config)
+    ends = stop_ids(settings, base.config, tokenizer, chat=bool(tokenizer.chat_template))
+    rows = base.config.get("vocab_size")
+    added = [end for end in ends if end not in known and not (isinstance(rows, int) and end >= rows)]
+    if not added:
+        return []
+    whole = {"eos_token_id": [*known, *added]}
+    settings = settings or {name: base.config[name] for name in _WITH_THEM if name in base.config}
+    _write(folder / GENERATION_CONFIG_FILE, {**settings, **whole})
+    if (folder / CONFIG_FILE).exists():
+        _write(folder / CONFIG_FILE, read_json_object(folder / CONFIG_FILE, "write it again") | whole)
+    return [f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in added]
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(dict(content), indent=2, sort_keys=True) + "\n")

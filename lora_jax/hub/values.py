@@ -1,0 +1,57 @@
+"""Tensors whose values are all finite, and what to say of one that holds others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lora_jax.errors import UserError
+
+_WIDER = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
+
+
+def finite(values: np.ndarray) -> bool:
+    """Return whether no value is NaN or infinite; it makes no copy, and costs one reading of the memory."""
+    if values.dtype.kind in "biu" or not values.size:
+        return True
+    # Read as integers, the bits of an infinity exceed those of all finite values of its sign, and NaN's exceed them.
+    size = values.dtype.itemsize
+    signed, unsigned = np.dtype(f"i{size}"), np.dtype(f"u{size}")
+    limits = np.array([np.inf, -np.inf], values.dtype)
+    return bool(
+        values.view(signed).max() < limits.view(signed)[0]
+        and values.view(unsigned).max() < limits.view(unsigned)[1]
+    )
+
+
+def not_finite(values: np.ndarray) -> str:
+    """Return how many values of a tensor are NaN or infinite: "3 of 1,024 values are NaN"."""
+    kinds = {"NaN": np.isnan(values), "infinite": np.isinf(values)}
+    found = [kind for kind, where in kinds.items() if where.any()]
+    count = int(sum(where.sum() for where in kinds.values()))
+    return f"{count:,} of {values.size:,} values {'is' if count == 1 else 'are'} {' or '.join(found)}"
+
+
+def converted(values: np.ndarray, dtype: Any, name: str, option: str) -> np.ndarray:
+    """Return values in another dtype; raises UserError where finite ones are too large for it (see `too_large`)."""
+    found = cast(values, dtype)
+    if found.dtype != values.dtype and not finite(found) and finite(values):
+        raise too_large(values, dtype, name, option)
+    return found
+
+
+def cast(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """Return values in another dtype, infinite where it cannot hold them."""
+    with np.errstate(over="ignore"):
+        return values.astype(dtype)
+
+
+def too_large(values: np.ndarray, dtype: Any, name: str, option: str) -> UserError:
+    """Return the error for a tensor of finite values that `dtype`, which `option` chooses, cannot hold."""
+    kind, most = np.dtype(dtype).name, float(ml_dtypes.finfo(dtype).max)
+    return UserError(
+        f"{option} {kind}: {name} has weights of up to {float(np.abs(values.astype(np.float64)).max()):.3g}, beyond "
+        f"{kind}'s {most:.6g}; give {option} {_WIDER.get(kind, 'float32')}"
+    )

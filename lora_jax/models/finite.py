@@ -1,0 +1,36 @@
+"""Which weights of a base are not finite: read only where a result was not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+
+from lora_jax.errors import listing
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.values import cast, finite, not_finite, too_large
+from lora_jax.models.config import ModelConfig
+from lora_jax.models.names import name_table
+from lora_jax.models.quantization import read_weight
+
+
+def broken_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: str = "auto") -> str | None:
+    """Return what is wrong with a checkpoint's values, and the remedy; None where all are finite.
+
+    `dtype`, of --model.dtype, is what they are converted to. Reads all weights, one at a time.
+    """
+    found = list(_not_finite(checkpoint, config))
+    if found:
+        return f"the base has weights that are not finite: {listing(found, 4)}: {checkpoint.folder}; download it again"
+    for entry in name_table(config) if dtype != "auto" else ():
+        values = read_weight(checkpoint, entry.name)
+        if not finite(cast(values, jnp.dtype(dtype))):
+            return str(too_large(values, jnp.dtype(dtype), entry.name, "--model.dtype"))
+    return None
+
+
+def _not_finite(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
+    for entry in name_table(config):
+        values = read_weight(checkpoint, entry.name)
+        if not finite(values):
+            yield f"{entry.name} ({not_finite(values)})"
