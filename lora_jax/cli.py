@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lora_jax import __version__
 from lora_jax.cache import keep_compiled
@@ -23,6 +23,7 @@ USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
   merge      merge an adapter into its base, as a Hugging Face folder
   quantize   write a checkpoint with its linear layers in 4 or 8 bits, as bitsandbytes stores them
   generate   complete a prompt with a model, and an adapter if given
+  eval       score models on rows without training: a base, adapters, merged and quantised models
   plan       what a run needs on a TPU, a GPU or this machine, from the compiler (--topology v5e:2x4)
   export     rewrite an adapter for another program (--for vllm)
   report     write a page about a run, or several: curves, layers that moved, data, samples, options
@@ -39,6 +40,7 @@ MORE_MEMORY = {
     "train": A_STEP,
     "plan": A_STEP,
     "generate": "give fewer or shorter prompts, a smaller --max_new_tokens, or --model.load_in_4bit True",
+    "eval": "give --per_device_eval_batch_size 1, a smaller --data.max_length, or --model.load_in_4bit True",
 }
 """Remedies where memory is lacking, the cheapest first."""
 
@@ -206,6 +208,15 @@ def _generate(arguments: Sequence[str]) -> int:
     return generate(*parse(GenerateOptions, arguments, program="lora-jax generate"))
 
 
+def _eval(arguments: Sequence[str]) -> int:
+    from lora_jax.commands.evaluate import EvalOptions, evaluate, from_file
+    from lora_jax.config import RunConfig
+    from lora_jax.options import parse
+
+    taken: dict[str, Any] = {"also": RunConfig, "from_file": from_file}
+    return evaluate(*parse(EvalOptions, arguments, program="lora-jax eval", **taken))
+
+
 def _report(arguments: Sequence[str]) -> int:
     from lora_jax.commands.report import report
 
@@ -218,7 +229,7 @@ def _inspect(arguments: Sequence[str]) -> int:
     return inspect(arguments)
 
 
-COMPILING = ("train", "generate", "plan")
+COMPILING = ("train", "generate", "eval", "plan")
 """Commands whose compiled programs are kept."""
 WRITING = ("merge", "quantize", "export")
 """Commands that write a folder; train, which does too, knows signals itself."""
@@ -228,6 +239,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "merge": _merge,
     "quantize": _quantize,
     "generate": _generate,
+    "eval": _eval,
     "plan": _plan,
     "export": _export,
     "report": _report,

@@ -332,22 +332,7 @@ def check(config: RunConfig) -> None:
     _check_regexes(lora)
     _require(bool(lora.target_modules), "--lora.target_modules", "", f"name modules, or use {ALL_LINEAR}")
     check_data(data)
-    _require(
-        not data.eval_split or bool(data.eval_path or data.eval_paths),
-        "--data.eval_split",
-        data.eval_split,
-        "needs --data.eval_path",
-    )
-    for name in ("length_buckets", "pad_to_multiple_of"):
-        value = getattr(data, name)
-        _require(value is None or value > 0, f"--data.{name}", value, "must be positive")
-    _require(0 <= data.eval_fraction < 1, "--data.eval_fraction", data.eval_fraction, "must be in [0, 1)")
-    _require(
-        not (data.eval_path and data.eval_fraction),
-        "--data.eval_fraction",
-        data.eval_fraction,
-        "excludes --data.eval_path; give one of the two",
-    )
+    check_evaluation_data(data)
     check_model(config.model)
     _check_train(train)
     _check_evaluation(data, train)
@@ -410,6 +395,40 @@ def check_data(data: DataOptions) -> None:
         "--data.num_proc",
         data.num_proc,
         "must be positive, or None",
+    )
+
+
+def check_evaluation_data(data: DataOptions) -> None:
+    """Raise UserError for options of rows to evaluate on, and of how rows share batches, that are wrong in any case."""
+    _require(
+        not data.eval_split or bool(data.eval_path or data.eval_paths),
+        "--data.eval_split",
+        data.eval_split,
+        "needs --data.eval_path",
+    )
+    for name in ("length_buckets", "pad_to_multiple_of"):
+        value = getattr(data, name)
+        _require(value is None or value > 0, f"--data.{name}", value, "must be positive")
+    _require(0 <= data.eval_fraction < 1, "--data.eval_fraction", data.eval_fraction, "must be in [0, 1)")
+    _require(
+        not (data.eval_path and data.eval_fraction),
+        "--data.eval_fraction",
+        data.eval_fraction,
+        "excludes --data.eval_path; give one of the two",
+    )
+    for name in data.eval_paths:
+        _require(
+            re.fullmatch(r"[\w.-]+", name) is not None,
+            "--data.eval_paths",
+            name,
+            "a name is part of a figure's, eval_NAME_loss; use letters, digits, and the signs _ . -",
+        )
+    others = [name for name in ("eval_path", "eval_fraction") if getattr(data, name)]
+    _require(
+        not (data.eval_paths and others),
+        "--data.eval_paths",
+        "",
+        f"excludes {' and '.join(f'--data.{name}' for name in others)}; give one of them",
     )
 
 
@@ -490,20 +509,6 @@ def _check_train(train: TrainOptions) -> None:
 
 def _check_evaluation(data: DataOptions, train: TrainOptions) -> None:
     sources = [name for name in ("eval_path", "eval_paths", "eval_fraction") if getattr(data, name)]
-    for name in data.eval_paths:
-        _require(
-            re.fullmatch(r"[\w.-]+", name) is not None,
-            "--data.eval_paths",
-            name,
-            "a name is part of a figure's, eval_NAME_loss; use letters, digits, and the signs _ . -",
-        )
-    others = [name for name in sources if name != "eval_paths"]
-    _require(
-        not (data.eval_paths and others),
-        "--data.eval_paths",
-        "",
-        f"excludes {' and '.join(f'--data.{name}' for name in others)}; give one of them",
-    )
     for name in ("sample_max_new_tokens", "generation_rows", "generation_max_new_tokens"):
         _require(getattr(train, name) > 0, f"--train.{name}", getattr(train, name), "must be positive")
     needs_rows = {

@@ -11,7 +11,7 @@ import difflib
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -37,24 +37,30 @@ _NUMBERS: dict[Any, tuple[Callable[[str], float], str]] = {
 
 
 def parse(
-    kind: type[Options], arguments: Sequence[str], *, program: str, also: type | None = None
+    kind: type[Options],
+    arguments: Sequence[str],
+    *,
+    program: str,
+    also: type | None = None,
+    from_file: Callable[[Flags, Collection[str]], Flags] = lambda found, typed: found,
 ) -> tuple[Options, frozenset[str]]:
     """Return the options and the names of those that were given, such as lora.r.
 
     A first argument that is no flag is a YAML file, which may be one of the options `also`: those that `kind` lacks
-    are passed over. Raises UserError for an unknown option, a bad value or
+    are passed over. `from_file` is given the file's options and the names of those that were typed, and returns what
+    is taken from the file. Raises UserError for an unknown option, a bad value or
     a bad file; `--help` prints and exits.
     """
     rest = list(arguments)
     names = option_names(kind)
-    flags: Flags = {}
+    found: Flags = {}
     if "-h" in rest or "--help" in rest:
         _tyro(kind, ["--help"], program, default=_needed(kind()))
     if rest and not rest[0].startswith("-"):
         known = names | (option_names(also) if also else {})
         found = _yaml_flags(Path(rest.pop(0)).expanduser(), known)
-        flags = {name: values for name, values in found.items() if name in names}
-    flags |= _typed_flags(rest, names)
+    typed = _typed_flags(rest, names)
+    flags = {name: values for name, values in from_file(found, typed).items() if name in names} | typed
     given = [text for name, values in flags.items() for text in _words(name, names[name], values)]
     output = io.StringIO()
     try:

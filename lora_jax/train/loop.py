@@ -276,7 +276,7 @@ class Loop:
             self._warn(self.cautions.about_step(entry, state.trainable))
         if step == 1 and 0 not in self.evaluations:
             self._warn(self.cautions.about_start(entry))
-        entry = {name: _number(value) for name, value in (entry | evaluation.figures).items()}
+        entry = {name: number(value) for name, value in (entry | evaluation.figures).items()}
         if step > 0 or evaluation.figures:
             if self.warnings:
                 entry, self.warnings = entry | {WARNINGS: self.warnings}, []
@@ -315,6 +315,6 @@ def _loss(figures: Mapping[str, float]) -> float | None:
     return next((value for name, value in figures.items() if name.endswith("loss")), None)
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """Return a value as JSON has it: null for what is no finite number."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,84 @@
+"""The models that `lora-jax eval` compares, as their files say: no weight of a base is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_jax.adapters.read import base_of
+from lora_jax.config import ModelOptions
+from lora_jax.errors import UserError
+from lora_jax.generate.load import Opened, open_for_inference
+from lora_jax.hub.adapter_files import read_adapter_config
+from lora_jax.hub.resolve import resolve
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A base, or an adapter on one, by the names that the user knows them by."""
+
+    base: str
+    adapter: str | None
+    adapter_folder: Path | None
+    opened: Opened
+    """Without the adapter's tensors: only one adapter at a time is held."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def quantization(self) -> str | None:
+        """How the base is quantised, in words."""
+        found = self.opened.quantization
+        return None if found is None else found.summary()
+
+
+def candidates(
+    model: ModelOptions, adapters: Sequence[str], models: Sequence[str], base: bool, typed: Collection[str]
+) -> list[Candidate]:
+    """Return what is to be measured, in this order: the base, its adapters, more models.
+
+    The base alone is among them where `base` says so, or where there is no adapter. Raises UserError for whatever is
+    wrong with the files, and for what is named twice.
+    """
+    if base and not adapters:
+        raise UserError("--base: is measured beside adapters; give --adapter, or leave it out")
+    if not (model.path or adapters or models):
+        raise UserError("--model.path: needed without --adapter or --models; give a folder or a Hub id")
+    found: list[Candidate] = []
+    if model.path and (base or not adapters):
+        found.append(_opened(model, None, "--model.path", found, typed))
+    for adapter in adapters:
+        own = _named_base(model, adapter)
+        if base and own.path not in [one.base for one in found]:
+            found.append(_opened(own, None, "--base", found, typed))
+        found.append(_opened(own, adapter, "--adapter", found, typed))
+    for path in models:
+        stored = replace(model, path=path, revision=None, load_in_4bit=False, load_in_8bit=False)
+        found.append(_opened(stored, None, "--models", found, ()))
+    return found
+
+
+def _named_base(model: ModelOptions, adapter: str) -> ModelOptions:
+    """Return the options with the adapter's own base where none is given."""
+    if model.path:
+        return model
+    folder = resolve(adapter, option="--adapter")
+    stored = read_adapter_config(folder)
+    return replace(model, path=base_of(folder, stored), revision=model.revision or stored.revision)
+
+
+def _opened(
+    model: ModelOptions, adapter: str | None, option: str, found: Sequence[Candidate], typed: Collection[str]
+) -> Candidate:
+    opened = open_for_inference(model, adapter, typed)
+    folder = None if opened.adapter is None else opened.adapter.folder
+    notes = tuple(opened.notes(model))
+    one = Candidate(model.path, adapter, folder, replace(opened, adapter=None), notes)
+    if any(_places(one) == _places(other) for other in found):
+        raise UserError(f"{option} {adapter or model.path}: is named twice; leave one of the two out")
+    return one
+
+
+def _places(one: Candidate) -> tuple[Path, Path | None]:
+    adapter = one.adapter_folder
+    return one.opened.checkpoint.folder.resolve(), None if adapter is None else adapter.resolve()

@@ -1,0 +1,256 @@
+"""`lora-jax eval`: scores of models on rows, without training.
+
+What a user names becomes candidates, which are opened and checked before a weight is read. Those on the same base are
+measured one after the other on one copy of it; then it is freed for the next base.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lora_jax.adapters.read import adapter_trees, open_adapter
+from lora_jax.commands.candidates import Candidate, candidates
+from lora_jax.config import (
+    DataOptions,
+    GenerationMetric,
+    MeshOptions,
+    ModelOptions,
+    TrainOptions,
+    check_data,
+    check_evaluation_data,
+)
+from lora_jax.data.dataset import TokenDataset, load_examples
+from lora_jax.data.mixture import hold_out, mixed
+from lora_jax.data.packing import packs
+from lora_jax.data.token_cache import key
+from lora_jax.errors import UserError
+from lora_jax.hub.atomic import write_text
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.load import load_params
+from lora_jax.parallel.mesh import make_mesh
+from lora_jax.train.evaluation import Evaluator, asked
+from lora_jax.train.feed import eval_sizes
+from lora_jax.train.in_memory import InMemory
+from lora_jax.train.loop import number
+from lora_jax.train.scores import check_installed, score_names
+from lora_jax.train.setup import evaluation_rows
+from lora_jax.train.stopping import FIGURES, figure_name
+
+SECTION = "--"
+"""What the names of options of scores begin with here."""
+SOURCES = ("data.path", "data.eval_path", "data.eval_paths")
+ABOUT_SOURCES = (
+    *SOURCES, "data.split", "data.eval_split", "data.eval_fraction", "data.mixture_weights",
+    "data.stopping_strategy",
+)  # fmt: skip
+"""Options of a file that rows given on the command line take the place of."""
+
+LOADED = ("model.load_in_4bit", "model.load_in_8bit")
+
+Sets = Mapping[str, TokenDataset]
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Score models on rows: a base, adapters, merged and quantised models. Takes the YAML file of a run too.
+
+    Measures data.eval_path or data.eval_paths; without them data.path, or the share of it that data.eval_fraction
+    holds out.
+    """
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    adapter: tuple[str, ...] = ()
+    """Adapters to measure: folders or Hub ids; without model.path each on the base that it names."""
+    base: bool = False
+    """Measure the base of the adapters too, without an adapter."""
+    models: tuple[str, ...] = ()
+    """More models to measure as they are stored, such as merged or quantised ones: folders or Hub ids."""
+    per_device_eval_batch_size: int = TrainOptions.per_device_train_batch_size
+    """Rows a device in one pass."""
+    generation_metrics: tuple[GenerationMetric, ...] = ()
+    """Scores of greedy completions against the answers of the rows: exact_match, bleu, rouge."""
+    generation_rows: int = TrainOptions.generation_rows
+    """Rows of each set that generation_metrics completes, from the first on."""
+    generation_max_new_tokens: int = TrainOptions.generation_max_new_tokens
+    """Greatest number of tokens in a completion that is scored."""
+    seed: int = TrainOptions.seed
+    """Seed by which data.eval_fraction draws its rows; that of the run whose rows they are."""
+    json: bool = False
+    """Print a line of JSON for each model, as soon as it is measured, instead of a table."""
+    output: str = ""
+    """File to write those lines to."""
+    overwrite: bool = False
+    """Replace the file that output names."""
+
+    @property
+    def scoring(self) -> TrainOptions:
+        """What a run would be told of its scores."""
+        return TrainOptions(
+            generation_metrics=self.generation_metrics,
+            generation_rows=self.generation_rows,
+            generation_max_new_tokens=self.generation_max_new_tokens,
+        )
+
+
+def from_file(found: Mapping[str, list[str]], typed: Collection[str]) -> dict[str, list[str]]:
+    """Return the options of a YAML file, which may be a run's, as those of this command.
+
+    How a run evaluates holds here too. Rows that are `typed` take the place of the file's, with their splits. That the
+    run's base was not quantised does not keep another one from being so.
+    """
+    options = {
+        name: values for name, values in found.items() if (name in LOADED, values) != (True, ["False"])
+    }
+    for name in ("per_device_train_batch_size", *EvalOptions.__dataclass_fields__):
+        values = options.pop(f"train.{name}", ["None"])
+        if values != ["None"]:  # unset: evaluation takes as many rows as training
+            options[name.replace("_train_", "_eval_")] = values
+    replaced = ABOUT_SOURCES if any(name in typed for name in SOURCES) else ()
+    return {name: values for name, values in options.items() if name not in replaced}
+
+
+def evaluate(options: EvalOptions, typed: Collection[str] = (), console: Console | None = None) -> int:
+    """Measure what the options name; return the exit code. `typed` names the options that the user gave.
+
+    Raises UserError for whatever is wrong; what is wrong with a model's files or the rows comes before any figure.
+    """
+    _check(options)
+    console = console or Console(stderr=options.json)
+    mesh = make_mesh(options.mesh)
+    lines: list[Line] = []
+    with jax.set_mesh(mesh):
+        found = candidates(options.model, options.adapter, options.models, options.base, typed)
+        for one in found:
+            for note in one.notes:
+                print(f"note: {one.adapter}: {note}", file=sys.stderr)
+        sets = _sets_of(found, options, console)
+        for group in on_one_base(found):
+            for line in _measured(group, sets, options, mesh):
+                lines.append(line)
+                if options.json:
+                    print(json.dumps(line), flush=True)
+    if not options.json:
+        _print_table(console, lines, sets[found[0]], options.generation_metrics)
+    if options.output:
+        path = Path(options.output).expanduser()
+        write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _check(options: EvalOptions) -> None:
+    data = options.data
+    if not (data.eval_path or data.eval_paths or (data.path and all(data.path))):
+        raise UserError("--data.path: needed; give a file of rows or the Hub id of a data set")
+    check_data(data)
+    check_evaluation_data(data)
+    for name in ("per_device_eval_batch_size", "generation_rows", "generation_max_new_tokens"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: must be positive")
+    check_installed(options.generation_metrics, SECTION)
+    path = Path(options.output).expanduser()
+    if options.output and path.is_dir():
+        raise UserError(f"--output {options.output}: is a folder; give a file")
+    if options.output and path.exists() and not options.overwrite:
+        raise UserError(f"--output {options.output}: exists already; add --overwrite, or give another file")
+
+
+def _sets_of(found: Sequence[Candidate], options: EvalOptions, console: Console) -> dict[Candidate, Sets]:
+    """Return the rows of each candidate, which share them where they share a tokenizer; says what they are."""
+    sets: dict[Candidate, Sets] = {}
+    known: dict[Any, Sets] = {}
+    for one in found:
+        tokenizer, vocab_size = one.opened.tokenizer, one.opened.config.vocab_size
+        same = (key("", {}, tokenizer) or id(tokenizer), vocab_size)
+        if same not in known:
+            known[same] = _sets(options, tokenizer, vocab_size, console)
+            for name, rows in known[same].items():
+                asked(rows, options.scoring, SECTION)
+                about = f"{f'eval {name}'.rstrip():<8} {rows.summary()}"
+                console.print(about, highlight=False, markup=False, soft_wrap=True)
+        sets[one] = known[same]
+    return sets
+
+
+def _sets(options: EvalOptions, tokenizer: Any, vocab_size: int, console: Console) -> Sets:
+    data, seed = options.data, options.seed
+    if sets := evaluation_rows(data, tokenizer, vocab_size, console):
+        return sets
+    rows = load_examples(data, tokenizer, data.path, data.split, vocab_size, console=console)
+    _, held = hold_out(rows, data.eval_fraction, seed)
+    return {"": mixed(rows, data.mixture_weights, data.stopping_strategy, seed) if held is None else held}
+
+
+def on_one_base(found: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Return the candidates in groups that share a base in memory, in the order that the bases are named in."""
+    groups: dict[Any, list[Candidate]] = {}
+    for one in found:
+        groups.setdefault((one.opened.checkpoint.folder, one.opened.config), []).append(one)
+    return list(groups.values())
+
+
+def _measured(
+    group: Sequence[Candidate], sets: Mapping[Candidate, Sets], options: EvalOptions, mesh: Mesh
+) -> Iterator[Line]:
+    """Yield the line of each candidate of a group; the base is in memory for as long."""
+    first = group[0].opened
+    frozen = load_params(first.checkpoint, first.config, options.model.dtype, first.quantization, mesh=mesh)
+    model = Decoder(first.config, dtype=first.compute_dtype(options.model), packed=packs(options.data))
+    sizes = eval_sizes(options.data, options.per_device_eval_batch_size, mesh)
+    evaluators: dict[Any, Evaluator] = {}
+    for one in group:
+        trees: tuple[Any, Any] = ({}, {})
+        if one.adapter_folder is not None:
+            trees = adapter_trees(open_adapter(one.adapter_folder, first.config), frozen, mesh)
+        # Programs are compiled for shapes: adapters of the same ones, on the same rows, share them.
+        same = (id(sets[one]), str(jax.tree.map(jax.typeof, trees)))
+        if same not in evaluators:
+            base = InMemory(
+                checkpoint=first.checkpoint, model_config=first.config, model=model, frozen=frozen, adapter={},
+                tokenizer=one.opened.tokenizer, mesh=mesh,
+            )  # fmt: skip
+            evaluators[same] = Evaluator(base, sets[one], sizes, options.scoring, section=SECTION)
+        yield _line(one, sets[one], evaluators[same](*trees).figures)
+
+
+def _line(one: Candidate, sets: Sets, figures: Mapping[str, float]) -> Line:
+    line: Line = {"model": one.base, "adapter": one.adapter, "quantization": one.quantization}
+    for name, rows in sets.items():
+        counts = {"rows": rows.rows, "trained_tokens": rows.trained_tokens}
+        line |= {figure_name(name, what): count for what, count in counts.items()}
+    return line | {name: number(value) for name, value in figures.items()}
+
+
+def _print_table(
+    console: Console, lines: Sequence[Line], sets: Sets, metrics: Collection[GenerationMetric]
+) -> None:
+    """Print a row for each model and set."""
+    named, figures = list(sets) != [""], (*FIGURES, *score_names(metrics))
+    table = Table("model", *(["set"] if named else []), box=None, pad_edge=False)
+    for name in ("rows", *figures):
+        table.add_column(name, justify="right")
+    for line in lines:
+        for name in sets:
+            texts = [line["adapter"] or line["model"], *([name] if named else [])]
+            rows = f"{line[figure_name(name, 'rows')]:,}"
+            values = (line[figure_name(name, figure)] for figure in figures)
+            shown = ("not finite" if value is None else f"{value:.4f}" for value in values)
+            table.add_row(*map(Text, (*texts, rows, *shown)))
+    # A long path is cut neither in a log nor on a narrow terminal.
+    wide = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    console.width = max(console.width, wide)
+    console.print(table, soft_wrap=True)
