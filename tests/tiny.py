@@ -22,13 +22,13 @@ from lora_jax.adapters.targets import Plan, make_plan
 from lora_jax.config import ModelOptions
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.hub.packed_checkpoint import open_checkpoint
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Decoder, positions_of
 from lora_jax.models.families import read_config
 from lora_jax.models.layers import variables
-from lora_jax.models.load import check_names, load_params
+from lora_jax.models.load import load_params
 from lora_jax.models.names import modules, name_table
+from lora_jax.models.open import open_model
 from lora_jax.models.quantization import quantization_of
 
 VOCAB, LAYERS = 96, 3
@@ -146,9 +146,8 @@ def write_tokenizer(folder: Path) -> None:
 
 def open_base(folder: Path, dtype: str = "auto", **options: Any) -> Base:
     """Read a checkpoint as a run does, quantised where the options of the base model say so."""
-    checkpoint = open_checkpoint(folder)
-    config = read_config(checkpoint.config, folder)
-    check_names(checkpoint, config)
+    opened = open_model(folder)
+    checkpoint, config = opened.checkpoint, opened.config
     quantization = quantization_of(
         ModelOptions(**options), checkpoint, config, [f"model.{name}" for name in options]
     )

@@ -27,10 +27,8 @@ from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.values import cast, finite, not_finite, too_large
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.load import grown
-from lora_jax.models.names import EMBED_TOKENS, LM_HEAD, name_table
+from lora_jax.models.names import EMBED_TOKENS, EMBEDDING_NAME, HEAD_NAME, LM_HEAD, name_table
 from lora_jax.models.quantization import quantized_weights, read_weight
-
-EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def merged_config(config: ModelConfig, plan: Plan) -> ModelConfig:

@@ -22,10 +22,10 @@ from lora_jax.hub.bucket import on_disk
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.model_card import TrainingFacts
-from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.tokenizer import load_tokenizer
-from lora_jax.models.families import read_config
+from lora_jax.models.open import open_model
 from lora_jax.models.quantization import quantization_of
 from lora_jax.options import parse
 from lora_jax.report.runs import RunFiles, read_lines
@@ -65,8 +65,8 @@ def saved_adapter(given: str) -> Saved:
         raise UserError(
             f"--checkpoint {given}: holds no adapter but a whole model; go on with --resume to export it"
         )
-    base = open_checkpoint(resolve(config.model.path, config.model.revision))
-    model_config = read_config(base.config, base.folder)
+    opened = open_model(resolve(config.model.path, config.model.revision))
+    base, model_config = opened.checkpoint, opened.config
     stored_rows = model_config.vocab_size
     quantization = quantization_of(config.model, base, model_config, typed)
     if config.model.resize_vocab:

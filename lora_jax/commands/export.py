@@ -24,7 +24,7 @@ from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.model_card import TrainingFacts, adapter_card
 from lora_jax.hub.push import check_push, push_output
 from lora_jax.hub.tokenizer import carries_tokenizer, copy_generation_config, copy_tokenizer, load_tokenizer
-from lora_jax.models.families import read_config
+from lora_jax.models.open import open_model
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
         check_push(options.push_to_hub, Path(options.output))
     folder = Path(options.adapter).expanduser()
     config = read_adapter_config(folder)
-    base = Checkpoint.open(base_folder(folder, config, options.base))
+    opened = open_model(base_folder(folder, config, options.base))
+    base, model_config = opened.checkpoint, opened.config
     check_target(options.output, ADAPTER_CONFIG_FILE, folder, base.folder)
-    model_config = read_config(base.config, base.folder)
     adapter = open_adapter(folder, model_config)
     folded, tensors = fold_for_vllm(saved_config(config, adapter.plan), adapter.tensors, adapter.plan)
     with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:
@@ -79,6 +79,8 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
         write_text(aside / "README.md", adapter_card(folded, facts))
     if note := note_of_base(folder, config.base_model_name_or_path, base, options.base, "--base"):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    for remark in opened.remarks:
+        console.print(f"note: {remark}", soft_wrap=True)
     console.print(f"wrote {options.output}, rank {folded.r} and scale 1 in all modules", soft_wrap=True)
     push_output(Path(options.output).expanduser(), options, console)
     return 0

@@ -21,13 +21,12 @@ from lora_jax.hub.atomic import write_text
 from lora_jax.hub.bitsandbytes import Bits, QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.model_card import TrainingFacts, model_card
-from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.push import check_push, push_output
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.tokenizer import carries_tokenizer, load_tokenizer
 from lora_jax.hub.writer import parse_size
-from lora_jax.models.families import read_config
-from lora_jax.models.load import check_names
+from lora_jax.models.open import open_model
 from lora_jax.models.save import save_model
 
 
@@ -102,9 +101,9 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     config = read_adapter_config(folder)
     base_path = base_folder(folder, config, options.base)
     check_target(options.output, "config.json", folder, base_path)
-    base = open_checkpoint(base_path)
-    model_config = read_config(base.config, base.folder)
-    check_names(base, model_config)
+    opened = open_model(base_path)
+    base, model_config = opened.checkpoint, opened.config
+    notes = [f"note: {remark}" for remark in opened.remarks]
     adapter = open_adapter(folder, model_config)
     merged = merged_config(adapter.model_config, adapter.plan)
     trained = trained_notes(base, folder)
@@ -141,6 +140,8 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     )
     if note := note_of_base(folder, config.base_model_name_or_path, base, options.base, "--base"):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    for note in notes:
+        console.print(note, soft_wrap=True)
     if model_config.tie_word_embeddings and not merged.tie_word_embeddings:
         console.print(
             "note: embedding and head differ now; config.json says tie_word_embeddings false", soft_wrap=True

@@ -15,13 +15,13 @@ from lora_jax.config import ModelOptions, check_model
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.writer import parse_size
 from lora_jax.models.config import ModelConfig
-from lora_jax.models.families import read_config
-from lora_jax.models.load import check_names, storage_dtype
+from lora_jax.models.load import storage_dtype
 from lora_jax.models.names import name_table
+from lora_jax.models.open import open_model
 from lora_jax.models.quantization import quantization_of, quantized_weights, read_kernel, read_tensor
 from lora_jax.models.save import save_model
 from lora_jax.quant.leaf import Quantized
@@ -64,9 +64,8 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
     check_calibration(options.calibration, model, typed)
     folder = resolve(model.path, model.revision)
     check_target(options.output, "config.json", folder)
-    checkpoint = open_checkpoint(folder)
-    config = read_config(checkpoint.config, folder)
-    check_names(checkpoint, config)
+    opened = open_model(folder)
+    checkpoint, config = opened.checkpoint, opened.config
     if isinstance(checkpoint, PackedCheckpoint):
         _check_as_it_is(model, checkpoint)
         if options.calibration.path:
@@ -96,6 +95,8 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
         overwrite=options.overwrite,
         also=None if calibration is None else calibration.write_notes,
     )
+    for remark in opened.remarks:
+        console.print(f"note: {remark}", soft_wrap=True)
     bits = 8 * counts.nbytes / max(1, counts.weights)
     console.print(
         f"wrote {options.output}: {quantization.summary()}, {bits:.2f} bits a weight in {counts.modules} linear layers",

@@ -17,14 +17,13 @@ from lora_jax.generate.stops import generation_settings
 from lora_jax.hub.adapter_files import read_adapter_config
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.hub.packed_checkpoint import open_checkpoint
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.tokenizer import load_joined_tokenizer
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Decoder
-from lora_jax.models.families import read_config
 from lora_jax.models.layers import variables
-from lora_jax.models.load import check_names, load_params, storage_dtype
+from lora_jax.models.load import load_params, storage_dtype
+from lora_jax.models.open import open_model
 from lora_jax.models.quantization import compute_dtype, quantization_of, quantized_weights
 
 
@@ -37,6 +36,8 @@ class Opened:
     config: ModelConfig
     tokenizer: Any
     adapter: Adapter | None
+    remarks: tuple[str, ...] = ()
+    """What a user should know of how the base's files were read."""
 
     def compute_dtype(self, options: ModelOptions) -> Any:
         """Return the dtype of the matrix products."""
@@ -44,7 +45,8 @@ class Opened:
         return compute_dtype(options, stored, self.quantization)
 
     def notes(self, options: ModelOptions) -> Iterator[str]:
-        """Yield what the user should know of how the base and the adapter go together."""
+        """Yield what the user should know of how the base was read, and of how the adapter goes together with it."""
+        yield from self.remarks
         if self.adapter is None:
             return
         adapter, named = self.adapter.folder, self.adapter.config.base_model_name_or_path
@@ -104,9 +106,8 @@ def open_for_inference(
     if not path:
         raise UserError("--model.path: needed without --adapter; give a folder or a Hub id")
     check_model(options)
-    checkpoint = open_checkpoint(resolve(path, revision, option="base model (--model.path)"))
-    config = read_config(checkpoint.config, checkpoint.folder)
-    check_names(checkpoint, config)
+    base = open_model(resolve(path, revision, option="base model (--model.path)"))
+    checkpoint, config = base.checkpoint, base.config
     quantization = quantization_of(options, checkpoint, config, typed)
     tokenizer = load_joined_tokenizer(checkpoint.folder, folder)
     if options.resize_vocab and len(tokenizer) > config.vocab_size:
@@ -116,5 +117,10 @@ def open_for_inference(
         config = opened.model_config
         check_unquantized(opened.plan, quantized_weights(checkpoint, config, quantization))
     return Opened(
-        checkpoint=checkpoint, quantization=quantization, config=config, tokenizer=tokenizer, adapter=opened
+        remarks=base.remarks,
+        checkpoint=checkpoint,
+        quantization=quantization,
+        config=config,
+        tokenizer=tokenizer,
+        adapter=opened,
     )

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.json_file import read_json_object
+from lora_jax.hub.links import cached_snapshots, lost_target
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
@@ -104,6 +105,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """
     path = folder / ADAPTER_CONFIG_FILE
     if not path.exists():
+        if target := lost_target(path):
+            raise UserError(f"{path} is a link to {target}, which is not there; download the adapter again")
         raise UserError(f"no {ADAPTER_CONFIG_FILE} in {folder}; {_hint(folder)}")
     return _Reader(path, read_json_object(path, "write the adapter again")).config()
 
@@ -250,7 +253,9 @@ def _names_or_regex(value: str | tuple[str, ...]) -> str | list[str]:
 
 
 def _hint(folder: Path) -> str:
-    inside = sorted(child.parent.name for child in folder.glob(f"*/{ADAPTER_CONFIG_FILE}"))
+    inside = cached_snapshots(folder) or sorted(
+        child.parent.name for child in folder.glob(f"*/{ADAPTER_CONFIG_FILE}")
+    )
     if inside:
         return f"perhaps you meant a folder inside it: {listing(inside)}"
     if (folder / "config.json").exists():

@@ -1,8 +1,13 @@
 """The weights and config.json of a Hugging Face folder, read lazily.
 
-Weights are `model.safetensors`, or shards that `model.safetensors.index.json` lists.
+Weights are `model.safetensors`, or shards that `model.safetensors.index.json` lists. Names are those of a causal
+language model, whichever way the file has them: a bare decoder's lack `model.`, some have it twice, and transformers
+reads both.
 """
 
+import re
+from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,45 +15,91 @@ import numpy as np
 
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.json_file import read_json_object
+from lora_jax.hub.links import cached_snapshots, leads_outside, lost_target
 from lora_jax.hub.safetensors_file import SafetensorsFile
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.safetensors")
+_BARE = re.compile(r"(?:layers\.\d+|embed_tokens|norm|rotary_emb)\.")
+_DOUBLED = re.compile(r"model\.(?:model|lm_head)\.")
+_BLOCK = 64 * 2**20
 
 
 class Checkpoint:
     """A folder's config and tensors; opening reads headers only, and each tensor is read when asked for.
 
-    `files` says which file holds each tensor.
+    `files` says which file holds each tensor, `stored` under which name, where that is another. `replaced` are
+    tensors that stand in for the files'.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], files: dict[str, SafetensorsFile]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        files: dict[str, SafetensorsFile],
+        stored: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.config = config
         self.files = files
+        self.stored = stored or {}
+        self.replaced: Mapping[str, np.ndarray] = {}
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Read the config and the headers of all weight files.
 
-        Raises UserError where a file is absent, malformed, truncated or contradicts the index.
+        Raises UserError where a file is absent, malformed, truncated or contradicts the index, and where two
+        tensors have the same name.
         """
         if not (folder / CONFIG_FILE).exists():
-            raise UserError(f"no {CONFIG_FILE} in {folder}; {_folder_hint(folder)}")
+            raise UserError(
+                _lost(folder, CONFIG_FILE) or f"no {CONFIG_FILE} in {folder}; {_folder_hint(folder)}"
+            )
         config = read_json_object(folder / CONFIG_FILE, "download it again or mend it")
         if (folder / WEIGHTS_FILE).exists():
-            file = SafetensorsFile(folder / WEIGHTS_FILE)
-            return cls(folder, config, dict.fromkeys(file.names, file))
-        if (folder / INDEX_FILE).exists():
-            return cls(folder, config, _open_shards(folder))
-        raise _no_weights(folder)
+            files = [SafetensorsFile(folder / WEIGHTS_FILE)]
+        elif (folder / INDEX_FILE).exists():
+            files = _open_shards(folder)
+        else:
+            raise _no_weights(folder)
+        found: dict[str, SafetensorsFile] = {}
+        stored: dict[str, str] = {}
+        for name, file in ((name, shard) for shard in files for name in shard.names):
+            standard = standard_name(name)
+            if standard in found:
+                raise _two_of(standard, (found[standard], stored.get(standard, standard)), (file, name))
+            found[standard] = file
+            if standard != name:
+                stored[standard] = name
+        return cls(folder, config, found, stored)
+
+    def with_config(self, **changes: Any) -> "Checkpoint":
+        """Return the checkpoint with changes to its config."""
+        other = copy(self)
+        other.config = self.config | changes
+        return other
+
+    def renamed(self, old: str, new: str) -> "Checkpoint":
+        """Return the checkpoint with one tensor under another name."""
+        other = copy(self)
+        other.files = {new if name == old else name: file for name, file in self.files.items()}
+        other.stored = {name: kept for name, kept in self.stored.items() if name != old}
+        other.stored |= {new: self.stored.get(old, old)}
+        return other
+
+    def with_tensors(self, tensors: Mapping[str, np.ndarray]) -> "Checkpoint":
+        """Return the checkpoint with tensors of these names instead of, or beside, the files'."""
+        other = copy(self)
+        other.replaced = {**self.replaced, **tensors}
+        return other
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, sorted."""
-        return tuple(sorted(self.files))
+        return tuple(sorted(self.files.keys() | self.replaced.keys()))
 
     @property
     def nbytes(self) -> int:
@@ -57,31 +108,81 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        return self.files[name].shape(name)
+        if name in self.replaced:
+            return self.replaced[name].shape
+        return self.files[name].shape(self._stored(name))
 
     def dtype(self, name: str) -> np.dtype:
-        """Return a tensor's dtype without reading it; raises UserError unless it is F32, F16 or BF16."""
-        return self.files[name].dtype(name)
+        """Return a tensor's dtype without reading it; raises UserError for one that is not read."""
+        if name in self.replaced:
+            return self.replaced[name].dtype
+        return self.files[name].dtype(self._stored(name))
 
     def tensor(self, name: str) -> np.ndarray:
         """Read one tensor into memory; raises UserError as `dtype` does, or where the file cannot be read."""
-        return self.files[name].tensor(name)
+        if name in self.replaced:
+            return self.replaced[name]
+        return self.files[name].tensor(self._stored(name))
 
     def raw(self, name: str) -> np.ndarray:
         """Read one tensor of any dtype into memory; raises UserError where the file cannot be read."""
-        return self.files[name].raw(name)
+        if name in self.replaced:
+            return self.replaced[name]
+        return self.files[name].raw(self._stored(name))
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Read some rows of a tensor; raises UserError as `tensor` does."""
+        if name in self.replaced:
+            return self.replaced[name][start:stop]
+        return self.files[name].rows(self._stored(name), start, stop)
+
+    def _stored(self, name: str) -> str:
+        return self.stored.get(name, name)
 
 
-def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
+def standard_name(name: str) -> str:
+    """Return the name that transformers finds for a tensor of a causal language model's file."""
+    if _DOUBLED.match(name):
+        return name.removeprefix("model.")
+    return f"model.{name}" if _BARE.match(name) else name
+
+
+def same_values(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Say whether two tensors hold the same numbers, in whichever dtypes; they are read a block of rows at a time."""
+    shape = checkpoint.shape(first)
+    if shape != checkpoint.shape(second):
+        return False
+    step = max(1, _BLOCK // (4 * int(np.prod(shape[1:])) or 1))
+    return all(
+        equal_values(*(checkpoint.rows(name, start, start + step) for name in (first, second)))
+        for start in range(0, shape[0], step)
+    )
+
+
+def equal_values(one: np.ndarray, other: np.ndarray) -> bool:
+    """Say whether two arrays of one shape hold the same numbers, in whichever dtypes; NaN equals NaN."""
+    if one.dtype == other.dtype:
+        return one.tobytes() == other.tobytes()
+    return np.array_equal(one.astype(np.float32), other.astype(np.float32), equal_nan=True)
+
+
+def _open_shards(folder: Path) -> list[SafetensorsFile]:
     index = folder / INDEX_FILE
     weight_map = read_json_object(index, "download it again").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise UserError(f"{INDEX_FILE} has no weight_map of tensor to file: {index}; download it again")
     shards = sorted(set(weight_map.values()))
+    outside = [shard for shard in shards if leads_outside(folder, shard)]
+    if outside:
+        raise UserError(
+            f"{INDEX_FILE} names files outside its folder: {listing(outside)} in {folder}; copy them into the "
+            "folder, if you trust the index, and name them there"
+        )
     absent = [shard for shard in shards if not (folder / shard).exists()]
     if absent:
         raise UserError(
-            f"{INDEX_FILE} names {len(absent)} of {len(shards)} files that are not there: {listing(absent)} "
+            _lost(folder, absent[0])
+            or f"{INDEX_FILE} names {len(absent)} of {len(shards)} files that are not there: {listing(absent)} "
             f"in {folder}; download them too"
         )
     files = {shard: SafetensorsFile(folder / shard) for shard in shards}
@@ -92,7 +193,23 @@ def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
             f"{INDEX_FILE} names tensors that their files lack: {listing(lacking)} in {folder}; "
             "download the folder again: index and shards are of different versions"
         )
-    return {name: files[shard] for name, shard in weight_map.items()}
+    return list(files.values())  # with what the index leaves out, which transformers reads too
+
+
+def _two_of(name: str, *places: tuple[SafetensorsFile, str]) -> UserError:
+    where = " and ".join(f"{stored} in {file.path.name}" for file, stored in places)
+    return UserError(
+        f"two tensors are both {name}: {where}: {places[0][0].path.parent}; download the folder again, or "
+        "remove the one that does not belong"
+    )
+
+
+def _lost(folder: Path, name: str) -> str | None:
+    target = lost_target(folder / name)
+    return target and (
+        f"{name} in {folder} is a link to {target}, which is not there, as in a cache that was pruned; download "
+        "the model again"
+    )
 
 
 def _folder_hint(folder: Path) -> str:
@@ -100,13 +217,17 @@ def _folder_hint(folder: Path) -> str:
         return (
             "it is an adapter: give its base model here, and the adapter with --adapter or --lora.init_from"
         )
-    inside = sorted(child.parent.name for child in folder.glob(f"*/{CONFIG_FILE}"))
+    inside = cached_snapshots(folder) or sorted(
+        child.parent.name for child in folder.glob(f"*/{CONFIG_FILE}")
+    )
     if inside:
         return f"perhaps you meant a folder inside it: {listing(inside)}"
     return "give the folder that holds config.json and *.safetensors"
 
 
 def _no_weights(folder: Path) -> UserError:
+    if lost := _lost(folder, WEIGHTS_FILE) or _lost(folder, INDEX_FILE):
+        return UserError(lost)
     found = sorted({path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern)})
     if not found:
         return UserError(

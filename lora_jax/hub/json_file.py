@@ -1,25 +1,42 @@
 """Reading a JSON file that somebody else wrote."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lora_jax.errors import UserError
 
 
+class DuplicateKeyError(ValueError):
+    """An object of a JSON text has the same key twice; which value counts depends on who reads it."""
+
+
+def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of a JSON text (`object_pairs_hook`); raises DuplicateKeyError."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise DuplicateKeyError(f"duplicate key {json.dumps(key)[:80]}")
+        found[key] = value
+    return found
+
+
 def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     """Return the object that a JSON file holds.
 
-    Raises UserError with `remedy` where the file cannot be read, is not JSON or holds something else
-    than an object.
+    Raises UserError with `remedy` where the file cannot be read, is not JSON, has a duplicate key or holds
+    something else than an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         place = f"{path}, line {error.lineno} column {error.colno}"
         raise UserError(f"{path.name} is not valid JSON: {place}: {error.msg}; {remedy}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path.name} is not UTF-8 text: {path}; {remedy}") from error
+    except DuplicateKeyError as error:
+        raise UserError(f"{path.name} has a {error}: {path}; keep one of the two, or {remedy}") from error
     except OSError as error:
         raise UserError(f"{path.name} cannot be read: {path} ({error.strerror}); {remedy}") from error
     if not isinstance(value, dict):

@@ -22,6 +22,7 @@ from lora_jax.hub.bitsandbytes import (
     read_quantization_config,
 )
 from lora_jax.hub.checkpoint import CONFIG_FILE, Checkpoint
+from lora_jax.hub.json_file import unique
 from lora_jax.hub.values import finite, not_finite
 
 _DTYPES: Final = {
@@ -44,7 +45,7 @@ class PackedCheckpoint(Checkpoint):
     """
 
     def __init__(self, checkpoint: Checkpoint, quantization: QuantizationConfig) -> None:
-        super().__init__(checkpoint.folder, checkpoint.config, checkpoint.files)
+        super().__init__(checkpoint.folder, checkpoint.config, checkpoint.files, checkpoint.stored)
         self.quantization = quantization
         four, eight = _companions(frozenset(self.files))
         self.weights = frozenset(four) | frozenset(eight)
@@ -58,6 +59,13 @@ class PackedCheckpoint(Checkpoint):
         unclear = [weight for weight in four if len(self._states.get(weight, ())) != 1]
         if unclear:
             raise self._bad(f"weights without one quant_state each: {listing(sorted(unclear))}")
+
+    def with_tensors(self, tensors: Mapping[str, np.ndarray]) -> "PackedCheckpoint":
+        """Return the checkpoint with tensors, none of them quantised, instead of, or beside, the files'."""
+        other = super().with_tensors(tensors)
+        assert isinstance(other, PackedCheckpoint)
+        other.weights = self.weights - tensors.keys()
+        return other
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -158,7 +166,7 @@ class PackedCheckpoint(Checkpoint):
         key = self._states[name][0]
         text = self._array(key, np.uint8).tobytes()
         try:
-            state = json.loads(text.decode())
+            state = json.loads(text.decode(), object_pairs_hook=unique)
         except ValueError as error:
             raise self._bad(f"{key} is not valid JSON ({error})") from error
         if not isinstance(state, dict):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_jax.errors import UserError, nearest
+from lora_jax.hub.links import cached_snapshots
 from lora_jax.progress import stage
 
 # Weights as safetensors, configuration and tokenizer; no code, no pictures, no other frameworks' weights.
@@ -52,6 +53,11 @@ def resolve(
         if revision is not None:
             raise UserError(
                 f"{option} {path_or_id}: revision {revision} needs a Hub id, and this is a folder; drop it"
+            )
+        snapshots = cached_snapshots(folder)
+        if snapshots:
+            raise UserError(
+                f"{option} {path_or_id}: the root of an entry of the Hub's cache; give {folder / snapshots[0]}"
             )
         return folder
     if folder.exists():

@@ -9,7 +9,8 @@ import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +21,13 @@ from safetensors.numpy import save_file
 
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import whole_file
+from lora_jax.hub.json_file import DuplicateKeyError, unique
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float32),  # to the nearest float32: nothing is computed in more
 }
 _DOWNLOAD_AGAIN = "download or copy it again"
 
@@ -48,6 +51,7 @@ class SafetensorsFile:
             self._entries = {name: self._entry(name) for name in self._handle.offset_keys()}
         except (SafetensorError, OSError) as error:
             raise _bad_file(path, error) from error
+        self._check_unique()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,7 +70,7 @@ class SafetensorsFile:
         return self._entries[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Return a tensor's dtype without reading it; raises UserError unless it is F32, F16 or BF16."""
+        """Return the dtype that a tensor is read in; raises UserError unless it is stored in one of `DTYPES`."""
         tag = self._entries[name].tag
         if tag not in DTYPES:
             raise UserError(
@@ -77,17 +81,36 @@ class SafetensorsFile:
 
     def tensor(self, name: str) -> np.ndarray:
         """Read one tensor, and nothing else, into memory; raises UserError as `dtype` does."""
-        self.dtype(name)
-        return self.raw(name)
+        dtype = self.dtype(name)
+        with np.errstate(over="ignore"):
+            return self.raw(name).astype(dtype, copy=False)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Read some rows of one tensor into memory; raises UserError as `tensor` does."""
+        dtype, stop = self.dtype(name), min(stop, self.shape(name)[0])
+        with self._reading(name), np.errstate(over="ignore"):
+            return self._handle.get_slice(name)[start:stop].astype(dtype, copy=False)
 
     def raw(self, name: str) -> np.ndarray:
         """Read one tensor of any dtype that numpy has; raises UserError where it cannot be read."""
-        try:
+        with self._reading(name):
             return self._handle.get_tensor(name)
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except (SafetensorError, OSError, TypeError, KeyError) as error:
             raise UserError(
                 f"tensor {name} cannot be read: {self.path} ({error}); {_DOWNLOAD_AGAIN}"
             ) from error
+
+    def _check_unique(self) -> None:
+        """Refuse two tensors of one name, of which the library takes either."""
+        try:
+            json.loads(_header(self.path), object_pairs_hook=unique)
+        except DuplicateKeyError as error:
+            raise UserError(f"the header of {self.path} has a {error}; {_DOWNLOAD_AGAIN}") from error
 
     def _entry(self, name: str) -> _Entry:
         view = self._handle.get_slice(name)
@@ -106,6 +129,11 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             save_file(rows, aside, metadata={"format": "pt"})
         except SafetensorError as error:
             raise _as_os_error(error) from error
+
+
+def _header(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
 
 
 def _as_os_error(error: SafetensorError) -> OSError:
@@ -135,8 +163,10 @@ def _bad_file(path: Path, error: Exception) -> UserError:
             return UserError(f"{path} is not a safetensors file; {_DOWNLOAD_AGAIN}")
         return _truncated(path, size, f"at least {8 + max(header_bytes, 2)}")
     try:
-        entries = json.loads(header)
+        entries = json.loads(header, object_pairs_hook=unique)
         end = max(value["data_offsets"][1] for name, value in entries.items() if name != "__metadata__")
+    except DuplicateKeyError as duplicate:
+        return UserError(f"the header of {path} has a {duplicate}; {_DOWNLOAD_AGAIN}")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return UserError(f"the header of {path} is corrupt ({error}); {_DOWNLOAD_AGAIN}")
     expected = 8 + header_bytes + end

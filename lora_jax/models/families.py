@@ -7,6 +7,7 @@ differ in biases, head norms and windows, which is all that stands here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from lora_jax.errors import UserError, listing
@@ -59,11 +60,13 @@ def read_config(config: Mapping[str, Any], where: object) -> ModelConfig:
             f"model_type {model_type!r} is not supported: {where}; supported: {listing(FAMILIES)}"
         )
     read_quantization_config(config, where)
+    _check_code(config, model_type, where)
     with without_advice():
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    known = CONFIG_MAPPING[model_type]
     try:
-        model = FAMILIES[model_type](CONFIG_MAPPING[model_type].from_dict(dict(config)))
+        model = FAMILIES[model_type](known.from_dict(_as_declared(config, known)))
     except Exception as error:  # transformers raises many types for a bad value; all are the file's fault
         raise UserError(
             f"config.json: {where} is not a valid {model_type} config ({error}); mend the file"
@@ -73,3 +76,51 @@ def read_config(config: Mapping[str, Any], where: object) -> ModelConfig:
     if model.hidden_act not in ACTIVATIONS:
         raise UserError(f"hidden_act {model.hidden_act!r}: {where}; supported: {listing(ACTIVATIONS)}")
     return model
+
+
+def own_code(config: Mapping[str, Any]) -> str | None:
+    """Return what a config.json names that is not its family's code in transformers, None where there is nothing."""
+    known = _classes(config["model_type"])
+    named = config.get("architectures")
+    others = [name for name in named if name not in known] if isinstance(named, list) else []
+    found = [f"the architecture {listing(others)}"] if others else []
+    if code := _model_code(config):
+        found.append(f"code of its own ({listing(code)})")
+    return " and ".join(found) or None
+
+
+def _check_code(config: Mapping[str, Any], model_type: str, where: object) -> None:
+    """Refuse a config whose model is code that comes with it, under a name of its own."""
+    others = [name for name in _model_code(config) if name.rpartition(".")[2] not in _classes(model_type)]
+    if others:
+        raise UserError(
+            f"config.json: {where} names code of its own for the model ({listing(others)}), which may compute "
+            f"something else than {model_type} and is not run; if it is a plain {model_type}, take auto_map out"
+        )
+
+
+def _model_code(config: Mapping[str, Any]) -> list[str]:
+    named = config.get("auto_map")
+    models = ("AutoModel", "AutoModelForCausalLM")
+    return [str(named[key]) for key in models if key in named] if isinstance(named, dict) else []
+
+
+def _classes(model_type: str) -> tuple[str, str]:
+    """Return the names of a family's classes in transformers."""
+    name = model_type.capitalize()
+    return f"{name}ForCausalLM", f"{name}Model"
+
+
+def _as_declared(config: Mapping[str, Any], known: Any) -> dict[str, Any]:
+    """Return a config with numbers of the types that its class declares, where they mean the same: 0 for 0.0."""
+    declared = {field.name: str(field.type) for field in fields(known)}
+
+    def number(key: str, value: Any) -> Any:
+        kind = declared.get(key, "")
+        if type(value) is int and "float" in kind and "int" not in kind:
+            return float(value)
+        if type(value) is float and value.is_integer() and "int" in kind and "float" not in kind:
+            return int(value)
+        return value
+
+    return {key: number(key, value) for key, value in config.items()}

@@ -19,12 +19,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.config import ModelOptions
-from lora_jax.errors import UserError, listing
+from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.models.config import ModelConfig
-from lora_jax.models.names import Path, TensorName, may_be_ignored, name_table
+from lora_jax.models.names import Path, TensorName, name_table
 from lora_jax.models.quantization import (
     abstract_kernel,
     quantized_names,
@@ -39,36 +38,6 @@ from lora_jax.quant.leaf import Quantized
 from lora_jax.quant.stack import empty_stack, place
 
 Params = dict[str, Any]
-
-
-def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raise one UserError that lists all missing, extra and misshapen tensors of a checkpoint.
-
-    `config` is the checkpoint's own, before any rows are added to its vocabulary.
-    """
-    table = {entry.name: entry for entry in name_table(config)}
-    found = set(checkpoint.names)
-    missing = [name for name in table if name not in found]
-    extra = sorted(name for name in found - set(table) if not may_be_ignored(name, config))
-    misshapen = [
-        f"{name} {list(checkpoint.shape(name))} instead of {list(entry.shape)}"
-        for name, entry in table.items()
-        if name in found and tuple(checkpoint.shape(name)) != entry.shape
-    ]
-    packed = checkpoint.weights if isinstance(checkpoint, PackedCheckpoint) else ()
-    odd = [name for name, entry in table.items() if name in packed and not entry.transposed]
-    kinds = {
-        "missing": missing,
-        "unexpected": extra,
-        "misshapen": misshapen,
-        "quantised though not linear": odd,
-    }
-    problems = [f"{len(names)} {kind} ({listing(names)})" for kind, names in kinds.items() if names]
-    if problems:
-        raise UserError(
-            f"tensors do not match config.json: {checkpoint.folder}: {'; '.join(problems)}; "
-            f"give the {config.model_type} checkpoint that this config.json belongs to"
-        )
 
 
 @stage("loading the model")

@@ -6,7 +6,6 @@ Linear stores [out, in]; our kernels are [in, out], stacked over layers as [laye
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +17,7 @@ Kind = Literal["linear", "embedding", "norm"]
 EMBED_TOKENS: Path = ("embed_tokens",)
 LM_HEAD: Path = ("lm_head",)
 
-_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,6 @@ def name_table(config: ModelConfig) -> tuple[TensorName, ...]:
             path = (*module.path, "bias")
             table.append(TensorName(f"{module.name}.bias", path, module.layer, module.sizes[-1:], False))
     return tuple(table)
-
-
-def may_be_ignored(name: str, config: ModelConfig) -> bool:
-    """Say whether a checkpoint's extra tensor carries nothing: rotary buffers, the second copy of a tied head."""
-    return bool(_IGNORED.fullmatch(name)) or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
 def _layer_name(layer: int, path: Path) -> str:

@@ -20,7 +20,8 @@ from lora_jax.hub.resolve import resolve
 from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.families import read_config
-from lora_jax.models.load import check_names, storage_dtype
+from lora_jax.models.load import storage_dtype
+from lora_jax.models.open import settled
 from lora_jax.models.quantization import (
     compute_dtype,
     quantization_of,
@@ -57,7 +58,8 @@ def read_subject(config: RunConfig, typed: Collection[str], platform: Platform) 
     checkpoint, has_weights = _checkpoint(config)
     model_config = read_config(checkpoint.config, checkpoint.folder)
     if has_weights:
-        check_names(checkpoint, model_config)
+        opened = settled(checkpoint, model_config)
+        checkpoint, model_config = opened.checkpoint, opened.config
     quantization = quantization_of(config.model, checkpoint, model_config, typed)
     config = replace(config, model=resolved_model_options(config.model, quantization))
     check_full(config, quantization)

@@ -1,5 +1,6 @@
 """Warnings about a run that goes on but is likely not what was meant: one line each, with figures, once a run.
 
+    base              its config.json and its tensors contradict each other, and how that was settled
     learning_rate     one that suits the other method: adapters take about ten times that of full fine-tuning
     max_length        more than 5 % of the training rows are cut, or were dropped because nothing was left to train
     lost_words        trained words that the chat template leaves out or changes
@@ -75,7 +76,12 @@ class Cautions:
 
     def before_training(self) -> list[str]:
         """Return what options and rows give reason to warn of."""
-        rows = {"learning_rate": learning_rate(self.run.config), **about_rows(self.run.train_rows)}
+        base = "; ".join(self.run.remarks) or None
+        rows = {
+            "base": base,
+            "learning_rate": learning_rate(self.run.config),
+            **about_rows(self.run.train_rows),
+        }
         return self._new(rows | about_leaks(self.run.train_rows, self.run.eval_rows))
 
     def about_start(self, figures: Mapping[str, Any], base_loss: float | None = None) -> list[str]:

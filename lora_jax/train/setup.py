@@ -26,15 +26,14 @@ from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.fingerprint import fingerprint
-from lora_jax.hub.packed_checkpoint import open_checkpoint
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Decoder
-from lora_jax.models.families import read_config
 from lora_jax.models.finite import broken_weights
-from lora_jax.models.load import check_names, load_params, storage_dtype
+from lora_jax.models.load import load_params, storage_dtype
 from lora_jax.models.names import name_table
+from lora_jax.models.open import open_model
 from lora_jax.models.quantization import (
     compute_dtype,
     quantization_of,
@@ -63,6 +62,8 @@ class Run(InMemory):
     plan: Plan | None
     adapter_config: AdapterConfig | None
     key: jax.Array
+    remarks: tuple[str, ...] = ()
+    """What a user should know of how the base's files were read."""
 
     @property
     def storage_dtype(self) -> Any:
@@ -94,9 +95,8 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
 
     Raises UserError for whatever in them is wrong.
     """
-    checkpoint = open_checkpoint(resolve(config.model.path, config.model.revision))
-    model_config = read_config(checkpoint.config, checkpoint.folder)
-    check_names(checkpoint, model_config)
+    base = open_model(resolve(config.model.path, config.model.revision))
+    checkpoint, model_config = base.checkpoint, base.config
     quantization = quantization_of(config.model, checkpoint, model_config, typed)
     config = replace(config, model=resolved_model_options(config.model, quantization))
     check_full(config, quantization)
@@ -145,6 +145,7 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
         checkpoint=checkpoint, model_config=model_config, model=model, tokenizer=tokenizer, frozen=frozen,
         adapter=adapter, mesh=mesh, config=config, quantization=quantization, train_rows=train_rows,
         eval_rows=eval_rows, trainable=trainable, plan=plan, adapter_config=lora_config, key=run_key,
+        remarks=base.remarks,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from lora_jax.errors import UserError
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.resolve import resolve
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 
@@ -92,6 +93,7 @@ def test_opening_and_reading_one_tensor_holds_that_tensor_only(tmp_path: Path) -
 import resource, sys
 from pathlib import Path
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.resolve import resolve
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
@@ -271,3 +273,103 @@ def test_file_that_shrinks_after_opening_is_one_clear_error(tmp_path: Path) -> N
         file.truncate(1000)
     with pytest.raises(UserError, match=r"^tensor w cannot be read: .*; download or copy it again"):
         checkpoint.tensor("w")
+
+
+def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a": matrix(), "c": matrix()}, {"b": matrix(), "c": matrix() + 1})
+    with pytest.raises(UserError, match=r"two tensors are both c: c in .*-00001-.* and c in .*-00002-"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_tensor_that_the_index_leaves_out_is_read_all_the_same(tmp_path: Path) -> None:
+    """transformers reads whatever the shards hold; a head was lost to an index that did not name it."""
+    write_folder(tmp_path, {"a": matrix()}, {"b": matrix(), "c": matrix() + 1})
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["c"]
+    index.write_text(json.dumps(content))
+    np.testing.assert_array_equal(Checkpoint.open(tmp_path).tensor("c"), matrix() + 1)
+
+
+def test_a_tensor_of_64_bits_is_read_in_32(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_folder(tmp_path, {"w": matrix(np.dtype(np.float64)) / 3}))
+    assert checkpoint.dtype("w") == checkpoint.tensor("w").dtype == np.float32
+    np.testing.assert_array_equal(
+        checkpoint.tensor("w"), (matrix(np.dtype(np.float64)) / 3).astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("way", ["..", "absolute", "link"])
+def test_an_index_that_names_a_file_outside_its_folder_is_refused(tmp_path: Path, way: str) -> None:
+    """A model from elsewhere could otherwise have a tensor of this machine merged into an upload."""
+    folder, outside = tmp_path / "model", tmp_path / "outside.safetensors"
+    write_folder(folder, {"a": matrix()}, {"b": matrix()})
+    save_file({"b": matrix()}, outside)
+    (folder / "link.safetensors").symlink_to(outside)
+    named = {"..": "../outside.safetensors", "absolute": str(outside), "link": "link.safetensors"}[way]
+    change_index(folder, b=named)
+    with pytest.raises(UserError, match=r"index.json names files outside its folder: .*; copy them into"):
+        Checkpoint.open(folder)
+
+
+def cached(tmp_path: Path) -> tuple[Path, Path]:
+    """Write an entry of the Hub's cache; return its root and its snapshot, whose shards are links to blobs."""
+    root = tmp_path / "models--me--tiny"
+    snapshot = root / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("abc")
+    write_folder(snapshot, {"a": matrix()}, {"b": matrix()})
+    (root / "blobs").mkdir()
+    for number, shard in enumerate(sorted(snapshot.glob("*.safetensors"))):
+        shard.rename(root / "blobs" / str(number))
+        shard.symlink_to(Path("..", "..", "blobs", str(number)))
+    return root, snapshot
+
+
+def test_the_hubs_own_links_are_followed_and_a_pruned_one_is_named(tmp_path: Path) -> None:
+    root, snapshot = cached(tmp_path)
+    assert Checkpoint.open(snapshot).names == ("a", "b")
+    (root / "blobs" / "1").unlink()
+    with pytest.raises(
+        UserError, match=r"-00002-.* is a link to ../../blobs/1, which is not there, .*; download"
+    ):
+        Checkpoint.open(snapshot)
+
+
+def test_a_pruned_link_to_the_only_file_is_named_as_such(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a": matrix()})
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/gone")
+    with pytest.raises(
+        UserError, match=r"^model.safetensors in .* is a link to ../../blobs/gone, which is not"
+    ):
+        Checkpoint.open(tmp_path)
+
+
+def test_of_a_cache_entrys_root_the_snapshot_is_named(tmp_path: Path) -> None:
+    root, snapshot = cached(tmp_path)
+    with pytest.raises(UserError, match=f"the root of an entry of the Hub's cache; give {snapshot}"):
+        resolve(str(root))
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_a_duplicate_key_is_refused(tmp_path: Path, file: str) -> None:
+    write_folder(tmp_path, {"a": matrix()}, {"b": matrix()})
+    text = (tmp_path / file).read_text()
+    (tmp_path / file).write_text(text[:-1] + ', "weight_map": {}, "weight_map": {}}')
+    with pytest.raises(
+        UserError, match=rf'^{file} has a duplicate key "weight_map": .*; keep one of the two'
+    ):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("end", [4, 8])
+def test_two_tensors_of_one_name_in_a_header_are_refused(tmp_path: Path, end: int) -> None:
+    write_folder(tmp_path, {"a": matrix()})
+    entry = f'"a": {{"dtype": "F32", "shape": [1], "data_offsets": [{end - 4}, {end}]}}'
+    header = f'{{"a": {{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, {entry}}}'.encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(end)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r'the header of .* has a duplicate key "a"; download'):
+        Checkpoint.open(tmp_path)
