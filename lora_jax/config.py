@@ -268,9 +268,11 @@ class DistributedOptions:
     coordinator_address: str | None = None
     """host:port of process 0; gives the run more than one process where the environment does not."""
     num_processes: int | None = None
-    """Processes of the run."""
+    """Processes of the run; 1 alone trains in this process only, whatever the environment says."""
     process_id: int | None = None
     """Number of this process, from 0."""
+    coordinator_port: int | None = None
+    """Port of process 0 where the environment gives its address alone; JAX takes 8482 on TPU slices."""
     timeout: int = 300
     """Seconds to wait for the other processes at the start."""
 

@@ -19,6 +19,9 @@ from lora_jax.quant.sharded import partition_specs
 
 Tree = Any
 
+_SIDES = {"lora_A": ("in", "rank"), "lora_B": ("rank", "out")}
+"""Names of the last two dimensions of leaves that are no kernels."""
+
 
 def cut(tree: Tree, mesh: Mapping[str, int]) -> Tree:
     """Return the tree with each 4-bit kernel told the mesh axes that its two sizes are cut along.
@@ -47,8 +50,8 @@ def shardings(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     return _mapped(one, tree)
 
 
-def left_whole(tree: Tree, mesh: Mapping[str, int]) -> list[str]:
-    """Return the kernels that an axis does not cut, each with the reason and what would."""
+def left_whole(mesh: Mapping[str, int], *trees: Tree) -> list[str]:
+    """Return the matrices of trees that an axis does not cut, each with the reason and what would."""
     found: list[str] = []
 
     def look(path: str, leaf: Any) -> None:
@@ -61,7 +64,8 @@ def left_whole(tree: Tree, mesh: Mapping[str, int]) -> list[str]:
             if cuts:
                 found.append(f"{path} (blocks of an in of {leaf.sizes[0]} run over the ends of rows)")
             return
-        for side, size, axis in zip(("in", "out"), leaf.shape[-2:], asked, strict=True):
+        sides = _SIDES.get(path.rpartition("/")[2], ("in", "out"))
+        for side, size, axis in zip(sides, leaf.shape[-2:], asked, strict=True):
             if axis is not None and axis not in kept and mesh[axis] > 1:
                 grouped = side == "in" and isinstance(leaf, QuantizedKernel)
                 unit, groups = (GROUP, f" in whole groups of {GROUP}") if grouped else (1, "")
@@ -69,7 +73,8 @@ def left_whole(tree: Tree, mesh: Mapping[str, int]) -> list[str]:
                 but = f", but by {parts}" if parts > 1 else ""
                 found.append(f"{path} ({side} of {size} does not divide{groups} by {axis} {mesh[axis]}{but})")
 
-    _mapped(look, tree)
+    for tree in trees:
+        _mapped(look, tree)
     return found
 
 

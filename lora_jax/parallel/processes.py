@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Collection
@@ -28,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.config import DistributedOptions
 from lora_jax.errors import EXIT_CODE, UserError
+from lora_jax.parallel.cluster import announced, incomplete, refuse_alone, resolved
 
 HEARTBEAT, SHUTDOWN = 30, 1800
 """Seconds of silence after which a process counts as lost, and that those that are done wait for one that exports."""
@@ -40,9 +42,6 @@ _LATER = 60
 
 _DEPARTURES = "lora_jax/departures/"
 """Where the processes' words are in the store, by their numbers."""
-
-_CLUSTERS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JAX_COORDINATOR_ADDRESS")
-"""Variables without which processes that compute on a CPU stand alone; accelerators are looked for by JAX."""
 
 # Reads what the process is doing from its standard input, whose end is the process's.
 _WATCHDOG = """
@@ -58,34 +57,38 @@ if doing != ["done"]:
 def start(options: DistributedOptions) -> None:
     """Join the other processes of the run, if the options or the environment say that there are any.
 
-    Raises UserError for options that say it wrongly, where process 0 does not answer in time, and where its port is
-    taken; ends the program where the others do not come in time. To be called before any other use of JAX.
+    Raises UserError for options that say it wrongly, where the environment announces processes that JAX cannot find,
+    where process 0 does not answer in time, and where its port is taken; ends the program where the others do not
+    come in time. To be called before any other use of JAX.
     """
-    _check(options)
+    options = resolved(options)
     address, given = options.coordinator_address, options.process_id
-    if (
-        address is None
-        and os.environ.get("JAX_PLATFORMS") == "cpu"
-        and not any(map(os.environ.get, _CLUSTERS))
-    ):
+    if address is None and options.num_processes == 1:
         return
-    if address is not None:
+    if address is None and os.environ.get("JAX_PLATFORMS") == "cpu" and announced() is None:
+        return  # where nothing announces others, JAX would look for accelerators' clusters
+    if options.coordinator_port is not None:
+        os.environ["JAX_COORDINATOR_PORT"] = str(options.coordinator_port)
+    if address is not None and given is not None:
         _reach(address, options.timeout) if given else _check_free(address)
-    watchdog = _Watchdog(f"process {given}" if address is not None else "a process", address)
+    watchdog = _Watchdog("a process" if given is None else f"process {given}", address)
     _WATCHDOGS.append(watchdog)
     late = threading.Timer(options.timeout, watchdog.give_up)
     late.daemon = True
     late.start()
     try:
-        jax.distributed.initialize(
-            address, options.num_processes, given, initialization_timeout=options.timeout + _LATER,
-            heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=SHUTDOWN,
-        )  # fmt: skip
+        with warnings.catch_warnings():  # in any pod JAX asks for a package, whether or not the pod has peers
+            warnings.filterwarnings("ignore", "\nKubernetes environment detected")
+            jax.distributed.initialize(
+                address, options.num_processes, given, initialization_timeout=options.timeout + _LATER,
+                heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=SHUTDOWN,
+            )  # fmt: skip
     except ValueError:
         watchdog.done()
         if address is not None:
-            raise
-        return  # nothing in the environment says that there are others
+            raise incomplete(options) from None
+        refuse_alone()
+        return
     except RuntimeError as error:
         watchdog.done()
         first = str(error).partition("\n")[0]
@@ -96,6 +99,7 @@ def start(options: DistributedOptions) -> None:
     finally:
         late.cancel()
     watchdog.running()
+    _without_notes_of_gloo()
 
 
 def writes() -> bool:
@@ -149,12 +153,7 @@ class Departure:
     @classmethod
     def of_run(cls) -> Departure | None:
         """Return that of the processes that have met, None where there is one alone."""
-        try:
-            from jax._src.distributed import global_state  # which has no public name
-
-            client, number, count = global_state.client, global_state.process_id, global_state.num_processes
-        except (ImportError, AttributeError):
-            return None
+        client, number, count = map(_jax_state, ("client", "process_id", "num_processes"))
         return cls(client, number, count) if client is not None and count and count > 1 else None
 
     def say(self, word: str) -> None:
@@ -231,29 +230,23 @@ def on_host(array: Any) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def _check(options: DistributedOptions) -> None:
-    names = ("coordinator_address", "num_processes", "process_id")
-    address, processes, number = (getattr(options, name) for name in names)
-    missing = [name for name in names if getattr(options, name) is None]
-    if options.timeout < 1:
-        raise UserError(f"--distributed.timeout {options.timeout}: must be positive")
-    if len(missing) == len(names):
+def _jax_state(name: str) -> Any:
+    """Return what JAX knows of the processes that meet, for which it has no public name; None where it is unknown."""
+    try:
+        from jax._src.distributed import global_state
+    except ImportError:
+        return None
+    return getattr(global_state, name, None)
+
+
+def _without_notes_of_gloo() -> None:
+    """Keep what Gloo, which connects CPUs, notes on standard output from below Python out of the run's own lines."""
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
         return
-    if missing:
-        others = " and ".join(f"--distributed.{name}" for name in names if name != missing[0])
-        raise UserError(f"--distributed.{missing[0]}: needed beside {others}; give all three, or none")
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise UserError(
-            f"--distributed.coordinator_address {address}: must be host:port of process 0, such as 10.0.0.2:8476"
-        )
-    if processes < 1:
-        raise UserError(f"--distributed.num_processes {processes}: must be positive")
-    if not 0 <= number < processes:
-        raise UserError(
-            f"--distributed.process_id {number}: must be from 0 to {processes - 1}, for --distributed.num_processes "
-            f"{processes}"
-        )
+    sys.stdout.flush()
+    own = os.dup(sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)
 
 
 def _check_free(address: str) -> None:
@@ -295,13 +288,9 @@ class _Watchdog:
             f"error: {who} of the run was ended: another process was lost, or this one was killed. The first error "
             "among the logs of all tells why; start all processes again with --resume"
         )
-        self._unmet = (
-            f"error: {who} waited in vain for the others at {address or 'the address that the environment gives'}; "
-            "start all processes with the same --distributed.coordinator_address, where nothing but process 0 listens, "
-            "or wait longer with --distributed.timeout"
-        )
+        self._who, self._address = who, address
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-c", _WATCHDOG, self._unmet, met],
+            [sys.executable, "-S", "-c", _WATCHDOG, self._unmet(), met],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, text=True,
         )  # fmt: skip
         atexit.register(self.done)  # after JAX's own, which was registered later
@@ -321,8 +310,26 @@ class _Watchdog:
     def give_up(self) -> None:
         """End this process, which has waited for the others as long as it was to."""
         self.done()
-        print(self._unmet, file=sys.stderr, flush=True)
+        print(self._unmet(), file=sys.stderr, flush=True)
         os._exit(EXIT_CODE)
+
+    def _unmet(self) -> str:
+        """Return the line about others that did not come, with the address that JAX has found by now."""
+        if self._address is not None:
+            remedy = (
+                "start all processes with the same --distributed.coordinator_address, where nothing but process 0 "
+                "listens"
+            )
+        else:
+            remedy = (
+                "start the command on all machines and open that port between them, or choose another with "
+                "--distributed.coordinator_port"
+            )
+        found = self._address or _jax_state("coordinator_address") or "the address that the environment gives"
+        return (
+            f"error: {self._who} waited in vain for the others at {found}; {remedy}, or wait longer with "
+            "--distributed.timeout"
+        )
 
     def _say(self, what: str) -> None:
         with suppress(OSError, ValueError):

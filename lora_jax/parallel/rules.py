@@ -1,7 +1,8 @@
 """Which mesh axes cut which leaf: one table over the paths of all trees.
 
 A rule is (regex, axes): the regex is searched in the leaf's path, "layers/self_attn/q_proj/kernel", the axes cut the
-leaf's last dimensions. The first match wins. Adapters follow their base: A its input axis, B its output axis.
+leaf's last dimensions. The first match wins. Adapters follow their base, A its input axis and B its output axis, and
+`fsdp` cuts both of them.
 Optimiser state has the paths of what it is about as the ends of its own, and is cut likewise. A dimension that does
 not divide stays whole; a matrix is then shared out over `fsdp` along its other one, if nothing else cuts that.
 """
@@ -24,8 +25,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (rf"\b{_ROWS}/kernel$", (FEATURES, PARAMETERS)),
     (rf"\b{_COLUMNS}/bias$", (FEATURES,)),
     (rf"\b({_COLUMNS}|lm_head)/lora_A$", (PARAMETERS, None)),
-    (rf"\b({_COLUMNS}|lm_head)/lora_B$", (None, FEATURES)),
-    (rf"\b({_ROWS}|embed_tokens)/lora_A$", (FEATURES, None)),
+    (rf"\b({_COLUMNS}|lm_head)/lora_B$", (PARAMETERS, FEATURES)),
+    (rf"\b({_ROWS}|embed_tokens)/lora_A$", (FEATURES, PARAMETERS)),
     (rf"\b({_ROWS}|embed_tokens)/lora_B$", (None, PARAMETERS)),
     (r"", ()),
 )

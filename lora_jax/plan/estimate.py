@@ -47,7 +47,7 @@ class Estimate:
     flops: int
     least: Roofline | None
     uncut: list[str]
-    """Kernels that an axis of the mesh leaves whole, and why (`left_whole`)."""
+    """Matrices that an axis of the mesh leaves whole, and why (`left_whole`)."""
 
     @property
     def activations(self) -> int:
@@ -94,7 +94,7 @@ def estimate(config: RunConfig, typed: Collection[str], target: Target) -> Estim
     if target.chip is not None and found.sent is not None:
         read = _traffic(subject, step, held)
         least = roofline(target.chip, flops / devices, read, sum(found.sent.values()))
-    uncut = left_whole(step.frozen or step.state.trainable, step.mesh.shape)
+    uncut = left_whole(step.mesh.shape, step.frozen, step.state.trainable)
     return Estimate(target, subject, dict(step.mesh.shape), held, found, tokens, flops, least, uncut)
 
 

@@ -62,7 +62,7 @@ def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> Non
         "steps": f"{steps:,} ({steps / sizes.steps_per_epoch:.2f} epochs)",
         "output": run.config.output_dir,
     }
-    if whole := left_whole(run.frozen or run.trainable, run.mesh.shape):
+    if whole := left_whole(run.mesh.shape, run.frozen, run.trainable):
         facts["uncut"] = f"whole along an axis: {listing(whole, 3)}"
     if not console.is_terminal:  # a log is read and searched by line: none is wrapped
         spoke()

@@ -43,9 +43,11 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(arguments: Sequence[str], devices: int, log: Path, folder: Path = ROOT) -> subprocess.Popen[bytes]:
-    """Start a run in a process of its own with so many CPU devices, its output in a file."""
-    flags = {
+def start(
+    arguments: Sequence[str], devices: int, log: Path, folder: Path = ROOT, **more: str
+) -> subprocess.Popen[bytes]:
+    """Start a run in a process of its own with so many CPU devices and `more` variables, its output in a file."""
+    flags = more | {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
@@ -60,21 +62,14 @@ def start(arguments: Sequence[str], devices: int, log: Path, folder: Path = ROOT
 def start_pair(
     arguments: Sequence[str], folder: Path, folders: tuple[Path, Path] = (ROOT, ROOT)
 ) -> list[subprocess.Popen[bytes]]:
-    """Start the run in two processes of two devices, each in its folder; their logs are 0.log and 1.log of `folder`."""
+    """Start the run in two processes of two devices, each in its folder; their logs are 0.log and 1.log of `folder`.
+
+    JAX's own variables tell them of each other, as launchers do (jax#22436, #24399: each trained alone).
+    """
     folder.mkdir(exist_ok=True)
-    together = (
-        "--distributed.coordinator_address",
-        f"127.0.0.1:{free_port()}",
-        "--distributed.num_processes",
-        "2",
-    )
+    together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     return [
-        start(
-            [*arguments, *together, "--distributed.process_id", str(number)],
-            2,
-            folder / f"{number}.log",
-            where,
-        )
+        start(arguments, 2, folder / f"{number}.log", where, **together, JAX_PROCESS_ID=str(number))
         for number, where in enumerate(folders)
     ]
 
@@ -127,6 +122,7 @@ def test_two_processes_have_the_losses_and_adapter_of_one_and_one_device_goes_on
     assert codes == [0, 0, 0], {path.name: path.read_text() for path in tmp_path.rglob("*.log")}
     check_same(shared, alone)
     said = [(tmp_path / f"logs/{number}.log").read_text() for number in (0, 1)]
+    assert not any("[Gloo]" in text for text in said)
     assert [bool(re.search(r"^(step|wrote) ", text, re.MULTILINE)) for text in said] == [True, False]
     for part in ("checkpoints/4", "adapter"):
         shutil.rmtree(shared / part)
@@ -213,7 +209,7 @@ def test_a_sigterm_to_one_process_before_the_first_step_stops_all(
     said = [(logs / f"{number}.log").read_text() for number in (0, 1)]
     assert codes == [0, 0], said
     line = "stopped before a step was done: nothing to save"
-    lines = [[line for line in text.splitlines() if "[Gloo]" not in line] for text in said]
+    lines = [text.splitlines() for text in said]
     assert lines[0][-1] == line
     assert lines[1] == ([line] if told else [])
     assert json.loads((output / "run.json").read_text())["status"] == "stopped"
