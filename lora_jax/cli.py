@@ -16,6 +16,7 @@ from lora_jax import __version__
 from lora_jax.cache import keep_compiled
 from lora_jax.errors import EXIT_CODE, INTERRUPTED, UserError, mendable, nearest
 from lora_jax.progress import alive, hush
+from lora_jax.streams import Unread, guarded
 
 USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
 
@@ -48,10 +49,15 @@ MORE_MEMORY = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code.
 
-    0, 2 for what the user can mend, 3 for a plan that does not fit, 130 when interrupted, 141 unread, 129 and 143
-    when ended by SIGHUP and SIGTERM.
+    0, 2 for what the user can mend, 3 for a plan that does not fit, 130 when interrupted, 129 and 143 when ended by
+    SIGHUP and SIGTERM, 141 where what is printed goes unread; commands that leave files go on then.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with guarded(lasts=given[:1] != [] and given[0] in LEAVING_FILES):
+        return _main(given)
+
+
+def _main(given: list[str]) -> int:
     if given and given[0] == "--version":
         print(f"lora_jax {__version__}")
         return 0
@@ -75,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # what reads the output has gone, as in --help | head
+    except (BrokenPipeError, Unread):  # what reads the output has gone, as in --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
@@ -229,6 +235,8 @@ def _inspect(arguments: Sequence[str]) -> int:
     return inspect(arguments)
 
 
+LEAVING_FILES = ("train", "merge", "quantize", "export", "report")
+"""Commands that go on where nobody reads what they print."""
 COMPILING = ("train", "generate", "eval", "plan")
 """Commands whose compiled programs are kept."""
 WRITING = ("merge", "quantize", "export")

@@ -23,6 +23,7 @@ import yaml
 
 from lora_jax.config import check_numbers
 from lora_jax.errors import UserError, listing, nearest
+from lora_jax.paths import on_disk
 
 Options = TypeVar("Options")
 Flags = dict[str, list[str]]
@@ -58,7 +59,7 @@ def parse(
         _tyro(kind, ["--help"], program, default=_needed(kind()))
     if rest and not rest[0].startswith("-"):
         known = names | (option_names(also) if also else {})
-        found = _yaml_flags(Path(rest.pop(0)).expanduser(), known)
+        found = _yaml_flags(on_disk(rest.pop(0), program), known)
     typed = _typed_flags(rest, names)
     flags = {name: values for name, values in from_file(found, typed).items() if name in names} | typed
     given = [text for name, values in flags.items() for text in _words(name, names[name], values)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from lora_jax.adapters.peft import Tensors, export_tensors, saved_config
 from lora_jax.config import RunConfig
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.adapter_files import AdapterConfig
-from lora_jax.hub.bucket import on_disk
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.model_card import TrainingFacts
@@ -28,9 +28,11 @@ from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models.open import open_model
 from lora_jax.models.quantization import quantization_of
 from lora_jax.options import parse
+from lora_jax.paths import on_disk
 from lora_jax.report.runs import RunFiles, read_lines
 from lora_jax.train.adapted import adapted
-from lora_jax.train.checkpoint import unheard_callbacks
+from lora_jax.train.checkpoint import steps_in, unheard_callbacks
+from lora_jax.train.checksums import METADATA, damage, has_checksums
 from lora_jax.train.export import planned_facts
 from lora_jax.train.output import CHECKPOINTS, CONFIG
 from lora_jax.train.stopping import figure_name
@@ -50,6 +52,8 @@ class Saved:
     notes: Notes
     base: Checkpoint
     facts: TrainingFacts
+    found: tuple[str, ...] = ()
+    """What was found of the checkpoints: that the last one is damaged, or one has no checksums."""
 
 
 def saved_adapter(given: str) -> Saved:
@@ -73,7 +77,7 @@ def saved_adapter(given: str) -> Saved:
         rows = max(model_config.vocab_size, len(load_tokenizer(base.folder)))
         model_config = replace(model_config, vocab_size=rows)
     found = adapted(config, model_config, typed)
-    step, trained = _read(folder / CHECKPOINTS, which, given, base)
+    step, trained, notes_of_files = _read(folder / CHECKPOINTS, which, given, base)
     packed = isinstance(base, PackedCheckpoint)
     dtype = "auto" if packed else config.model.dtype
     rows = found.model_config.vocab_size
@@ -85,7 +89,9 @@ def saved_adapter(given: str) -> Saved:
         quantization=quantization.summary() if quantization else None,
         resized_vocabulary=rows if rows > stored_rows else None,
     )
-    return Saved(step, saved_config(found.lora_config, found.plan), tensors, notes, base, facts)
+    return Saved(
+        step, saved_config(found.lora_config, found.plan), tensors, notes, base, facts, notes_of_files
+    )
 
 
 def _logged(folder: Path, step: int, facts: TrainingFacts) -> TrainingFacts:
@@ -106,13 +112,13 @@ def _logged(folder: Path, step: int, facts: TrainingFacts) -> TrainingFacts:
 def _split(given: str) -> tuple[Path, str]:
     """Return the folder and which of its checkpoints; a folder may have a colon in its name."""
     name, _, which = given.rpartition(":")
-    whole = on_disk(name if "://" in name else given, "--checkpoint")
+    whole = on_disk(given, "--checkpoint")
     return (whole, LAST) if whole.is_dir() or not name else (Path(name).expanduser(), which)
 
 
-def _read(folder: Path, which: str, given: str, base: Checkpoint) -> tuple[int, Any]:
-    """Return the step of a checkpoint and its trainable tree, in the host's memory."""
-    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+def _read(folder: Path, which: str, given: str, base: Checkpoint) -> tuple[int, Any, tuple[str, ...]]:
+    """Return the step of a checkpoint, its trainable tree, in the host's memory, and what was found of its files."""
+    steps = steps_in(folder)
     if not steps:
         raise UserError(
             f"--checkpoint {given}: no checkpoint in {folder}; train with --train.save_strategy steps"
@@ -120,19 +126,15 @@ def _read(folder: Path, which: str, given: str, base: Checkpoint) -> tuple[int, 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it reports is raised here, in one line
     step, heard = None, unheard_callbacks()
     try:
-        manager = ocp.CheckpointManager(folder.absolute())
-        try:
-            step = _step(manager, which, steps, given)
-            stored = manager.restore(step, args=ocp.args.Composite(options=ocp.args.JsonRestore()))["options"]
-        finally:
-            manager.close()
+        step, found = _step(folder, which, steps, given)
+        stored = json.loads((folder / str(step) / "options" / "metadata").read_bytes())
         if stored["base"] != fingerprint(base):
             raise UserError(
                 f"--checkpoint {given}: was made on another base model than {base.folder} holds now; restore that"
             )
         trained = _trained(folder.absolute() / str(step) / "state")
         heard()
-        return step, trained
+        return step, trained, found
     except UserError:
         raise
     except Exception as error:  # Orbax, TensorStore and json each raise their own
@@ -162,19 +164,40 @@ def _trained(path: Path) -> Any:
     )
 
 
-def _step(manager: ocp.CheckpointManager, which: str, steps: list[int], given: str) -> int:
+def _step(folder: Path, which: str, steps: list[int], given: str) -> tuple[int, tuple[str, ...]]:
+    """Return the step that is asked for, of the last the newest that is whole, and what was found on the way."""
+    found: list[str] = []
     if which == LAST:
-        return steps[-1]
+        for step in reversed(steps):
+            if (damaged := damage(folder / str(step))) is None:
+                return step, (*found, *_unchecked(folder, step))
+            found.append(f"the checkpoint of step {step} is damaged: {damaged}")
+        raise UserError(f"--checkpoint {given}: {found[0]}; no other one is whole, so restore it from a copy")
     if which == BEST:
-        metadata: Any = manager.metadata(steps[-1]).custom_metadata
-        best = (metadata or {}).get("best")
+        newest = next(
+            (step for step in reversed(steps) if damage(folder / str(step), arrays=False) is None), None
+        )
+        metadata = {} if newest is None else json.loads((folder / str(newest) / METADATA).read_bytes())
+        best = (metadata.get("custom_metadata") or {}).get("best")
         if best is None or best["step"] not in steps:
             raise UserError(
                 f"--checkpoint {given}: no checkpoint was made at an evaluation; steps: {listing(steps)}"
             )
-        return best["step"]
-    if which.isdecimal() and int(which) in steps:
-        return int(which)
-    raise UserError(
-        f"--checkpoint {given}: no such checkpoint; give one of {listing(steps)}, {BEST} or {LAST}"
-    )
+        step = int(best["step"])
+    elif which.isdecimal() and int(which) in steps:
+        step = int(which)
+    else:
+        raise UserError(
+            f"--checkpoint {given}: no such checkpoint; give one of {listing(steps)}, {BEST} or {LAST}"
+        )
+    if (damaged := damage(folder / str(step))) is not None:
+        raise UserError(
+            f"--checkpoint {given}: the checkpoint of step {step} is damaged: {damaged}; give another one"
+        )
+    return step, _unchecked(folder, step)
+
+
+def _unchecked(folder: Path, step: int) -> tuple[str, ...]:
+    if has_checksums(folder / str(step)):
+        return ()
+    return (f"the checkpoint of step {step} has no checksums: damage would not be found",)

@@ -15,7 +15,7 @@ from lora_jax.adapters.notes import NOTES_FILE, write_notes
 from lora_jax.adapters.peft import fold_for_vllm, saved_config
 from lora_jax.adapters.read import note_of_base, open_adapter
 from lora_jax.commands.checkpoints import saved_adapter
-from lora_jax.commands.merge import base_folder, check_target
+from lora_jax.commands.merge import base_folder
 from lora_jax.errors import UserError
 from lora_jax.generate.stops import write_stops
 from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter_config, write_adapter
@@ -23,8 +23,10 @@ from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.model_card import TrainingFacts, adapter_card
 from lora_jax.hub.push import check_push, push_output
+from lora_jax.hub.target import check_target
 from lora_jax.hub.tokenizer import carries_tokenizer, copy_generation_config, copy_tokenizer, load_tokenizer
 from lora_jax.models.open import open_model
+from lora_jax.paths import on_disk, output_on_disk
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
         return _from_checkpoint(options, console)
     if not options.adapter or not options.output:
         raise UserError("export: needs --adapter and --output; give both folders")
+    output_on_disk(options.output)
     if options.push_to_hub is not None:
         check_push(options.push_to_hub, Path(options.output))
-    folder = Path(options.adapter).expanduser()
+    folder = on_disk(options.adapter, "--adapter")
     config = read_adapter_config(folder)
     opened = open_model(base_folder(folder, config, options.base))
     base, model_config = opened.checkpoint, opened.config
@@ -105,9 +108,12 @@ def _from_checkpoint(options: ExportOptions, console: Console) -> int:
             )
     if not options.output:
         raise UserError("export: needs --output; give the folder to write to")
+    output_on_disk(options.output)
     if options.push_to_hub is not None:
         check_push(options.push_to_hub, Path(options.output))
     saved = saved_adapter(options.checkpoint)
+    for note in saved.found:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     check_target(options.output, ADAPTER_CONFIG_FILE, saved.base.folder)
     with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:
         write_adapter(aside, saved.config, saved.tensors)

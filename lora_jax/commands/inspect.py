@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.table import Table
 from lora_jax.config import DataOptions, ModelOptions, RunConfig, TrainOptions, check_data
 from lora_jax.errors import UserError
 from lora_jax.options import parse
+from lora_jax.paths import on_disk
 
 WIDEST = 10_000
 """Characters of a table's line at most."""
@@ -85,7 +85,7 @@ def inspect_adapter(options: InspectAdapterOptions, console: Console | None = No
     if not options.adapter:
         raise UserError("inspect adapter: needs --adapter, the folder")
     console = console or Console()
-    config, tensors = read_adapter(Path(options.adapter).expanduser())
+    config, tensors = read_adapter(on_disk(options.adapter, "--adapter"))
     console.print(
         f"r {config.r}, lora_alpha {config.lora_alpha:g}, base {config.base_model_name_or_path}",
         soft_wrap=True,

@@ -24,10 +24,12 @@ from lora_jax.hub.model_card import TrainingFacts, model_card
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.push import check_push, push_output
 from lora_jax.hub.resolve import resolve
+from lora_jax.hub.target import check_target
 from lora_jax.hub.tokenizer import carries_tokenizer, load_tokenizer
 from lora_jax.hub.writer import parse_size
 from lora_jax.models.open import open_model
 from lora_jax.models.save import save_model
+from lora_jax.paths import on_disk, output_on_disk
 
 
 @dataclass(frozen=True)
@@ -68,24 +70,6 @@ def base_folder(adapter: Path, config: AdapterConfig, given: str | None) -> Path
     return resolve(named, config.revision, option="--base not given, and the adapter's own")
 
 
-def check_target(output: str, written: str, *sources: Path) -> None:
-    """Raise UserError where overwriting a folder would lose what is not ours to replace.
-
-    That is a folder that is, or holds, one of those read from, and one that has something in it but not the
-    file `written`, which a folder of this kind has.
-    """
-    target = Path(output).expanduser().resolve()
-    for source in sources:
-        if source.resolve().is_relative_to(target):
-            raise UserError(
-                f"--output {output}: is or holds {source}, which is read from; give another folder"
-            )
-    if target.is_dir() and any(target.iterdir()) and not (target / written).exists():
-        raise UserError(
-            f"--output {output}: is not empty and holds no {written}, so it is kept; give another folder"
-        )
-
-
 def merge(options: MergeOptions, console: Console | None = None) -> int:
     """Merge as the options say; return the exit code. Raises UserError for whatever is wrong, and leaves nothing then.
 
@@ -94,10 +78,11 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     console = console or Console()
     if not options.adapter or not options.output:
         raise UserError("merge: needs --adapter and --output; give both folders")
+    output_on_disk(options.output)
     if options.push_to_hub is not None:
         check_push(options.push_to_hub, Path(options.output))
     parse_size(options.max_shard_size)
-    folder = Path(options.adapter).expanduser()
+    folder = on_disk(options.adapter, "--adapter")
     config = read_adapter_config(folder)
     base_path = base_folder(folder, config, options.base)
     check_target(options.output, "config.json", folder, base_path)

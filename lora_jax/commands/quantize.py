@@ -10,13 +10,13 @@ import numpy as np
 from rich.console import Console
 
 from lora_jax.commands.calibration import Calibration, CalibrationOptions, check_calibration
-from lora_jax.commands.merge import check_target
 from lora_jax.config import ModelOptions, check_model
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.resolve import resolve
+from lora_jax.hub.target import check_target
 from lora_jax.hub.writer import parse_size
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.load import storage_dtype
@@ -24,6 +24,7 @@ from lora_jax.models.names import name_table
 from lora_jax.models.open import open_model
 from lora_jax.models.quantization import quantization_of, quantized_weights, read_kernel, read_tensor
 from lora_jax.models.save import save_model
+from lora_jax.paths import output_on_disk
 from lora_jax.quant.leaf import Quantized
 from lora_jax.quant.repack import to_bitsandbytes
 
@@ -51,6 +52,7 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
     console = console or Console()
     if not options.model.path or not options.output:
         raise UserError("quantize: needs --model.path and --output; give both folders")
+    output_on_disk(options.output)
     parse_size(options.max_shard_size)
     if "model.resize_vocab" in typed:
         raise UserError("--model.resize_vocab: quantize adds no rows; drop it")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import write_text
-from lora_jax.hub.bucket import on_disk
 from lora_jax.options import parse
+from lora_jax.paths import on_disk, output_on_disk
 
 USAGE = "lora-jax report OUT [OUT2 …] [--output FILE]"
 
@@ -34,11 +33,12 @@ def report(arguments: Sequence[str], console: Console | None = None) -> int:
     options = parse(ReportOptions, words[count:], program="lora-jax report")[0]
     if count == 0:
         raise UserError(f"report: needs the output folder of a run: {USAGE}")
+    target = output_on_disk(options.output) if options.output else None
     folders = [on_disk(word, "report") for word in words[:count]]
     from lora_jax.report.html import render
     from lora_jax.report.runs import read_runs
 
-    target = Path(options.output).expanduser() if options.output else folders[0] / REPORT
+    target = target or folders[0] / REPORT
     if target.is_dir():
         raise UserError(f"--output {target}: is a folder; give a file, such as {target / REPORT}")
     write_text(target, render(read_runs(folders)))

@@ -20,6 +20,7 @@ from lora_jax.data.files import READERS, RowSource
 from lora_jax.data.lines import CutFile, Parser
 from lora_jax.data.remote import HubRows, read_hub
 from lora_jax.errors import UserError, listing, nearest
+from lora_jax.paths import on_disk
 
 Row = dict[str, Any]
 
@@ -153,7 +154,7 @@ def find_rows(path: str, split: str, *, option: str = "--data.path") -> Source:
     """
     if not path:
         raise UserError(f"{option}: needed; give a file ({listing(READERS)}) or a Hub id")
-    file = Path(path).expanduser()
+    file = on_disk(path, option)
     if file.is_dir():
         found = sorted(child.name for child in file.iterdir() if child.suffix.lower() in READERS)
         remedy = f"give one of its files: {listing(found)}" if found else f"give a file ({listing(READERS)})"

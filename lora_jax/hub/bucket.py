@@ -15,6 +15,7 @@ from pathlib import Path
 from etils import epath
 
 from lora_jax.errors import UserError
+from lora_jax.paths import scheme
 
 Place = Path | epath.Path
 """A file or folder on the disk or in a bucket."""
@@ -22,13 +23,15 @@ Place = Path | epath.Path
 
 def place(text: str, option: str) -> Place:
     """Return the folder that a text names; raises UserError where it is in a bucket that cannot be reached."""
-    scheme = text.partition("://")[0]
-    if scheme == text:
+    kind = scheme(text)
+    if kind is None:
         return Path(text).expanduser()
-    if scheme != "gs":
+    if kind != "gs":
         raise UserError(
-            f"{option} {text}: {scheme}:// is not supported; give a folder, or one in a bucket: gs://"
+            f"{option} {text}: {kind}:// is not supported; give a folder, or one in a bucket: gs://BUCKET/FOLDER"
         )
+    if not text.startswith("gs://") or not text.removeprefix("gs://").strip("/"):
+        raise UserError(f"{option} {text}: names no bucket; write gs://BUCKET/FOLDER")
     logging.getLogger("gcsfs").setLevel(logging.ERROR)
     folder = epath.Path(text)
     try:
@@ -38,16 +41,6 @@ def place(text: str, option: str) -> Place:
     except Exception as error:  # each client raises its own
         raise unreachable(option, folder, error) from error
     return folder
-
-
-def on_disk(text: str, what: str) -> Path:
-    """Return the folder that a text names; raises UserError for one in a bucket, to which not all can go."""
-    if "://" in text:
-        raise UserError(
-            f"{what} {text}: is read from the disk alone; copy it first (gcloud storage cp -r {text} .) and give "
-            "the copy"
-        )
-    return Path(text).expanduser()
 
 
 def unreachable(what: str, path: epath.Path, error: Exception) -> UserError:

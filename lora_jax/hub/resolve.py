@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_jax.errors import UserError, nearest
 from lora_jax.hub.links import cached_snapshots
+from lora_jax.paths import on_disk
 from lora_jax.progress import stage
 
 # Weights as safetensors, configuration and tokenizer; no code, no pictures, no other frameworks' weights.
@@ -48,7 +49,7 @@ def resolve(
     """
     if not path_or_id.strip():
         raise UserError(f"{option}: empty; give a folder or a Hub id")
-    folder = Path(path_or_id).expanduser()
+    folder = on_disk(path_or_id, option)
     if folder.is_dir():
         if revision is not None:
             raise UserError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from lora_jax.models.quantization import (
     quantized_weights,
     resolved_model_options,
 )
+from lora_jax.paths import on_disk
 from lora_jax.plan.targets import Platform
 from lora_jax.train.adapted import adapted, check_full
 
@@ -82,7 +82,7 @@ def read_subject(config: RunConfig, typed: Collection[str], platform: Platform) 
 
 def _checkpoint(config: RunConfig) -> tuple[Checkpoint, bool]:
     """Return the checkpoint, without tensors where no weights are there, and whether they are."""
-    path = Path(config.model.path).expanduser()
+    path = on_disk(config.model.path, "--model.path")
     file = path if path.is_file() else None
     folder = path.parent if file else resolve(config.model.path, config.model.revision, wanted=(CONFIG_FILE,))
     if file is None and any(folder.glob("*.safetensors")):

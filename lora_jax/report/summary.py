@@ -193,6 +193,8 @@ def _time(run: RunFiles) -> str | None:
     if run.record.get("resumed"):
         return None
     seconds = int((ended - started).total_seconds())
+    if seconds < 0:  # the clock was set back
+        return None
     hours, minutes = divmod(seconds // 60, 60)
     return (
         f"{hours} h {minutes} min"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from lora_jax.adapters.continued import continued_config, resolved_options
 from lora_jax.adapters.peft import Tensors, adapter_config, check_tensors
@@ -16,6 +15,7 @@ from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import modules
+from lora_jax.paths import on_disk
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def adapted(config: RunConfig, model_config: ModelConfig, typed: Collection[str]
     asked = adapter_config(config.lora, config.model.path, config.model.revision)
     if config.lora.init_from is None:
         return Adapted(config, model_config, make_plan(asked, modules(model_config)), asked, None)
-    folder = Path(config.lora.init_from).expanduser()
+    folder = on_disk(config.lora.init_from, "--lora.init_from")
     stored, tensors = read_adapter(folder)
     model_config = replace(model_config, vocab_size=vocab_size(folder, stored, tensors, model_config))
     known = modules(model_config)

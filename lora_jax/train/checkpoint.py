@@ -8,6 +8,7 @@ written aside and renamed, so that what has a step's name is whole:
     4/progress   `Progress`
     4/metrics    the figure that evaluations are compared by, where the model was evaluated at this step
     4/_CHECKPOINT_METADATA    custom_metadata: the best such figure so far among checkpoints, and its step
+    4/checksums.json    of all these files; a checkpoint that is damaged is set aside as 4.damaged
 """
 
 from __future__ import annotations
@@ -32,6 +33,14 @@ from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import write_failure, write_text, writing_to
 from lora_jax.parallel.processes import lost, wait_for_all, writes
 from lora_jax.progress import stage
+from lora_jax.train.checksums import (
+    CHECKSUMS,
+    METADATA,
+    array_checksums,
+    damage,
+    has_checksums,
+    write_checksums,
+)
 from lora_jax.train.step import TrainState
 
 FREE = frozenset(
@@ -64,8 +73,10 @@ FREE = frozenset(
 
 Passes draw dropout each for itself, so that with it another number of them drops other numbers.
 """
+LENGTH = frozenset({"train.max_steps", "train.num_train_epochs"})
+"""Options that may differ on resuming, so that a run can be made longer: the schedule is that of the new length."""
+LENGTHS_OF_STEPS = "lengths of steps"
 EVAL_LOSS = "eval_loss"
-METADATA = "_CHECKPOINT_METADATA"
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Identity:
                 f"--resume: the checkpoint was made on another base model: {listing(bases)}; give the one that it was "
                 "made on as --model.path, or --overwrite to start over on this one"
             )
-        known = {name: value for name, value in stored["options"].items() if name not in FREE}
+        known = {name: value for name, value in stored["options"].items() if name not in FREE | LENGTH}
         if known.keys() != now["options"].keys():
             raise KeyError(*sorted(known.keys() ^ now["options"].keys())[:1])
         if options := _differences(known, now["options"]):
@@ -97,8 +108,12 @@ class Identity:
 
     def plain(self) -> dict[str, Any]:
         """Return what is stored."""
-        options = {name: value for name, value in self.options.items() if name not in FREE}
+        options = {name: value for name, value in self.options.items() if name not in FREE | LENGTH}
         return {"options": options, "base": dict(self.base)}
+
+
+class SavingError(UserError):
+    """A checkpoint cannot be written."""
 
 
 class Progress(NamedTuple):
@@ -143,6 +158,8 @@ class Checkpoints:
         self._place, self.folder, self.identity = whole, epath.Path(whole), identity
         self.metric, self.greater_is_better = metric, greater_is_better
         self._failed = self._cleaned = self._writing = False
+        self.notes: list[str] = []
+        """What was found of the checkpoints that were there: damage, and that one has no checksums."""
         policies = ocp.checkpoint_managers
         kept: list[Any] = [policies.LatestN(keep)]
         if keep is not None:
@@ -157,12 +174,15 @@ class Checkpoints:
             best_fn=self._figure,
             best_mode="max" if greater_is_better else "min",
             preservation_policy=policies.AnyPreservationPolicy(kept),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if isinstance(self._place, Path):  # what the first save would say is said before any step
                 tempfile.TemporaryFile(dir=self._place).close()
-            self._check_figures()
+                if writes():
+                    self._set_damaged_aside(self._place)
+            wait_for_all("damaged checkpoints")
             self.manager = ocp.CheckpointManager(self.folder, options=options)
         self.best = self._stored_best()
         """The best of the checkpoints that are kept, None where none of them was made at an evaluation."""
@@ -209,10 +229,15 @@ class Checkpoints:
             return
         if writes():
             place = self._place / str(step)
+            known = array_checksums(place) if isinstance(place, Path) else {}
+            if known:  # where the run is killed in between, the checkpoint has none, rather than wrong ones
+                (place / CHECKSUMS).unlink()
             metadata = json.loads((place / METADATA).read_text())
             metadata["custom_metadata"] = self._best_noted()
             write_text(place / METADATA, json.dumps(metadata))
             write_text(place / "metrics" / "metrics", json.dumps({self.metric: value}))
+            if known and isinstance(place, Path):
+                write_checksums(place, known)
         wait_for_all("figure of a checkpoint")
         self.manager.reload()
 
@@ -241,7 +266,10 @@ class Checkpoints:
         Raises UserError where it was made with other options or on another base, naming them, or cannot be read.
         """
         self.wait()
-        step = self.manager.latest_step() if step is None else step
+        if step is None:
+            step = self.manager.latest_step()  # whole, as was found when the folder was opened
+        elif (damaged := self.damage(step)) is not None:
+            raise UserError(f"the checkpoint {self.folder}/{step} is damaged: {damaged}; give another one")
         json_restore = ocp.args.JsonRestore
         notes = self._read(step, options=json_restore(), progress=json_restore())
         try:
@@ -274,16 +302,45 @@ class Checkpoints:
     def _unreadable(self, step: object, error: Exception) -> UserError:
         return UserError(
             f"--resume: the checkpoint {self.folder}/{step} cannot be read "
-            f"({type(error).__name__}: {str(error)[:200]}); remove that folder to go on from another one"
+            f"({type(error).__name__}: {str(error)[:200]}), though no file of it is known to be damaged; go on with "
+            f"the versions of orbax-checkpoint and jax that run.json names, or give --overwrite to start over"
         )
 
-    def _check_figures(self) -> None:
-        """Raise UserError where Orbax, which reads the figures of all checkpoints at once, could not read one."""
-        for file in self.folder.glob("*/metrics/metrics"):
-            try:
-                json.loads(file.read_text())
-            except (OSError, ValueError) as error:
-                raise self._unreadable(file.parent.parent.name, error) from error
+    def damage(self, step: int) -> str | None:
+        """Return what is damaged in a checkpoint, None where it is whole."""
+        return damage(self._place / str(step)) if isinstance(self._place, Path) else None
+
+    def _set_damaged_aside(self, place: Path) -> None:
+        """Rename checkpoints that are damaged, so that the newest is whole; raises UserError where none is.
+
+        The arrays of those before the newest whole one are not looked at.
+        """
+        damaged: dict[int, str] = {}
+        newest: int | None = None
+        for step in sorted(steps_in(place), reverse=True):
+            if (found := damage(place / str(step), arrays=newest is None)) is not None:
+                damaged[step] = found
+            elif newest is None:
+                newest = step
+        if damaged and newest is None:
+            step, found = max(damaged.items())
+            raise UserError(
+                f"--resume: the checkpoint {place}/{step} is damaged: {found}; no other one is whole, so restore it "
+                "from a copy, or give --overwrite to start over"
+            )
+        for step, found in damaged.items():
+            (place / str(step)).rename(_free(place / f"{step}.damaged"))
+            self.notes.append(
+                f"the checkpoint of step {step} is damaged ({found}) and was set aside as {step}.damaged"
+            )
+        if newest is not None and not has_checksums(place / str(newest)):
+            self.notes.append(f"the checkpoint of step {newest} has no checksums: damage would not be found")
+
+    def _write_checksums(self) -> None:
+        """Write those of the checkpoint that is about to get its name."""
+        if isinstance(self._place, Path):
+            for path in self._place.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
+                write_checksums(path)
 
     def _stored_best(self) -> Best | None:
         step = self.manager.best_step()
@@ -329,7 +386,37 @@ class Checkpoints:
             error = OSError(int(found[1]), os.strerror(int(found[1])))
         if not isinstance(error, OSError):
             error = OSError(str(error)[:200])
-        return write_failure(self.folder, error)
+        self._cleaned = False
+        self._remove_partial()
+        return SavingError(write_failure(self.folder, error))
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in a folder, in order."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+
+
+def lengths_of_steps(folder: Path | epath.Path) -> list[int] | None:
+    """Return those that the newest checkpoint's run has, by which its order of rows goes; None where none tells."""
+    place = epath.Path(folder)
+    steps = [int(path.name) for path in place.glob("*") if path.name.isdecimal()] if place.is_dir() else []
+    if isinstance(folder, Path):
+        steps = [step for step in steps if damage(folder / str(step), arrays=False) is None]
+    try:
+        found = json.loads((place / str(max(steps)) / "options" / "metadata").read_text())
+        return found["options"][LENGTHS_OF_STEPS]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _free(path: Path) -> Path:
+    """Return a name beside the path that nothing has yet."""
+    count = 1
+    free = path
+    while free.exists():
+        count += 1
+        free = path.with_name(f"{path.name}-{count}")
+    return free
 
 
 def unheard_callbacks() -> Callable[[], None]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -61,8 +61,11 @@ class Outcome:
         return _loss(self.after)
 
 
-def run_sizes(run: Run) -> Sizes:
-    """Return which rows each step takes, rows a pass and the number of steps of a run."""
+def run_sizes(run: Run, lengths: Sequence[int] | None = None) -> Sizes:
+    """Return which rows each step takes, rows a pass and the number of steps of a run.
+
+    `lengths` are those of the steps of the run that is gone on with: which are best depends on the number of steps.
+    """
     train, data, mesh = run.config.train, run.config.data, run.mesh
     passes = train.gradient_accumulation_steps
     batch = train.per_device_train_batch_size * row_shards(mesh.shape)
@@ -74,6 +77,8 @@ def run_sizes(run: Run) -> Sizes:
         steps=train.max_steps,
         epochs=train.num_train_epochs,
     )
+    if lengths and lengths[-1] == plan.buckets[-1]:
+        plan = replace(plan, buckets=tuple(lengths))
     steps = train.max_steps
     if steps <= 0:
         steps = math.ceil(train.num_train_epochs * plan.steps_per_epoch)
@@ -115,6 +120,8 @@ class Loop:
         self.cautions = Cautions(run, [text for line in kept for text in line.get(WARNINGS, [])])
         self.evaluations = {line["step"]: found for line in kept if (found := evaluated_figures(line))}
         self.warnings: list[str] = []
+        self.state: TrainState | None = None
+        """That of the last step, where one was done."""
 
     @stage(TRAINING)
     def train(self, state: TrainState, progress: Progress | None = None) -> Outcome:
@@ -156,6 +163,7 @@ class Loop:
             at(f"step {step}/{sizes.steps}")
             batch = self.feed.batch(step)
             state, metrics = self.train_step(state, self.run.frozen, self.run.adapter, batch)
+            self.state = state
             self.signals.stepping()
             window.add(self.feed.tokens(step), metrics)
             self.skipped.add(step, metrics)
@@ -221,6 +229,11 @@ class Loop:
         """Return the best checkpoint's state where that is asked for and another one, else the last."""
         best = self.checkpoints.best
         if not self.options.load_best_model_at_end or best is None or best.step == int(state.step):
+            return state
+        if (damaged := self.checkpoints.damage(best.step)) is not None:
+            self.reporter.warned(
+                f"the best checkpoint, that of step {best.step}, is damaged ({damaged}): the last step is exported"
+            )
             return state
         return self.checkpoints.restore(state, best.step)[0]
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TextIO
 
 import yaml
 
 from lora_jax.config import FOUR_BIT, RunConfig
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import remove_leftovers, write_text, writing_to
 from lora_jax.hub.bucket import Place, place, remove
+from lora_jax.hub.lock import Lock
 from lora_jax.parallel.processes import wait_for_all, writes
+from lora_jax.paths import home
 
 METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL = (
     "metrics.jsonl",
@@ -33,23 +36,44 @@ RECORD, SAMPLES, PROFILE, TENSORBOARD, WANDB, REPORT = (
     "report.html",
 )
 OURS = (METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL)
-"""What a run is told by, and what it writes."""
+"""What a run writes."""
 BESIDE = (RECORD, SAMPLES, PROFILE, TENSORBOARD, WANDB, REPORT)
 """What is written beside it, and goes away with it."""
 STARTING = (
     "resume", "overwrite", "distributed", "push_to_hub", "hub_private_repo", "hub_revision",
 )  # fmt: skip
 """Options that say how a run is started and where it goes, not what it does."""
+HARMLESS = frozenset(
+    {TENSORBOARD, WANDB, "lost+found", ".log", ".out", ".err", ".sh", ".sbatch", ".slurm", ".yaml", ".yml"}
+)
+"""Names and endings of what may lie in a folder that a run begins in."""
 SHARED = 60
 """Seconds within which a shared file system shows what another machine wrote: NFS remembers what was not there."""
 
 
-def check_output(config: RunConfig) -> None:
-    """Raise UserError where output_dir cannot take this run; writes nothing."""
+def check_place(config: RunConfig) -> None:
+    """Raise UserError where output_dir is no folder for a run, whoever uses it; writes nothing."""
     folder = output_folder(config)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file; give a folder")
-    if _holds_run(folder) and not (config.resume or config.overwrite):
+    if isinstance(folder, Path) and folder.is_dir() and folder.resolve() in (Path("/"), home().resolve()):
+        raise UserError(
+            f"--output_dir {folder}: is no folder for a run; name one inside it, such as {folder / 'run'}"
+        )
+    if not folder.is_dir() or holds_run(folder):
+        return
+    if foreign := sorted(path.name for path in folder.iterdir() if not _harmless(path.name)):
+        raise UserError(
+            f"--output_dir {config.output_dir}: holds no run but {listing(foreign, 3)}; give an empty folder, or name "
+            f"one inside it, such as {folder / 'run'}"
+        )
+
+
+def check_output(config: RunConfig) -> None:
+    """Raise UserError where output_dir cannot take this run; writes nothing."""
+    check_place(config)
+    folder = output_folder(config)
+    if holds_run(folder) and not (config.resume or config.overwrite):
         raise UserError(
             f"--output_dir {folder}: holds a run already; add --resume, --overwrite, or give another folder"
         )
@@ -59,8 +83,44 @@ def check_output(config: RunConfig) -> None:
             raise UserError(f"--overwrite: would remove {option} {source}; give another --output_dir")
 
 
-def _holds_run(folder: Place) -> bool:
-    return folder.is_dir() and any((folder / name).exists() for name in OURS)
+@contextmanager
+def only_writer(config: RunConfig, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Lock output_dir, in the process that writes; give what ends that early. Raises UserError where a run has it.
+
+    `say` is told where it takes a while to find that out.
+    """
+    if not writes():
+        yield lambda: None
+        return
+    folder = output_folder(config)
+    lock = Lock(folder, f"--output_dir {folder}", say)
+    try:
+        yield lock.release
+    finally:
+        lock.release()
+
+
+def holds_run(folder: Place) -> bool:
+    """Say whether a folder holds a run: its log, its record, or the config.yaml that each run begins with."""
+    if not folder.is_dir():
+        return False
+    return any((folder / name).exists() for name in (METRICS, RECORD)) or _is_ours(folder / CONFIG)
+
+
+def _is_ours(file: Place) -> bool:
+    """Say whether a run wrote this config.yaml: it holds every section, which hardly anybody types."""
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(found, dict) and found.keys() >= {"model", "lora", "data", "train", "mesh", "method"}
+
+
+def _harmless(name: str) -> bool:
+    """Say whether a file may lie where a run begins: hidden ones, logs and scripts of its start, trackers' folders."""
+    if name == CONFIG:  # would be replaced
+        return False
+    return name.startswith(".") or name in HARMLESS or PurePath(name).suffix in HARMLESS
 
 
 def output_folder(config: RunConfig) -> Place:
@@ -104,9 +164,10 @@ def _open(folder: Place, config: RunConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Folders of trackers belong to a run only where there is one: wandb's may lie in any folder.
-        for name in (*OURS, *BESIDE) if _holds_run(folder) else OURS:
+        held = holds_run(folder)
+        for name in (*OURS, *BESIDE) if held else OURS:
             remove_leftovers(folder / name)
-            if config.overwrite:
+            if held and config.overwrite and name != CONFIG:  # by which a folder is known as a run's
                 remove(folder / name)
         write_text(folder / CONFIG, config_yaml(config))
     except OSError as error:

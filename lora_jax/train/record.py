@@ -3,7 +3,8 @@
 `status` is running, finished, stopped (by a signal) or failed; a run that was killed says running for ever. `started`
 and `ended` are times in UTC, `resumed` the times and steps that were gone on from. `command` is a command line of the
 options that were given, `tracking` what a tracker needs to go on with the same run, `results` the figures of the
-exported state, and by NAME_before those before the first step. The lengths in `data` are {"width": w, "counts": [rows
+exported state, and by NAME_before those before the first step. `output_lost` says why stdout or stderr could no longer
+be written to. The lengths in `data` are {"width": w, "counts": [rows
 of 1 to w tokens, of w + 1 to 2w, …]}.
 """
 
@@ -27,12 +28,23 @@ from lora_jax.data.dataset import TokenDataset
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.bucket import Place
 from lora_jax.parallel.processes import writes
+from lora_jax.streams import losses
 from lora_jax.train.feed import Sizes
 from lora_jax.train.output import RECORD, STARTING
 from lora_jax.train.setup import Run
 from lora_jax.train.trackers import Status
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+DECIDING = (
+    "JAX_DEFAULT_PRNG_IMPL",
+    "JAX_ENABLE_X64",
+    "JAX_RANDOM_SEED_OFFSET",
+    "JAX_THREEFRY_PARTITIONABLE",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+    "JAX_NUMPY_DTYPE_PROMOTION",
+    "JAX_SOFTMAX_CUSTOM_JVP",
+)
+"""Environment variables of JAX under which the same options give other numbers: another start, order or rounding."""
 BINS = 40
 """Bars of a histogram at most."""
 WIDTHS = (1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64)
@@ -58,6 +70,8 @@ class Record:
     def note(self, **facts: Any) -> None:
         """Add facts, and write."""
         self.content |= facts
+        if lost := losses():
+            self.content["output_lost"] = lost
         if writes():
             write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
@@ -80,6 +94,7 @@ def run_facts(run: Run, sizes: Sizes, typed: Collection[str]) -> dict[str, Any]:
         "results": {},
         "command": command_line(run.config, typed),
         "versions": versions(),
+        "jax": jax_settings(),
         "device": run.mesh.devices.flat[0].device_kind,
         "devices": run.mesh.size,
         "processes": jax.process_count(),
@@ -119,6 +134,11 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
     }
+
+
+def jax_settings() -> dict[str, Any]:
+    """Return the settings of JAX that decide a result, by the environment variables that set them."""
+    return {name: getattr(jax.config, name.lower()) for name in DECIDING}
 
 
 def command_line(config: RunConfig, typed: Collection[str]) -> str:

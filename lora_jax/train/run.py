@@ -26,7 +26,14 @@ from lora_jax.hub.tokenizer import chat_template
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.processes import Departure, lost, same_in_all, start, writes
 from lora_jax.progress import hush, stage
-from lora_jax.train.checkpoint import Checkpoints, Identity, Progress
+from lora_jax.train.checkpoint import (
+    LENGTHS_OF_STEPS,
+    Checkpoints,
+    Identity,
+    Progress,
+    SavingError,
+    lengths_of_steps,
+)
 from lora_jax.train.evaluation import Evaluator
 from lora_jax.train.export import export_adapter, export_model, training_facts
 from lora_jax.train.feed import Sizes, padding_multiple
@@ -39,12 +46,14 @@ from lora_jax.train.output import (
     MODEL,
     Logs,
     check_output,
+    check_place,
     config_yaml,
+    only_writer,
     open_output,
     output_folder,
 )
 from lora_jax.train.profile import Profiler, check_profile
-from lora_jax.train.record import Record, run_facts
+from lora_jax.train.record import Record, jax_settings, run_facts
 from lora_jax.train.report import Reporter, print_facts
 from lora_jax.train.scores import check_installed
 from lora_jax.train.setup import Run, prepare
@@ -81,18 +90,21 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
 def _checked(config: RunConfig, typed: Collection[str], console: Console, signals: Signals) -> int:
     mesh = make_mesh(config.mesh)
     signals.begin(console, mesh)
-    check_output(config)
-    check_tracking(config)
-    if config.push_to_hub is not None and writes():
-        check_push(config.push_to_hub, output_folder(config))
-    given = f"{config_yaml(config)}{config.resume}{config.overwrite}"
-    if not same_in_all(given):  # and the output folder is checked by all
-        raise UserError(
-            "the processes of this run were given different options; start all of them with the same command line, "
-            "but for --distributed.process_id"
-        )
-    with jax.set_mesh(mesh):
-        return _train(config, typed, mesh, console, signals)
+    check_place(config)
+    with only_writer(config, partial(console.print, highlight=False, soft_wrap=True)) as release:
+        signals.on_exit = release
+        check_output(config)
+        check_tracking(config)
+        if config.push_to_hub is not None and writes():
+            check_push(config.push_to_hub, output_folder(config))
+        given = f"{config_yaml(config)}{config.resume}{config.overwrite}"
+        if not same_in_all(given):  # and the output folder is checked by all
+            raise UserError(
+                "the processes of this run were given different options; start all of them with the same command "
+                "line, but for --distributed.process_id"
+            )
+        with jax.set_mesh(mesh):
+            return _train(config, typed, mesh, console, signals)
 
 
 def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Console, signals: Signals) -> int:
@@ -100,7 +112,8 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     if config.lora.init_from is not None:
         for note in _notes_of_start(Path(config.lora.init_from).expanduser(), run):
             console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    sizes = run_sizes(run)
+    folder = output_folder(config)
+    sizes = run_sizes(run, lengths_of_steps(folder / CHECKPOINTS) if config.resume else None)
     if not same_in_all(_checksums(run)):  # else each would wait for the others in another step
         raise UserError(
             "the processes of this run see different rows; give all of them the same files, tokenizer and template"
@@ -115,7 +128,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     if (note := nowhere_to_go(config.train, mesh.devices.flat[0])) is not None:
         console.print(note, highlight=False, soft_wrap=True)
     config = run.config  # with the options that an adapter to go on with decides
-    folder, progress = output_folder(config), None
+    progress = None
     goes_on = config.resume and (folder / CHECKPOINTS).is_dir()
     if not goes_on:
         if config.resume:
@@ -124,10 +137,31 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     limit, identity = config.train.save_total_limit, _identity(run, sizes)
     checkpoints = Checkpoints(folder / CHECKPOINTS, limit, identity, aim.metric, aim.greater_is_better)
     try:
-        if config.resume and checkpoints.latest() is not None:
+        for note in checkpoints.notes:
+            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        latest = checkpoints.latest()
+        if config.resume and latest is not None:
+            before = Record(folder, latest)
+            _check_length(latest, sizes.steps)
             state, progress = checkpoints.restore(state)
-            signals.resumed_at = int(state.step)
-            console.print(f"resuming after step {signals.resumed_at}", highlight=False)
+            if _is_done(config, folder, before, latest, sizes, progress):
+                console.print(
+                    f"nothing to do: the run is finished after step {latest} and {folder / _result(run)} is written; "
+                    "to train further give more --train.max_steps or --train.num_train_epochs",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+                return 0
+            signals.resumed_at = latest
+            console.print(f"resuming after step {latest}", highlight=False)
+            planned = before.content.get("steps")
+            if isinstance(planned, int) and planned != sizes.steps:
+                console.print(
+                    f"note: the run had {planned} steps and now has {sizes.steps}: from step {latest + 1} on the "
+                    f"learning rate is that of a schedule of {sizes.steps} steps",
+                    highlight=False,
+                    soft_wrap=True,
+                )
         elif config.resume:
             _check_unfinished(folder)
             console.print("no checkpoint to resume from: starting afresh", highlight=False)
@@ -164,9 +198,12 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
                     evaluator,
                     aim,
                 )
-                outcome = loop.train(state, progress)
-            with stage("finishing the checkpoint"):
-                checkpoints.wait()
+                try:
+                    outcome = loop.train(state, progress)
+                    with stage("finishing the checkpoint"):
+                        checkpoints.wait()
+                except SavingError as error:
+                    raise _exported_at_least(run, loop, folder, error) from error
             if (number := outcome.stopped_by) is not None:
                 console.print(
                     f"stopped; step {int(outcome.state.step)} is saved, go on with --resume", highlight=False
@@ -232,7 +269,46 @@ def results(outcome: Outcome) -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
+def _exported_at_least(run: Run, loop: Loop, folder: Place, error: SavingError) -> UserError:
+    """Write the adapter of the last step where no checkpoint of it can be; return what to say."""
+    if loop.state is None or jax.process_count() > 1:  # of several processes some may not know of the failure
+        return error
+    step = int(loop.state.step)
+    outcome = Outcome(loop.state, {}, {}, loop.feed.tokens_before(step + 1), None, step)
+    export = export_model if run.plan is None else export_adapter
+    try:
+        written = export(run, loop.state.trainable, folder, training_facts(run, outcome))
+    except UserError:
+        return error
+    return UserError(f"{error}; what step {step} made is in {written}")
+
+
+def _result(run: Run) -> str:
+    return MODEL if run.plan is None else ADAPTER
+
+
+def _check_length(done: int, steps: int) -> None:
+    if done > steps:
+        raise UserError(
+            f"--resume: {done} steps are done already, and --train.max_steps or --train.num_train_epochs makes {steps} "
+            f"in all; give at least {done}"
+        )
+
+
+def _is_done(
+    config: RunConfig, folder: Place, record: Record, latest: int, sizes: Sizes, progress: Progress
+) -> bool:
+    """Say whether a run that is gone on with has come to its end, result and record included."""
+    patience = config.train.early_stopping_patience
+    ended = latest == sizes.steps or 0 < patience <= progress.worse
+    whole = record.content.get("status") == "finished" and progress.unlogged is None
+    written = (folder / (MODEL if config.method == "full" else ADAPTER)).is_dir()
+    return ended and whole and written and config.push_to_hub is None
+
+
 def _check_unfinished(folder: Place) -> None:
+    if Record(folder, 0).content.get("status") == "failed":
+        return  # the disk was full, say, before a checkpoint was whole
     if any((folder / name).is_dir() for name in (ADAPTER, MODEL)):
         raise UserError(
             f"--resume: {folder} holds a finished run and no checkpoint; add --overwrite to repeat it"
@@ -254,7 +330,7 @@ def _identity(run: Run, sizes: Sizes) -> Identity:
         "rows a step": sizes.rows_per_step,
         "checksums of the rows": _checksums(run),
         "data.pad_to_multiple_of": padding_multiple(run.config.data, run.mesh),
-        "lengths of steps": list(sizes.plan.buckets),
+        LENGTHS_OF_STEPS: list(sizes.plan.buckets),
         "sets to evaluate on": list(run.eval_rows),
     }
     del sections["data"]["eval_paths"]  # whose rows have checksums
@@ -262,6 +338,7 @@ def _identity(run: Run, sizes: Sizes) -> Identity:
         "method": run.config.method,
         **flatten_dict(sections, is_leaf=lambda path, _: len(path) == 2, sep="."),
         **counted,
+        **jax_settings(),
     }
     return Identity(flat, run.base_fingerprint)
 

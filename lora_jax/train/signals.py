@@ -6,10 +6,10 @@
     stepping    both are noted, and the loop saves once the step under way is done
     finishing   the last checkpoint is written and the adapter exported: SIGTERM changes nothing, SIGINT interrupts
 
-The second signal of a run interrupts it whatever the stage. Python runs a signal's handler between two bytecodes of
-the main thread, so never while XLA compiles there, which takes minutes for a large model. But the interpreter
-also writes the signal's number to a pipe (`signal.set_wakeup_fd`), at once, and a thread that reads the pipe ends
-the program.
+SIGHUP, that the terminal is gone, is ignored: the run goes on without it. The second of the others interrupts a run
+whatever the stage. Python runs a signal's handler between two bytecodes of the main thread, so never while XLA
+compiles there, which takes minutes for a large model. But the interpreter also writes the signal's number to a pipe
+(`signal.set_wakeup_fd`), at once, and a thread that reads the pipe ends the program.
 
 Several processes do not pass from starting to stepping at the same time, but none of them has done a step before all
 have begun it. So where one that is starting leaves, all leave whatever their stage, and nothing is lost. One that is
@@ -52,6 +52,8 @@ class Signals:
         """Step of the checkpoint that the run goes on from."""
         self.on_leaving: Callable[[], None] | None = None
         """What is to be done before the program is ended at once."""
+        self.on_exit: Callable[[], None] | None = None
+        """What is to be done last where the program is ended at once."""
         self._received: list[int] = []
         self._agreement: Agreement | None = None
         self._departure: Departure | None = None
@@ -67,6 +69,7 @@ class Signals:
             self._reader, self._writer = os.pipe()
             os.set_blocking(self._writer, False)
             self._before = [signal.signal(number, self._note) for number in HANDLED]
+            self._hangup_before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
             self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
             self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
             self._watcher.start()
@@ -86,6 +89,7 @@ class Signals:
         if self._departure is not None and self.stage == FINISHING:
             # Process 0 may still export, and would not outlive this one.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, self._hangup_before)
         os.close(self._writer)  # the watcher reads the end of the pipe
         self._watcher.join()
         os.close(self._reader)
@@ -189,6 +193,8 @@ class Signals:
                     self._departure.say(LEAVING)
                 if self.on_leaving is not None:
                     self.on_leaving()
+                if self.on_exit is not None:
+                    self.on_exit()
                 kept = f"; step {self.resumed_at} is still saved" if self.resumed_at is not None else ""
                 line = f"stopped before a step was done: nothing to save{kept}"
                 if self.console is not None and not self.console.quiet:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.errors import UserError
 from lora_jax.train.checkpoint import Best, Checkpoints, Identity, Progress
+from lora_jax.train.checksums import damage, write_checksums
 from lora_jax.train.step import TrainState, init_state
 from tests.conftest import ROOT
 from tests.runs import tree
@@ -166,26 +167,71 @@ def test_another_base_and_other_options_are_named(saved: Path) -> None:
             r"written by another version of lora_jax \('train.news'\)",
         ),
         ("progress", '{"window": [], "news": 1}', "written by another version"),
-        ("progress", '{"window": [', "cannot be read .*; remove that folder"),
+        ("progress", '{"window": [', "cannot be read .*; go on with the versions of orbax"),
     ],
 )
 def test_notes_that_are_not_this_versions_are_one_line(
     saved: Path, file: str, text: str, message: str
 ) -> None:
     (saved / "4" / file / "metadata").write_text(text)
+    write_checksums(saved / "4")
     before = state()
     with opened(saved) as checkpoints, pytest.raises(UserError, match=f"checkpoint {saved}/4 .*{message}"):
         checkpoints.restore(before)
     assert not before.trainable["layers"]["lora_A"].is_deleted()
 
 
-def test_a_damaged_figure_of_an_older_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_damaged_figure_of_an_older_checkpoint_sets_it_aside(tmp_path: Path) -> None:
     with opened(tmp_path) as checkpoints:
         for step in (1, 2):
             checkpoints.save(state(step), Progress([]), float(step))
-    (tmp_path / "1" / "metrics" / "metrics").write_text('{"eval_')
-    with pytest.raises(UserError, match=f"checkpoint {tmp_path}/1 cannot be read .*; remove that folder"):
-        opened(tmp_path)
+    (tmp_path / "1" / "metrics" / "metrics").write_text('{"eval_loss": 0.5}')
+    with opened(tmp_path) as checkpoints:
+        (note,) = checkpoints.notes
+        assert note.startswith(
+            "the checkpoint of step 1 is damaged (the checksum of metrics/metrics differs) and was"
+        )
+        assert checkpoints.best == Best(2, 2.0)
+        checkpoints.save(state(3), Progress([]), 0.1)
+    assert names(tmp_path) == ["1.damaged", "2", "3"]
+
+
+def test_a_checkpoint_without_checksums_is_taken_with_a_note(saved: Path) -> None:
+    """As before there were any, and where a run is killed while it gives a checkpoint its figure."""
+    (saved / "4" / "checksums.json").unlink()
+    with opened(saved) as checkpoints:
+        assert checkpoints.notes == ["the checkpoint of step 4 has no checksums: damage would not be found"]
+        assert equal(checkpoints.restore(state())[0], state(4, seed=4))
+
+
+def damaged_somewhere(folder: Path, places: int) -> Iterator[str]:
+    """Flip one bit at a time, spread over all files of a folder in turn, and mend it again; name the file."""
+    rng = np.random.default_rng(0)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    for number in range(places):
+        file = files[number % len(files)]
+        whole = file.read_bytes()
+        spoilt = bytearray(whole)
+        spoilt[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        file.write_bytes(spoilt)
+        yield str(file.relative_to(folder))
+        file.write_bytes(whole)
+        if number < len(files):  # and one cut off
+            file.write_bytes(whole[: len(whole) // 2])
+            yield f"{file.relative_to(folder)}, cut"
+            file.write_bytes(whole)
+
+
+UNREAD = ("_CHECKPOINT_METADATA", "commit_success.txt")
+"""Files of Orbax, which hold times and names that decide nothing beside the figure that has a checksum."""
+
+
+def test_a_flipped_bit_or_a_cut_in_any_file_is_found(saved: Path) -> None:
+    """A flipped bit in a checkpoint's arrays came through resuming and export: 1e26 or NaN in the adapter."""
+    assert damage(saved / "4") is None
+    for where in damaged_somewhere(saved / "4", 100):
+        assert where.startswith(UNREAD) or damage(saved / "4") is not None, where
+    assert damage(saved / "4") is None
 
 
 def test_memory_that_the_target_lies_in_is_kept_to(saved: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -213,19 +214,146 @@ def test_what_changes_no_result_may_differ_on_resuming(stopped: tuple[list[str],
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["4"]
 
 
-def test_a_damaged_checkpoint_is_one_clear_error(
-    stopped: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+def spoil(checkpoint: Path) -> None:
+    """Flip a bit in the middle of a checkpoint's arrays."""
+    file = max(
+        (path for path in (checkpoint / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_or_named(
+    stopped: tuple[list[str], Path],
+    finished: tuple[list[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A flipped bit in a checkpoint's arrays came through resuming and export."""
+    arguments, output = stopped
+    spoil(output / "checkpoints" / "2")
+    export = ("export", "--checkpoint", str(output))
+    run(*export, "--output", str(tmp_path / "before"))
+    assert "note: the checkpoint of step 2 is damaged: the checksum of state/" in capsys.readouterr().out
+    run("export", "--checkpoint", f"{finished[1]}:1", "--output", str(tmp_path / "first"))
+    assert read_adapter(tmp_path / "before")[1].keys() == read_adapter(tmp_path / "first")[1].keys()
+    for name, tensor in read_adapter(tmp_path / "first")[1].items():
+        np.testing.assert_array_equal(read_adapter(tmp_path / "before")[1][name], tensor)
+    assert main(["export", "--checkpoint", f"{output}:2", "--output", str(tmp_path / "none")]) == 2
+    assert "the checkpoint of step 2 is damaged: the checksum of state/" in capsys.readouterr().err
+    run(*arguments, "--resume")
+    said = capsys.readouterr().out
+    assert "note: the checkpoint of step 2 is damaged (the checksum of state/" in said
+    assert "and was set aside as 2.damaged" in said
+    assert "resuming after step 1" in said
+    assert timeless(output) == timeless(finished[1])
+    assert tree(output / "adapter") == tree(finished[1] / "adapter")
+
+
+def test_where_every_checkpoint_is_damaged_that_is_one_clear_error(
+    stopped: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, output = stopped
-    for path in (output / "checkpoints" / "2" / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[:10])
-    assert main([*arguments, "--resume"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert f"{output}/checkpoints/2 cannot be read" in error
-    shutil.rmtree(output / "checkpoints" / "2")
+    shutil.rmtree(output / "checkpoints" / "1")
+    spoil(output / "checkpoints" / "2")
+    before = tree(output)
+    for given in (
+        [*arguments, "--resume"],
+        ["export", "--checkpoint", str(output), "--output", str(tmp_path / "x")],
+    ):
+        assert main(given) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "is damaged: the checksum of state/" in error
+        assert "no other one is whole, so restore it from a copy" in error
+    assert tree(output) == before
+
+
+def test_a_finished_run_has_nothing_to_do_and_is_never_made_shorter(
+    finished: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--resume gave run.json a new end, and the page of a report lost its time."""
+    arguments, output = finished
+    before = tree(output)
     run(*arguments, "--resume")
+    assert f"nothing to do: the run is finished after step 4 and {output}/adapter is written" in (
+        capsys.readouterr().out.replace("\n", " ")
+    )
+    assert main([*arguments, "--train.max_steps", "3", "--resume"]) == 2
+    assert "--resume: 4 steps are done already, and --train.max_steps or" in capsys.readouterr().err
+    after = tree(output)
+    assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} <= {
+        "config.yaml"
+    }
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_made_longer(
+    model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With more steps or epochs it trains on, as in transformers; a constant rate shows that nothing else changes."""
+    constant = ("--train.lr_scheduler_type", "constant", "--train.save_steps", "2")
+    longer, whole = tmp_path / "longer", tmp_path / "whole"
+    run(*train_arguments(model, rows, whole, *constant))
+    run(*train_arguments(model, rows, longer, *constant, "--train.max_steps", "2"))
+    capsys.readouterr()
+    run(*train_arguments(model, rows, longer, *constant, "--resume"))
+    assert (
+        "the run had 2 steps and now has 4: from step 3 on the learning rate is that of a"
+        in capsys.readouterr().out
+    )
+    assert timeless(longer) == timeless(whole)
+    found, expected = (tree(folder / "adapter") for folder in (longer, whole))
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_the_schedule_of_a_run_that_is_made_longer_is_that_of_its_new_length(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    longer, whole = tmp_path / "longer", tmp_path / "whole"
+    run(*train_arguments(model, rows, whole, "--train.max_steps", "8"))
+    epochs = ("--train.max_steps", "-1", "--train.num_train_epochs")
+    run(*train_arguments(model, rows, longer, *epochs, "2"))
+    run(*train_arguments(model, rows, longer, *epochs, "4"), "--resume")
+    rates = {line["step"]: line["learning_rate"] for line in metrics(whole)}
+    found = {line["step"]: line["learning_rate"] for line in metrics(longer)}
+    assert found.keys() == rates.keys()
+    assert [step for step in rates if found[step] != rates[step]] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("jax_default_prng_impl", "rbg", "JAX_DEFAULT_PRNG_IMPL was threefry2x32, is rbg"),
+        ("jax_default_matmul_precision", "highest", "JAX_DEFAULT_MATMUL_PRECISION was None, is highest"),
+        ("jax_random_seed_offset", 1, "JAX_RANDOM_SEED_OFFSET was 0, is 1"),
+    ],
+)
+def test_settings_of_jax_that_decide_a_result_are_named_where_they_differ(
+    name: str,
+    value: object,
+    message: str,
+    stopped: tuple[list[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """orbax#620 and #2540: another kind of key made a good checkpoint unreadable, which was to be removed.
+
+    And JAX_ENABLE_X64 draws another start.
+    """
+    arguments, output = stopped
+    before, usual = tree(output), getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        assert main([*arguments, "--resume"]) == 2
+    finally:
+        jax.config.update(name, usual)
+    error = capsys.readouterr().err
+    assert message in error
+    assert "remove" not in error
+    assert error.count("\n") == 1
+    assert tree(output) == before
 
 
 def test_a_file_in_the_place_of_the_checkpoints_is_one_clear_error(
@@ -253,10 +381,13 @@ def test_a_disk_that_fills_up_is_one_clear_error_and_the_run_goes_on_once_there_
         arguments = [str(disk / "out") if word == str(finished[1]) else word for word in finished[0]]
         assert main(arguments) == 2
         error = capsys.readouterr().err
+        step = error.partition("what step ")[2].partition(" ")[0]
         assert error == (
             f"error: cannot write {disk}/out/checkpoints: No space left on device; "
-            "free some space or choose another disk\n"
+            f"free some space or choose another disk; what step {step} made is in {disk}/out/adapter\n"
         )
+        assert read_adapter(disk / "out" / "adapter")
+        assert not list((disk / "out" / "checkpoints").glob("*tmp*"))
         assert (disk / "out" / "checkpoints" / "1").is_dir()
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         run(*arguments, "--resume")

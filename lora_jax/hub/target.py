@@ -1,0 +1,48 @@
+"""The folder that a command writes whole, and what it may replace there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lora_jax.errors import UserError, listing
+from lora_jax.paths import home, output_on_disk
+
+_OF_A_MODEL = re.compile(
+    r".*\.safetensors|.*\.safetensors\.index\.json|.*\.jinja|.*\.model|(adapter_|generation_|quantization_)?config\.json"
+    r"|(special_|added_)?tokens?(izer)?(_config|_map|s_map)?\.json|(pre)?processor_config\.json|vocab\.(json|txt)"
+    r"|merges\.txt|tekken\.json|chat_template\.json|additional_chat_templates|lora_jax\.json|README\.md|LICENSE.*"
+    r"|NOTICE.*|USE_POLICY.*|\.gitattributes|\.cache",
+    re.IGNORECASE,
+)
+"""Names of what a folder of a model or an adapter holds."""
+
+
+def check_target(output: str, written: str, *sources: Path) -> Path:
+    """Return the folder to write; raises UserError where overwriting it would lose what is not ours to replace.
+
+    That is a folder that is, or holds, one of those read from, the home folder or that of the shell, and one that has
+    something in it but not the file `written`, which a folder of this kind has, or what no folder of this kind has.
+    """
+    folder = output_on_disk(output)
+    target = folder.resolve()
+    for source in sources:
+        if source.resolve().is_relative_to(target):
+            raise UserError(
+                f"--output {output}: is or holds {source}, which is read from; give another folder"
+            )
+    for place, what in ((home(), "your home folder"), (Path.cwd(), "the folder that you are in")):
+        if place.resolve().is_relative_to(target):
+            raise UserError(
+                f"--output {output}: is or holds {what}, which cannot be replaced; name a folder inside it"
+            )
+    names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    if names and written not in names:
+        raise UserError(
+            f"--output {output}: is not empty and holds no {written}, so it is kept; give another folder"
+        )
+    if foreign := [name for name in names if not _OF_A_MODEL.fullmatch(name)]:
+        raise UserError(
+            f"--output {output}: holds {listing(foreign, 3)} beside {written}, so it is kept; give another folder"
+        )
+    return folder

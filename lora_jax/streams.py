@@ -1,0 +1,83 @@
+"""Standard output and error whose reader, terminal or disk goes away while a command runs.
+
+A command that leaves files goes on without them, and a run says so in its run.json; one that only prints ends.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+NAMES = ("stdout", "stderr")
+
+
+class Unread(BaseException):
+    """Nobody reads what a command prints; no OSError, which rich would turn into an exit of its own."""
+
+
+class Stream:
+    """A stream whose writes do not fail once it goes on without a reader."""
+
+    def __init__(self, stream: Any, lasts: bool) -> None:
+        self._stream, self._lasts = stream, lasts
+        self.loss: str | None = None
+        """Why it can no longer be written to."""
+
+    def write(self, text: str) -> int:
+        """Write a text; returns its length even where it is lost."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._lost(error)
+            return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        with suppress(OSError, ValueError):  # what is still in its buffer has to go somewhere
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+        self.loss = self.loss or error.strerror or str(error)
+        if not self._lasts:
+            raise Unread from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def guarded(lasts: bool) -> Iterator[None]:
+    """Guard both streams: their loss ends nothing, but that of standard output raises Unread without `lasts`."""
+    before = [getattr(sys, name) for name in NAMES]
+    guards = [
+        stream and Stream(stream, lasts or name == "stderr")
+        for name, stream in zip(NAMES, before, strict=True)
+    ]
+    for name, guard in zip(NAMES, guards, strict=True):
+        setattr(sys, name, guard)
+    try:
+        yield
+    finally:
+        for name, guard, stream in zip(NAMES, guards, before, strict=True):
+            if getattr(sys, name) is guard:
+                setattr(sys, name, stream)
+
+
+def losses() -> dict[str, str]:
+    """Return which streams are lost, and why."""
+    found = {name: getattr(getattr(sys, name), "loss", None) for name in NAMES}
+    return {name: loss for name, loss in found.items() if loss}
