@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +38,7 @@ from lora_jax.data.token_cache import key
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import write_text
 from lora_jax.models.decoder import Decoder
+from lora_jax.models.finite import broken_weights
 from lora_jax.models.load import load_params
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.train.evaluation import Evaluator, asked
@@ -224,7 +226,12 @@ def _measured(
                 tokenizer=one.opened.tokenizer, mesh=mesh,
             )  # fmt: skip
             evaluators[same] = Evaluator(base, sets[one], sizes, options.scoring, section=SECTION)
-        yield _line(one, sets[one], evaluators[same](*trees).figures)
+        line = _line(one, sets[one], evaluators[same](*trees).figures)
+        if any(value is None for name, value in line.items() if name.endswith("_loss")):
+            cause = broken_weights(first.checkpoint, first.config, options.model.dtype)
+            cause = cause or f"the products overflow in {jnp.dtype(model.dtype).name}"
+            print(f"warning: {one.adapter or one.base}: the loss is not finite: {cause}", file=sys.stderr)
+        yield line
 
 
 def _line(one: Candidate, sets: Sets, figures: Mapping[str, float]) -> Line:

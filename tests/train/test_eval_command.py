@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lora_jax.cli import main
 from lora_jax.commands.candidates import candidates
 from lora_jax.commands.evaluate import from_file, on_one_base
 from lora_jax.config import ModelOptions
+from lora_jax.models.families import read_config
 from tests.runs import ROWS, metrics, run, train_arguments, write_rows
-from tests.tiny import CONFIGS, GROUPED, write_checkpoint
+from tests.tiny import CONFIGS, GROUPED, random_tensors, write_checkpoint
 
 SCORED = ("--train.generation_metrics", "exact_match", "--train.generation_max_new_tokens", "4")
 UNTRAINED = [{"prompt": "1", "completion": "2", "weight": 0}] * 3
@@ -102,6 +104,19 @@ def test_adapters_of_one_base_share_it_and_other_bases_wait(
     found = candidates(ModelOptions(), (adapter,), (str(other),), True, ())
     assert [[one.base for one in group] for group in on_one_base(found)] == [[str(model)] * 2, [str(other)]]
     assert all(one.opened.adapter is None for one in found)
+
+
+def test_a_loss_that_is_no_number_is_null_and_named_with_its_cause(
+    test_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = random_tensors(read_config(CONFIGS["llama"], tmp_path))
+    tensors["model.norm.weight"][0] = np.nan
+    broken = str(write_checkpoint(tmp_path / "broken", CONFIGS["llama"], tensors=tensors))
+    run("eval", "--model.path", broken, "--data.path", str(test_rows), "--json")
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["eval_loss"] is None
+    assert f"warning: {broken}: the loss is not finite: the base has weights" in captured.err
+    assert "model.norm.weight" in captured.err
 
 
 @pytest.mark.parametrize(
