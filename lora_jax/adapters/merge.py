@@ -26,7 +26,7 @@ from lora_jax.errors import UserError
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.values import cast, finite, not_finite, too_large
 from lora_jax.models.config import ModelConfig
-from lora_jax.models.load import grown
+from lora_jax.models.load import resized
 from lora_jax.models.names import EMBED_TOKENS, EMBEDDING_NAME, HEAD_NAME, LM_HEAD, name_table
 from lora_jax.models.quantization import quantized_weights, read_weight
 
@@ -73,9 +73,7 @@ def merged_tensors(
             continue
         held = quantization if source in quantized else None
         read = partial(read_weight, base, source, held, notes.dtype, notes.decoded)
-        value = read()
-        if value.shape[0] < entry.shape[0]:
-            value = grown(value, entry.shape[0])
+        value = resized(read(), entry.shape[0])
         if entry.name in deltas:
             target = deltas[entry.name]
             with np.errstate(over="ignore", invalid="ignore"):  # `_converted` names what is not finite then

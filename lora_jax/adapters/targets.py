@@ -55,7 +55,7 @@ def make_plan(config: AdapterConfig, modules: Sequence[Module], *, strict: bool 
 
 
 def _plan(config: AdapterConfig, modules: Sequence[Module], strict: bool) -> Plan:
-    saved = tuple(module for module in modules if _saved(module.name, config.modules_to_save))
+    saved = tuple(module for module in modules if is_saved(module.name, config.modules_to_save))
     saved_names = {module.name for module in saved}
     candidates = [module for module in modules if module.name not in saved_names]
     matched = [module for module in candidates if _targeted(module, config)]
@@ -88,7 +88,8 @@ def compact_targets(targets: Iterable[Target]) -> tuple[str, ...]:
     return tuple(sorted({target.module.name.rpartition(".")[2] for target in targets}))
 
 
-def _saved(name: str, modules_to_save: Sequence[str]) -> bool:
+def is_saved(name: str, modules_to_save: Sequence[str]) -> bool:
+    """Say whether modules_to_save names a module, or one that it is in."""
     parts = name.split(".")
     parents = [".".join(parts[: end + 1]) for end in range(len(parts))]
     return any(parent.endswith(key) for parent in parents for key in modules_to_save)
@@ -209,7 +210,7 @@ def _check_matches(
                     f"Linear modules: {', '.join(linear)}"
                 )
     for name in config.modules_to_save if strict else ():
-        if not any(_saved(module.name, (name,)) for module in modules):
+        if not any(is_saved(module.name, (name,)) for module in modules):
             known = sorted({module.name.rpartition(".")[2] for module in modules})
             raise UserError(
                 f'modules_to_save: "{name}" matches no module of this model;{nearest(name, known)} '

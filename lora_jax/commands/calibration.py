@@ -74,6 +74,7 @@ class Calibration:
         """Read the rows with the tokenizer of a model's folder; raises UserError where they cannot be had."""
         self._options = options
         self._gain = Gain()
+        self._widest = max(config.hidden_size, config.intermediate_size)
         data = DataOptions(
             format=options.format,
             columns=options.columns,
@@ -124,6 +125,11 @@ class Calibration:
             lines.append(
                 f"note: {len(self._gain.left_plain)} linear layers ({listing(modules)}) are rounded to the nearest "
                 "value, as their in is no multiple of 64"
+            )
+        if self._rows.tokens < self._widest:
+            lines.append(
+                f"note: {self._rows.tokens:,} tokens are fewer than the {self._widest:,} inputs of the widest layer, "
+                "too few to fit its codes to; give more rows"
             )
         return lines
 

@@ -82,7 +82,7 @@ def saved_adapter(given: str) -> Saved:
     dtype = "auto" if packed else config.model.dtype
     rows = found.model_config.vocab_size
     notes = Notes(rows, dtype, quantization, packed, fingerprint(base))
-    tensors = export_tensors(trained, found.plan)
+    tensors = export_tensors(trained, found.plan) | found.carried(base)
     facts = replace(
         _logged(folder, step, planned_facts(found.config)),
         trainable_parameters=trainable_parameters(found.plan, found.model_config)[0],

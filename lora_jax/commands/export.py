@@ -16,7 +16,7 @@ from lora_jax.adapters.peft import fold_for_vllm, saved_config
 from lora_jax.adapters.read import note_of_base, open_adapter
 from lora_jax.commands.checkpoints import saved_adapter
 from lora_jax.commands.merge import base_folder
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, listing
 from lora_jax.generate.stops import write_stops
 from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter_config, write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
@@ -70,6 +70,11 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
     base, model_config = opened.checkpoint, opened.config
     check_target(options.output, ADAPTER_CONFIG_FILE, folder, base.folder)
     adapter = open_adapter(folder, model_config)
+    if brought := adapter.changed(base):
+        raise UserError(
+            f"--for vllm: {folder} brings weights of the base beside the adapter ({listing(brought)}), which vLLM does "
+            "not serve; merge it into the base instead"
+        )
     folded, tensors = fold_for_vllm(saved_config(config, adapter.plan), adapter.tensors, adapter.plan)
     with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:
         write_adapter(aside, folded, tensors)

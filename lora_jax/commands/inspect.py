@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from lora_jax.config import DataOptions, ModelOptions, RunConfig, TrainOptions, check_data
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, listing
 from lora_jax.options import parse
 from lora_jax.paths import on_disk
 
@@ -80,7 +80,8 @@ def inspect_data(options: InspectDataOptions, console: Console | None = None) ->
 
 def inspect_adapter(options: InspectAdapterOptions, console: Console | None = None) -> int:
     """Print an adapter's config and the norm of each kind of module's tensors; return the exit code."""
-    from lora_jax.hub.adapter_files import read_adapter
+    from lora_jax.adapters.targets import is_saved
+    from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter
 
     if not options.adapter:
         raise UserError("inspect adapter: needs --adapter, the folder")
@@ -90,6 +91,14 @@ def inspect_adapter(options: InspectAdapterOptions, console: Console | None = No
         f"r {config.r}, lora_alpha {config.lora_alpha:g}, base {config.base_model_name_or_path}",
         soft_wrap=True,
     )
+    whole = [name for name in tensors if name.endswith(".weight") and ".lora_" not in name]
+    untold = [name for name in whole if not is_saved(name.rpartition(".")[0], config.modules_to_save)]
+    if untold:
+        console.print(
+            f"note: holds weights of the base that {ADAPTER_CONFIG_FILE} does not name, which are used in its place: "
+            f"{listing(untold)}",
+            soft_wrap=True,
+        )
     kinds: dict[str, dict[str, list[Any]]] = {}
     for name, tensor in tensors.items():
         kind = ".".join(part for part in name.split(".") if not part.isdigit())

@@ -90,6 +90,13 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     base, model_config = opened.checkpoint, opened.config
     notes = [f"note: {remark}" for remark in opened.remarks]
     adapter = open_adapter(folder, model_config)
+    if brought := adapter.changed(base):
+        notes.append(f"note: the adapter brings weights of the base, which are used: {listing(brought)}")
+    if (rows := adapter.model_config.vocab_size) < model_config.vocab_size:
+        notes.append(
+            f"note: the adapter's vocabulary has {rows} rows, the base's {model_config.vocab_size}: cut to {rows}"
+        )
+    base = adapter.over(base)
     merged = merged_config(adapter.model_config, adapter.plan)
     trained = trained_notes(base, folder)
     written = str(jnp.dtype(base.dtype(base.names[0]))) if options.dtype == "auto" else options.dtype

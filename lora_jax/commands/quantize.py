@@ -97,6 +97,10 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
         overwrite=options.overwrite,
         also=None if calibration is None else calibration.write_notes,
     )
+    if isinstance(checkpoint, PackedCheckpoint):
+        console.print(
+            f"note: {folder} is quantised already; its codes are written as they are", soft_wrap=True
+        )
     for remark in opened.remarks:
         console.print(f"note: {remark}", soft_wrap=True)
     bits = 8 * counts.nbytes / max(1, counts.weights)

@@ -114,7 +114,7 @@ def open_for_inference(
         config = replace(config, vocab_size=len(tokenizer))
     opened = None if folder is None else open_adapter(folder, config)
     if opened is not None:
-        config = opened.model_config
+        config, checkpoint = opened.model_config, opened.over(checkpoint)
         check_unquantized(opened.plan, quantized_weights(checkpoint, config, quantization))
     return Opened(
         remarks=base.remarks,

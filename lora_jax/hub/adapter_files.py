@@ -29,10 +29,13 @@ __all__ = [
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# PEFT adds the frozen base table of an adapted embedding to the file; it is in the base model anyway.
-_COPIES_OF_THE_BASE = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
-# With bias "all" it adds the biases of a module in modules_to_save under their inner names once more.
-_INNER_BIASES = (".modules_to_save.bias", ".original_module.bias")
+# What a module of modules_to_save was before training: PEFT writes it in some cases and uses it in none.
+_ORIGINAL = (".original_module.weight", ".original_module.bias")
+# Second copies of what a file holds under another name, with the part that tells them apart.
+_COPIES = (
+    (".modules_to_save.", "."),
+    ("lm_head.token_adapter.trainable_", "model.embed_tokens.token_adapter.trainable_"),
+)
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
@@ -49,7 +52,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
     tensors: dict[str, np.ndarray] = {}
     for stored in file.names:
         name = _plain_name(stored)
-        if name.endswith((*_COPIES_OF_THE_BASE, *_INNER_BIASES)):
+        if name.endswith(_ORIGINAL):
             continue
         if name in tensors:
             raise UserError(
@@ -59,7 +62,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
     _check_finite(
         tensors, f"the adapter has values that are not finite: {path}", "train it again, or copy it again"
     )
-    return config, tensors
+    return config, _without_copies(tensors)
 
 
 def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> None:
@@ -77,6 +80,17 @@ def _check_finite(tensors: Mapping[str, np.ndarray], what: str, remedy: str) -> 
     found = [f"{name} ({not_finite(tensor)})" for name, tensor in tensors.items() if not finite(tensor)]
     if found:
         raise UserError(f"{what}: {listing(found, 4)}; {remedy}")
+
+
+def _without_copies(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the tensors less those that PEFT wrote twice; one that differs from its other copy stays."""
+    kept: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        part, other = next(((part, other) for part, other in _COPIES if part in name), ("", ""))
+        first = tensors.get(name.replace(part, other)) if part else None
+        if first is None or not np.array_equal(first, tensor, equal_nan=True):
+            kept[name] = tensor
+    return kept
 
 
 def _plain_name(stored: str) -> str:

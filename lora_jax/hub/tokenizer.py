@@ -23,6 +23,7 @@ TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json
 TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
 _VOCABULARIES = (TOKENIZER_FILE, "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
+_SETTINGS = (TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json")
 _FILES = (
     *_VOCABULARIES,
     "merges.txt",
@@ -50,6 +51,9 @@ def load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase":
     """Read a folder's tokenizer without the network; raises UserError where none can be read."""
     if not any((folder / name).exists() for name in _VOCABULARIES):
         raise UserError(f"no tokenizer in {folder}: none of {listing(_VOCABULARIES)}; copy the model's there")
+    for name in _SETTINGS:
+        if (folder / name).exists():
+            read_json_object(folder / name, "download it again")
     try:
         with without_advice():
             if (folder / TOKENIZER_FILE).exists():
@@ -60,10 +64,23 @@ def load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase":
 
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the Rust tokenizers raise bare Exception for a malformed file
-        raise UserError(
-            f"the tokenizer cannot be read: {folder} ({type(error).__name__}: {str(error)[:200]}); download "
-            f"{TOKENIZER_FILE} and tokenizer_config.json again"
-        ) from error
+        raise UserError(_unreadable(folder, error)) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> str:
+    """Return what to say of a tokenizer that cannot be read, with a remedy for the files that are there."""
+    if (folder / TOKENIZER_FILE).exists():
+        reason = str(error).strip().partition("\n")[0][:200]
+        return (
+            f"the tokenizer cannot be read: {folder} ({type(error).__name__}: {reason}); download "
+            f"{TOKENIZER_FILE} and {TOKENIZER_CONFIG_FILE} again"
+        )
+    found = [name for name in _VOCABULARIES if (folder / name).exists()]
+    return (
+        f"no {TOKENIZER_FILE} in {folder}, and {listing(found)} cannot be read alone; copy {TOKENIZER_FILE} there from "
+        "a repository of the same model that has it, or write it with transformers where sentencepiece is installed: "
+        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+    )
 
 
 def load_joined_tokenizer(source: Path, own: Path | None = None) -> "transformers.PreTrainedTokenizerBase":

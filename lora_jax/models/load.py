@@ -65,9 +65,9 @@ def load_params(
         at(f"tensor {number} of {len(table)}")
         if quantization is not None and entry.path not in whole:
             kernel = read_kernel(checkpoint, entry.name, quantization, source)
-            if kernel.shape[-1] < entry.shape[0]:
+            if kernel.shape[-1] != entry.shape[0]:
                 raise UserError(
-                    f"--model.resize_vocab: {entry.name} is quantised, and no rows can be added to it: "
+                    f"--model.resize_vocab: {entry.name} is quantised, and its rows cannot be made {entry.shape[0]}: "
                     f"{checkpoint.folder}; give a checkpoint whose head is not quantised"
                 )
             kernel = _on_mesh(entry.path, kernel, mesh)
@@ -81,8 +81,7 @@ def load_params(
         tensor = read_weight(checkpoint, entry.name, held, source)
         target = jnp.dtype(tensor.dtype if dtype == "auto" else dtype)
         if entry.layer is None:
-            if tensor.shape[0] < entry.shape[0]:
-                tensor = grown(tensor, entry.shape[0])
+            tensor = resized(tensor, entry.shape[0])
             leaves[entry.path] = _convert(_cut_tensor(entry, tensor, mesh), target, entry.transposed)
             continue
         if entry.path not in leaves:
@@ -118,8 +117,10 @@ def storage_dtype(checkpoint: Checkpoint, config: ModelConfig, options: ModelOpt
     return jnp.dtype(checkpoint.dtype(name_table(config)[0].name))
 
 
-def grown(table: np.ndarray, rows: int) -> np.ndarray:
-    """Return the table [vocab, embed] with rows added, each the mean of those there."""
+def resized(table: np.ndarray, rows: int) -> np.ndarray:
+    """Return a table [vocab, embed] cut to so many rows, or with rows added, each the mean of those there."""
+    if table.shape[0] >= rows:
+        return table[:rows]
     mean = table.astype(np.float32).mean(axis=0, keepdims=True).astype(table.dtype)
     return np.concatenate([table, np.repeat(mean, rows - table.shape[0], axis=0)])
 

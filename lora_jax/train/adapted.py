@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 from lora_jax.adapters.continued import continued_config, resolved_options
 from lora_jax.adapters.peft import Tensors, adapter_config, check_tensors
-from lora_jax.adapters.read import vocab_size
+from lora_jax.adapters.read import Adapter, carried_tensors, open_adapter
 from lora_jax.adapters.targets import Plan, make_plan
 from lora_jax.config import RunConfig
 from lora_jax.errors import UserError
-from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
+from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.bitsandbytes import QuantizationConfig
+from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.names import modules
 from lora_jax.paths import on_disk
@@ -27,6 +28,16 @@ class Adapted:
     plan: Plan
     lora_config: AdapterConfig
     tensors: Tensors | None
+    start: Adapter | None = None
+    """The adapter to go on with."""
+
+    def over(self, base: Checkpoint) -> Checkpoint:
+        """Return the base with the weights that the adapter to go on with brings."""
+        return base if self.start is None else self.start.over(base)
+
+    def carried(self, base: Checkpoint) -> Tensors:
+        """Return the weights of the base that the adapter brings, and has to bring on, as its file names them."""
+        return {} if self.start is None else carried_tensors(self.start.changed(base), self.plan)
 
 
 def adapted(config: RunConfig, model_config: ModelConfig, typed: Collection[str]) -> Adapted:
@@ -37,15 +48,14 @@ def adapted(config: RunConfig, model_config: ModelConfig, typed: Collection[str]
     asked = adapter_config(config.lora, config.model.path, config.model.revision)
     if config.lora.init_from is None:
         return Adapted(config, model_config, make_plan(asked, modules(model_config)), asked, None)
-    folder = on_disk(config.lora.init_from, "--lora.init_from")
-    stored, tensors = read_adapter(folder)
-    model_config = replace(model_config, vocab_size=vocab_size(folder, stored, tensors, model_config))
+    start = open_adapter(on_disk(config.lora.init_from, "--lora.init_from"), model_config)
+    stored, tensors, model_config = start.config, start.tensors, start.model_config
     known = modules(model_config)
     lora_config = continued_config(asked, stored, typed, known)
     config = replace(config, lora=resolved_options(config.lora, lora_config))
     plan = make_plan(lora_config, known, strict=False)
     check_tensors(tensors, plan, config.lora.init_from)
-    return Adapted(config, model_config, plan, lora_config, tensors)
+    return Adapted(config, model_config, plan, lora_config, tensors, start)
 
 
 def check_full(config: RunConfig, quantization: QuantizationConfig | None) -> None:

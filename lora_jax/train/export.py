@@ -41,7 +41,7 @@ def export_adapter(run: Run, trainable: Any, folder: Place, facts: TrainingFacts
         return target
     config = saved_config(run.adapter_config, run.plan)
     with whole_folder(target, overwrite=True) as aside:
-        write_adapter(aside, config, tensors)
+        write_adapter(aside, config, tensors | dict(run.carried))
         copy_tokenizer(run.checkpoint.folder, aside)
         write_stops(aside, run.checkpoint, run.tokenizer)
         packed = isinstance(run.checkpoint, PackedCheckpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class Run(InMemory):
     plan: Plan | None
     adapter_config: AdapterConfig | None
     key: jax.Array
+    carried: Mapping[str, Any] = field(default_factory=dict)
+    """Weights of the base that the adapter to go on with brought, and brings on."""
     remarks: tuple[str, ...] = ()
     """What a user should know of how the base's files were read."""
 
@@ -104,14 +106,16 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
     if config.model.resize_vocab and len(tokenizer) > model_config.vocab_size:
         model_config = replace(model_config, vocab_size=len(tokenizer))
     plan, lora_config, tensors = None, None, None
+    weights, carried = checkpoint, {}
     if config.method == "lora":
         found = adapted(config, model_config, typed)
         config, model_config, plan = found.config, found.model_config, found.plan
         lora_config, tensors = found.lora_config, found.tensors
-        _check_resized(checkpoint, model_config, plan)
+        weights, carried = found.over(checkpoint), found.carried(checkpoint)
+        _check_resized(weights, model_config, plan)
         check_unquantized(plan, quantized_weights(checkpoint, model_config, quantization))
     train_rows, eval_rows = _rows(config, tokenizer, model_config.vocab_size)
-    params = load_params(checkpoint, model_config, config.model.dtype, quantization, mesh=mesh)
+    params = load_params(weights, model_config, config.model.dtype, quantization, mesh=mesh)
     key = jax.random.key(config.train.seed)
     init_key, run_key = jax.random.split(key)
     if plan is None or lora_config is None:
@@ -145,7 +149,7 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
         checkpoint=checkpoint, model_config=model_config, model=model, tokenizer=tokenizer, frozen=frozen,
         adapter=adapter, mesh=mesh, config=config, quantization=quantization, train_rows=train_rows,
         eval_rows=eval_rows, trainable=trainable, plan=plan, adapter_config=lora_config, key=run_key,
-        remarks=base.remarks,
+        remarks=base.remarks, carried=carried,
     )  # fmt: skip
 
 

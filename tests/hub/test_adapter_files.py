@@ -308,19 +308,26 @@ def test_names_of_any_peft_become_plain(tmp_path: Path, stored: str, name: str) 
     assert list(read_adapter(tmp_path)[1]) == [name]
 
 
-def test_copies_of_base_embeddings_are_left_out(tmp_path: Path) -> None:
-    """Pain 24: an adapter file holds no copies of the base's embeddings."""
+def test_second_copies_and_unused_originals_are_left_out(tmp_path: Path) -> None:
+    """PEFT writes them after a resize, or where biases are trained; one that differs stays, to be refused."""
     stored = {
         f"base_model.model.{name}": np.zeros((2, 2), np.float32)
         for name in (
+            "lm_head.weight",
+            "lm_head.modules_to_save.weight",
+            "lm_head.original_module.weight",
             "model.embed_tokens.base_layer.weight",
-            "lm_head.base_layer.weight",
-            "lm_head.lora_A.weight",
-            f"{Q_PROJ}.base_layer.weight",  # not of an embedding: for the check of names to report
         )
     }
+    stored[f"base_model.model.{Q_PROJ}.bias"] = np.zeros(2, np.float32)
+    stored[f"base_model.model.{Q_PROJ}.modules_to_save.bias"] = np.ones(2, np.float32)
     save_file(stored, write_config(tmp_path) / "adapter_model.safetensors")
-    assert set(read_adapter(tmp_path)[1]) == {"lm_head.lora_A.weight", f"{Q_PROJ}.base_layer.weight"}
+    assert set(read_adapter(tmp_path)[1]) == {
+        "lm_head.weight",
+        "model.embed_tokens.base_layer.weight",
+        f"{Q_PROJ}.bias",
+        f"{Q_PROJ}.modules_to_save.bias",
+    }
 
 
 def test_two_tensors_of_one_name_are_one_clear_error(tmp_path: Path) -> None:

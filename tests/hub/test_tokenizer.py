@@ -242,3 +242,24 @@ def test_real_tokenizer_reads_as_transformers_reads_it(real_model: Path) -> None
         messages, tokenize=False
     )
     assert (len(ours), ours.eos_token_id) == (len(theirs), theirs.eos_token_id)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tekken.json"])
+def test_a_vocabulary_that_is_not_read_alone_has_a_remedy_of_ours(tmp_path: Path, name: str) -> None:
+    """transformers #36291: what transformers advises, such as another class, helps nobody here."""
+    (tmp_path / name).write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(
+        UserError, match=f"no tokenizer.json in .*, and {name} cannot be read alone; copy"
+    ) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "instantiate" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_duplicate_key_of_its_settings_is_refused(tmp_path: Path, name: str) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / name).write_text('{"eos_token": "one", "eos_token": "two"}')
+    with pytest.raises(UserError, match=f'^{name} has a duplicate key "eos_token"'):
+        load_tokenizer(tmp_path)
