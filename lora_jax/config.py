@@ -147,6 +147,8 @@ class DataOptions:
     """Columns of other names: our name, then the file's, or none for a column that is to be left out."""
     text_field: str = "text"
     """Column that holds the text in the format text."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's: a jinja file or a name: alpaca, chatml, gemma, llama3, vicuna, …"""
     completion_only_loss: bool | None = None
     """Train on completions, outputs and answers alone (unset does so), or with False on prompts as well."""
     assistant_only_loss: bool | None = None

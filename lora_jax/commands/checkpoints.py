@@ -52,6 +52,8 @@ class Saved:
     notes: Notes
     base: Checkpoint
     facts: TrainingFacts
+    chat_template: str | None
+    """What the run gave as --data.chat_template."""
     found: tuple[str, ...] = ()
     """What was found of the checkpoints: that the last one is damaged, or one has no checksums."""
 
@@ -90,7 +92,14 @@ def saved_adapter(given: str) -> Saved:
         resized_vocabulary=rows if rows > stored_rows else None,
     )
     return Saved(
-        step, saved_config(found.lora_config, found.plan), tensors, notes, base, facts, notes_of_files
+        step,
+        saved_config(found.lora_config, found.plan),
+        tensors,
+        notes,
+        base,
+        facts,
+        config.data.chat_template,
+        notes_of_files,
     )
 
 

@@ -37,6 +37,7 @@ from lora_jax.data.packing import packs
 from lora_jax.data.token_cache import key
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import write_text
+from lora_jax.hub.chat_templates import set_chat_template
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.finite import broken_weights
 from lora_jax.models.load import load_params
@@ -177,6 +178,7 @@ def _sets_of(found: Sequence[Candidate], options: EvalOptions, console: Console)
     known: dict[Any, Sets] = {}
     for one in found:
         tokenizer, vocab_size = one.opened.tokenizer, one.opened.config.vocab_size
+        set_chat_template(tokenizer, options.data.chat_template)
         same = (key("", {}, tokenizer) or id(tokenizer), vocab_size)
         if same not in known:
             known[same] = _sets(options, tokenizer, vocab_size, console)

@@ -20,6 +20,7 @@ from lora_jax.errors import UserError, listing
 from lora_jax.generate.stops import write_stops
 from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter_config, write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
+from lora_jax.hub.chat_templates import set_chat_template, write_chat_template
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.model_card import TrainingFacts, adapter_card
 from lora_jax.hub.push import check_push, push_output
@@ -120,9 +121,15 @@ def _from_checkpoint(options: ExportOptions, console: Console) -> int:
     for note in saved.found:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     check_target(options.output, ADAPTER_CONFIG_FILE, saved.base.folder)
+    tokenizer = None if saved.chat_template is None else load_tokenizer(saved.base.folder)
+    if tokenizer is not None:
+        set_chat_template(tokenizer, saved.chat_template)
     with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:
         write_adapter(aside, saved.config, saved.tensors)
         _copy_tokenizer(saved.base, saved.base.folder, aside)
+        if tokenizer is not None:
+            write_chat_template(aside, tokenizer, saved.chat_template)
+            write_stops(aside, saved.base, tokenizer)
         write_notes(aside, saved.notes)
         facts = replace(saved.facts, hub_id=options.push_to_hub)
         write_text(aside / "README.md", adapter_card(saved.config, facts))

@@ -60,6 +60,7 @@ def inspect_data(options: InspectDataOptions, console: Console | None = None) ->
     from lora_jax.data.dataset import load_examples
     from lora_jax.data.inspect import render
     from lora_jax.data.mixture import mixed
+    from lora_jax.hub.chat_templates import set_chat_template
     from lora_jax.hub.resolve import resolve
     from lora_jax.hub.tokenizer import load_tokenizer
 
@@ -71,6 +72,7 @@ def inspect_data(options: InspectDataOptions, console: Console | None = None) ->
     console = console or Console()
     tokenizer = load_tokenizer(resolve(options.model.path, options.model.revision))
     data = options.data
+    set_chat_template(tokenizer, data.chat_template)
     found = load_examples(data, tokenizer, data.path, data.split, None, console=console)
     rows = mixed(found, data.mixture_weights, data.stopping_strategy, TrainOptions.seed)
     marks = not console.is_terminal or console.no_color

@@ -18,6 +18,7 @@ from lora_jax.generate.stops import write_stops
 from lora_jax.hub.adapter_files import write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.bucket import Place
+from lora_jax.hub.chat_templates import write_chat_template
 from lora_jax.hub.model_card import TrainingFacts, adapter_card, model_card
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.resolve import looks_like_id
@@ -44,6 +45,7 @@ def export_adapter(run: Run, trainable: Any, folder: Place, facts: TrainingFacts
         write_adapter(aside, config, tensors | dict(run.carried))
         copy_tokenizer(run.checkpoint.folder, aside)
         write_stops(aside, run.checkpoint, run.tokenizer)
+        write_chat_template(aside, run.tokenizer, run.config.data.chat_template)
         packed = isinstance(run.checkpoint, PackedCheckpoint)
         dtype = "auto" if packed else run.config.model.dtype
         rows, base = run.model_config.vocab_size, run.base_fingerprint
@@ -107,6 +109,7 @@ def export_model(run: Run, trainable: Any, folder: Place, facts: TrainingFacts) 
     def write_card(aside: Path) -> None:
         write_stops(aside, run.checkpoint, run.tokenizer)
         write_text(aside / "README.md", card)
+        write_chat_template(aside, run.tokenizer, run.config.data.chat_template)
 
     save_model(target, run.checkpoint, tensors, changes, overwrite=True, also=write_card)
     return target

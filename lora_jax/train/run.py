@@ -245,10 +245,11 @@ def _notes_of_start(adapter: Path, run: Run) -> list[str]:
     named = read_adapter_config(adapter).base_model_name_or_path
     notes = [note_of_base(adapter, named, run.checkpoint, run.config.model.path, "--model.path")]
     template = chat_template(adapter)
-    if template is not None and template != chat_template(run.checkpoint.folder):
+    if template is not None and template.decode(errors="replace") != run.tokenizer.chat_template:
+        whose = "base's" if run.config.data.chat_template is None else "one of --data.chat_template"
         notes.append(
-            "the adapter of --lora.init_from brings another chat template, and the run takes the base's; to "
-            "train with it, copy it into the base's folder"
+            f"the adapter of --lora.init_from brings another chat template, and the run takes the {whose}; to "
+            "train with it, give its file as --data.chat_template"
         )
     before = read_notes(adapter).quantization
     if before is not None and run.quantization is None:

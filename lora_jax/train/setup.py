@@ -24,6 +24,7 @@ from lora_jax.data.packing import packs
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.bitsandbytes import QuantizationConfig
+from lora_jax.hub.chat_templates import set_chat_template
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.resolve import resolve
@@ -103,6 +104,7 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
     config = replace(config, model=resolved_model_options(config.model, quantization))
     check_full(config, quantization)
     tokenizer = load_tokenizer(checkpoint.folder)
+    set_chat_template(tokenizer, config.data.chat_template)
     if config.model.resize_vocab and len(tokenizer) > model_config.vocab_size:
         model_config = replace(model_config, vocab_size=len(tokenizer))
     plan, lora_config, tensors = None, None, None
