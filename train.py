@@ -8,4 +8,4 @@ import sys
 from lora_jax.cli import run
 
 if __name__ == "__main__":
-    run(["train", *sys.argv[1:]])
+    run(["train", *sys.argv[1:]], "train.py")

@@ -46,18 +46,18 @@ MORE_MEMORY = {
 """Remedies where memory is lacking, the cheapest first."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code.
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Run one command; return the exit code. `program` is what the user typed, if not lora-jax COMMAND.
 
     0, 2 for what the user can mend, 3 for a plan that does not fit, 130 when interrupted, 129 and 143 when ended by
     SIGHUP and SIGTERM, 141 where what is printed goes unread; commands that leave files go on then.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     with guarded(lasts=given[:1] != [] and given[0] in LEAVING_FILES):
-        return _main(given)
+        return _main(given, program)
 
 
-def _main(given: list[str]) -> int:
+def _main(given: list[str], program: str | None) -> int:
     if given and given[0] == "--version":
         print(f"lora_jax {__version__}")
         return 0
@@ -74,7 +74,7 @@ def _main(given: list[str]) -> int:
         if given[0] in COMPILING:
             keep_compiled()
         with _leaving_nothing() if given[0] in WRITING else nullcontext():
-            return command(given[1:])
+            return command(given[1:], program or f"lora-jax {given[0]}")
     except Terminated as signalled:
         print(str(signalled), file=sys.stderr)
         return signalled.code
@@ -96,14 +96,14 @@ def _mendable(error: Exception, command: str) -> UserError | None:
     return mendable(error, MORE_MEMORY.get(command, "end other programs, or take a machine that has more"))
 
 
-def run(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command as a program, which says what it is doing (see `progress`).
+def run(arguments: Sequence[str] | None = None, program: str | None = None) -> NoReturn:
+    """Run one command as a program, which its help calls `program`, and which says what it is doing (see `progress`).
 
     After an error the program ends at once: threads of a checkpoint that failed would wait minutes for one another.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     with alive(f"lora-jax {' '.join(given[:1])}".strip()):
-        code = main(given)
+        code = main(given, program)
     if code == EXIT_CODE:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -155,11 +155,13 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 @_ended_by_sigterm()
-def _train(arguments: Sequence[str]) -> int:
+def _train(arguments: Sequence[str], program: str) -> int:
     from lora_jax.config import RunConfig
     from lora_jax.options import parse
 
-    config, typed = parse(RunConfig, arguments, program="train.py")
+    config, typed = parse(
+        RunConfig, arguments, program=program, required=("model.path", "data.path", "output_dir")
+    )
     if config.distributed.process_id:
         hush()
     from lora_jax.parallel.processes import leave
@@ -176,63 +178,63 @@ def _train(arguments: Sequence[str]) -> int:
         raise
 
 
-def _merge(arguments: Sequence[str]) -> int:
+def _merge(arguments: Sequence[str], program: str) -> int:
     from lora_jax.commands.merge import MergeOptions, merge
     from lora_jax.options import parse
 
-    return merge(parse(MergeOptions, arguments, program="merge.py")[0])
+    return merge(parse(MergeOptions, arguments, program=program, required=("adapter", "output"))[0])
 
 
-def _export(arguments: Sequence[str]) -> int:
+def _export(arguments: Sequence[str], program: str) -> int:
     from lora_jax.commands.export import ExportOptions, export
     from lora_jax.options import parse
 
-    return export(parse(ExportOptions, arguments, program="lora-jax export")[0])
+    return export(parse(ExportOptions, arguments, program=program, required=("output",))[0])
 
 
-def _quantize(arguments: Sequence[str]) -> int:
+def _quantize(arguments: Sequence[str], program: str) -> int:
     from lora_jax.commands.quantize import QuantizeOptions, quantize
     from lora_jax.options import parse
 
-    return quantize(*parse(QuantizeOptions, arguments, program="lora-jax quantize"))
+    return quantize(*parse(QuantizeOptions, arguments, program=program, required=("model.path", "output")))
 
 
-def _plan(arguments: Sequence[str]) -> int:
+def _plan(arguments: Sequence[str], program: str) -> int:
     from lora_jax.plan.targets import prepare_environment
 
     prepare_environment()
     from lora_jax.commands.plan import PlanOptions, plan
     from lora_jax.options import parse
 
-    return plan(*parse(PlanOptions, arguments, program="lora-jax plan"))
+    return plan(*parse(PlanOptions, arguments, program=program, required=("model.path", "topology")))
 
 
-def _generate(arguments: Sequence[str]) -> int:
+def _generate(arguments: Sequence[str], program: str) -> int:
     from lora_jax.commands.generate import GenerateOptions, generate
     from lora_jax.options import parse
 
-    return generate(*parse(GenerateOptions, arguments, program="lora-jax generate"))
+    return generate(*parse(GenerateOptions, arguments, program=program, required=("prompt",)))
 
 
-def _eval(arguments: Sequence[str]) -> int:
+def _eval(arguments: Sequence[str], program: str) -> int:
     from lora_jax.commands.evaluate import EvalOptions, evaluate, from_file
     from lora_jax.config import RunConfig
     from lora_jax.options import parse
 
     taken: dict[str, Any] = {"also": RunConfig, "from_file": from_file}
-    return evaluate(*parse(EvalOptions, arguments, program="lora-jax eval", **taken))
+    return evaluate(*parse(EvalOptions, arguments, program=program, **taken))
 
 
-def _report(arguments: Sequence[str]) -> int:
+def _report(arguments: Sequence[str], program: str) -> int:
     from lora_jax.commands.report import report
 
-    return report(arguments)
+    return report(arguments, program)
 
 
-def _inspect(arguments: Sequence[str]) -> int:
+def _inspect(arguments: Sequence[str], program: str) -> int:
     from lora_jax.commands.inspect import inspect
 
-    return inspect(arguments)
+    return inspect(arguments, program)
 
 
 LEAVING_FILES = ("train", "merge", "quantize", "export", "report")
@@ -242,7 +244,7 @@ COMPILING = ("train", "generate", "eval", "plan")
 WRITING = ("merge", "quantize", "export")
 """Commands that write a folder; train, which does too, knows signals itself."""
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "train": _train,
     "merge": _merge,
     "quantize": _quantize,

@@ -281,7 +281,7 @@ class DistributedOptions:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run."""
+    """Fine-tune a Hugging Face checkpoint on rows of text or chat, with LoRA, QLoRA or in full."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)

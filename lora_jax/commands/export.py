@@ -35,7 +35,7 @@ class ExportOptions:
     """Rewrite an adapter for another program, or write the one that a checkpoint holds."""
 
     adapter: str = ""
-    """Folder of the adapter."""
+    """Folder of the adapter; this or checkpoint is needed."""
     checkpoint: str = ""
     """Instead of an adapter the output_dir of a run, its last checkpoint; OUT:STEP or OUT:best for another."""
     output: str = ""

@@ -37,19 +37,25 @@ class InspectAdapterOptions:
     """Folder of the adapter."""
 
 
-def inspect(arguments: Sequence[str]) -> int:
+def inspect(arguments: Sequence[str], program: str) -> int:
     """Run `inspect data` or `inspect adapter`; return the exit code. Raises UserError for bad options."""
     what, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if what in ("-h", "--help"):
         print(
-            "usage: lora-jax inspect data [--option value …]\n       lora-jax inspect adapter --adapter DIR"
+            f"usage: {program} data [CONFIG.yaml] [--option value …]\n       {program} adapter --adapter DIR\n\n"
+            "Show rows as the model is trained on them, or what an adapter holds."
         )
         return 0
     if what == "data":
-        options, _ = parse(InspectDataOptions, rest, program="lora-jax inspect data", also=RunConfig)
+        needed = ("model.path", "data.path")
+        options, _ = parse(
+            InspectDataOptions, rest, program=f"{program} data", also=RunConfig, required=needed
+        )
         return inspect_data(options)
     if what == "adapter":
-        return inspect_adapter(parse(InspectAdapterOptions, rest, program="lora-jax inspect adapter")[0])
+        return inspect_adapter(
+            parse(InspectAdapterOptions, rest, program=f"{program} adapter", required=("adapter",))[0]
+        )
     raise UserError(
         f"inspect{f' {what}' if what else ''}: say what to show: lora-jax inspect data … or lora-jax inspect adapter …"
     )

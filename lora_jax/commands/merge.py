@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
+import tyro
 from rich.console import Console
 
 from lora_jax import __version__
@@ -34,7 +35,7 @@ from lora_jax.paths import on_disk, output_on_disk
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """Merge an adapter into its base."""
+    """Merge an adapter into its base, and write a plain Hugging Face folder."""
 
     adapter: str = ""
     """Folder of the adapter."""
@@ -48,7 +49,9 @@ class MergeOptions:
     """Merge onto the base's own weights, or onto what its codes stood for in training; auto: its own, if given."""
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     """Write the merged linear layers quantised, as bitsandbytes stores them; prints what it loses."""
-    prompts: tuple[str, ...] = PROMPTS
+    prompts: Annotated[
+        tuple[str, ...], tyro.conf.arg(help_behavior_hint=f"(default: {len(PROMPTS)} texts of its own)")
+    ] = PROMPTS
     """Texts whose first 128 tokens the choices are compared on where the base was quantised; None: weights alone."""
     max_shard_size: str = "5GB"
     """Greatest size of one safetensors file."""

@@ -28,7 +28,10 @@ def _no_data() -> DataOptions:
 
 @dataclass(frozen=True)
 class PlanOptions(RunConfig):
-    """What a training run needs; takes the options of train. No data is read: rows are of data.max_length tokens."""
+    """Show what a training run needs in memory and time on a TPU, a GPU or this machine, before it is started.
+
+    Takes the options of train. No rows are read: each is taken to have data.max_length tokens.
+    """
 
     data: DataOptions = field(default_factory=_no_data)
     output_dir: str = "none"

@@ -31,7 +31,7 @@ from lora_jax.quant.repack import to_bitsandbytes
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """Quantise a checkpoint's linear layers: 4 bits unless model.load_in_8bit is True."""
+    """Write a checkpoint with its linear layers in 4 bits, or with model.load_in_8bit in 8, as bitsandbytes does."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)

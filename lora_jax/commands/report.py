@@ -12,27 +12,27 @@ from lora_jax.hub.atomic import write_text
 from lora_jax.options import parse
 from lora_jax.paths import on_disk, output_on_disk
 
-USAGE = "lora-jax report OUT [OUT2 …] [--output FILE]"
+FOLDERS = "OUT [OUT2 …]"
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Write a page about the runs whose output folders are given first: lora-jax report OUT [OUT2 …]."""
+    """Write an HTML page about a run, or about several laid over each other: OUT is the output_dir of a run."""
 
     output: str | None = None
     """File to write; unset is report.html in the first folder."""
 
 
-def report(arguments: Sequence[str], console: Console | None = None) -> int:
+def report(arguments: Sequence[str], program: str, console: Console | None = None) -> int:
     """Write the page; return the exit code. Raises UserError for a folder that holds no run."""
     from lora_jax.train.output import REPORT
 
     console = console or Console()
     words = list(arguments)
     count = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
-    options = parse(ReportOptions, words[count:], program="lora-jax report")[0]
+    options = parse(ReportOptions, words[count:], program=program, first=FOLDERS)[0]
     if count == 0:
-        raise UserError(f"report: needs the output folder of a run: {USAGE}")
+        raise UserError(f"report: needs the output folder of a run: {program} {FOLDERS}")
     target = output_on_disk(options.output) if options.output else None
     folders = [on_disk(word, "report") for word in words[:count]]
     from lora_jax.report.html import render

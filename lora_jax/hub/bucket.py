@@ -15,6 +15,7 @@ from pathlib import Path
 from etils import epath
 
 from lora_jax.errors import UserError
+from lora_jax.install import install_command
 from lora_jax.paths import scheme
 
 Place = Path | epath.Path
@@ -37,7 +38,7 @@ def place(text: str, option: str) -> Place:
     try:
         folder.exists()
     except ImportError as error:
-        raise UserError(f"{option} {text}: buckets need gcsfs; pip install 'lora_jax[gcs]'") from error
+        raise UserError(f"{option} {text}: buckets need gcsfs; {install_command('gcs')}") from error
     except Exception as error:  # each client raises its own
         raise unreachable(option, folder, error) from error
     return folder

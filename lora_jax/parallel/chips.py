@@ -21,7 +21,8 @@ class Chip:
 
     memory: bytes that a program may take; flops: peak bf16 operations a second; bandwidth: bytes a second from and to
     memory; links: bytes a second that it sends to its neighbours, over all links; known: the sizes of topologies that
-    the planner names, smallest first (libtpu takes more).
+    the planner names, smallest first; counted: what the number in Google's name of a slice, such as v5p-8, counts of
+    each chip.
     """
 
     title: str
@@ -30,17 +31,18 @@ class Chip:
     bandwidth: float
     links: float
     known: tuple[str, ...] = ()
+    counted: int = 1
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 TPUS: dict[str, Chip] = {
-    "v4": Chip("TPU v4, a core", int(15.25 * GIB), 275 / 2 * TERA, 1200 / 2 * GB, 300 / 2 * GB, _CUBES),
+    "v4": Chip("TPU v4, a core", int(15.25 * GIB), 275 / 2 * TERA, 1200 / 2 * GB, 300 / 2 * GB, _CUBES, 2),
     "v5e": Chip("TPU v5e", int(15.75 * GIB), 197 * TERA, 819 * GB, 200 * GB, _FLAT),
-    "v5p": Chip("TPU v5p", int(95.74 * GIB), 459 * TERA, 2765 * GB, 600 * GB, _CUBES),
+    "v5p": Chip("TPU v5p", int(95.74 * GIB), 459 * TERA, 2765 * GB, 600 * GB, _CUBES, 2),
     "v6e": Chip("TPU v6e", int(31.25 * GIB), 918 * TERA, 1600 * GB, 400 * GB, _FLAT),
-    "tpu7x": Chip("TPU7x, a core", int(94.75 * GIB), 2307 / 2 * TERA, 7380 / 2 * GB, 600 / 2 * GB, _CUBES),
+    "tpu7x": Chip("TPU7x, a core", int(94.75 * GIB), 2307 / 2 * TERA, 7380 / 2 * GB, 600 / 2 * GB, _CUBES, 2),
 }
 """By the first word of libtpu's topologies. A v4 chip is two devices there; a v4 VM that joins both cores has half as
 many, of twice the memory."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_jax.errors import UserError, listing, nearest
+from lora_jax.install import install_command
 from lora_jax.parallel.chips import GPUS, TPUS, Chip
 from lora_jax.parallel.memory import host_memory
 
@@ -34,6 +35,10 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
 }
 """Holds the bytes that a container may take."""
+GOOGLES = {"v5litepod": "v5e", "v5lite": "v5e"}
+"""What Google calls kinds of TPUs in the names of slices, where libtpu's topologies have another word."""
+CUBE = (4, 8, 12, 16)
+"""Lengths of an axis of TPU slices in three dimensions that are made of whole cubes of 4x4x4."""
 HOST = (2, 2, 1)
 """Chips of a host as libtpu divides a topology; a smaller topology is one host, and has to be named so."""
 
@@ -80,8 +85,11 @@ def known() -> list[str]:
 
 def shown_targets() -> str:
     """Return the names of all targets in a few words."""
-    tpus = [f"{kind}:{chip.known[0]} to {chip.known[-1]}" for kind, chip in TPUS.items()]
-    return listing([*tpus, *GPUS, CPU], 20)
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for kind, chip in TPUS.items():
+        kinds.setdefault(chip.known, []).append(kind)
+    tpus = [f"{listing(same)} with :{' :'.join(sizes)}" for sizes, same in kinds.items()]
+    return "; ".join([*tpus, ", ".join([*GPUS, CPU])])
 
 
 def prepare_environment() -> None:
@@ -98,19 +106,24 @@ def find_target(name: str) -> Target:
     if name in GPUS:
         return _gpu(name)
     kind, _, size = name.partition(":")
-    axes = TPUS[kind].known[0].count("x") if kind in TPUS else 0
-    if not axes or not re.fullmatch(rf"\d+(x\d+){{{axes}}}", size):
-        raise _unknown(name)
-    if size not in TPUS[kind].known and prod(map(int, size.split("x"))) < prod(HOST):
+    if kind not in TPUS or not _exists(kind, size):
         raise _unknown(name)
     return _tpu(name, kind, tuple(map(int, size.split("x"))))
 
 
+def _exists(kind: str, size: str) -> bool:
+    """Say whether a kind of TPU has slices of this size; libtpu describes others, but ends the process in compiling."""
+    known = TPUS[kind].known
+    if size in known or not re.fullmatch(r"\d+(x\d+){2}", size):
+        return size in known
+    axes = [int(axis) for axis in size.split("x")]
+    cubes = known[0].count("x") == 2
+    return cubes and axes == sorted(axes) and all(axis in CUBE for axis in axes)
+
+
 def _tpu(name: str, kind: str, sizes: tuple[int, ...]) -> Target:
     if find_spec("libtpu") is None:
-        raise UserError(
-            f"--topology {name}: the TPU compiler is not installed; pip install libtpu, or 'lora_jax[tpu]'"
-        )
+        raise UserError(f"--topology {name}: the TPU compiler is not installed; {install_command('tpu')}")
     from jax.experimental import topologies
 
     options: dict[str, Any] = {}
@@ -126,7 +139,7 @@ def _tpu(name: str, kind: str, sizes: tuple[int, ...]) -> Target:
 def _gpu(name: str) -> Target:
     if not any(find_spec(f"jax_cuda{version}_plugin") for version in (13, 12)):
         raise UserError(
-            f"--topology {name}: compiling for a GPU needs JAX's CUDA plugin; pip install 'jax[cuda13]'"
+            f"--topology {name}: compiling for a GPU needs JAX's CUDA plugin; {install_command('cuda')}"
         )
     from jax.experimental import topologies
 
@@ -141,8 +154,25 @@ def _gpu(name: str) -> Target:
 
 def _unknown(name: str) -> UserError:
     kind = name.partition(":")[0]
+    if found := re.fullmatch(r"(\w+?)[-:](\d+)", name.lower()):
+        kind = GOOGLES.get(found[1], found[1])
+        if kind in TPUS and (same := _of_as_many(kind, int(found[2]))):
+            return UserError(f"--topology {name}: {same}")
     if kind in TPUS:
-        sizes = (f"{kind}:{size}" for size in TPUS[kind].known)
-        return UserError(f"--topology {name}: no topology of {kind}. Known: {listing(sizes, 12)}")
+        sizes = ", ".join(f"{kind}:{size}" for size in TPUS[kind].known)
+        more = f", and axes of 4, 8, 12 or 16, the least first, such as {kind}:4x4x12"
+        cubes = TPUS[kind].known[0].count("x") == 2
+        return UserError(f"--topology {name}: no topology of {kind}. Known: {sizes}{more if cubes else ''}")
     hint = nearest(name, known())
     return UserError(f"--topology {name}: not known.{hint} Known: {shown_targets()}")
+
+
+def _of_as_many(kind: str, count: int) -> str:
+    """Return what to give instead of Google's name of a slice, such as v5e-8; nothing where no slice has so many."""
+    chip = TPUS[kind]
+    sizes = [size for size in chip.known if prod(map(int, size.split("x"))) * chip.counted == count]
+    if not sizes:
+        return ""
+    chips = count // chip.counted
+    cores = f" ({count} counts cores, {chip.counted} a chip)" if chip.counted > 1 else ""
+    return f"give {kind}:{sizes[0]}, a slice of {chips} {'chip' if chips == 1 else 'chips'}{cores}"

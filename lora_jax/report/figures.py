@@ -51,37 +51,59 @@ def loss_figure(runs: Sequence[RunFiles]) -> Figure | None:
     figure, several = _figure(340), len(runs) > 1
     for index, run in enumerate(runs):
         _curve(figure, index, run, "loss", f"{run.name}, train" if several else "train", _colour(index))
-        sets = [(key, found[1]) for key in run.keys if (found := EVAL_LOSS.fullmatch(key))]
-        for number, (key, name) in enumerate(sets):
-            label = "eval" if name is None else f"eval {name}"
+        for number, label in enumerate(eval_labels(run)):
+            key = f"{label.replace(' ', '_', 1)}_loss"
             colour = _colour(index) if several else _colour(1 + number)
             _points(figure, index, run, key, f"{run.name}, {label}" if several else label, colour, number)
         _mark(figure, run, f"{_plain(run.name)}: " if several else "")
-    caption = "Nats a token."
-    if several:
-        caption += " Lines are training, dotted lines with points evaluation."
-    return _shown("loss", "Loss", figure, caption)
+    return _shown("loss", "Loss", figure, "Nats a token.")
+
+
+def eval_labels(run: RunFiles) -> list[str]:
+    """Return what a run's evaluation sets are called in the page: eval, or eval and a set's name."""
+    return [f"eval {name}".rstrip() for name in run.all_eval_sets]
+
+
+def legend(runs: Sequence[RunFiles]) -> list[tuple[str, str, bool]]:
+    """Return what the curves of all figures mean: a name, its colour, and whether it is an evaluation's.
+
+    Of several runs the colour is the run's, so that the lines alone tell training from evaluation.
+    """
+    if len(runs) > 1:
+        evaluated = any(eval_labels(run) for run in runs)
+        return [
+            ("training", "var(--soft)", False),
+            *([("evaluation", "var(--soft)", True)] if evaluated else []),
+        ]
+    sets = [(label, _colour(1 + number), True) for number, label in enumerate(eval_labels(runs[0]))]
+    return [("train", _colour(0), False), *sets]
 
 
 def small_figures(runs: Sequence[RunFiles]) -> list[Figure]:
     """Return a figure for each other curve: first the usual ones, then whatever else was logged.
 
-    What was measured both in training and on evaluation rows shares a figure.
+    What was measured both in training and on evaluation rows shares a figure; what was 0 all along has none.
     """
     groups: dict[str, list[tuple[str, str]]] = {key: [] for key in TITLES}
     for key in dict.fromkeys(key for run in runs for key in run.keys):
         if key not in QUIET and key != "loss" and not EVAL_LOSS.fullmatch(key):
             figure, label = _group(key, [name for run in runs for name in run.eval_sets])
-            groups.setdefault(figure, []).append((key, label))
+            if any(value != 0 for run in runs for value in run.series(key)[1]):
+                groups.setdefault(figure, []).append((key, label))
     found = []
     for name, members in groups.items():
         figure, several = _figure(220), len(runs) > 1
         for index, run in enumerate(runs):
-            for number, (key, label) in enumerate(members):
-                draw = _curve if label == "train" else _points
+            labels = eval_labels(run)
+            for key, label in sorted(members, key=lambda member: member[1] != "train"):
                 words = label if len(members) > 1 else _words(name).lower()
                 words = (f"{run.name}, {words}" if len(members) > 1 else run.name) if several else words
-                draw(figure, index, run, key, words, _colour(index if several else number))
+                if label == "train":
+                    _curve(figure, index, run, key, words, _colour(index))
+                    continue
+                number = labels.index(label) if label in labels else 0
+                colour = _colour(index) if several else _colour(1 + number)
+                _points(figure, index, run, key, words, colour, number)
         if name == "mfu":
             figure.update_yaxes(tickformat=".0%")
         found.append(_shown(name, _words(name), figure))

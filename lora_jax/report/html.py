@@ -35,6 +35,7 @@ def render(runs: Sequence[RunFiles]) -> str:
         runs=runs,
         title=" · ".join(run.name for run in runs),
         colours=figures.COLOURS,
+        legend=figures.legend(runs),
         smoothed=figures.SMOOTHED,
         summary=summary,
         version=__version__,

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path, PurePath
 from typing import Any, TextIO
 
@@ -169,11 +169,30 @@ def _open(folder: Place, config: RunConfig) -> None:
             remove_leftovers(folder / name)
             if held and config.overwrite and name != CONFIG:  # by which a folder is known as a run's
                 remove(folder / name)
-        write_text(folder / CONFIG, config_yaml(config))
+        write_text(folder / CONFIG, config_yaml(_with_whole_paths(config)))
     except OSError as error:
         raise UserError(
             f"--output_dir {folder}: cannot be written ({error.strerror}); give another folder"
         ) from error
+
+
+def _with_whole_paths(config: RunConfig) -> RunConfig:
+    """Return the options with what is on this disk by its whole path, so that they hold in any folder; ids stay.
+
+    Paths that a resumption compares as they were written stay so: those of lora.init_from and data.eval_paths.
+    """
+    data = replace(
+        config.data,
+        path=tuple(map(_whole, config.data.path)),
+        eval_path=config.data.eval_path and _whole(config.data.eval_path),
+    )
+    model = replace(config.model, path=_whole(config.model.path))
+    return replace(config, model=model, data=data, output_dir=_whole(config.output_dir))
+
+
+def _whole(path: str) -> str:
+    whole = Path(path).expanduser().absolute()
+    return str(whole) if "://" not in path and whole.exists() else path
 
 
 def config_yaml(config: RunConfig) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from lora_jax.config import GenerationMetric
 from lora_jax.data.tokens import Tokens
 from lora_jax.errors import UserError
+from lora_jax.install import install_command
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 _NAMES: dict[str, tuple[str, ...]] = {"exact_match": ("exact_match",), "bleu": ("bleu",), "rouge": ROUGE}
@@ -42,7 +43,7 @@ def check_installed(metrics: Collection[GenerationMetric], section: str = "--tra
         module, package = _LIBRARIES.get(metric, ("", ""))
         if module and find_spec(module) is None:
             raise UserError(
-                f"{section}generation_metrics {metric}: needs the package {package}; pip install 'lora_jax[eval]'"
+                f"{section}generation_metrics {metric}: needs the package {package}; {install_command('eval')}"
             )
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from lora_jax.config import RunConfig
 from lora_jax.errors import UserError
 from lora_jax.hub.bucket import Place
+from lora_jax.install import install_command
 from lora_jax.parallel.processes import writes
 from lora_jax.train.record import Record, flat_options
 from lora_jax.train.trackers import TRACKERS, Start, Status, Tracker
@@ -37,7 +38,7 @@ def check_tracking(config: RunConfig) -> None:
         if find_spec(MODULES[name]) is None:
             raise UserError(
                 f"--train.report_to {name}: {MODULES[name]} is not installed; "
-                f'pip install "lora_jax[{name}]", or leave it out: metrics.jsonl is written always'
+                f"{install_command(name)}, or leave it out: metrics.jsonl is written always"
             )
 
 

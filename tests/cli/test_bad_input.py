@@ -265,32 +265,27 @@ OPTIONS: dict[str, Case] = {
     "unknown": (
         nothing,
         (*TRAIN, "--lora.lora_aplha", "3"),
-        "--lora.lora_aplha: unknown option. Perhaps you meant 'lora.lora_alpha'? --help lists all options",
+        "--lora.lora_aplha: unknown option. Perhaps you meant --lora.lora_alpha? --help lists all options",
     ),
-    "without section": (nothing, (*TRAIN, "--r", "3"), "--r: unknown option. Perhaps you meant 'lora.r'?"),
+    "without section": (nothing, (*TRAIN, "--r", "3"), "--r: unknown option. Here it is --lora.r."),
     "other name": (
         nothing,
         (*TRAIN, "--lr", "3"),
-        "--lr: unknown option. Perhaps you meant 'train.learning_rate'?",
+        "--lr: unknown option. Here it is --train.learning_rate.",
     ),
     "part of the name": (
         nothing,
         (*TRAIN, "--epochs", "3"),
-        "--epochs: unknown option. Perhaps you meant 'train.num_train_epochs'?",
+        "--epochs: unknown option. Here it is --train.num_train_epochs.",
     ),
     "section": (
         nothing,
         (*TRAIN, "--model", "x"),
-        "--model: unknown option. Perhaps you meant 'model.path'?",
+        "--model: unknown option. Here it is --model.path.",
     ),
     "one dash": (nothing, ("train", "-r", "3"), "-r: an option starts with --"),
     "no value": (nothing, (*TRAIN, "--lora.r"), "--lora.r: needs a value; give one"),
     "two values": (nothing, (*TRAIN, "--lora.r", "4", "5"), "--lora.r 4 5: takes one value"),
-    "bare switch in a section": (
-        nothing,
-        (*TRAIN, "--train.gradient_checkpointing"),
-        "--train.gradient_checkpointing: needs a value; give True or False",
-    ),
     "neither true nor false": (
         nothing,
         (*TRAIN, "--lora.use_rslora", "yse"),
@@ -298,9 +293,9 @@ OPTIONS: dict[str, Case] = {
     ),
     "near a choice": (
         nothing,
-        (*TRAIN, "--train.optim", "adam"),
+        (*TRAIN, "--train.optim", "adamv"),
         (
-            "--train.optim adam: is not one of: adamw, sgd, lion, adafactor, adamw8bit, paged_adamw_8bit, "
+            "--train.optim adamv: is not one of: adamw, sgd, lion, adafactor, adamw8bit, paged_adamw_8bit, "
             "paged_adamw_32bit. Perhaps you meant 'adamw'?"
         ),
     ),
@@ -489,7 +484,7 @@ MERGES: dict[str, Case] = {
     ),
     "size 0": (nothing, (*MERGE, "--max_shard_size", "0GB"), "--max_shard_size 0GB: not a size"),
     "dtype": (nothing, (*MERGE, "--dtype", "int8"), "--dtype int8: is not one of: auto, float32, bfloat16"),
-    "unknown": (nothing, (*MERGE, "--out", "x"), "--out: unknown option. Perhaps you meant 'output'?"),
+    "unknown": (nothing, (*MERGE, "--out", "x"), "--out: unknown option. Perhaps you meant --output?"),
     "export nothing": (nothing, ("export",), "export: needs --adapter and --output"),
     "export for whom": (nothing, ("export", "--for", "tgi"), "--for tgi: is not one of: vllm"),
     "command": (nothing, ("trian",), "trian: no such command; Perhaps you meant 'train'?"),
@@ -568,9 +563,9 @@ def test_an_empty_value_in_the_file_is_no_folder_called_none(
     [
         (
             "train:\n  max_steps: 2\ntrain:\n  seed: 1\n",
-            "run.yaml line 3: is not YAML (train stands there twice); mend it",
+            "run.yaml line 3: is not valid YAML (duplicate key train); fix it",
         ),
-        ("data: {eval_paths: {a: x, a: y}}\n", "run.yaml line 1: is not YAML (a stands there twice)"),
+        ("data: {eval_paths: {a: x, a: y}}\n", "run.yaml line 1: is not valid YAML (duplicate key a)"),
         (
             "data: {path: {a.jsonl: b.jsonl}}\n",
             "run.yaml: data.path: takes values without names; give one, or a list of them",

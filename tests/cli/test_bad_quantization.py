@@ -70,9 +70,9 @@ OPTIONS: dict[str, Case] = {
     "bits": (
         nothing,
         (*TRAIN, "--model.bits", "3"),
-        "--model.bits: unknown option. Perhaps you meant 'model.load_in_4bit'?",
+        "--model.bits: unknown option. Here it is --model.load_in_4bit True.",
     ),
-    "3 bits": (nothing, (*TRAIN, "--model.load_in_3bit", "True"), "Perhaps you meant 'model.load_in_"),
+    "3 bits": (nothing, (*TRAIN, "--model.load_in_3bit", "True"), "Perhaps you meant --model.load_in_"),
     "both": (
         nothing,
         (*TRAIN, *FOUR, *EIGHT),
@@ -252,7 +252,7 @@ COMMANDS: dict[str, Case] = {
     "quantize bits": (
         nothing,
         (*QUANTIZE, "--bits", "3"),
-        "--bits: unknown option. Perhaps you meant 'model.load_in_4bit'?",
+        "--bits: unknown option. Here it is --model.load_in_4bit True.",
     ),
     "quantize both": (nothing, (*QUANTIZE, *FOUR, *EIGHT), "excludes --model.load_in_4bit"),
     "quantize in place": (

@@ -82,8 +82,8 @@ def test_options_made_in_python_are_checked_too() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 5000, "is nested too deeply; mend it"),
-        ("lora: {r: 2024-13-45}", "is not YAML (month must be in"),
+        ("[" * 5000, "is nested too deeply; fix it"),
+        ("lora: {r: 2024-13-45}", "lora.r 2024-13-45: is not a whole number"),
     ],
 )
 def test_yaml_that_python_cannot_read_is_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -188,10 +188,10 @@ def test_a_mistake_of_the_program_is_no_lack_of_memory(text: str, monkeypatch: p
 def test_a_number_beyond_32_bits_in_a_program_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "train", lambda _: jax.jit(lambda x: x)(2**40))
+    monkeypatch.setitem(cli.COMMANDS, "train", lambda *_: jax.jit(lambda x: x)(2**40))
     assert main(["train"]) == EXIT_CODE
     assert capsys.readouterr().err.startswith("error: the options make a number of 1099511627776, beyond")
-    monkeypatch.setitem(cli.COMMANDS, "train", lambda _: np.int8(300))
+    monkeypatch.setitem(cli.COMMANDS, "train", lambda *_: np.int8(300))
     with pytest.raises(OverflowError):
         main(["train"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import yaml
 
 from lora_jax.cli import main
 from lora_jax.commands.merge import MergeOptions
-from lora_jax.config import LoraOptions, RunConfig
+from lora_jax.config import DataOptions, LoraOptions, ModelOptions, RunConfig
 from lora_jax.errors import UserError
 from lora_jax.options import option_names, parse
-from lora_jax.train.output import config_yaml
+from lora_jax.train.output import config_yaml, open_output
 
 
 @pytest.fixture
@@ -54,6 +55,10 @@ SAME = [
     ("model:\ntrain: {seed: 3}", "--train.seed=3"),
     ("output_dir: a b", "--output-dir=a b"),
     ("data: {text_field: --odd}", "--data.text_field=--odd"),
+    ("model: {load_in_4bit: yes}", "--model.load_in_4bit"),
+    ("train: {gradient_checkpointing: Off}", "--train.gradient_checkpointing 0"),
+    ("data: {completion_only_loss: 1}", "--data.completion_only_loss"),
+    ("resume: on", "--resume yes"),
     ("resume: true", "--resume"),
     ("resume: false", "--resume False"),
     ("overwrite: yes", "--overwrite"),
@@ -73,6 +78,82 @@ def test_the_flags_that_say_the_same_are_understood(config: Any) -> None:
     train = config(None, "--train.save_strategy", "no", "--train.gradient_checkpointing", "False").train
     assert (train.save_strategy, train.gradient_checkpointing) == ("no", False)
     assert config(None, "--overwrite").overwrite
+
+
+def test_a_bare_switch_is_true_and_so_are_yes_on_and_1(config: Any) -> None:
+    """Habits of other command lines: --load_in_4bit alone, or with another word for true, before another flag."""
+    for words in ("", "yes", "On", "1", "TRUE"):
+        found = config(None, "--model.load_in_4bit", *words.split(), "--overwrite")
+        assert found.model.load_in_4bit
+        assert found.overwrite
+    for word in ("no", "Off", "0", "false"):
+        assert not config(None, "--train.gradient_checkpointing", word).train.gradient_checkpointing
+    merge = parse(MergeOptions, ["--overwrite", "yes", "--hub_private_repo", "off"], program="")[0]
+    assert (merge.overwrite, merge.hub_private_repo) == (True, False)
+
+
+YAML_1_1 = {
+    "train: {save_steps: 0100}": ("train", "save_steps", 100),
+    "train: {save_steps: 1_000}": ("train", "save_steps", 1000),
+    "data: {text_field: yes}": ("data", "text_field", "yes"),
+    "data: {text_field: off}": ("data", "text_field", "off"),
+    "data: {text_field: 0100}": ("data", "text_field", "0100"),
+    "data: {text_field: 1:30}": ("data", "text_field", "1:30"),
+    "data: {text_field: 1_000}": ("data", "text_field", "1_000"),
+    "data: {text_field: 1.10}": ("data", "text_field", "1.10"),
+    "data: {text_field: =}": ("data", "text_field", "="),
+    "output_dir: 2026-01-02 03:04:05": ("output_dir", "", "2026-01-02 03:04:05"),
+    "train: {run_name: 0x1F}": ("train", "run_name", "0x1F"),
+    "train: {sample_prompts: [no, 12:30:45, 007]}": ("train", "sample_prompts", ("no", "12:30:45", "007")),
+    "data: {eval_paths: {on: 0100, 1:30: no}}": ("data", "eval_paths", {"on": "0100", "1:30": "no"}),
+    "train: {learning_rate: 2e-4}": ("train", "learning_rate", 2e-4),
+    "train: {run_name: ~}": ("train", "run_name", None),
+    "train: {save_strategy: false}": ("train", "save_strategy", "no"),
+    "train: &x {seed: 3}\nlora: {r: 4}": ("train", "seed", 3),
+}
+
+
+@pytest.mark.parametrize(("text", "meant"), YAML_1_1.items(), ids=str)
+def test_what_is_written_in_yaml_is_what_is_meant(
+    text: str, meant: tuple[str, str, object], config: Any
+) -> None:
+    """YAML 1.1 reads 0100 as 64, 1:30 as 90, a bare yes as True and a date as a date; nobody means that here."""
+    section, name, value = meant
+    found = getattr(config(text), section)
+    assert (getattr(found, name) if name else found) == value
+
+
+@pytest.mark.parametrize("number", ["1:30", "0o100", "0x10", "!!int 1:30", "1.5.2", "2026-01-02", "yes"])
+def test_a_number_that_only_yaml_1_1_knows_is_refused(number: str, config: Any) -> None:
+    with pytest.raises(UserError, match="is not a whole number; give one"):
+        config(f"train: {{save_steps: {number}}}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "lora: {target_modules: [[q_proj, v_proj]]}",
+            "takes plain values; write no list or mapping inside of it",
+        ),
+        ("data: {eval_paths: {a: [x, y]}}", "takes plain values"),
+        ("train: {sample_prompts: [Hello, ]}", None),
+        (
+            "train:\n  sample_prompts:\n    - Hello\n    -",
+            "has an entry without a value; give it one, or remove it",
+        ),
+        ("train: {run_name: !!binary aGVsbG8=}", "is not valid YAML"),
+    ],
+)
+def test_a_value_of_another_form_is_refused_and_never_written_out(
+    text: str, message: str | None, config: Any
+) -> None:
+    """A list in a list, or an entry that was left empty, became the text of a Python object."""
+    if message is None:
+        assert config(text).train.sample_prompts == ("Hello",)
+        return
+    with pytest.raises(UserError, match=message):
+        config(text)
 
 
 def test_flags_win_over_the_file_and_the_last_one_over_those_before(config: Any) -> None:
@@ -99,13 +180,28 @@ def test_the_written_config_is_read_back_as_it_was(config: Any) -> None:
     assert config(config_yaml(RunConfig())) == RunConfig()
 
 
+def test_a_written_config_holds_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """config.yaml held relative paths: it repeated the run from the folder alone that the run was started in."""
+    (tmp_path / "there" / "model").mkdir(parents=True)
+    (tmp_path / "there" / "rows.jsonl").touch()
+    monkeypatch.chdir(tmp_path / "there")
+    data = DataOptions(path=("rows.jsonl", "owner/rows:main"), eval_path="rows.jsonl")
+    open_output(RunConfig(model=ModelOptions(path="model"), data=data, output_dir="out"))
+    monkeypatch.chdir(tmp_path)
+    found = parse(RunConfig, ["there/out/config.yaml"], program="")[0]
+    there = tmp_path / "there"
+    assert (found.model.path, found.output_dir) == (str(there / "model"), str(there / "out"))
+    assert found.data.path == (str(there / "rows.jsonl"), "owner/rows:main")
+    assert found.data.eval_path == str(there / "rows.jsonl")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lora: {rr: 8}", "lora.rr: unknown option. Perhaps you meant 'lora.r'? --help lists all options"),
-        ("learning_rate: 1", "learning_rate: unknown option. Perhaps you meant 'train.learning_rate'?"),
-        ("lora: {peft_type: LORA}", "lora.peft_type: unknown option"),
-        ("peft_type: LORA\nr: 8", "peft_type: unknown option"),
+        ("lora: {rr: 8}", "lora.rr: unknown option. Perhaps you meant lora.r? --help lists all options"),
+        ("learning_rate: 1", "learning_rate: unknown option. Here it is train.learning_rate."),
+        ("lora: {peft_type: LORA}", "lora.peft_type: LORA: unknown option. Here it is method: lora."),
+        ("peft_type: LORA\nr: 8", "2 unknown options. Write: peft_type: LORA -> method: lora, r -> lora.r."),
         (
             "trian: {seed: 1}",
             "trian: unknown section. Perhaps you meant 'train'? Sections: data, distributed, lora, mesh, model, train",
@@ -114,21 +210,24 @@ def test_the_written_config_is_read_back_as_it_was(config: Any) -> None:
         ("lora: {r: high}", "lora.r high: is not a whole number; give one"),
         ("lora: {r: }", "lora.r: needs a value; give one, or leave the option out"),
         ("lora: {r: [1, 2]}", "lora.r 1 2: takes one value"),
-        ("lora: {r: true}", "lora.r True: is not a whole number"),
-        ("lora: {lora_alpha: .nan}", "lora.lora_alpha nan: is not a finite number"),
+        ("lora: {r: true}", "lora.r true: is not a whole number"),
+        ("lora: {lora_alpha: .nan}", "lora.lora_alpha .nan: is not a finite number"),
         (
             "lora: {target_modules: 'q_proj, v_proj'}",
             "lora.target_modules q_proj, v_proj: is taken as one name",
         ),
         (
-            "train: {optim: adam}",
-            "train.optim adam: is not one of: adamw, sgd, lion, adafactor, adamw8bit, paged_adamw_8bit",
+            "train: {optim: adan}",
+            "train.optim adan: is not one of: adamw, sgd, lion, adafactor, adamw8bit, paged_adamw_8bit",
         ),
         ("train: {gradient_checkpointing: 3}", "train.gradient_checkpointing 3: is not one of: True, False"),
         ("", "holds no options; write sections such as model, lora, data, train"),
         ("- lora", "holds no options; write sections"),
-        ("lora:\n\tr: 8", "line 2: is not YAML (found character '\\t' that cannot start any token); mend it"),
-        ("lora: {r: 8", "is not YAML"),
+        (
+            "lora:\n\tr: 8",
+            "line 2: is not valid YAML (found character '\\t' that cannot start any token); fix it",
+        ),
+        ("lora: {r: 8", "is not valid YAML"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line_that_names_it(text: str, message: str, config: Any) -> None:
@@ -195,6 +294,63 @@ def test_help_of_all_commands_is_one_screen(capsys: pytest.CaptureFixture[str]) 
     for command in ("train", "merge", "generate", "export", "inspect"):
         assert f"\n  {command} " in printed
     assert main(["inspect", "--help"]) == 0
+
+
+REQUIRED = {
+    "train": {"--model.path", "--data.path", "--output_dir"},
+    "merge": {"--adapter", "--output"},
+    "quantize": {"--model.path", "--output"},
+    "generate": {"--prompt"},
+    "plan": {"--model.path", "--topology"},
+    "export": {"--output"},
+    "inspect data": {"--model.path", "--data.path"},
+    "inspect adapter": {"--adapter"},
+    "report": set(),
+}
+
+
+@pytest.mark.parametrize(("command", "required"), REQUIRED.items())
+def test_help_begins_with_a_usage_that_holds_and_says_what_the_command_does(
+    command: str,
+    required: set[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The help called every program train.py or merge.py, left [CONFIG.yaml] and OUT out, and required too much."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    first = "OUT [OUT2 …]" if command == "report" else "[CONFIG.yaml]"
+    assert lines[0].startswith(f"usage: lora-jax {command} {first} [-h] ")
+    assert len(lines[2].split()) > 3
+    before = "\n".join(lines).split("(required)")[:-1]
+    assert {re.findall(r"^\W*(--[\w.]+)", text, re.MULTILINE)[-1] for text in before} == required
+
+
+def test_help_of_train_py_and_merge_py_names_them(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "merge"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"], f"{name}.py")
+        assert capsys.readouterr().out.startswith(f"usage: {name}.py [CONFIG.yaml] ")
+
+
+def test_a_default_of_many_texts_is_not_written_out_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["merge", "--help"])
+    assert "(default: 4 texts of its own)" in capsys.readouterr().out
+
+
+def test_a_config_of_the_repository_is_said_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The package from a wheel, and the README's line: there is no folder configs."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "configs/quickstart.yaml"]) == 2
+    assert (
+        "configs/ is part of the repository, not of the package; run this in a clone of it"
+        in capsys.readouterr().err
+    )
 
 
 def test_every_shipped_config_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ def write_config(folder: Path, **sizes: Any) -> Path:
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
     """Return the exit code of plan --json, and the last line that it printed, read."""
-    code = main(["plan", "--json", *arguments])
+    config = [arguments[0]] if not arguments[0].startswith("-") else []
+    code = main(["plan", *config, "--json", *arguments[len(config) :]])
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 

@@ -35,7 +35,7 @@ def test_a_config_alone_is_planned_for_one_tpu_chip(
 @pytest.mark.parametrize(
     ("topology", "known"),
     [
-        ("v9:2x2", "v5e:1x1"),
+        ("v9:2x2", "v5e, v6e with :1x1 :2x2 :2x4"),
         ("v5e:3x3", "v5e:2x4"),
         ("v5e", "v5e:2x4"),
         ("v4:2x2", "v4:2x2x1"),

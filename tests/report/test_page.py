@@ -231,6 +231,45 @@ def test_what_is_measured_in_training_and_on_named_sets_shares_a_figure(copied: 
     assert drawn == {"train": [0.25], "eval": [0.5], "eval hard_sums": [0.125]}
 
 
+def test_a_colour_means_the_same_in_every_figure_and_the_legend_says_what(
+    copied: Copy, tmp_path: Path
+) -> None:
+    """In the loss training was blue and evaluation orange, in the accuracy the other way round, without a legend."""
+    output = copied("colours")
+    start = {
+        "eval_loss": 3.0,
+        "eval_token_accuracy": 0.1,
+        "eval_math_loss": 2.0,
+        "eval_math_token_accuracy": 0.2,
+    }
+    write_lines(
+        output,
+        {"step": 0, **start, "eval_accuracy": 0.5},
+        {"step": 1, "loss": 2.0, "token_accuracy": 0.3, "learning_rate": 0.1, **start, "eval_accuracy": 0.75},
+    )
+    page = page_of(output)
+    colours: dict[str, set[str]] = {}
+    for figure in ("loss", "token_accuracy"):
+        for trace in page.figures[figure]["data"]:
+            colours.setdefault(trace["name"], set()).add(trace["line"]["color"])
+    assert colours == {"train": {"var(--c1)"}, "eval": {"var(--c2)"}, "eval math": {"var(--c3)"}}
+    assert page.figures["learning_rate"]["data"][0]["line"]["color"] == "var(--c1)"
+    assert page.figures["accuracy"]["data"][0]["line"]["color"] == "var(--c2)"
+    legend = [
+        a.get("style") for tag, a in page.elements if tag == "i" and a.get("class") in ("line", "dotted")
+    ]
+    assert legend == [f"color:var(--c{number})" for number in (1, 2, 3)]
+    both = page_of(output, copied("other"), output=tmp_path / "both.html")
+    assert "training evaluation by step" in both.text
+
+
+def test_a_figure_that_was_0_all_along_is_not_drawn(copied: Copy) -> None:
+    """Skipped steps took a row of the page for a flat 0."""
+    output = copied("flat")
+    write_lines(output, *({"step": step, "loss": 1.0, "skipped_steps": 0} for step in (1, 2)))
+    assert "skipped_steps" not in page_of(output).figures
+
+
 def test_outcome_is_that_of_the_exported_state_for_each_set(copied: Copy) -> None:
     output, names = copied("best"), ("eval_math_loss", "eval_chat_loss")
     write_lines(

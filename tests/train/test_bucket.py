@@ -31,7 +31,7 @@ def test_buckets_that_cannot_be_used_are_one_clear_error(
 ) -> None:
     wanted = {"s3://bucket/run": "error: --output_dir s3://bucket/run: s3:// is not supported"}
     if find_spec("gcsfs") is None and find_spec("tensorflow") is None:
-        missing = "error: --output_dir gs://bucket/run: buckets need gcsfs; pip install 'lora_jax[gcs]'\n"
+        missing = "error: --output_dir gs://bucket/run: buckets need gcsfs; pip install 'gcsfs>="
         wanted["gs://bucket/run"] = missing
     for folder, message in wanted.items():
         arguments = [folder if word == "OUT" else word for word in train_arguments(model, rows, Path("OUT"))]

@@ -58,6 +58,7 @@
     const first = xs.reduce((a, b) => Math.min(a, b)), last = xs.reduce((a, b) => Math.max(a, b));
     const room = 0.012 * (last - first) || 0.5;
     layout.xaxis.range = [first - room, last + room];
+    if (last - first <= 10) Object.assign(layout.xaxis, { tick0: 0, dtick: 1 }); // steps are whole numbers
   }
 
   // Names at the ends of the curves, where there are few enough to be told apart.

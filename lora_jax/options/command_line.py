@@ -1,0 +1,160 @@
+"""A YAML file and flags as one thing: the file is turned into flags, and what is typed comes after it.
+
+Lists are separated by spaces, and a switch may be bare. Every name and value is checked here first, so that a mistake
+in either place gets the same kind of message; tyro then builds the dataclasses from them, and the help.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+
+from lora_jax.config import check_numbers
+from lora_jax.errors import UserError
+from lora_jax.options.unknown import Unknown, refuse
+from lora_jax.options.values import checked, kind_of, takes_several
+from lora_jax.options.yaml_file import entries, read_yaml
+from lora_jax.paths import on_disk
+
+Options = TypeVar("Options")
+Flags = dict[str, list[str]]
+
+CONFIG_FILE = "[CONFIG.yaml]"
+SWITCHES = (
+    "A switch, {True,False}, may stand bare for True; yes and no, on and off, 1 and 0 are understood too."
+)
+
+
+def parse(
+    kind: type[Options],
+    arguments: Sequence[str],
+    *,
+    program: str,
+    also: type | None = None,
+    from_file: Callable[[Flags, Collection[str]], Flags] = lambda found, typed: found,
+    required: Collection[str] = (),
+    first: str = CONFIG_FILE,
+) -> tuple[Options, frozenset[str]]:
+    """Return the options and the names of those that were given, such as lora.r.
+
+    A first argument that is no flag is a YAML file, which may be one of the options `also`: those that `kind` lacks
+    are passed over. `from_file` is given the file's options and the names of those that were typed, and returns what
+    is taken from the file. The help calls the file `first`, and names the options that are `required`.
+    Raises UserError for unknown options, all of a place together, for a bad value or a bad file; `--help` prints and
+    exits.
+    """
+    rest = list(arguments)
+    names = option_names(kind)
+    found: Flags = {}
+    if "-h" in rest or "--help" in rest:
+        _print_help(kind, f"{program} {first}", required)
+    if rest and not rest[0].startswith("-"):
+        known = names | (option_names(also) if also else {})
+        found = _yaml_flags(on_disk(rest.pop(0), program), known)
+    typed = _typed_flags(rest, names)
+    flags = {name: values for name, values in from_file(found, typed).items() if name in names} | typed
+    given = [text for name, values in flags.items() for text in _words(name, names[name], values)]
+    output = io.StringIO()
+    try:
+        with redirect_stdout(output), redirect_stderr(output):
+            options = _tyro(kind, given, program)
+    except SystemExit as error:
+        raise UserError(f"{_one_line(output.getvalue())}; {program} --help lists all options") from error
+    check_numbers(options)
+    return options, frozenset(flags)
+
+
+def option_names(kind: type) -> dict[str, Any]:
+    """Return every option's dotted name with its type; a field such as for_ is the option for."""
+    names: dict[str, Any] = {}
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if is_dataclass(hints[field.name]):
+            nested = option_names(hints[field.name])
+            names |= {f"{field.name}.{name}": hint for name, hint in nested.items()}
+        else:
+            names[field.name.rstrip("_")] = hints[field.name]
+    return names
+
+
+def _tyro(kind: type[Options], given: list[str], program: str, **settings: Any) -> Options:
+    for section in get_type_hints(kind).values():
+        if isinstance(section, type) and is_dataclass(section):
+            tyro.conf.configure(tyro.conf.FlagConversionOff)(section)  # its options take True or False
+    config = (tyro.conf.FlagCreatePairsOff,)
+    return tyro.cli(kind, args=given, prog=program, config=config, use_underscores=True, **settings)
+
+
+def _print_help(kind: type, usage: str, required: Collection[str]) -> None:
+    default = kind()
+    for name in required:
+        *above, last = name.split(".")
+        options = default
+        for section in above:
+            options = getattr(options, section)
+        object.__setattr__(options, last, tyro.MISSING)
+    about = " ".join((kind.__doc__ or "").split())
+    switches = any(hint is bool for name, hint in option_names(kind).items() if "." in name)
+    description = f"{about}\n\n{SWITCHES}" if switches else about
+    _tyro(kind, ["--help"], usage, default=default, description=description)
+
+
+def _words(name: str, hint: Any, values: list[str]) -> list[str]:
+    """Return an option as tyro reads it; a lone value is joined on, since it may start with a dash."""
+    if hint is bool and "." not in name:
+        return [f"--{name}"] if values == ["True"] else []
+    return [f"--{name}", *values] if takes_several(hint) else [f"--{name}={values[0]}"]
+
+
+def _typed_flags(arguments: list[str], names: Mapping[str, Any]) -> Flags:
+    flags: Flags = {}
+    name = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, equals, value = argument[2:].partition("=")
+            name = flag.replace("-", "_")
+            flags[name] = [value] if equals else []
+        elif name:
+            flags[name].append(argument)
+        else:
+            raise UserError(
+                f"{argument}: an option starts with --; a config file comes first, before any option"
+            )
+    if unknown := [Unknown(name, values) for name, values in flags.items() if name not in names]:
+        refuse(unknown, names, "", "--")
+    for name, values in flags.items():
+        if not values and kind_of(names[name]) is bool:
+            values.append("True")
+        flags[name] = checked(name, names[name], values, f"--{name}")
+    return flags
+
+
+def _yaml_flags(path: Path, names: Mapping[str, Any]) -> Flags:
+    where = f"config file {path}"
+    flags: Flags = {}
+    unknown: list[Unknown] = []
+    for entry in entries(read_yaml(path), names, where):
+        if isinstance(entry, Unknown):
+            unknown.append(entry)
+        else:
+            flags[entry.name] = entry.values
+    if unknown:
+        refuse(unknown, names, f"{where}: ", "")
+    return {name: checked(name, names[name], values, f"{where}: {name}") for name, values in flags.items()}
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip(" │╭╮╰╯─|") for line in text.splitlines()]
+    body: list[str] = []
+    for line in lines[1:]:
+        if set(line) <= {"-"} and body:
+            break
+        if line and not set(line) <= {"-"}:
+            body.append(line)
+    return " ".join(body) or "the options cannot be read"

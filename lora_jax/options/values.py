@@ -1,0 +1,110 @@
+"""An option's values as they were written, held to its type."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from lora_jax.errors import UserError, listing, nearest
+from lora_jax.options.unknown import in_words, translated
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_NAMES = re.compile(r"[\w.]+(?:\s*[,\s]\s*[\w.]+)+")
+_NUMBERS: dict[Any, tuple[Callable[[str], float], str]] = {
+    int: (int, "a whole number"),
+    float: (float, "a finite number"),
+}
+
+
+def takes_several(hint: Any) -> bool:
+    """Say whether an option of this type takes any number of values."""
+    return get_origin(hint) in (tuple, dict)
+
+
+def kind_of(hint: Any) -> Any:
+    """Return the type of an option's one value, None left out."""
+    return next((item for item in get_args(hint) if item is not NoneType), hint) if _optional(hint) else hint
+
+
+def checked(name: str, hint: Any, values: list[str], label: str) -> list[str]:
+    """Return an option's values spelt as tyro reads them; raises UserError where they do not fit its type.
+
+    `label` is the option as the user wrote it, a flag or a key of a file.
+    """
+    if (takes_several(hint) or _optional(hint)) and values in (["None"], ["null"]):
+        return ["None"] if _optional(hint) else []
+    kinds = get_args(hint)
+    if get_origin(hint) is tuple:
+        if values == ["none"] and get_origin(kinds[0]) is Literal:  # as transformers has it, for report_to
+            return []
+        return [_value(name, kinds[0], value, label) for value in values]
+    if get_origin(hint) is dict:
+        return _pairs(name, kinds, values, label)
+    kind = kind_of(hint)
+    if not values or values == ["None"]:
+        remedy = "give True or False" if kind is bool else "give one, or leave the option out"
+        raise UserError(f"{label}: needs a value; {remedy}")
+    if len(values) > 1:
+        raise UserError(f"{label} {' '.join(values)}: takes one value; give one, in quotes if it has spaces")
+    return [_value(name, kind, values[0], label)]
+
+
+def _optional(hint: Any) -> bool:
+    return NoneType in get_args(hint)
+
+
+def _pairs(name: str, kinds: tuple[Any, ...], values: list[str], label: str) -> list[str]:
+    given = f"{label} {' '.join(values)}"
+    if len(values) % 2:
+        form = "q_proj 8" if kinds[1] is not str else "NAME FILE"
+        raise UserError(f"{given}: takes pairs; give each name and its value: {form}")
+    if (twice := next((key for key in values[::2] if values[::2].count(key) > 1), None)) is not None:
+        raise UserError(f"{given}: gives {twice} twice; give it one value")
+    return [_value(name, kinds[index % 2], value, label) for index, value in enumerate(values)]
+
+
+def _value(name: str, kind: Any, text: str, label: str) -> str:
+    spelt = _spelt(kind, text)
+    if spelt is None or kind is str:
+        if (ours := translated(name, text)) is not None:
+            words = in_words(ours, "--" if label.startswith("--") else "")
+            raise UserError(f"{label} {text}: is not a value of this option; here it is {words}")
+        if kind is str:
+            return _text(text, label)
+    if spelt is not None:
+        return spelt
+    if kind in _NUMBERS:
+        raise UserError(f"{label} {text}: is not {_NUMBERS[kind][1]}; give one")
+    choices = ("True", "False") if kind is bool else get_args(kind)
+    hint = nearest(text, choices)
+    raise UserError(f"{label} {text}: is not one of: {listing(choices)}{hint and f'.{hint}'}")
+
+
+def _spelt(kind: Any, text: str) -> str | None:
+    """Return a value as it is spelt here, None where it is none of this type."""
+    word = text.lower()
+    if kind is str:
+        return text
+    if kind is bool:
+        return "True" if word in TRUE else "False" if word in FALSE else None
+    if get_origin(kind) is Literal:
+        choices = {str(choice).lower(): choice for choice in get_args(kind)}
+        # Another writer of YAML may have turned a bare no into false, or true into True.
+        other = "no" if word in FALSE else "true" if word in TRUE else ""
+        return choices.get(word, choices.get(other))
+    try:
+        return text if abs(_NUMBERS[kind][0](text)) < math.inf else None
+    except ValueError:
+        return None
+
+
+def _text(text: str, label: str) -> str:
+    if _NAMES.fullmatch(text) and label.endswith(("modules", "modules_to_save", "pattern")):
+        apart = " ".join(re.split(r"[,\s]+", text))
+        raise UserError(
+            f"{label} {text}: is taken as one name; separate names by spaces, without quotes: {apart}"
+        )
+    return text

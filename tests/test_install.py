@@ -1,0 +1,37 @@
+"""What an error says of how a missing package is installed."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib import metadata
+
+import pytest
+
+from lora_jax.install import install_command
+from tests.conftest import ROOT
+
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+@pytest.mark.parametrize("extra", ["tpu", "cuda", "tensorboard", "wandb", "mlflow", "trackio", "eval", "gcs"])
+def test_the_hint_names_what_the_extra_needs_and_never_our_own_name(extra: str) -> None:
+    """pip install "lora_jax[wandb]" asks an index for a package of our name, which may be a stranger's."""
+    words = install_command(extra).lower().split()
+    assert words[:2] == ["pip", "install"]
+    assert sorted(words[2:]) == sorted(f"'{needed}'".lower() for needed in EXTRAS[extra])
+
+
+def test_a_checkout_that_was_never_installed_is_named_by_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """python train.py in a clone, beside packages from elsewhere."""
+
+    def absent(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("lora_jax.install.requires", absent)
+    assert install_command("wandb") == f"pip install -e '{ROOT}[wandb]'"
+
+
+def test_no_message_sends_anybody_to_an_index_for_our_name() -> None:
+    files = [*ROOT.glob("lora_jax/**/*.py"), *ROOT.glob("docs/*.md"), ROOT / "README.md"]
+    assert [f for f in files if re.search(r"install ['\"]?lora_jax", f.read_text())] == []
