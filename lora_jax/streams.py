@@ -81,3 +81,18 @@ def losses() -> dict[str, str]:
     """Return which streams are lost, and why."""
     found = {name: getattr(getattr(sys, name), "loss", None) for name in NAMES}
     return {name: loss for name, loss in found.items() if loss}
+
+
+def only_python_prints() -> None:
+    """Drop what libraries write to standard output from below Python, past `sys.stdout`."""
+    stream = sys.stdout._stream if isinstance(sys.stdout, Stream) else sys.stdout
+    stream.flush()
+    number = stream.fileno()
+    own = os.fdopen(os.dup(number), "w", encoding=stream.encoding, errors=stream.errors, buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+    if isinstance(sys.stdout, Stream):
+        sys.stdout._stream = own
+    else:
+        sys.stdout = own

@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.config import DistributedOptions
 from lora_jax.errors import EXIT_CODE, UserError
 from lora_jax.parallel.cluster import announced, incomplete, refuse_alone, resolved
+from lora_jax.streams import only_python_prints
 
 HEARTBEAT, SHUTDOWN = 30, 1800
 """Seconds of silence after which a process counts as lost, and that those that are done wait for one that exports."""
@@ -99,7 +100,8 @@ def start(options: DistributedOptions) -> None:
     finally:
         late.cancel()
     watchdog.running()
-    _without_notes_of_gloo()
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        only_python_prints()  # not Gloo, which connects CPUs and notes that it does
 
 
 def writes() -> bool:
@@ -237,16 +239,6 @@ def _jax_state(name: str) -> Any:
     except ImportError:
         return None
     return getattr(global_state, name, None)
-
-
-def _without_notes_of_gloo() -> None:
-    """Keep what Gloo, which connects CPUs, notes on standard output from below Python out of the run's own lines."""
-    if jax.process_count() == 1 or jax.default_backend() != "cpu":
-        return
-    sys.stdout.flush()
-    own = os.dup(sys.stdout.fileno())
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)
 
 
 def _check_free(address: str) -> None:
