@@ -109,6 +109,27 @@ def test_a_pass_of_more_tokens_than_devices_count_is_not_planned(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("--train.sample_prompts", "hello"), "--train.sample_max_new_tokens"),
+        (
+            ("--data.eval_path", "rows.jsonl", "--train.generation_metrics", "exact_match"),
+            "--train.generation_max_new_tokens",
+        ),
+    ],
+)
+def test_completions_whose_cache_cannot_fit_are_refused_before_a_run_begins(
+    home: Path, words: tuple[str, ...], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = train_arguments(Path("model"), Path("rows.jsonl"), Path("out"), *words, option, "1000000000")
+    assert main(train) == EXIT_CODE
+    assert capsys.readouterr().err.startswith(
+        f"error: {option} 1000000000: the cache for so many tokens takes "
+    )
+    assert not (home / "out").exists()
+
+
 OUT = "RESOURCE_EXHAUSTED: "
 XLA = jax.errors.JaxRuntimeError
 

@@ -54,6 +54,18 @@ def test_template_that_refuses_the_system_message_is_one_clear_error(make_tokeni
 
 
 @pytest.mark.parametrize(
+    ("option", "remedy"),
+    [("--prompt", "give --raw, or mend the template"), ("--train.sample_prompts", "give one that")],
+)
+def test_a_template_that_refuses_any_message_is_no_matter_of_the_system_message(
+    make_tokenizer: MakeTokenizer, option: str, remedy: str
+) -> None:
+    """The remedy named --system where none was given."""
+    with pytest.raises(UserError, match=rf"^{option}: the chat template refuses it \(never\); {remedy}"):
+        encode_prompt("Hi", make_tokenizer("{{ raise_exception('never') }}"), chat=True, option=option)
+
+
+@pytest.mark.parametrize(
     ("settings", "config", "expected"),
     [
         ({"eos_token_id": [7, 8]}, {"eos_token_id": 9}, {7, 8, EOS}),
