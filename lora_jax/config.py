@@ -114,7 +114,7 @@ class DataOptions:
     """The rows and how they become tokens."""
 
     path: tuple[str, ...] = ()
-    """JSON, JSONL, CSV or Parquet files, or ids of data sets on the Hub; several are mixed."""
+    """Files of rows, folders or quoted patterns ("d/*.jsonl") of them, or ids on the Hub; several are mixed."""
     split: str = "train"
     """Split to read, of each path; slices included: train[:200]."""
     format: DataFormat = "auto"
@@ -124,7 +124,7 @@ class DataOptions:
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
     """With mixture_weights an epoch ends when the first path would repeat a row, or when each has given all."""
     eval_path: str | None = None
-    """Rows to evaluate on; a file or a Hub id, like path."""
+    """Rows to evaluate on: a file, a folder, a pattern or a Hub id, like path."""
     eval_paths: dict[str, str] = field(default_factory=dict)
     """Several sets to evaluate on: a name, then its file or Hub id; each has figures of its own: eval_NAME_loss."""
     eval_split: str | None = None

@@ -37,7 +37,7 @@ class CalibrationOptions:
     """Rows that 4-bit weights are fitted to by GPTQ; without them each weight is rounded to the nearest value."""
 
     path: str = ""
-    """JSON, JSONL, CSV or Parquet file, or a data set's id on the Hub; rows like those to be trained on."""
+    """File, folder or pattern, or a data set's id on the Hub, like data.path; rows like those to be trained on."""
     split: str = "train"
     """Split to read, slices included: train[:200]."""
     rows: int = 128

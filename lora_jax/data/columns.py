@@ -48,28 +48,40 @@ _REASONING = (
     "cot",
     "chain_of_thought",
 )
-_REFUSED: dict[str, str] = (
-    dict.fromkeys(
-        MEDIA,
-        "is not text, and only text can be trained on; remove the rows that have it, or train on their text alone "
-        "with --data.columns {0} none",
+_REFUSED: dict[str, str] = {
+    name: said
+    for names, said in (
+        (
+            MEDIA,
+            (
+                "is not text, and only text can be trained on; remove the rows that have it, or train on their text "
+                "alone with --data.columns {0} none"
+            ),
+        ),
+        (
+            _PREFERENCE,
+            (
+                "belongs to a preference pair (DPO), and training is on answers alone; name the column of the answers, "
+                "as in --data.columns completion chosen, or leave it out with --data.columns {0} none"
+            ),
+        ),
+        (
+            _VERDICT,
+            (
+                "says whether the answer is a good one (KTO), and all answers would be trained on alike; remove the "
+                "rows with false, then give --data.columns {0} none"
+            ),
+        ),
+        (
+            _REASONING,
+            (
+                "holds reasoning, which would not be trained on; write it into the answer, between <think> and "
+                "</think>, or leave it out with --data.columns {0} none"
+            ),
+        ),
     )
-    | dict.fromkeys(
-        _PREFERENCE,
-        "belongs to a preference pair (DPO), and training is on answers alone; name the column of the answers, "
-        "as in --data.columns completion chosen, or leave it out with --data.columns {0} none",
-    )
-    | dict.fromkeys(
-        _VERDICT,
-        "says whether the answer is a good one (KTO), and all answers would be trained on alike; remove the rows "
-        "with false, then give --data.columns {0} none",
-    )
-    | dict.fromkeys(
-        _REASONING,
-        "holds reasoning, which would not be trained on; write it into the answer, between <think> and </think>, "
-        "or leave it out with --data.columns {0} none",
-    )
-)
+    for name in names
+}
 """What columns say that training cannot heed, and what to do."""
 
 _ASKED = ("question", "query", "prompt", "instruction", "problem", "input", "user", "human", "request")
@@ -129,8 +141,8 @@ class Columns:
             return stated
         have = list(columns)
         ours = self.named(dict.fromkeys(have))
-        fitting = [form for form in COLUMNS if not self._lacking(ours, form)]
-        chosen = [
+        fitting: list[DataFormat] = [form for form in COLUMNS if not self._lacking(ours, form)]
+        chosen: list[DataFormat] = [
             form
             for form in fitting
             if any(self.names.get(name) in have for name in COLUMNS[form])

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 from rich.console import Console
@@ -45,6 +45,10 @@ class Part:
     store: Store
     counts: Counts
     """What was left out."""
+    origin: str = ""
+    """What the user gave: the file, a folder or a pattern that it is of, or the Hub id and split."""
+    path: int = 0
+    """Number of that among all that the user gave."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +95,16 @@ class TokenDataset(Sequence[Tokens]):
         """Number of the part that each row is of, from 0, int64 [rows]."""
         return np.searchsorted(self.starts, self.order, side="right") - 1
 
+    @property
+    def path_numbers(self) -> np.ndarray:
+        """Number of the path, as the user gave it, that each row is of, from 0, int64 [rows]."""
+        return np.array([part.path for part in self.parts], np.int64)[self.part_numbers]
+
+    @property
+    def paths(self) -> list[str]:
+        """What the user gave, in words; a folder or a pattern is one."""
+        return list({part.path: part.origin for part in self.parts}.values())
+
     def column(self, name: str) -> np.ndarray:
         """Return a column of the store (see `store.SCALARS`) for each row."""
         return np.concatenate([part.store.columns[name] for part in self.parts])[self.order]
@@ -108,7 +122,7 @@ class TokenDataset(Sequence[Tokens]):
     @property
     def name(self) -> str:
         """The sources, in words."""
-        return listing((part.name for part in self.parts), 4)
+        return listing(self.paths, 4)
 
     @property
     def rows(self) -> int:
@@ -164,8 +178,11 @@ class TokenDataset(Sequence[Tokens]):
             f"{self.trained_tokens:,} trained, longest row {self.longest:,}"
         )
         if len(self.parts) > 1:
-            rows = np.bincount(self.part_numbers, minlength=len(self.parts))
-            each = (f"{part.name} {count:,}" for part, count in zip(self.parts, rows, strict=True))
+            paths = self.paths
+            numbers = self.path_numbers if len(paths) > 1 else self.part_numbers
+            names = paths if len(paths) > 1 else [part.name for part in self.parts]
+            rows = np.bincount(numbers, minlength=len(names))
+            each = (f"{name} {count:,}" for name, count in zip(names, rows, strict=True))
             line += f"; rows of each: {listing(each)}"
         windows = int((self.column("window") > 0).sum())
         if windows:
@@ -221,7 +238,7 @@ def load_examples(
     Args:
         options: what decides the tokens (see `Recipe`), num_proc and cache are used.
         tokenizer: the model's.
-        path: file or Hub id, or several.
+        path: file, folder, pattern or Hub id, or several.
         split: split or slice of each.
         vocab_size: number of token ids that the model has; None does not check.
         option: the option that gave the path, for messages.
@@ -258,7 +275,11 @@ def _loaded(
 ) -> TokenDataset:
     recipe = Recipe.of(options)
     sources = [find_rows(one, split, option=option) for one in ([path] if isinstance(path, str) else path)]
-    parts = tuple(_part(source, recipe, tokenizer, options, console) for source in sources)
+    parts = tuple(
+        replace(_part(source, recipe, tokenizer, options, console), origin=source.origin, path=number)
+        for number, of_path in enumerate(sources)
+        for source in of_path
+    )
     rows = sum(len(part.store) for part in parts)
     counts = sum((part.counts for part in parts), Counts())
     found = TokenDataset(parts, np.arange(rows, dtype=np.int64), options.max_length, counts)
@@ -280,7 +301,7 @@ def _part(
     key = token_cache.key(content, asdict(recipe), tokenizer) if folder else None
     if folder and key and (entry := token_cache.find(folder, key)) is not None:
         about = entry.about
-        return Part(source.name, about["unit"], about["format"], entry.store, _counts(about))
+        return Part(source.name, about["unit"], about["format"], entry.store, Counts.of(about["counts"]))
     aside = token_cache.begin(folder) if folder and key else None
     keep = aside is not None
     if aside is None:
@@ -298,15 +319,6 @@ def _part(
     finally:  # what is mapped stays readable
         shutil.rmtree(aside, ignore_errors=True)
     return part
-
-
-def _counts(about: dict[str, Any]) -> Counts:
-    """Return what was left out, as an entry of the cache notes it: JSON has no tuples."""
-    said: dict[str, Any] = about["counts"]
-    found: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in said.items()
-    }
-    return Counts(**found)
 
 
 def _tokenised(

@@ -1,7 +1,7 @@
 """Readers of local files: each gives the rows, and the number by which a user finds each of them.
 
-JSON Lines, CSV and Parquet files are read a row, or a batch of rows, at a time. A file that is one JSON value is held
-whole: nothing tells where its rows start before all of it is parsed.
+JSON Lines, CSV, text and Parquet files are read a row, or a batch of rows, at a time. A file that is one JSON value is
+held whole: nothing tells where its rows start before all of it is parsed.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import codecs
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from lora_jax.data.lines import decoded, kind, read_csv, read_json_lines, unreadable
+from lora_jax.data.lines import decoded, kind, read_csv, read_json_lines, read_text_lines, unreadable
+from lora_jax.data.packed import PACKED, opened_text
 from lora_jax.data.parquet import ParquetFile
 from lora_jax.errors import UserError
 
@@ -47,7 +49,8 @@ class RowSource(Protocol):
 
 def read_json(file: Path) -> RowSource:
     """Return the objects of a JSON file: a list, an object whose "data" is a list, or in truth JSON Lines."""
-    raw = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    with opened_text(file) as opened:
+        raw = opened.read().removeprefix(codecs.BOM_UTF8)
     lines = enumerate(raw.splitlines(keepends=True), start=1)
     text = "".join(decoded(line, f"{file} line {number}") for number, line in lines)
     if not text.strip():
@@ -89,8 +92,22 @@ READERS: dict[str, Callable[[Path], RowSource]] = {
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
     ".csv": read_csv,
+    ".tsv": partial(read_csv, delimiter="\t"),
+    ".txt": read_text_lines,
     ".parquet": ParquetFile,
 }
+
+
+def kind_of(file: Path) -> str:
+    """Return by which of READERS a file is read, "" where by none; a text file may be compressed: rows.jsonl.gz."""
+    packed = file.suffix.lower() in PACKED
+    kind = Path(file.stem).suffix.lower() if packed else file.suffix.lower()
+    return kind if kind in READERS and not (packed and kind == ".parquet") else ""
+
+
+def read_file(file: Path) -> RowSource:
+    """Return the rows of a file, whose kind is one of READERS."""
+    return READERS[kind_of(file)](file)
 
 
 @contextlib.contextmanager

@@ -57,10 +57,10 @@ def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, limit: int
 
 
 def _first_of_each(dataset: TokenDataset, limit: int) -> list[int]:
-    """Return the places of the first rows of each part."""
-    of_part = dataset.part_numbers
+    """Return the places of the first rows of each path."""
+    of_path = dataset.path_numbers
     return [
-        int(index) for part in range(len(dataset.parts)) for index in np.flatnonzero(of_part == part)[:limit]
+        int(index) for path in range(len(dataset.paths)) for index in np.flatnonzero(of_path == path)[:limit]
     ]
 
 

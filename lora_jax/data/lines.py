@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_jax.data.packed import opened_text
 from lora_jax.errors import UserError
 
 _KINDS: dict[type, str] = {
@@ -57,7 +58,7 @@ class CutFile:
 
     def pieces(self, indices: Sequence[int]) -> Iterator[bytes]:
         """Yield the bytes of rows."""
-        with self.file.open("rb") as opened:
+        with opened_text(self.file) as opened:
             for index in indices:
                 opened.seek(self.starts[index])
                 yield opened.read(self.ends[index] - self.starts[index])
@@ -65,8 +66,17 @@ class CutFile:
 
 def read_json_lines(file: Path) -> CutFile:
     """Return the rows of a JSON Lines file; blank lines are skipped but counted."""
+    return _cut_at_lines(file, parse_json_line)
+
+
+def read_text_lines(file: Path) -> CutFile:
+    """Return the lines of a text file, as rows with a column text; blank ones are skipped but counted."""
+    return _cut_at_lines(file, parse_text_line)
+
+
+def _cut_at_lines(file: Path, parse: Parser) -> CutFile:
     starts, ends, numbers = array("q"), array("q"), array("q")
-    with file.open("rb") as lines:
+    with opened_text(file) as lines:
         start = 0
         # Lines end at \n alone: str.splitlines would also cut inside strings, at U+2028 for one.
         for number, raw in enumerate(lines, start=1):
@@ -76,7 +86,12 @@ def read_json_lines(file: Path) -> CutFile:
                 ends.append(start + len(raw))
                 numbers.append(number)
             start += len(raw)
-    return CutFile(file, starts, ends, parse_json_line, numbers, "line")
+    return CutFile(file, starts, ends, parse, numbers, "line")
+
+
+def parse_text_line(raw: bytes, where: str) -> dict[str, Any]:
+    """Return a line without its end; raises UserError where it is not UTF-8."""
+    return {"text": decoded(raw, where).removesuffix("\n").removesuffix("\r")}
 
 
 def parse_json_line(raw: bytes, where: str) -> dict[str, Any]:
@@ -86,6 +101,7 @@ def parse_json_line(raw: bytes, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where}: not valid JSON ({error.msg} at column {error.colno}); write one JSON object a line"
+            f"{_of_several_lines(raw)}"
         ) from error
     except (RecursionError, ValueError) as error:
         raise UserError(f"{where}: {unreadable(error)}; mend the line") from error
@@ -93,6 +109,14 @@ def parse_json_line(raw: bytes, where: str) -> dict[str, Any]:
         hint = "; a file that is one list is named .json" if isinstance(row, list) else ""
         raise UserError(f"{where}: {kind(row)} where an object is needed; write one JSON object a line{hint}")
     return row
+
+
+def _of_several_lines(raw: bytes) -> str:
+    """Return what to do where a line is only the beginning of a value."""
+    start = raw.strip()
+    if start.startswith(b"["):
+        return "; a file that is one list is named .json"
+    return ", as jq -c . does; this one goes on in the next line" if start == b"{" else ""
 
 
 def unreadable(error: Exception) -> str:
@@ -109,29 +133,30 @@ class CsvRecord:
     """Makes a row of a record: every field is text, as written."""
 
     header: tuple[str, ...]
+    delimiter: str = ","
 
     def __call__(self, raw: bytes, where: str) -> dict[str, Any]:
         """Return the columns of a row; raises UserError where the fields are not those of the header."""
         try:
-            fields = next(_records(io.StringIO(decoded(raw, where), newline="")), [])
+            fields = next(_records(io.StringIO(decoded(raw, where), newline=""), self.delimiter), [])
         except csv.Error as error:
             raise UserError(f"{where}: cannot be read as CSV ({error}); mend the file") from error
         if len(fields) != len(self.header):
             raise UserError(
-                f"{where}: {len(fields)} fields where the header has {len(self.header)}; "
-                "put fields that hold commas in quotes"
+                f"{where}: {len(fields)} field{'s' * (len(fields) != 1)} where the header has {len(self.header)}; "
+                f"put fields that hold {'tabs' if self.delimiter != ',' else 'commas'} in quotes"
             )
         return dict(zip(self.header, fields, strict=True))
 
 
-def read_csv(file: Path) -> CutFile:
+def read_csv(file: Path, delimiter: str = ",") -> CutFile:
     """Return the rows of a CSV file with a header; blank lines are neither rows nor counted."""
     starts, ends = array("q"), array("q")
     header: tuple[str, ...] | None = None
-    with file.open("rb") as opened:
+    with opened_text(file) as opened:
         lines, start = _Lines(opened, file), 0
         try:
-            for record in _records(lines):
+            for record in _records(lines, delimiter):
                 if record and header is None:
                     header = tuple(record)
                 elif record:
@@ -146,7 +171,9 @@ def read_csv(file: Path) -> CutFile:
     for name in header:
         if header.count(name) > 1:
             raise UserError(f"{file}: two columns named {name!r}; give each column its own name")
-    return CutFile(file, starts, ends, CsvRecord(header), array("q", range(1, len(starts) + 1)), "row")
+    return CutFile(
+        file, starts, ends, CsvRecord(header, delimiter), array("q", range(1, len(starts) + 1)), "row"
+    )
 
 
 class _Lines:
@@ -163,9 +190,9 @@ class _Lines:
             yield decoded(line, f"{self.file} line {self.number}")
 
 
-def _records(lines: Any) -> Iterator[list[str]]:
+def _records(lines: Any, delimiter: str) -> Iterator[list[str]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may be longer than csv's 128 KiB
-    return csv.reader(lines, strict=True)
+    return csv.reader(lines, delimiter=delimiter, strict=True)
 
 
 def kind(value: object) -> str:

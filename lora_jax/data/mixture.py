@@ -62,29 +62,29 @@ def mixed(
     stopping_strategy: Literal["first_exhausted", "all_exhausted"],
     seed: int,
 ) -> TokenDataset:
-    """Return an epoch in which the parts of a data set have the shares that the weights say.
+    """Return an epoch in which the paths of a data set have the shares that the weights say.
 
-    A part with share p of an epoch of T rows gives round(p T) of them, at least one. T is the greatest for which no
-    part repeats a row (first_exhausted), or the least for which each gives every row (all_exhausted). A part gives
+    A path with share p of an epoch of T rows gives round(p T) of them, at least one. T is the greatest for which no
+    path repeats a row (first_exhausted), or the least for which each gives every row (all_exhausted). A path gives
     its rows as often as they all fit, and once more those that the seed draws.
 
     Args:
-        dataset: the rows of one or several parts, each row once.
-        weights: one for each part, in proportion to its share; none leaves the data set as it is.
+        dataset: the rows of one or several paths, each row once; the files of a folder are one path.
+        weights: one for each path, in proportion to its share; none leaves the data set as it is.
         stopping_strategy: see above; the words are those of `datasets.interleave_datasets`.
         seed: seed of the draw.
 
     Raises:
-        UserError: a part has no rows.
+        UserError: a path has no rows.
     """
     if not weights:
         return dataset
-    of_part = dataset.part_numbers
-    rows = np.bincount(of_part, minlength=len(dataset.parts))
-    for part, count in zip(dataset.parts, rows, strict=True):
+    of_path = dataset.path_numbers
+    rows = np.bincount(of_path, minlength=len(dataset.paths))
+    for path, count in zip(dataset.paths, rows, strict=True):
         if not count:
             raise UserError(
-                f"--data.mixture_weights: no rows of {part.name} are left to mix; drop it from --data.path"
+                f"--data.mixture_weights: no rows of {path} are left to mix; drop it from --data.path"
             )
     relative = np.asarray(weights, np.float64) / max(weights)
     shares = relative / relative.sum()
@@ -100,5 +100,5 @@ def mixed(
         wanted = max(1, round(total * share))
         times = np.full(count, wanted // count)
         times[epoch_order(count, seed, _NO_EPOCH - 1 - number)[: wanted % count]] += 1
-        chosen.append(np.repeat(np.flatnonzero(of_part == number), times))
+        chosen.append(np.repeat(np.flatnonzero(of_path == number), times))
     return dataset.select(np.concatenate(chosen))

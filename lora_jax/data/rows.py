@@ -1,4 +1,4 @@
-"""Where the rows come from: a local file, or a data set on the Hub.
+"""Where the rows come from: local files, or a data set on the Hub.
 
 Hub data sets are read through `datasets`, Parquet files through Arrow. JSON Lines and CSV are parsed here: `datasets`
 reads JSON through Arrow, which gives every row the union of all columns (absent ones as nulls), refuses rows
@@ -8,23 +8,21 @@ and the columns that it has.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any, overload
 
-from lora_jax.data.files import READERS, RowSource
+from lora_jax.data.files import RowSource, kind_of, read_file
 from lora_jax.data.lines import CutFile, Parser
+from lora_jax.data.packed import PACKED
+from lora_jax.data.paths import data_files
 from lora_jax.data.remote import HubRows, read_hub
-from lora_jax.errors import UserError, listing, nearest
-from lora_jax.paths import on_disk
+from lora_jax.errors import UserError
 
 Row = dict[str, Any]
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 class Rows:
@@ -76,24 +74,34 @@ class Rows:
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that are there but not yet read."""
+    """Rows that are there but not yet read: of one file, or of a data set on the Hub."""
 
     path: str
+    """What the user gave: a file, a folder or a pattern that the file is of, or an id on the Hub."""
     split: str
     option: str
     """The option that gave the path, for messages."""
     file: Path | None
     """None for a data set on the Hub."""
+    kept: tuple[range, ...] | None = None
+    """Rows of the file that a slice of several files takes; None takes those of the split."""
 
     @property
     def name(self) -> str:
         """What the user knows the rows by."""
+        return str(self.file) if self.file else self.origin
+
+    @property
+    def origin(self) -> str:
+        """What the user knows the path by."""
         return self.path if self.file else f"{self.path} {self.split}"
 
     @property
     def bytes(self) -> int:
-        """Size of the file; 0 for a data set on the Hub."""
-        return self.file.stat().st_size if self.file else 0
+        """Size of the file, roughly where it is compressed; 0 for a data set on the Hub."""
+        if self.file is None:
+            return 0
+        return self.file.stat().st_size * (4 if self.file.suffix.lower() in PACKED else 1)
 
     def state(self) -> tuple[int, int] | None:
         """Return what changes when the file is written to; None for a data set on the Hub."""
@@ -115,85 +123,104 @@ class Source:
                 digest = file_digest(opened, "sha256").hexdigest()
         except OSError as error:
             raise self.unreadable(error) from error
-        return f"{self.file.suffix.lower()} {digest} {self.split}"
+        kind = (
+            "".join(self.file.suffixes[-2:]).lower()
+            if self.file.suffix.lower() in PACKED
+            else kind_of(self.file)
+        )
+        return f"{kind} {digest} {self.split if self.kept is None else self.kept}"
 
     def read(self) -> Rows:
         """Return the rows, at least one; raises UserError where there are none or they cannot be read."""
         if self.file is None:
-            return self._not_empty(Rows(self.name, self._hub))
+            return self._not_empty(Rows(self.origin, self._hub))
+        rows = self.whole()
+        kept = self.kept or _ranges(self.split, len(rows), f"{self.option} {self.name}")
+        return self._not_empty(_take(rows, kept))
+
+    def whole(self) -> Rows:
+        """Return all rows of the file, at least one; raises UserError where there are none or they cannot be read."""
+        if self.file is None:
+            raise ValueError(f"{self.path} is no file")
         try:
-            source = READERS[self.file.suffix.lower()](self.file)
+            source = read_file(self.file)
         except OSError as error:
             raise self.unreadable(error) from error
         if not len(source):
-            raise UserError(f"{self.option} {self.path}: has no rows; give a file with at least one")
-        return self._not_empty(_take(Rows(self.path, source), self.split, self.option))
+            raise UserError(f"{self.option} {self.name}: has no rows; give a file with at least one")
+        return Rows(self.name, source)
 
     def unreadable(self, error: OSError) -> UserError:
         """Return the error for rows that the system would not let be read."""
         reason = error.strerror or type(error).__name__
-        return UserError(f"{self.option} {self.path}: cannot be read ({reason}); check the file")
+        return UserError(f"{self.option} {self.name}: cannot be read ({reason}); check the file")
 
     def _not_empty(self, rows: Rows) -> Rows:
         if not rows:
-            raise UserError(f"{self.option} {self.path}: split {self.split!r} has no rows; widen the slice")
+            raise _no_rows(self.option, self.name, self.split)
         return rows
 
 
-def find_rows(path: str, split: str, *, option: str = "--data.path") -> Source:
-    """Return the rows of a file or of a Hub data set, not yet read.
+def _no_rows(option: str, name: str, split: str) -> UserError:
+    return UserError(f"{option} {name}: split {split!r} has no rows; widen the slice")
+
+
+def find_rows(path: str, split: str, *, option: str = "--data.path") -> list[Source]:
+    """Return the rows that a path stands for, not yet read: of a Hub data set, of a file, or of each of several files.
 
     Args:
-        path: a .json, .jsonl, .ndjson, .csv or .parquet file; else a data set's id on the Hub, with its
-            configuration after a colon where it has several ("openai/gsm8k:main").
-        split: a split, slices included ("train[:200]", "train[10%:]"); a file has the one split "train".
+        path: a file (see READERS), a folder, a pattern; else a data set's id on the Hub, with its configuration after
+            a colon where it has several ("openai/gsm8k:main").
+        split: a split, slices included ("train[:200]", "train[10%:]"); files have the one split "train", of which a
+            slice takes rows as if they were one file.
         option: the option that gave the path, for messages.
 
     Raises:
         UserError: there is no such path, or a file of another kind.
     """
-    if not path:
-        raise UserError(f"{option}: needed; give a file ({listing(READERS)}) or a Hub id")
-    file = on_disk(path, option)
-    if file.is_dir():
-        found = sorted(child.name for child in file.iterdir() if child.suffix.lower() in READERS)
-        remedy = f"give one of its files: {listing(found)}" if found else f"give a file ({listing(READERS)})"
-        raise UserError(f"{option} {path}: is a folder; {remedy}")
-    if not file.exists():
-        if file.suffix.lower() in READERS or not _HUB_ID.fullmatch(path):
-            raise UserError(f"{option} {path}: no such file; check the path.{_neighbour(file)}")
-        return Source(path, split, option, None)
-    if file.suffix.lower() not in READERS:
-        raise UserError(
-            f"{option} {path}: unknown extension {file.suffix!r}; give a file of {listing(READERS)}"
-        )
-    return Source(path, split, option, file)
+    files = data_files(path, option)
+    sources = [Source(path, split, option, file) for file in files or [None]]
+    if len(sources) == 1 or split in _WHOLE:
+        return sources
+    sizes = [len(source.whole()) for source in sources]
+    taken = _ranges(split, sum(sizes), f"{option} {path}")
+    found, start = [], 0
+    for source, size in zip(sources, sizes, strict=True):
+        own = [range(max(part.start - start, 0), min(part.stop - start, size)) for part in taken]
+        if any(own):
+            found.append(replace(source, kept=tuple(part for part in own if part)))
+        start += size
+    if not found:
+        raise _no_rows(option, path, split)
+    return found
 
 
 def read_rows(path: str, split: str, *, option: str = "--data.path") -> Rows:
     """Return the rows of a file or of a Hub data set, found and read as `find_rows` and `Source.read` do."""
-    return find_rows(path, split, option=option).read()
+    (source,) = find_rows(path, split, option=option)
+    return source.read()
 
 
-def _neighbour(file: Path) -> str:
-    folder = file.parent
-    return nearest(file.name, (child.name for child in folder.iterdir())) if folder.is_dir() else ""
+_WHOLE = ("train", "all")
 
 
-def _take(rows: Rows, split: str, option: str) -> Rows:
-    """Return the part of a file's rows that the split names, by the rules of `datasets` itself."""
-    if split in ("train", "all"):
-        return rows
+def _take(rows: Rows, kept: Sequence[range]) -> Rows:
+    """Return the rows in some ranges."""
+    chosen = kept[0] if len(kept) == 1 else [index for piece in kept for index in piece]
+    return rows if chosen == range(len(rows)) else Rows(rows.name, rows._source, chosen)
+
+
+def _ranges(split: str, size: int, what: str) -> list[range]:
+    """Return the part of so many rows that the split names, by the rules of `datasets` itself."""
+    if split in _WHOLE:
+        return [range(size)]
     from datasets import ReadInstruction  # slow to import, and rarely needed for a file
 
-    sizes = {"train": len(rows), "all": len(rows)}
     try:
-        parts = ReadInstruction.from_spec(split).to_absolute(sizes)
+        parts = ReadInstruction.from_spec(split).to_absolute({"train": size, "all": size})
     except (ValueError, AssertionError) as error:
         raise UserError(
-            f"{option} {rows.name}: split {split!r} is not known; a file has the one split train, and slices "
+            f"{what}: split {split!r} is not known; a file has the one split train, and slices "
             "of it such as train[:200] or train[10%:]"
         ) from error
-    pieces = [range(len(rows))[part.from_ : part.to] for part in parts]
-    chosen = pieces[0] if len(pieces) == 1 else [index for piece in pieces for index in piece]
-    return Rows(rows.name, rows._source, chosen)
+    return [range(size)[part.from_ : part.to] for part in parts]

@@ -62,6 +62,12 @@ class Counts:
     stated: tuple[str, ...] = ()
     """Columns that options name and rows have."""
 
+    @classmethod
+    def of(cls, said: dict[str, Any]) -> Counts:
+        """Return counts from a dict of them that was JSON, which has no tuples."""
+        names = {name: tuple(said[name]) for name in ("unread", "stated")}
+        return cls(**{**said, **names})
+
     def __add__(self, other: Counts) -> Counts:
         return Counts(
             self.empty + other.empty,

@@ -13,7 +13,7 @@ from lora_jax import __version__
 from lora_jax.adapters.notes import Notes, write_notes
 from lora_jax.adapters.peft import export_tensors, saved_config
 from lora_jax.config import RunConfig
-from lora_jax.data.files import READERS
+from lora_jax.data.files import kind_of
 from lora_jax.generate.stops import write_stops
 from lora_jax.hub.adapter_files import write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
@@ -90,7 +90,7 @@ def _on_hub(path: str) -> tuple[str, str | None] | None:
     identifier, _, configuration = path.partition(":")
     file = Path(path).expanduser()
     # A run's files may be gone when its checkpoint is exported.
-    if not looks_like_id(identifier) or file.suffix.lower() in READERS or file.exists():
+    if not looks_like_id(identifier) or kind_of(file) or file.exists():
         return None
     return identifier, configuration or None
 

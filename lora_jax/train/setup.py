@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from lora_jax.config import DataOptions, RunConfig
 from lora_jax.data.dataset import TokenDataset, load_examples
 from lora_jax.data.mixture import hold_out, mixed
 from lora_jax.data.packing import packs
+from lora_jax.data.paths import is_local
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.bitsandbytes import QuantizationConfig
@@ -185,7 +185,7 @@ def evaluation_rows(
         paths, option = {"": data.eval_path}, "--data.eval_path"
     sets = {}
     for name, path in paths.items():
-        split = data.eval_split or ("train" if Path(path).expanduser().exists() else data.split)
+        split = data.eval_split or ("train" if is_local(path) else data.split)
         where = f"{option} {name}".rstrip()
         sets[name] = load_examples(data, tokenizer, path, split, vocab_size, option=where, console=console)
     return sets

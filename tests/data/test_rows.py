@@ -113,8 +113,23 @@ def test_fields_of_csv_are_text_as_written(tmp_path):
         ("a.csv", b"text\nfine\n\xff\n", r"a\.csv line 3: not UTF-8"),
         ("a.csv", b"q,a\n1,2\n1,2,3\n", r"row 2: 3 fields where the header has 2"),
         ("a.parquet", b"PAR1 no more", r"cannot be read as Parquet"),
-        ("a.txt", b"text", r"unknown extension '\.txt'; give a file of \.json"),
-        ("a.jsonl.gz", b"", r"unknown extension '\.gz'"),
+        ("a.md", b"text", r"unknown extension '\.md'; give a file of \.json"),
+        ("a.gz", b"", r"unknown extension '\.gz'; .*name it by what it holds, such as a\.jsonl\.gz"),
+        ("a.parquet.gz", b"", r"unknown extension '\.gz'; .*; unpack it"),
+        (
+            "a.jsonl",
+            b'[\n  {"text": "a"}\n]\n',
+            r"line 1: not valid JSON .*; a file that is one list is named \.json",
+        ),
+        (
+            "a.jsonl",
+            b'{\n  "text": "a"\n}\n',
+            r"line 1: not valid JSON .* as jq -c \. does; this one goes on",
+        ),
+        ("a.json", b'{\n  "text": "a"\n}\n{\n"text": "b"}', r"line 1: not valid JSON .* as jq -c \. does"),
+        ("a.txt", b"fine\n\xff\n", r"a\.txt line 2: not UTF-8 text"),
+        ("a.txt", b"\n \n", r"has no rows"),
+        ("a.tsv", b"q\ta\n1\t2\n1\n", r"row 2: 1 field where the header has 2; put fields that hold tabs"),
     ],
 )
 def test_file_that_cannot_be_read_is_one_clear_error(tmp_path, capfd, name, content, message):
@@ -134,12 +149,6 @@ def test_wrong_path_is_one_clear_error_that_names_the_neighbour(tmp_path):
         read_rows("/nowhere/at/all", "train")
     with pytest.raises(UserError, match=r"--data\.path: needed"):
         read_rows("", "train")
-
-
-def test_folder_is_one_clear_error_that_lists_its_files(tmp_path):
-    write_all(tmp_path)
-    with pytest.raises(UserError, match=r"is a folder; give one of its files: lines\.json, nested\.json"):
-        read_rows(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("split", ["validation", "train[", "train[a:b]", "", "train[:200%]"])

@@ -1,0 +1,131 @@
+"""From what a user gives as data to files: one file, a folder of them, or a pattern."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_jax.data.files import READERS, kind_of
+from lora_jax.data.packed import PACKED
+from lora_jax.errors import UserError, listing, nearest
+from lora_jax.paths import on_disk
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in the names of files that tell splits, as `datasets` has them."""
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files in a folder of data that hold no rows."""
+KINDS = f"{listing(READERS)}, text ones also with {' '.join(PACKED)}"
+
+
+def is_pattern(path: str) -> bool:
+    """Tell whether a path is a pattern, such as "d/*.parquet"; a file may have such a name."""
+    return glob.has_magic(path) and not Path(path).expanduser().exists()
+
+
+def is_local(path: str) -> bool:
+    """Tell whether data is given as something on the disk, not as an id on the Hub."""
+    return is_pattern(path) or Path(path).expanduser().exists()
+
+
+def data_files(path: str, option: str) -> list[Path]:
+    """Return the files that a path stands for, in the order of their names; none where it is an id on the Hub.
+
+    Raises:
+        UserError: there is no such path, it stands for no file, or for one that cannot be data.
+    """
+    if not path:
+        raise UserError(f"{option}: needed; give a file, a folder, a pattern or a Hub id")
+    file = on_disk(path, option)
+    if is_pattern(path):
+        found = [
+            Path(name) for name in sorted(glob.glob(str(file), recursive=True)) if not Path(name).is_dir()
+        ]
+        if not found:
+            raise UserError(f"{option} {path}: no file matches; check the pattern")
+    elif file.is_dir():
+        found = _of_folder(file, option)
+    elif file.exists():
+        found = [file]
+    elif kind_of(file) or not _HUB_ID.fullmatch(path):
+        raise UserError(f"{option} {path}: no such file; check the path.{_neighbour(file)}")
+    else:
+        return []
+    for each in found:
+        _check_file(each, option)
+    return found
+
+
+def _check_file(file: Path, option: str) -> None:
+    if not file.exists():
+        raise UserError(
+            f"{option} {file}: is a link to a file that is not there; remove it, or fetch the file"
+        )
+    if not file.is_file():
+        raise UserError(
+            f"{option} {file}: is a pipe or a device, and rows are read more than once; write them to a file first"
+        )
+    if not kind_of(file):
+        hint = ""
+        if file.suffix.lower() in PACKED:
+            hint = f"; name it by what it holds, such as {file.stem}.jsonl{file.suffix}"
+            if Path(file.stem).suffix.lower() in READERS:
+                hint = "; unpack it"
+        raise UserError(f"{option} {file}: unknown extension {file.suffix!r}; give a file of {KINDS}{hint}")
+
+
+def _of_folder(folder: Path, option: str) -> list[Path]:
+    """Return the files of data in a folder; raises UserError for one whose files are not one data set."""
+    names = sorted(child.name for child in folder.iterdir())
+    if "state.json" in names or "dataset_dict.json" in names:
+        raise UserError(
+            f"{option} {folder}: is a data set that save_to_disk wrote; write it with to_parquet, and give that file"
+        )
+    files = [
+        folder / name
+        for name in names
+        if name not in _ABOUT and not name.startswith((".", "_")) and kind_of(folder / name)
+    ]
+    files = [file for file in files if not file.is_dir()]
+    if not files:
+        below = [name for name in names if (folder / name).is_dir() and _has_data(folder / name)]
+        remedy = f"give one of its folders: {listing(below)}" if below else f"give a file of {KINDS}"
+        raise UserError(f"{option} {folder}: is a folder without data files; {remedy}")
+    plain = {file.name for file in files}
+    for file in files:
+        if file.suffix.lower() in PACKED and file.stem in plain:
+            raise UserError(
+                f"{option} {folder}: holds {file.stem} and {file.name}, the same rows twice; give one of them"
+            )
+    splits = {_split_of(file.name): file.name for file in reversed(files)}
+    if len(splits) > 1:
+        raise UserError(
+            f"{option} {folder}: holds files of several splits ({listing(splits.values())}); give those to read, "
+            f"by a pattern such as '{folder / 'train*'}'"
+        )
+    return files
+
+
+def _has_data(folder: Path) -> bool:
+    return any(kind_of(child) for child in folder.iterdir())
+
+
+def _split_of(name: str) -> str | None:
+    """Return the split that a file's name tells."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((split for split, known in _SPLITS.items() if any(word in known for word in words)), None)
+
+
+def _neighbour(file: Path) -> str:
+    folder = file.parent
+    return nearest(file.name, _names(folder)) if folder.is_dir() else ""
+
+
+def _names(folder: Path) -> Iterable[str]:
+    return (child.name for child in folder.iterdir())
