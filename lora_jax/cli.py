@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     SIGHUP and SIGTERM, 141 where what is printed goes unread; commands that leave files go on then.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _print_all()
     with guarded(lasts=given[:1] != [] and given[0] in LEAVING_FILES):
         return _main(given, program)
 
@@ -90,6 +92,13 @@ def _main(given: list[str], program: str | None) -> int:
             raise
         print(f"error: {known}", file=sys.stderr)
         return EXIT_CODE
+
+
+def _print_all() -> None:
+    """Let characters that the terminal's encoding lacks be printed as escapes; they would end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _mendable(error: Exception, command: str) -> UserError | None:

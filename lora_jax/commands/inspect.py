@@ -64,7 +64,7 @@ def inspect(arguments: Sequence[str], program: str) -> int:
 def inspect_data(options: InspectDataOptions, console: Console | None = None) -> int:
     """Print the first rows as tokens with what is trained; return the exit code."""
     from lora_jax.data.dataset import load_examples
-    from lora_jax.data.inspect import render
+    from lora_jax.data.inspect import encodable, render
     from lora_jax.data.mixture import mixed
     from lora_jax.hub.chat_templates import set_chat_template
     from lora_jax.hub.resolve import resolve
@@ -82,7 +82,9 @@ def inspect_data(options: InspectDataOptions, console: Console | None = None) ->
     found = load_examples(data, tokenizer, data.path, data.split, None, console=console)
     rows = mixed(found, data.mixture_weights, data.stopping_strategy, TrainOptions.seed)
     marks = not console.is_terminal or console.no_color
-    console.print(render(rows, tokenizer, options.limit, marks=marks), soft_wrap=True)
+    console.print(
+        encodable(render(rows, tokenizer, options.limit, marks=marks), console.encoding), soft_wrap=True
+    )
     return 0
 
 

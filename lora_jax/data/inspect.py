@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 OPEN, CLOSE, BOUNDARY = "⟦", "⟧", "·"
 
+_ASCII = str.maketrans({OPEN: "[[", CLOSE: "]]", BOUNDARY: "|", "↵": "\\n"})
+"""What stands for the marks where they cannot be written."""
+
 _TRAINED = ("bold black on green", "bold black on bright_green")
 _CONTEXT = ("default", "dim")
 _UNDECODED = "\ufffd"
@@ -53,6 +56,15 @@ def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, limit: int
     left = len(dataset) - len(chosen)
     if left > 0:
         shown.append(f"\n{left:,} more\n")
+    return shown
+
+
+def encodable(shown: Text, encoding: str) -> Text:
+    """Return what is shown with its marks in ASCII, and without colours, where an encoding lacks the marks."""
+    try:
+        f"{OPEN}{CLOSE}{BOUNDARY}↵".encode(encoding)
+    except UnicodeEncodeError:
+        return Text(shown.plain.translate(_ASCII))
     return shown
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from types import NoneType
@@ -11,6 +12,12 @@ from typing import Any, Literal, get_args, get_origin
 from lora_jax.errors import UserError, listing, nearest
 from lora_jax.options.unknown import in_words, translated
 
+PATHS = (
+    "path", "eval_path", "eval_paths", "output_dir", "output", "adapter", "base", "init_from", "checkpoint", "models",
+)  # fmt: skip
+"""Names of the options that take a path, whatever their section."""
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+"""Bytes of a name, and of a path, that file systems take."""
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _NAMES = re.compile(r"[\w.]+(?:\s*[,\s]\s*[\w.]+)+")
 _NUMBERS: dict[Any, tuple[Callable[[str], float], str]] = {
@@ -59,7 +66,9 @@ def _optional(hint: Any) -> bool:
 def _pairs(name: str, kinds: tuple[Any, ...], values: list[str], label: str) -> list[str]:
     given = f"{label} {' '.join(values)}"
     if len(values) % 2:
-        form = "q_proj 8" if kinds[1] is not str else "NAME FILE"
+        form = (
+            "q_proj 8" if kinds[1] is not str else "NAME COLUMN" if label.endswith("columns") else "NAME FILE"
+        )
         raise UserError(f"{given}: takes pairs; give each name and its value: {form}")
     if (twice := next((key for key in values[::2] if values[::2].count(key) > 1), None)) is not None:
         raise UserError(f"{given}: gives {twice} twice; give it one value")
@@ -102,9 +111,36 @@ def _spelt(kind: Any, text: str) -> str | None:
 
 
 def _text(text: str, label: str) -> str:
+    text = _utf8(text, label)
     if _NAMES.fullmatch(text) and label.endswith(("modules", "modules_to_save", "pattern")):
         apart = " ".join(re.split(r"[,\s]+", text))
         raise UserError(
             f"{label} {text}: is taken as one name; separate names by spaces, without quotes: {apart}"
+        )
+    return text
+
+
+def _utf8(text: str, label: str) -> str:
+    """Return the text of an option; raises UserError where it is not UTF-8, or is a path and cannot be one."""
+    is_path = re.findall(r"\w+", label)[-1] in PATHS
+    shown = text.encode("utf-8", "backslashreplace").decode()
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        try:
+            meant = os.fsencode(text).decode("utf-8")  # UTF-8 where the locale is said to be another
+        except UnicodeError:
+            raise UserError(f"{label} {shown}: is not UTF-8 text; write it in UTF-8") from error
+        return text if is_path else meant
+    if not is_path:
+        return text
+    if "\0" in text:
+        raise UserError(f"{label} {shown!r}: holds a NUL character, which no path does; remove it")
+    longest = max(len(name.encode()) for name in text.split("/"))
+    if longest > _LONGEST_NAME or len(text.encode()) > _LONGEST_PATH:
+        raise UserError(
+            f"{label} {shown}: is too long for a path ({len(text.encode()):,} bytes); give the path of a file or "
+            "folder, not what it holds"
         )
     return text

@@ -1,0 +1,151 @@
+"""Text that options cannot be, and output that a terminal's encoding lacks."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from lora_jax.cli import main
+from lora_jax.commands.export import ExportOptions
+from lora_jax.commands.generate import GenerateOptions
+from lora_jax.commands.merge import MergeOptions
+from lora_jax.commands.quantize import QuantizeOptions
+from lora_jax.config import RunConfig
+from lora_jax.data.inspect import encodable
+from lora_jax.errors import EXIT_CODE
+from lora_jax.options import option_names
+from lora_jax.options.values import PATHS
+from tests.conftest import ROOT
+
+TEXT = '{"text": "' + "a b " * 100 + '"}'
+PLACES = [
+    ("train", "--model.path"),
+    ("train", "--data.path"),
+    ("train", "--data.eval_path"),
+    ("train", "--output_dir"),
+    ("train", "--lora.init_from"),
+    ("merge", "--adapter"),
+    ("merge", "--base"),
+    ("merge", "--output"),
+    ("quantize", "--calibration.path"),
+    ("generate", "--adapter"),
+    ("inspect", "--model.path"),
+    ("report", "--output"),
+    ("eval", "--models"),
+]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(arguments) == EXIT_CODE
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.mark.parametrize(("command", "option"), PLACES)
+def test_text_where_a_path_is_meant_is_one_clear_error(command, option, capsys):
+    """`--data.path "$(cat rows.jsonl)"` ended in a traceback: the name has more bytes than a file system takes."""
+    more = {"inspect": ("data",), "report": ("out",)}.get(command, ())
+    said = refused(capsys, command, *more, option, TEXT)
+    assert f'{option} {{"text": "a b ' in said
+    assert "is too long for a path (412 bytes); give the path of a file or folder, not what it holds" in said
+
+
+def test_names_too_long_that_are_no_options_are_one_clear_error(capsys):
+    for command in ("report", "train"):
+        assert "the name is too long for the file system" in refused(capsys, command, "a" * 300)
+
+
+def test_every_option_that_takes_a_path_is_checked():
+    """Of the options that take any text; one that is added has to be put here or into PATHS."""
+    kinds = (RunConfig, MergeOptions, ExportOptions, QuantizeOptions, GenerateOptions)
+    texts = {
+        name.rpartition(".")[2]
+        for kind in kinds
+        for name, hint in option_names(kind).items()
+        if "str" in str(hint)
+    }
+    others = {name for name in texts - set(PATHS) if "path" in name or "dir" in name or "folder" in name}
+    assert others <= {"layers_to_transform"}
+    assert all(is_dataclass(get_type_hints(RunConfig)[section]) for section in ("model", "data"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "--model.path", "nowhere", "--prompt", "\udcff"),
+        ("generate", "--model.path", "nowhere", "--system", "a\udcff", "--prompt", "b"),
+        ("train", "--train.sample_prompts", "a", "\udcff"),
+        ("merge", "--prompts", "\udcff"),
+        ("train", "--data.path", "\udcff.jsonl"),
+        ("train", "--data.columns", "text", "\udcff"),
+    ],
+)
+def test_option_that_is_not_utf8_is_one_clear_error_before_anything_is_loaded(arguments, capsys):
+    """The tokenizer raised a TypeError after minutes of loading."""
+    assert "is not UTF-8 text; write it in UTF-8" in refused(capsys, *arguments)
+
+
+def test_config_file_is_held_to_the_same(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    for content, said in (
+        (f"data:\n  path: '{TEXT}'\n", "run.yaml: data.path {"),
+        ('output_dir: "a\\0b"\n', "holds a NUL character"),
+    ):
+        file.write_text(content)
+        assert said in refused(capsys, "train", str(file))
+
+
+def test_config_may_be_a_pipe(tmp_path, capsys):
+    """As bash's <(…) is one: a config is read once."""
+    pipe = tmp_path / "run.yaml"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["sh", "-c", f"echo 'nothing: 1' > '{pipe}'"]):
+        assert "nothing: unknown option" in refused(capsys, "train", str(pipe))
+
+
+def test_marks_are_ascii_where_the_encoding_lacks_them() -> None:
+    from rich.text import Text
+
+    shown = Text("a⟦b·c↵\n⟧é")
+    assert encodable(shown, "utf-8") is shown
+    assert encodable(shown, "latin-1").plain == encodable(shown, "ascii").plain == "a[[b|c\\n\n]]é"
+
+
+def test_output_never_ends_in_an_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PYTHONIOENCODING=ascii, and code pages: UnicodeEncodeError with 40 lines."""
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    assert main(["--version"]) == 0
+    print("⟦é⟧")
+    narrow.flush()
+    assert narrow.buffer.getvalue().endswith(b"\\u27e6\\xe9\\u27e7\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+)
+def test_commands_print_in_any_encoding(home: Path, environment: dict[str, str]) -> None:
+    (home / "rows.jsonl").write_text('{"text": "é ü 🙂 a"}\n', encoding="utf-8")
+    for arguments in (
+        ("inspect", "data", "--model.path", str(home / "model"), "--data.path", str(home / "rows.jsonl")),
+        ("train", "--help"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "lora_jax", *arguments],
+            cwd=ROOT, capture_output=True, env=os.environ | environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert b"Traceback" not in done.stderr
