@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,6 +41,7 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.finite import broken_weights
 from lora_jax.models.load import load_params
 from lora_jax.parallel.mesh import make_mesh
+from lora_jax.paths import output_on_disk
 from lora_jax.train.evaluation import Evaluator, asked
 from lora_jax.train.feed import eval_sizes
 from lora_jax.train.in_memory import InMemory
@@ -149,7 +149,7 @@ def evaluate(options: EvalOptions, typed: Collection[str] = (), console: Console
     if not options.json:
         _print_table(console, lines, sets[found[0]], options.generation_metrics)
     if options.output:
-        path = Path(options.output).expanduser()
+        path = output_on_disk(options.output)
         write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
         console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
@@ -165,7 +165,7 @@ def _check(options: EvalOptions) -> None:
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be positive")
     check_installed(options.generation_metrics, SECTION)
-    path = Path(options.output).expanduser()
+    path = output_on_disk(options.output)
     if options.output and path.is_dir():
         raise UserError(f"--output {options.output}: is a folder; give a file")
     if options.output and path.exists() and not options.overwrite:
