@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from lora_jax import __version__
 from lora_jax.cache import keep_compiled
-from lora_jax.errors import EXIT_CODE, INTERRUPTED, UserError, mendable, nearest
+from lora_jax.errors import A_STEP, EXIT_CODE, INTERRUPTED, UserError, mendable, nearest
 from lora_jax.progress import alive, hush
 from lora_jax.streams import Unread, guarded
 
@@ -33,11 +33,6 @@ USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
 
 lora-jax COMMAND --help lists the options of a command.
 """
-A_STEP = (
-    "give --train.per_device_train_batch_size 1 and as many times more --train.gradient_accumulation_steps, "
-    "--train.gradient_checkpointing True, a smaller --data.max_length or --lora.r, or "
-    "--model.load_in_4bit True; lora-jax plan says what a run needs"
-)
 MORE_MEMORY = {
     "train": A_STEP,
     "plan": A_STEP,

@@ -11,6 +11,13 @@ EXIT_CODE = 2
 INTERRUPTED = 130
 """Exit code of what Ctrl-C has ended, as a shell gives it: 128 + SIGINT."""
 
+A_STEP = (
+    "give --train.per_device_train_batch_size 1 and as many times more --train.gradient_accumulation_steps, "
+    "--train.gradient_checkpointing True, a smaller --data.max_length or --lora.r, or "
+    "--model.load_in_4bit True; lora-jax plan says what a run needs"
+)
+"""Remedies where a training step lacks memory, the cheapest first."""
+
 _NO_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED.*(memory|allocat)|out[ _]of[ _]memory|bad_alloc|(failed to|cannot) allocate",
     re.DOTALL | re.IGNORECASE,

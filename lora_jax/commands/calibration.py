@@ -90,6 +90,7 @@ class Calibration:
             option="--calibration.path",
         )
         self._rows = found.select(np.arange(min(options.rows, len(found))))
+        self._positions = config.positions
 
     def tensors(
         self,
@@ -119,6 +120,11 @@ class Calibration:
             lines.append(
                 f"{rows}: outputs of linear layers are off by {fitted:.2%}, rounded to the nearest value by "
                 f"{plain:.2%} (root mean square, mean of {len(self._gain.plain)} layers)"
+            )
+        if (longest := int(self._rows.lengths.max())) > self._positions:
+            lines.append(
+                f"note: the longest row has {longest:,} tokens, and the model was made for {self._positions:,} "
+                f"positions (max_position_embeddings); give --calibration.max_length {self._positions}"
             )
         if self._gain.left_plain:
             modules = sorted({name.split(".")[-2] for name in self._gain.left_plain})

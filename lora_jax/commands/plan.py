@@ -12,11 +12,11 @@ from rich.table import Table
 
 from lora_jax.config import DataOptions, RunConfig, check
 from lora_jax.errors import UserError, listing
+from lora_jax.parallel.memory import size_text
 from lora_jax.plan.estimate import Estimate, estimate
 from lora_jax.plan.subject import read_subject
 from lora_jax.plan.targets import Target, find_target, shown_targets
 from lora_jax.plan.variants import methods, search, what_fits
-from lora_jax.train.report import size_text
 
 TOO_LARGE = 3
 """Exit code of a run that does not fit."""

@@ -94,20 +94,17 @@ def load_joined_tokenizer(source: Path, own: Path | None = None) -> "transformer
         return load_tokenizer(Path(folder))
 
 
-def padding_token_id(tokenizer: "transformers.PreTrainedTokenizerBase") -> int:
+def padding_token_id(tokenizer: "transformers.PreTrainedTokenizerBase", vocab_size: int) -> int:
     """Return an id to fill the ends of rows with, which nothing ever attends to or trains on.
 
-    The pad token where there is one, else a special token that no text holds, else the end token, else 0.
-    The tokenizer and its files stay as they are, so that the end token never turns into padding for those
-    who load them.
+    The pad token where there is one, else a special token that no text holds, else the end token, else 0. An id
+    beyond the model's `vocab_size` rows is passed over: it would be looked up as NaN. The tokenizer and its files
+    stay as they are, so that the end token never turns into padding for those who load them.
     """
-    if tokenizer.pad_token_id is not None:
-        return _single(tokenizer.pad_token_id)
     vocabulary = tokenizer.get_vocab()
-    unused = next((vocabulary[token] for token in _UNUSED_TOKENS if token in vocabulary), None)
-    if unused is not None:
-        return unused
-    return 0 if tokenizer.eos_token_id is None else _single(tokenizer.eos_token_id)
+    unused = [vocabulary.get(token) for token in _UNUSED_TOKENS]
+    wanted = [_single(tokenizer.pad_token_id), *unused, _single(tokenizer.eos_token_id)]
+    return next((token for token in wanted if token is not None and 0 <= token < vocab_size), 0)
 
 
 def end_token_id(tokenizer: "transformers.PreTrainedTokenizerBase") -> int:
@@ -209,5 +206,5 @@ def _read(path: Path) -> bytes:
         raise UserError(f"cannot read {path}: {error.strerror}; check the file and the rights") from error
 
 
-def _single(token_id: Any) -> int:
-    return int(token_id[0] if isinstance(token_id, list) else token_id)
+def _single(token_id: Any) -> Any:
+    return token_id[0] if isinstance(token_id, list) else token_id

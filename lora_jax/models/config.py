@@ -40,10 +40,18 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]
     """Per layer: how many positions a query sees, itself included; None is all."""
     tie_word_embeddings: bool
+    max_position_embeddings: int
+    """Positions that the model was made for, before `rope` stretches them."""
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+
+    @property
+    def positions(self) -> int:
+        """How many positions the model knows; llama3's scaling is counted in max_position_embeddings."""
+        stretch = self.rope.factor if self.rope.rope_type in ("linear", "dynamic") else 1
+        return int(self.max_position_embeddings * stretch)
 
     @property
     def windows_differ(self) -> bool:
@@ -68,6 +76,7 @@ def decoder_config(config: Any, **fields: Any) -> ModelConfig:
         "rope": _rope(config),
         "sliding_windows": (None,) * layers,
         "tie_word_embeddings": bool(config.tie_word_embeddings),
+        "max_position_embeddings": config.max_position_embeddings,
     }
     return ModelConfig(**(given | fields))
 

@@ -34,7 +34,6 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else it waits for no other process that has it loaded, and aborts
     "JAX_PLATFORMS": "cpu",
 }
-"""Holds the bytes that a container may take."""
 GOOGLES = {"v5litepod": "v5e", "v5lite": "v5e"}
 """What Google calls kinds of TPUs in the names of slices, where libtpu's topologies have another word."""
 CUBE = (4, 8, 12, 16)

@@ -61,8 +61,12 @@ class Evaluator:
         """
         self.base, self.sets, self.sizes, self.options = base, sets, sizes, options
         self.interrupted = interrupted
-        self.eval_step = Programs(make_eval_step(base.model), "the evaluation")
-        self.padding_id = padding_token_id(base.tokenizer)
+        self.eval_step = Programs(
+            make_eval_step(base.model),
+            "the evaluation",
+            "give a smaller per_device_eval_batch_size or data.max_length",
+        )
+        self.padding_id = padding_token_id(base.tokenizer, base.model_config.vocab_size)
         self.completions = Completions(base, interrupted)
         self.prompts = [self.completions.encoded(prompt) for prompt in options.sample_prompts]
         self.questions = {name: asked(rows, options, section) for name, rows in sets.items()}

@@ -67,8 +67,8 @@ def run_sizes(run: Run, lengths: Sequence[int] | None = None) -> Sizes:
     `lengths` are those of the steps of the run that is gone on with: which are best depends on the number of steps.
     """
     train, data, mesh = run.config.train, run.config.data, run.mesh
-    passes = train.gradient_accumulation_steps
-    batch = train.per_device_train_batch_size * row_shards(mesh.shape)
+    passes, shards = train.gradient_accumulation_steps, row_shards(mesh.shape)
+    batch = train.per_device_train_batch_size * shards
     per_device = train.per_device_eval_batch_size or train.per_device_train_batch_size
     plan = shaping(data, mesh).plan(
         run.train_rows.lengths,
@@ -79,6 +79,10 @@ def run_sizes(run: Run, lengths: Sequence[int] | None = None) -> Sizes:
     )
     if lengths and lengths[-1] == plan.buckets[-1]:
         plan = replace(plan, buckets=tuple(lengths))
+    # Rows and passes that an epoch cannot fill would be computed in vain.
+    batch = min(batch, -(-len(plan.bins) // shards) * shards)
+    passes = min(passes, -(-len(plan.bins) // batch))
+    plan = replace(plan, per_step=batch * passes)
     steps = train.max_steps
     if steps <= 0:
         steps = math.ceil(train.num_train_epochs * plan.steps_per_epoch)
@@ -115,7 +119,8 @@ class Loop:
         self.train_step = Programs(make_train_step(run.model, optimizer, state_shardings), "the step")
         self.evaluator, self.goal = evaluator, goal
         self.rate = schedule(self.options, sizes.steps)
-        self.feed = Feed(run.train_rows, sizes, run.mesh, padding_token_id(run.tokenizer))
+        padding_id = padding_token_id(run.tokenizer, run.model_config.vocab_size)
+        self.feed = Feed(run.train_rows, sizes, run.mesh, padding_id)
         kept = logs.metrics.kept
         self.cautions = Cautions(run, [text for line in kept for text in line.get(WARNINGS, [])])
         self.evaluations = {line["step"]: found for line in kept if (found := evaluated_figures(line))}
@@ -137,7 +142,7 @@ class Loop:
         self.patience = Patience(
             goal, options.early_stopping_patience, options.early_stopping_threshold, *stand
         )
-        self._warn(self.cautions.before_training())
+        self._warn(self.cautions.before_training(sizes))
         self.cautions.compile(state.trainable)
         if first == 0 and options.eval_on_start:
             self._before_training(state)
@@ -286,7 +291,8 @@ class Loop:
             self.evaluations[step] = evaluation.figures
             self.patience = self.patience.after(evaluation.figures)
         if step > 0:
-            self._warn(self.cautions.about_step(entry, state.trainable))
+            ends = step == self.sizes.steps or self.patience.over
+            self._warn(self.cautions.about_step(entry, state.trainable, ends))
         if step == 1 and 0 not in self.evaluations:
             self._warn(self.cautions.about_start(entry))
         entry = {name: number(value) for name, value in (entry | evaluation.figures).items()}

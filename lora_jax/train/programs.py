@@ -11,6 +11,8 @@ from typing import Any
 import jax
 
 from lora_jax.data.batches import Batch
+from lora_jax.errors import A_STEP
+from lora_jax.parallel.memory import check_fits
 from lora_jax.progress import at, stage
 
 
@@ -20,9 +22,9 @@ class Programs:
     There is one for each shape of batch and structure of the other arguments, whose own shapes stay the same.
     """
 
-    def __init__(self, function: Any, name: str) -> None:
-        """`name` is what a user calls it."""
-        self._function, self._name = function, name
+    def __init__(self, function: Any, name: str, less_memory: str = A_STEP) -> None:
+        """`name` is what a user calls it, `less_memory` what to do where it does not fit."""
+        self._function, self._name, self._less_memory = function, name, less_memory
         self._compiled: dict[Any, Any] = {}
 
     def compile(self, *constant: Any, batches: Collection[Batch]) -> None:
@@ -39,5 +41,15 @@ class Programs:
         if kind not in self._compiled:
             with stage(f"compiling {self._name}"):
                 at(far)
-                self._compiled[kind] = self._function.lower(*arguments).compile()
+                compiled = self._function.lower(*arguments).compile()
+            check_fits(self._name, {"": _taken(compiled)}, self._less_memory)
+            self._compiled[kind] = compiled
         return self._compiled[kind]
+
+
+def _taken(compiled: Any) -> int:
+    """Return the bytes that a program takes while it runs, beside its arguments."""
+    memory = compiled.memory_analysis()
+    if memory is None:  # not every platform says
+        return 0
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -24,20 +24,12 @@ from rich.text import Text
 from lora_jax.adapters.count import trainable_line
 from lora_jax.errors import listing
 from lora_jax.models.sharding import left_whole
+from lora_jax.parallel.memory import size_text
 from lora_jax.progress import shown_by, spoke
 from lora_jax.quant.leaf import is_quantized
 from lora_jax.train.feed import Sizes
 from lora_jax.train.offload import HOST
 from lora_jax.train.setup import Run
-
-
-def size_text(count: float) -> str:
-    """Return bytes as text in binary units."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def tree_bytes(tree: Any) -> int:
@@ -56,7 +48,7 @@ def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> Non
         "trained": f"{trained}, optimiser {optimiser}{_place(opt_state)} ({train.optim})",
         "train": run.train_rows.summary(),
         **_evaluated(run),
-        "a step": f"{sizes.rows_per_step} rows (passes: {train.gradient_accumulation_steps})",
+        "a step": f"{sizes.rows_per_step} rows (passes: {sizes.accumulation})",
         **({} if packing == "none" else {"packing": plan.bins.summary(packing, run.train_rows)}),
         "buckets": plan.summary(),
         "steps": f"{steps:,} ({steps / sizes.steps_per_epoch:.2f} epochs)",

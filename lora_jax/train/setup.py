@@ -32,7 +32,7 @@ from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.finite import broken_weights
-from lora_jax.models.load import load_params, storage_dtype
+from lora_jax.models.load import abstract_params, load_params, storage_dtype
 from lora_jax.models.names import name_table
 from lora_jax.models.open import open_model
 from lora_jax.models.quantization import (
@@ -42,11 +42,13 @@ from lora_jax.models.quantization import (
     resolved_model_options,
 )
 from lora_jax.models.sharding import placed, shardings
+from lora_jax.parallel.memory import check_fits
 from lora_jax.parallel.processes import writes
 from lora_jax.progress import stage
 from lora_jax.train.adapted import adapted, check_full
 from lora_jax.train.in_memory import InMemory
 from lora_jax.train.offload import has_host_memory, offloads_activations
+from lora_jax.train.optim import make_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +119,10 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
         _check_resized(weights, model_config, plan)
         check_unquantized(plan, quantized_weights(checkpoint, model_config, quantization))
     train_rows, eval_rows = _rows(config, tokenizer, model_config.vocab_size)
+    init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
+    stored = storage_dtype(checkpoint, model_config, config.model)
+    _check_memory(config, model_config, plan, abstract_params(model_config, str(stored), quantization))
     params = load_params(weights, model_config, config.model.dtype, quantization, mesh=mesh)
-    key = jax.random.key(config.train.seed)
-    init_key, run_key = jax.random.split(key)
     if plan is None or lora_config is None:
         _check_finite(params, checkpoint, model_config, config)
         frozen, adapter = {}, {}
@@ -135,7 +138,7 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
             )
         if tensors is not None:
             trainable = placed(import_tensors(tensors, trainable, plan, config.lora.init_from), where[0])
-    compute = compute_dtype(config.model, storage_dtype(checkpoint, model_config, config.model), quantization)
+    compute = compute_dtype(config.model, stored, quantization)
     if quantization is not None:
         quantization = replace(quantization, compute_dtype=str(compute))
     model = Decoder(
@@ -162,6 +165,21 @@ def _check_finite(params: Any, checkpoint: Checkpoint, model_config: ModelConfig
     )
     if not bool(finite(params)):
         raise UserError(f"--method full: {broken_weights(checkpoint, model_config, config.model.dtype)}")
+
+
+def _check_memory(config: RunConfig, model_config: ModelConfig, plan: Plan | None, base: Any) -> None:
+    """Raise UserError where base, adapter and optimiser state do not fit into what is free; nothing is made."""
+    trained = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), base)
+    if plan is not None:
+        layers = model_config.num_hidden_layers
+        trained, _ = adapter_shapes(jax.random.key(0), plan, base, layers, "true")
+    optimiser = jax.eval_shape(make_optimizer(config.train, 1).init, trained)
+    held = {"base": base, "trained": trained, "optimiser": optimiser}
+    check_fits("the run", {name: _bytes(tree) for name, tree in held.items()})
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _rows(

@@ -72,8 +72,16 @@ def test_padding_needs_nothing_from_the_user(
 ) -> None:
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, *special, **config))
     before = (tokenizer.pad_token, len(tokenizer), (tmp_path / "tokenizer_config.json").read_bytes())
-    assert padding_token_id(tokenizer) == expected
+    assert padding_token_id(tokenizer, 100) == expected
     assert (tokenizer.pad_token, len(tokenizer), (tmp_path / "tokenizer_config.json").read_bytes()) == before
+
+
+def test_padding_is_a_token_that_the_model_has_a_row_for(tmp_path: Path) -> None:
+    """transformers#18603, levanter#614: a padding token that was added beyond the embedding makes the loss NaN."""
+    tokenizer = load_tokenizer(
+        write_tokenizer(tmp_path, "<e>", "<unk>", "<p>", eos_token="<e>", pad_token="<p>")
+    )
+    assert [padding_token_id(tokenizer, rows) for rows in (6, 5, 4, 3)] == [5, 4, 3, 0]
 
 
 def test_end_token_is_found(tmp_path: Path) -> None:
