@@ -122,7 +122,7 @@ def test_a_start_that_is_no_number_is_warned_of_and_null_in_the_log(
     assert f"warning: start: eval_loss is not finite before the first step: {named}" in printed
     first = metrics(tmp_path / "out")[0]
     assert (first["eval_loss"], first["eval_perplexity"]) == (None, None)
-    assert [text.partition(":")[0] for text in first["warnings"]] == ["leaked", "start"]
+    assert [text.partition(":")[0] for text in first["warnings"]] == ["warmup", "leaked", "start"]
 
 
 def test_a_run_counts_what_it_skips_and_its_figures_and_adapter_are_numbers(
