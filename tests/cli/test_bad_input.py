@@ -137,8 +137,12 @@ DATA: dict[str, Case] = {
         (*TRAIN, "--data.weight_field", "w"),
         "rows.jsonl line 1: no column 'w', only prompt, completion; add it or set --data.weight_field",
     ),
-    "a folder": (nothing, (*TRAIN, "--data.path", "."), "is a folder; give one of its files: rows.jsonl"),
-    "other kind": (write("rows.txt", "a"), (*TRAIN, "--data.path", "rows.txt"), "unknown extension '.txt'"),
+    "a folder": (
+        Path("d").mkdir,
+        (*TRAIN, "--data.path", "d"),
+        "--data.path d: is a folder without data files",
+    ),
+    "other kind": (write("rows.md", "a"), (*TRAIN, "--data.path", "rows.md"), "unknown extension '.md'"),
     "empty": (
         write("rows.jsonl", ""),
         TRAIN,
@@ -152,7 +156,7 @@ DATA: dict[str, Case] = {
     "other columns": (
         write("rows.jsonl", [{"text_": "a", "id": 3}]),
         TRAIN,
-        "rows.jsonl line 1: the columns text_, id fit no format; rename them to one of: messages; prompt and",
+        "rows.jsonl line 1: the columns text_, id fit no format; name the column of plain text with --data.text",
     ),
     "a row without": (
         write("rows.jsonl", [*ROWS, {"prompt": "a"}]),
