@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ROWS, ABOUT = "rows.arrow", "about.json"
 SIZE = 20 * 2**30
 """Bytes that all entries may take; what was used longest ago goes first."""
-LAYOUT = 3
+LAYOUT = 4
 """Changes with what an entry holds, or with the tokens that the same options give."""
 
 ABANDONED = 86400

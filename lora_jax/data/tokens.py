@@ -12,9 +12,10 @@ What is trained, and where the EOS token comes from:
 
 Whether end tokens are trained can be asked for: those of all trained turns, the row's last one, or none.
 
-A BOS token is what the tokenizer adds to plain text and what the template writes into a conversation,
-never both: a conversation is tokenised as transformers' `apply_chat_template` does, without additions, and
-text that starts with a written-out BOS gets no second one. A token that holds a character of a span belongs
+Plain text ends in one EOS, whether or not the tokenizer adds one or the text ends with it. A BOS token is what the
+tokenizer adds to plain text and what the template writes into a conversation, never both: a conversation is tokenised
+as transformers' `apply_chat_template` does, without additions, and text that starts with a written-out BOS gets no
+second one. A token that holds a character of a span belongs
 to the span, and none reaches across its start: what asks for a turn is tokenised without the turn, as it is for
 generation. The first token is never trained: there is nothing to predict it from. Whether a token is
 trained never depends on its id, so a padding token that is also EOS changes nothing.
@@ -32,7 +33,7 @@ from lora_jax.data.formats import ChatExample, CompletionExample, Example
 from lora_jax.data.remarks import Remark
 from lora_jax.data.turns import Span, remarks_of, render_turns, shared_prefix, without_ends
 from lora_jax.errors import UserError
-from lora_jax.hub.tokenizer import end_token_id
+from lora_jax.hub.tokenizer import end_token_id, plain_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +120,7 @@ def encode(
             trained = np.arange(len(ids)) >= read
             remarks = Remark.NONE if example.completion.strip() else Remark.EMPTY
         else:
-            ids = _ended(_plain(example.text, tokenizer), tokenizer)
+            ids = _ended(plain_ids(example.text, tokenizer), tokenizer)
             trained = np.full(len(ids), bool(example.text.strip()))
         if train_on_eos == "none":
             trained[-1:] = False
@@ -129,23 +130,16 @@ def encode(
 
 def _prompted(example: CompletionExample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
     """Return the tokens of a prompt and its completion, and how many of them are only read."""
-    ids = _plain(example.prompt + example.completion, tokenizer)
+    ids = plain_ids(example.prompt + example.completion, tokenizer)
     if example.whole:
         return _ended(ids, tokenizer), 0
-    asked = _plain(example.prompt, tokenizer)
+    asked = plain_ids(example.prompt, tokenizer)
     shared = shared_prefix(asked, ids)
     if example.completion and shared < len(asked):
         apart = [*asked, *_placed_within(example.completion, tokenizer, [])[0]]
         if tokenizer.decode(apart) == tokenizer.decode(ids):
             ids, shared = apart, len(asked)
     return _ended(ids, tokenizer), shared
-
-
-def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens of text taken as it is, with what the tokenizer adds to every text."""
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
-    bos = tokenizer.bos_token_id
-    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
 from lora_jax.data.formats import ChatExample
 from lora_jax.data.tokens import tokenise
 from lora_jax.errors import UserError
-from lora_jax.hub.tokenizer import end_token_id
+from lora_jax.hub.tokenizer import end_token_id, plain_ids, without_double_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,14 +29,19 @@ def encode_prompt(
 ) -> list[int]:
     """Return a prompt's tokens: as a user's turn, the assistant's asked for, or as it is.
 
-    With `chat` the template writes BOS if it wants one; otherwise the tokenizer adds what it adds to every
-    text. Never are there two. Raises UserError, naming the `option` that gave the
-    prompt, where the template refuses the messages or no token comes out.
+    With `chat` the template writes BOS if it wants one; otherwise the tokenizer adds it if it adds it to every text.
+    There are never two, and an EOS that the tokenizer adds is left out, since the model would take the text as done.
+    Raises UserError, naming the `option` that gave the prompt, where the template refuses the messages or no token
+    comes out.
     """
-    text = _asked(prompt, tokenizer, system, option) if chat else prompt
-    ids: list[int] = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
-    bos = tokenizer.bos_token_id
-    ids = ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+    if chat:
+        text = _asked(prompt, tokenizer, system, option)
+        ids = without_double_bos(
+            cast("list[int]", tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
+            tokenizer,
+        )
+    else:
+        ids = plain_ids(prompt, tokenizer)
     if not ids:
         raise UserError(f"{option}: holds no token; write some text")
     return ids

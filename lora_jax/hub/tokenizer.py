@@ -8,7 +8,7 @@ where it is installed.
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.advice import without_advice
@@ -92,6 +92,24 @@ def load_joined_tokenizer(source: Path, own: Path | None = None) -> "transformer
     with TemporaryDirectory() as folder:
         copy_tokenizer(source, Path(folder), own)
         return load_tokenizer(Path(folder))
+
+
+def plain_ids(text: str, tokenizer: "transformers.PreTrainedTokenizerBase") -> list[int]:
+    """Return the tokens of plain text, with what the tokenizer puts in front of every text, and one BOS at most.
+
+    The EOS that some tokenizers put behind every text is left out: a prompt goes on, and an example gets its own.
+    """
+    encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    ids, added = cast("list[int]", encoded["input_ids"]), cast("list[int]", encoded["special_tokens_mask"])
+    if len(ids) > 1 and added[-1] and ids[-1] == _single(tokenizer.eos_token_id):
+        ids = ids[:-1]
+    return without_double_bos(ids, tokenizer)
+
+
+def without_double_bos(ids: list[int], tokenizer: "transformers.PreTrainedTokenizerBase") -> list[int]:
+    """Return tokens without the first where two BOS tokens start them."""
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def padding_token_id(tokenizer: "transformers.PreTrainedTokenizerBase", vocab_size: int) -> int:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from lora_jax.data.formats import ChatExample, CompletionExample, TextExample
 from lora_jax.data.remarks import Remark
@@ -37,6 +38,37 @@ def test_eos_is_appended_once(make_tokenizer):
     plain = tokenise(TextExample("Hello"), tokenizer, 64, "here")
     np.testing.assert_array_equal(written.input_ids, plain.input_ids)
     assert (plain.input_ids == tokenizer.eos_token_id).sum() == 1
+
+
+@pytest.mark.parametrize("bos", ["", "<s> "])
+def test_tokenizer_that_adds_eos_gives_the_tokens_of_one_that_does_not(make_tokenizer, bos):
+    """trl#1283: add_eos_token trained two EOS. The prompt that shares a token with its completion is as without it."""
+    plain, adding = make_tokenizer(add_bos=bool(bos)), make_tokenizer(add_bos=bool(bos))
+    ids = [(token, plain.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos}$A </s>", special_tokens=ids)
+    assert adding("Hello")["input_ids"][-1] == adding.eos_token_id
+    for example in (
+        TextExample("Hello"),
+        TextExample("Hello</s>"),
+        CompletionExample("Hello", " day"),
+        CompletionExample("Hello", " day</s>"),
+        CompletionExample("the ans", "wer"),
+        CompletionExample("", "day"),
+    ):
+        expected, found = (tokenise(example, one, 64, "here") for one in (plain, adding))
+        np.testing.assert_array_equal(found.input_ids, expected.input_ids)
+        np.testing.assert_array_equal(found.trained, expected.trained)
+        assert (found.input_ids == adding.eos_token_id).sum() == 1
+
+
+def test_truncation_and_padding_left_in_tokenizer_json_have_no_effect(make_tokenizer):
+    """llm-compressor#2917: a call's truncation stayed in the tokenizer.json of many published models."""
+    plain, left = make_tokenizer(), make_tokenizer()
+    left.backend_tokenizer.enable_truncation(4)
+    left.backend_tokenizer.enable_padding(length=64)
+    example = CompletionExample("Hello, good day.", " It is a good day.")
+    expected, found = (tokenise(example, one, 64, "here") for one in (plain, left))
+    np.testing.assert_array_equal(found.input_ids, expected.input_ids)
 
 
 def test_eos_is_trained_even_when_it_is_the_padding_token(make_tokenizer):

@@ -1,6 +1,7 @@
 """Prompts as tokens, and where completions end."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from lora_jax.errors import UserError
 from lora_jax.generate.prompt import encode_prompt, end_ids
@@ -38,6 +39,23 @@ def test_there_is_one_bos_token_where_the_tokenizer_adds_it_or_the_template_writ
 
 def test_template_that_writes_no_bos_gets_none(make_tokenizer: MakeTokenizer) -> None:
     assert BOS not in encode_prompt("a", make_tokenizer(add_bos=True), chat=True)
+
+
+@pytest.mark.parametrize("bos", ["", "<s> "])
+def test_prompt_goes_on_where_the_tokenizer_adds_eos_to_every_text(
+    make_tokenizer: MakeTokenizer, bos: str
+) -> None:
+    """vllm#7491: with add_eos_token the prompt ended in EOS, and completions were empty."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos}$A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    assert tokenizer("a")["input_ids"][-1] == EOS
+    assert encode_prompt("a", tokenizer, chat=False) == [
+        *([BOS] if bos else []),
+        *tokenizer.encode("a")[-2:-1],
+    ]
+    assert encode_prompt("a</s>", tokenizer, chat=False)[-1] == EOS
 
 
 def test_prompt_without_a_token_is_one_clear_error(make_tokenizer: MakeTokenizer) -> None:

@@ -105,12 +105,17 @@ def test_no_tokenizer_is_one_clear_error(tmp_path: Path) -> None:
         ("tokenizer.json", "{"),
         ("tokenizer.json", '{"version": "1.0", "model": {"type": "Unheard"}}'),
         ("tokenizer.json", "[]"),
-        ("tokenizer_config.json", '{"eos_token": '),
     ],
 )
 def test_malformed_tokenizer_is_one_clear_error(tmp_path: Path, name: str, content: str) -> None:
     (write_tokenizer(tmp_path) / name).write_text(content)
     with pytest.raises(UserError, match=r"^the tokenizer cannot be read: .*; download tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_malformed_settings_of_a_tokenizer_are_one_clear_error(tmp_path: Path) -> None:
+    (write_tokenizer(tmp_path) / "tokenizer_config.json").write_text('{"eos_token": ')
+    with pytest.raises(UserError, match=r"^tokenizer_config\.json is not valid JSON: .*; download it again$"):
         load_tokenizer(tmp_path)
 
 
