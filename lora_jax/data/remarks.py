@@ -17,6 +17,8 @@ class Remark(IntFlag):
     """A trained turn or completion is empty: its end token alone is trained."""
     CONTROL = 8
     """The text of a message holds a control token."""
+    DATED = 16
+    """The chat template writes the date of the day."""
 
 
 WORDS = {
@@ -24,5 +26,6 @@ WORDS = {
     Remark.KEPT: "with words put back that the chat template cuts out of the last turn",
     Remark.EMPTY: "with an empty answer, of which the end token alone is trained",
     Remark.CONTROL: "with control tokens within a message",
+    Remark.DATED: "with the date of the day, which the chat template writes",
 }
 """What a row is, in the order in which that is said."""

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message that hold what the assistant thought before it spoke."""
 _ANSWERING = ("function", "ipython")
@@ -133,8 +135,25 @@ class Renderer:
 
         words: dict[str, Any] = {**self.tokenizer.special_tokens_map, **self.chat.words, **how}
         return render_jinja_template(  # pyright: ignore[reportReturnType]
-            [messages], tools=self.chat.tools, chat_template=self.template, **words
+            [messages], tools=self.chat.tools, chat_template=self._at_one_time[0], **words
         )
+
+    @property
+    def dated(self) -> bool:
+        """The text holds the date of the day."""
+        return any(date in self.text for date in self._at_one_time[1] if date)
+
+    @cached_property
+    def _at_one_time(self) -> tuple[str, list[str]]:
+        """The template with the local time written out, one for all renderings of a row, and what is written."""
+        now = datetime.now()
+        dates: list[str] = []
+
+        def written(call: re.Match[str]) -> str:
+            dates.append(now.strftime(call[2]))
+            return repr(dates[-1])
+
+        return _DATE.sub(written, self.template), dates
 
 
 def holds(text: str, message: Message) -> bool:

@@ -94,7 +94,8 @@ def render_turns(chat: ChatExample, tokenizer: PreTrainedTokenizerBase, where: s
         spans = conversation.spans_of_marks(text, conversation.marked)
     else:
         spans = conversation.spans_of_turns(text, conversation.turns)
-    return conversation.ended(conversation.restored(Rendered(text, spans)))
+    rendered = conversation.ended(conversation.restored(Rendered(text, spans)))
+    return replace(rendered, remarks=rendered.remarks | Remark.DATED) if conversation.dated else rendered
 
 
 def without_ends(

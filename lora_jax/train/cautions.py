@@ -11,6 +11,7 @@
     lost_words        trained words that the chat template leaves out or changes
     empty_answers     rows that train nothing but an end token
     control_tokens    rows with control tokens within a message
+    date              rows with the date of the day, which the chat template writes
     duplicates        more than 5 % of the training rows repeat another
     leaked            rows of an evaluation set are also trained on
     start             the loss before the first step is far worse than that of guessing evenly, ln(vocabulary), or that
@@ -68,6 +69,13 @@ _REMARKED = {
     ),
     Remark.EMPTY: ("empty_answers", "they teach the model to say nothing; remove them if that is not meant"),
     Remark.CONTROL: ("control_tokens", "the model reads them as the ends and starts of turns; remove them"),
+    Remark.DATED: (
+        "date",
+        (
+            "the model learns that one day, and resuming on another takes the cached tokens; give a copy of the "
+            "template with a fixed date as --data.chat_template"
+        ),
+    ),
 }
 """What is warned of among the remarks about rows: a name, and what can be done."""
 ADAM_LIKE = ("adamw", "adamw8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor")

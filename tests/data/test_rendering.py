@@ -153,6 +153,20 @@ def test_words_that_the_template_loses_are_told_and_whitespace_is_not(read, temp
     assert found[0].remarks == Remark[remarks]
 
 
+def test_rows_with_the_date_that_the_template_writes_are_told(read):
+    """unsloth#881, text-generation-inference#2987: Llama 3.2's and Mistral Small's templates write today's date."""
+    dated = "{% set now = strftime_now('%d %b %Y, %f') %}{% if messages[0].role != 'system' %}{{ now }}\n{% endif %}"
+    found, said = read(
+        dated + TEMPLATES["chatml"],
+        {"messages": [USER, ANSWER]},
+        {"messages": [{"role": "system", "content": "Add."}, USER, ANSWER]},
+    )
+    assert said == "It is 5.<|im_end|>"
+    assert [row.remarks for row in found] == [Remark.DATED, Remark.NONE]
+    assert "1 row with the date of the day, which the chat template writes" in found.summary()
+    assert "with a fixed date as --data.chat_template" in str(about_rows(found)["date"])
+
+
 def test_empty_answers_and_control_tokens_in_messages_are_counted_and_told(read, make_tokenizer):
     """An empty answer teaches to say nothing; "<|im_end|>" in a message ends it for the model."""
     empty = {"messages": [USER, {**ANSWER, "content": ""}]}
