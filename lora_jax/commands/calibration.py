@@ -18,6 +18,7 @@ from lora_jax.data.dataset import load_examples
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.bitsandbytes import QuantizationConfig
+from lora_jax.hub.chat_templates import set_chat_template
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models.calibration import Gain, Rows, calibrated_tensors
@@ -50,6 +51,8 @@ class CalibrationOptions:
     """Column that holds the text in the format text."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns of other names: our name, then the file's, or none for a column that is to be left out."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's, like data.chat_template; give the one that is to be trained with."""
 
 
 def check_calibration(options: CalibrationOptions, model: ModelOptions, typed: Collection[str]) -> None:
@@ -81,13 +84,10 @@ class Calibration:
             max_length=options.max_length,
             text_field=options.text_field,
         )
+        tokenizer = load_tokenizer(folder)
+        set_chat_template(tokenizer, options.chat_template, "--calibration.chat_template")
         found = load_examples(
-            data,
-            load_tokenizer(folder),
-            options.path,
-            options.split,
-            config.vocab_size,
-            option="--calibration.path",
+            data, tokenizer, options.path, options.split, config.vocab_size, option="--calibration.path"
         )
         self._rows = found.select(np.arange(min(options.rows, len(found))))
         self._positions = config.positions
@@ -149,6 +149,7 @@ class Calibration:
             "rows": self._rows.rows,
             "tokens": self._rows.tokens,
             "max_length": options.max_length,
+            **({} if options.chat_template is None else {"chat_template": options.chat_template}),
             "output_error": float(np.mean(gain.calibrated)) if gain.calibrated else None,
             "output_error_of_nearest": float(np.mean(gain.plain)) if gain.plain else None,
             "rounded_to_nearest": gain.left_plain,

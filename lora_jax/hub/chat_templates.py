@@ -88,7 +88,9 @@ _AS_TEXT = ("zephyr",)
 """Templates whose tags are plain text."""
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, chosen: str | None) -> None:
+def set_chat_template(
+    tokenizer: PreTrainedTokenizerBase, chosen: str | None, option: str = "--data.chat_template"
+) -> None:
     """Give a tokenizer the template of that file or name; None leaves it its own.
 
     Raises:
@@ -97,7 +99,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chosen: str | None) ->
     if chosen is None:
         return
     name = _ALSO.get(chosen.lower(), chosen.lower())
-    option = f"--data.chat_template {chosen}"
+    option = f"{option} {chosen}"
     text = _read(chosen, option) if name not in BUILT_IN else BUILT_IN[name]
     if name in BUILT_IN:
         known = tokenizer.get_vocab()

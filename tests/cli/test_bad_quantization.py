@@ -302,6 +302,11 @@ COMMANDS: dict[str, Case] = {
         (*CALIBRATE, "--calibration.split", "test"),
         "--calibration.path rows.jsonl: split 'test' is not known",
     ),
+    "calibrate with an unknown template": (
+        nothing,
+        (*CALIBRATE, "--calibration.chat_template", "alpacca"),
+        "--calibration.chat_template alpacca: neither a file nor a template's name; Perhaps you meant 'alpaca'?",
+    ),
     "calibrate the quantised": (
         nothing,
         (*AGAIN, "--calibration.path", "rows.jsonl"),

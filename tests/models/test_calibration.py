@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.commands.calibration import Calibration, CalibrationOptions
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
@@ -127,6 +128,20 @@ def test_fp4_without_double_quantisation_gains_too(folder: Path) -> None:
     found = notes(folder / "fp4")
     assert found["output_error"] < 0.8 * found["output_error_of_nearest"]
     assert open_base(folder / "fp4").params["layers"]["mlp"]["up_proj"]["kernel"].shape[0] == LAYERS
+
+
+def test_conversations_take_the_chat_template_that_is_given(tmp_path: Path) -> None:
+    """A base without a template was told to give --data.chat_template, which `quantize` does not have."""
+    model = write_checkpoint(tmp_path / "model", WIDE)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])
+    config = read_config(WIDE, model)
+    with pytest.raises(UserError, match=r"no chat template .*; name one with --calibration\.chat_template"):
+        Calibration(CalibrationOptions(str(rows)), model, config)
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}</s>{% endfor %}"
+    (tmp_path / "own.jinja").write_text(template)
+    chosen = CalibrationOptions(str(rows), chat_template=str(tmp_path / "own.jinja"))
+    assert any("8 tokens are fewer" in line for line in Calibration(chosen, model, config).lines())
 
 
 def test_modules_that_are_skipped_or_whose_blocks_run_over_ends_of_rows_are_left_as_ever(
