@@ -146,14 +146,19 @@ def _leaving_nothing() -> Iterator[None]:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the program with 0, as it does later in a run, while Python only imports what the run needs."""
+    """Let SIGTERM end the program with 0, as it does later in a run, while Python only imports what the run needs.
+
+    SIGHUP, that the terminal is gone, is ignored, as later too.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    hangup_before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
     finally:
+        signal.signal(signal.SIGHUP, hangup_before)
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # as `Signals` may leave it
             signal.signal(signal.SIGTERM, before)
 
