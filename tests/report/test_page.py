@@ -318,7 +318,10 @@ def test_long_curve_is_drawn_whole_beside_its_running_mean(copied: Copy) -> None
     [
         ([], "report: needs the output folder of a run"),
         (["nowhere"], "report nowhere: no such folder"),
-        (["gs://bucket/run"], "report gs://bucket/run: is read from the disk alone; copy it first"),
+        (
+            ["gs://bucket/run"],
+            "report gs://bucket/run: inputs are read from the disk; copy it there first (gcloud ",
+        ),
         (["empty"], "report empty: holds neither metrics.jsonl nor config.yaml, so it is no run"),
         (["run", "--output", "empty"], "--output empty: is a folder; give a file"),
         (["run", "--ouput", "x"], "--ouput: unknown option"),
