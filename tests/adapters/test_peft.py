@@ -132,6 +132,7 @@ def test_rows_added_to_the_vocabulary_are_the_adapters(tmp_path: Path) -> None:
         open_adapter(tmp_path, base.config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "unequal"])
 def test_adapter_folded_for_vllm_has_one_rank_and_scale_1_and_is_equal(tmp_path: Path, name: str) -> None:
     base = tiny_base(tmp_path / "base", "llama-biases")

@@ -79,6 +79,7 @@ def test_adapter_and_merged_model_stop_where_training_taught_it_to(
     assert stops(tmp_path / "again") == (both, both)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_trained_whole_stops_there_too(chatty: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     shutil.copytree(chatty / "model", tmp_path / "model", dirs_exist_ok=True)

@@ -34,6 +34,8 @@ from tests.tiny import (
     write_checkpoint,
 )
 
+pytestmark = pytest.mark.slow
+
 WIDE = CONFIGS["qwen2-tied"] | GROUPED
 NF4 = QuantizationConfig(bits=4, quant_type="nf4", use_double_quant=True)
 

@@ -46,6 +46,7 @@ def test_noise_is_uniform_within_alpha_over_the_root_of_tokens_times_features() 
         assert abs(row.mean()) < 0.02 * bound
 
 
+@pytest.mark.slow
 def test_a_packed_row_has_noise_by_the_length_of_each_text() -> None:
     segments = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 3]])
     assert segment_lengths(segments)[:, :5].tolist() == [[3, 3, 3, 2, 2], [6] * 5]

@@ -24,6 +24,7 @@ def options(config_file: Path) -> RunConfig:
     )
 
 
+@pytest.mark.slow
 def test_methods_differ_in_what_is_held(config_file: Path) -> None:
     target = find_target("cpu")
     held = {
@@ -37,6 +38,7 @@ def test_methods_differ_in_what_is_held(config_file: Path) -> None:
     assert full.optimizer >= 2 * full.adapter  # AdamW's moments, in float32 as the parameters
 
 
+@pytest.mark.slow
 def test_figures_that_were_kept_go_by_the_memory_that_there_is_now(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +90,7 @@ def test_search_tries_nothing_that_training_would_refuse(config_file: Path) -> N
     assert [one.config.train.gradient_checkpointing for one in found] == [True]
 
 
+@pytest.mark.slow
 def test_search_finds_nothing_where_nothing_fits(tmp_path: Path) -> None:
     prepare_environment()
     wide = options(write_config(tmp_path, vocab_size=2**33))

@@ -155,6 +155,7 @@ def lowered(chip: str, one: Tile | None, transposed: bool, dtype: Any, stack: tu
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("chip", ALL)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("lookup", LOOKUPS)

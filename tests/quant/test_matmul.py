@@ -18,6 +18,8 @@ from lora_jax.quant.quantize import quantize, quantize_int8
 from lora_jax.quant.stack import empty_stack, place
 from tests.quant.reference import IN, OUT
 
+pytestmark = pytest.mark.slow
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Relative to the sum of the products' sizes: rounding of each weight and of the result, and of the sums in float32.
 BOUNDS = {"float32": 2e-6, "bfloat16": 2**-7}

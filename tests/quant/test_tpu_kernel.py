@@ -124,6 +124,7 @@ def test_nothing_leaks_from_memory_that_was_never_written(rows: int, outs: int, 
     check(37, rows, outs, 2, "bfloat16", "nf4", Tiles(16, 256, 128, lookup), POISONED, 0)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [None, *CHIPS])
 def test_tiles_of_each_chip_give_the_product(name: str | None) -> None:
     with compiling_for(name):
@@ -195,6 +196,7 @@ def temporary(program: Any, arguments: Any) -> int:
 LARGE = {"whole": (512, 16384, 16384), "ragged": (72, 16384 + 64, 16384 + 128)}
 
 
+@pytest.mark.exhaustive
 @compiled_for_tpu
 @pytest.mark.parametrize("name", CHIPS)
 @pytest.mark.parametrize("lookup", ["tree", "gather"])

@@ -17,6 +17,8 @@ from lora_jax.train.adam8bit import MIN_SIZE
 from lora_jax.train.optim import make_optimizer
 from tests.quant.reference import unsigned_map
 
+pytestmark = pytest.mark.slow
+
 RATE, B1, B2, EPS, DECAY = 0.01, 0.9, 0.99, 1e-6, 0.1
 OPTIONS = TrainOptions(
     optim="adamw8bit", learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=0, weight_decay=DECAY,

@@ -181,6 +181,7 @@ def test_stacks_whose_b_is_all_zero_are_named_and_a_layer_without_an_adapter_doe
     assert matrices({"lm_head": {"kernel": jnp.zeros((4, 4))}}) == {}
 
 
+@pytest.mark.slow
 def test_a_run_that_changes_nothing_and_asks_for_too_much_says_so_before_its_first_step(
     model: Path, tmp_path: Path
 ) -> None:

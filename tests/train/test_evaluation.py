@@ -92,6 +92,7 @@ def test_prompts_are_completed_at_each_evaluation_and_before_the_first_step(
     assert len({line["text"] for line in lines}) > 2
 
 
+@pytest.mark.slow
 def test_without_the_evaluation_at_the_start_the_rest_of_a_run_is_the_same(
     watched: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,7 @@ def until(condition: object, process: subprocess.Popen[str]) -> None:
     raise AssertionError("too slow")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(("winner", "loser"), list(itertools.product(STARTS, STARTS)))
 def test_of_two_runs_in_one_folder_one_wins_however_they_are_started(

@@ -51,6 +51,7 @@ def chunked_loss(model: Decoder, trainable: Any, constant: Any, hidden: Any, tar
     return summed_loss(model, trainable, constant, hidden, targets, scale, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_chunked_loss_and_gradients_are_those_of_all_logits_at_once(head: str, tmp_path: Path) -> None:
     name, config = HEADS[head]
@@ -90,6 +91,7 @@ def test_evaluation_and_training_see_one_loss(base: Base) -> None:
     np.testing.assert_allclose(value, loss(hidden, targets, scale), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_head_without_trained_leaves_gives_gradients_to_the_hidden_states_alone(base: Base) -> None:
     constant = head_variables({"params": base.params, "adapter": {}}, base.config.tie_word_embeddings)
     hidden = jnp.ones((ROWS, LENGTH, 32))
@@ -109,6 +111,7 @@ def test_the_loss_of_huge_logits_is_finite() -> None:
     assert token_losses(logits, jnp.asarray([1])) == pytest.approx(2e4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [1, 2, 4])
 def test_no_buffer_of_the_compiled_step_holds_all_positions_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: int
@@ -137,6 +140,7 @@ def test_no_buffer_of_the_compiled_step_holds_all_positions_logits(
     assert compiled.memory_analysis().temp_size_in_bytes < rows * length * 5003 * 4 / 2
 
 
+@pytest.mark.slow
 def test_dropout_of_an_adapted_head_differs_between_chunks_and_repeats_with_its_key(base: Base) -> None:
     _, _, trainable, adapter = adapted(base, lora(target_modules=("lm_head",)))
     constant = head_variables(
@@ -179,6 +183,7 @@ def test_a_token_without_a_number_for_a_logit_is_not_right() -> None:
     assert right_tokens(logits, jnp.asarray([0, 1])).tolist() == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_a_head_in_blocks_of_the_vocabulary_gives_what_the_whole_head_gives(
@@ -220,6 +225,7 @@ def test_a_head_in_blocks_of_the_vocabulary_gives_what_the_whole_head_gives(
         )
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_vocabulary_beyond_a_block(tmp_path: Path) -> None:
     """Temporaries of a head and its gradient, the table aside: twice the vocabulary takes no more."""
     model_of = {vocab: {**CONFIGS["llama-tied"], "vocab_size": vocab} for vocab in (2 * BLOCK, 4 * BLOCK)}

@@ -55,6 +55,7 @@ def leaves() -> Any:
     return {"module": {name: jnp.ones((3, 2)) for name in names}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", OPTIMISERS)
 def test_weight_decay_shrinks_matrices_and_neither_biases_nor_norms(optim: Any) -> None:
     options = TrainOptions(
@@ -105,6 +106,7 @@ def test_every_optimiser_lowers_a_loss(optim: Any) -> None:
     assert all(map(math.isfinite, values))
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_by_their_global_norm() -> None:
     gradients = {"a": {"lora_A": jnp.full(2, 3.0)}, "b": {"lora_B": jnp.full(2, 4.0)}}  # norm sqrt(50)
     clipping = TrainOptions(

@@ -22,6 +22,8 @@ from lora_jax.quant.leaf import is_quantized
 from tests.runs import metrics, run, timeless, train_arguments
 from tests.tiny import CONFIGS, GROUPED, Base, adapted_logits, open_base, text, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 FOUR = ("--model.load_in_4bit", "True")
 DOUBLE = QuantizationConfig(4, "nf4", True, skip_modules=())
 
