@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from lora_jax import __version__
 from lora_jax.cache import keep_compiled
 from lora_jax.errors import A_STEP, EXIT_CODE, INTERRUPTED, UserError, mendable, nearest
+from lora_jax.hub.advice import leave_torch_out
 from lora_jax.progress import alive, hush
 from lora_jax.streams import Unread, guarded
 
@@ -106,6 +107,7 @@ def run(arguments: Sequence[str] | None = None, program: str | None = None) -> N
     After an error the program ends at once: threads of a checkpoint that failed would wait minutes for one another.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    leave_torch_out()
     with alive(f"lora-jax {' '.join(given[:1])}".strip()):
         code = main(given, program)
     if code == EXIT_CODE:

@@ -1,20 +1,43 @@
-"""Importing transformers without its advice to install PyTorch, which is needed nowhere here."""
+"""Importing transformers without PyTorch, which nothing here needs, and without its advice to install it."""
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
+
+_program = False
+
+
+def leave_torch_out() -> None:
+    """Keep transformers from importing PyTorch in this process, where that takes seconds and some 200 MiB.
+
+    It is for our own programs: transformers' models do not work afterwards, which whoever imports this package may want.
+    """
+    global _program
+    _program = True
 
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Keep transformers from advising to install PyTorch, which it does when it is first imported."""
-    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    """Import transformers quietly, and as if PyTorch were not installed where the program says so."""
+    with _set(os.environ, "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"):
+        if not _program or "torch" in sys.modules:
+            yield
+            return
+        modules: Any = sys.modules
+        with _set(modules, "torch", None):  # None says that there is no such module; transformers asks once
+            yield
+
+
+@contextmanager
+def _set(mapping: MutableMapping[str, Any], name: str, value: Any) -> Iterator[None]:
+    before = mapping.get(name)
+    mapping[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            del mapping[name]
         else:
-            os.environ[name] = before
+            mapping[name] = before

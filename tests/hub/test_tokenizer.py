@@ -144,6 +144,25 @@ assert "TRANSFORMERS_NO_ADVISORY_WARNINGS" not in os.environ
     assert "PyTorch" in run(hide + "import transformers")  # else this test would show nothing
 
 
+def test_a_program_imports_no_torch_with_a_config_though_it_is_installed(tmp_path: Path) -> None:
+    """Importing torch took 4 s of a start and 230 MiB; it is there for others afterwards."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise SystemExit('torch is imported')")
+    (tmp_path / "torch-2.9.0.dist-info").mkdir()
+    (tmp_path / "torch-2.9.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.9.0\n")
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from importlib.util import find_spec
+from lora_jax.hub.advice import leave_torch_out, without_advice
+leave_torch_out()
+with without_advice():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+print(CONFIG_MAPPING["llama"].__name__, find_spec("torch") is not None)
+"""
+    assert run(program, str(tmp_path)).split() == ["LlamaConfig", "True"]
+
+
 def test_tokenizer_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     source = write_tokenizer(tmp_path / "source", "<e>")
     (tmp_path / "blob").write_bytes(b"\x00\xffmodel")
