@@ -1,9 +1,9 @@
 """Where work of earlier runs is kept: JAX's compiled programs, and the tokens of data sets.
 
-JAX's persistent compilation cache is on by default: what took more than a second to compile is compiled once.
+JAX's persistent compilation cache is on by default, for small programs too: a start compiles dozens of them.
 
 JAX's own variables go before: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps
-nothing, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is the second.
+nothing, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says what a program has to take to compile to be kept.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ FOLDER = Path(".cache", "lora_jax", "compiled")
 """In the home of the user."""
 SIZE = 5 * 2**30
 """Bytes that the folder may take; what was used longest ago goes first."""
+SHORTEST = 0.02
+"""Seconds from which on compiling takes longer than reading the program back."""
 
 
 def token_folder() -> Path | None:
@@ -30,6 +32,7 @@ def token_folder() -> Path | None:
 
 def keep_compiled() -> None:
     """Name a folder in the home to JAX, before it is imported; where none can be written to, nothing is kept."""
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(SHORTEST))
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     try:

@@ -105,7 +105,10 @@ class Store(Sequence[Tokens]):
         table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
         self._batches = [_Batch(batch) for batch in table.to_batches()]
         self._starts = np.cumsum([0, *(batch.rows for batch in self._batches)])
-        self.columns = {name: table.column(name).to_numpy() for name in SCALARS}
+        columns = {name: [np.zeros(0, dtype)] for name, dtype in SCALARS.items()}
+        for name, parts in columns.items():
+            parts += [np.from_dlpack(chunk) for chunk in table.column(name).chunks]
+        self.columns = {name: np.concatenate(parts) for name, parts in columns.items()}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -151,14 +154,19 @@ class Store(Sequence[Tokens]):
 
 
 class _Batch:
-    """One record batch, its tokens as a view of the file."""
+    """One record batch, its tokens as a view of the file.
+
+    Arrow's own `to_numpy` would import pandas where that is installed, for a second or so.
+    """
 
     def __init__(self, batch: Any) -> None:
         tokens, trained = batch.column("input_ids"), batch.column("trained")
         self.rows = batch.num_rows
-        self._offsets = tokens.offsets.to_numpy()
-        self.ids = tokens.values.to_numpy()
-        self._trained = trained.values
+        self._offsets = np.from_dlpack(tokens.offsets)
+        self.ids = np.from_dlpack(tokens.values)
+        bits = trained.values
+        self._bits = np.frombuffer(bits.buffers()[1] or b"", np.uint8)
+        self._first_bit = bits.offset
 
     @property
     def lengths(self) -> np.ndarray:
@@ -166,5 +174,6 @@ class _Batch:
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         start, end = int(self._offsets[index]), int(self._offsets[index + 1])
-        bits = self._trained.slice(start, end - start)
-        return self.ids[start:end], bits.to_numpy(zero_copy_only=False)
+        first, last = self._first_bit + start, self._first_bit + end
+        bits = np.unpackbits(self._bits[first // 8 : -(-last // 8)], bitorder="little").view(bool)
+        return self.ids[start:end], bits[first % 8 :][: end - start]

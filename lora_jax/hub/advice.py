@@ -12,7 +12,7 @@ _program = False
 def leave_torch_out() -> None:
     """Keep transformers from importing PyTorch in this process, where that takes seconds and some 200 MiB.
 
-    It is for our own programs: transformers' models do not work afterwards, which whoever imports this package may want.
+    Only for our own programs: transformers' models do not work afterwards, and who imports this package may want them.
     """
     global _program
     _program = True

@@ -118,7 +118,7 @@ class Loop:
         optimizer = make_optimizer(self.options, sizes.steps)
         self.train_step = Programs(make_train_step(run.model, optimizer, state_shardings), "the step")
         self.evaluator, self.goal = evaluator, goal
-        self.rate = schedule(self.options, sizes.steps)
+        self.rate = jax.jit(schedule(self.options, sizes.steps))  # one program, not one for each operation
         padding_id = padding_token_id(run.tokenizer, run.model_config.vocab_size)
         self.feed = Feed(run.train_rows, sizes, run.mesh, padding_id)
         kept = logs.metrics.kept
