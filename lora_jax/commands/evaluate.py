@@ -139,7 +139,7 @@ def evaluate(options: EvalOptions, typed: Collection[str] = (), console: Console
         found = candidates(options.model, options.adapter, options.models, options.base, typed)
         for one in found:
             for note in one.notes:
-                print(f"note: {one.adapter}: {note}", file=sys.stderr)
+                print(f"note: {one.adapter or one.base}: {note}", file=sys.stderr)
         sets = _sets_of(found, options, console)
         for group in on_one_base(found):
             for line in _measured(group, sets, options, mesh):
@@ -200,10 +200,16 @@ def _sets(options: EvalOptions, tokenizer: Any, vocab_size: int, console: Consol
 
 
 def on_one_base(found: Sequence[Candidate]) -> list[list[Candidate]]:
-    """Return the candidates in groups that share a base in memory, in the order that the bases are named in."""
+    """Return the candidates in groups that share a base in memory, in the order that the bases are named in.
+
+    Candidates share a base only if it is quantised the same way for all of them, and no adapter brings weights for it.
+    """
     groups: dict[Any, list[Candidate]] = {}
     for one in found:
-        groups.setdefault((one.opened.checkpoint.folder, one.opened.config), []).append(one)
+        opened, checkpoint = one.opened, one.opened.checkpoint
+        alone = one if checkpoint.replaced else None
+        key = (checkpoint.folder, opened.config, opened.quantization, alone)
+        groups.setdefault(key, []).append(one)
     return list(groups.values())
 
 

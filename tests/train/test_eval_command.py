@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from lora_jax.cli import main
 from lora_jax.commands.candidates import candidates
 from lora_jax.commands.evaluate import from_file, on_one_base
 from lora_jax.config import ModelOptions
+from lora_jax.hub.adapter_files import read_adapter, write_adapter
 from lora_jax.models.families import read_config
+from lora_jax.models.names import EMBEDDING_NAME
+from lora_jax.models.open import open_model
 from tests.runs import ROWS, metrics, run, train_arguments, write_rows
 from tests.tiny import CONFIGS, GROUPED, random_tensors, write_checkpoint
 
@@ -104,6 +108,34 @@ def test_adapters_of_one_base_share_it_and_other_bases_wait(
     found = candidates(ModelOptions(), (adapter,), (str(other),), True, ())
     assert [[one.base for one in group] for group in on_one_base(found)] == [[str(model)] * 2, [str(other)]]
     assert all(one.opened.adapter is None for one in found)
+
+
+def test_a_base_is_shared_only_where_its_weights_are_the_same(
+    trained: Path, model: Path, tmp_path: Path
+) -> None:
+    """An adapter may bring tables of its own for the base, and a model is measured as it is stored beside a QLoRA."""
+    adapter, bringing = trained / "adapter", tmp_path / "bringing"
+    shutil.copytree(adapter, bringing)
+    table = open_model(model).checkpoint.tensor(EMBEDDING_NAME)
+    config, tensors = read_adapter(adapter)
+    write_adapter(bringing, config, tensors | {EMBEDDING_NAME: table + 1})
+    found = candidates(ModelOptions(), (str(adapter), str(bringing)), (), True, ())
+    assert [[one.adapter_folder for one in group] for group in on_one_base(found)] == [
+        [None, adapter],
+        [bringing],
+    ]
+    found = candidates(ModelOptions(load_in_4bit=True), (str(adapter),), (str(model),), False, ())
+    assert [[one.quantization is None for one in group] for group in on_one_base(found)] == [[False], [True]]
+
+
+def test_notes_about_a_base_bear_its_name(
+    model: Path, test_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    base = str(tmp_path / "model")
+    run("eval", "--model.path", base, "--data.path", str(test_rows), "--json")
+    assert f"note: {base}: {base} holds an adapter beside the model" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_is_null_and_named_with_its_cause(
