@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 
@@ -17,20 +17,23 @@ from lora_jax.models.quantization import read_weight
 def broken_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: str = "auto") -> str | None:
     """Return what is wrong with a checkpoint's values, and the remedy; None where all are finite.
 
-    `dtype`, of --model.dtype, is what they are converted to. Reads all weights, one at a time.
+    `dtype`, of --model.dtype, is what they are converted to. Reads all weights, one at a time. A weight that the
+    checkpoint lacks comes from an adapter, and was checked when the adapter was read.
     """
-    found = list(_not_finite(checkpoint, config))
+    held = set(checkpoint.names)
+    names = [entry.name for entry in name_table(config) if entry.name in held]
+    found = list(_not_finite(checkpoint, names))
     if found:
         return f"the base has weights that are not finite: {listing(found, 4)}: {checkpoint.folder}; download it again"
-    for entry in name_table(config) if dtype != "auto" else ():
-        values = read_weight(checkpoint, entry.name)
+    for name in names if dtype != "auto" else ():
+        values = read_weight(checkpoint, name)
         if not finite(cast(values, jnp.dtype(dtype))):
-            return str(too_large(values, jnp.dtype(dtype), entry.name, "--model.dtype"))
+            return str(too_large(values, jnp.dtype(dtype), name, "--model.dtype"))
     return None
 
 
-def _not_finite(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
-    for entry in name_table(config):
-        values = read_weight(checkpoint, entry.name)
+def _not_finite(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[str]:
+    for name in names:
+        values = read_weight(checkpoint, name)
         if not finite(values):
-            yield f"{entry.name} ({not_finite(values)})"
+            yield f"{name} ({not_finite(values)})"

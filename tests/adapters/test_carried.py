@@ -11,6 +11,7 @@ from lora_jax.adapters.read import carried_tensors, open_adapter
 from lora_jax.adapters.targets import make_plan
 from lora_jax.cli import main
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter, write_adapter
+from lora_jax.models.finite import broken_weights
 from lora_jax.models.names import EMBEDDING_NAME, HEAD_NAME, modules
 from lora_jax.models.open import OpenModel, open_model
 from tests.tiny import CONFIGS, lora, random_adapter, write_checkpoint
@@ -59,6 +60,13 @@ def test_two_tables_that_differ_untie_a_tied_base(tmp_path: Path) -> None:
     adapter = open_adapter(tmp_path / "adapter", base.config)
     assert not adapter.model_config.tie_word_embeddings
     np.testing.assert_array_equal(adapter.over(base.checkpoint).tensor(HEAD_NAME), table(96, 1))
+
+
+def test_a_head_that_the_adapter_alone_has_is_not_looked_for_in_the_base(tmp_path: Path) -> None:
+    """The base is read for values to blame once a loss is not finite."""
+    base = written(tmp_path, "llama-tied", {EMBEDDING_NAME: table(96), HEAD_NAME: table(96, 1)})
+    adapter = open_adapter(tmp_path / "adapter", base.config)
+    assert broken_weights(base.checkpoint, adapter.model_config, "float16") is None
 
 
 def test_copies_of_the_bases_own_tables_change_nothing(tmp_path: Path) -> None:
