@@ -79,7 +79,7 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
     folded, tensors = fold_for_vllm(saved_config(config, adapter.plan), adapter.tensors, adapter.plan)
     with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:
         write_adapter(aside, folded, tensors)
-        _copy_tokenizer(base, folder, aside)
+        _copy_tokenizer(base, folder, aside, adapter.model_config.vocab_size)
         if (folder / NOTES_FILE).exists():
             shutil.copyfile(folder / NOTES_FILE, aside / NOTES_FILE)
         rows = adapter.model_config.vocab_size
@@ -95,12 +95,12 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
     return 0
 
 
-def _copy_tokenizer(base: Checkpoint, source: Path, target: Path) -> None:
+def _copy_tokenizer(base: Checkpoint, source: Path, target: Path, rows: int) -> None:
     """Copy a folder's tokenizer, if it carries one, with what it lacks of the base's, and what it stops at."""
     if carries_tokenizer(source):
         copy_generation_config(source, target)
         copy_tokenizer(base.folder, target, source)
-        write_stops(target, base, load_tokenizer(target), source)
+        write_stops(target, base, load_tokenizer(target), rows, source)
 
 
 def _from_checkpoint(options: ExportOptions, console: Console) -> int:
@@ -126,10 +126,10 @@ def _from_checkpoint(options: ExportOptions, console: Console) -> int:
         set_chat_template(tokenizer, saved.chat_template)
     with whole_folder(Path(options.output), overwrite=options.overwrite) as aside:
         write_adapter(aside, saved.config, saved.tensors)
-        _copy_tokenizer(saved.base, saved.base.folder, aside)
+        _copy_tokenizer(saved.base, saved.base.folder, aside, saved.notes.vocab_size)
         if tokenizer is not None:
             write_chat_template(aside, tokenizer, saved.chat_template)
-            write_stops(aside, saved.base, tokenizer)
+            write_stops(aside, saved.base, tokenizer, saved.notes.vocab_size)
         write_notes(aside, saved.notes)
         facts = replace(saved.facts, hub_id=options.push_to_hub)
         write_text(aside / "README.md", adapter_card(saved.config, facts))

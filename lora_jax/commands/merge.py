@@ -158,7 +158,7 @@ def _settle(merged: Path, base: Checkpoint, adapter: Path, rows: int) -> list[st
         return []
     tokenizer: Any = load_tokenizer(merged)
     notes: list[str] = []
-    if added := write_stops(merged, base, tokenizer, adapter):
+    if added := write_stops(merged, base, tokenizer, rows, adapter):
         notes.append(
             f"generation_config.json and config.json stop at {listing(added)} too, as training taught"
         )

@@ -23,19 +23,20 @@ def generation_settings(source: Path, own: Path | None = None) -> Mapping[str, A
     return {} if path is None else read_json_object(path, "mend it or delete it")
 
 
-def write_stops(folder: Path, base: Checkpoint, tokenizer: Any, own: Path | None = None) -> list[str]:
+def write_stops(
+    folder: Path, base: Checkpoint, tokenizer: Any, rows: int, own: Path | None = None
+) -> list[str]:
     """Make the settings in a folder stop at what training ends a text and a turn with, and return the tokens added.
 
     transformers and vLLM stop at the eos_token_id of generation_config.json, or of config.json, alone, and a base's
     does not name the token that ends a turn of the chat template. generation_config.json and, where there is one,
-    config.json get it. `own` is an adapter's folder, whose settings go before the base's. A token that the model has
-    no row for is left out.
+    config.json get it. `own` is an adapter's folder, whose settings go before the base's. A token beyond the `rows` of
+    the model's vocabulary, which may be more than the base's, is left out.
     """
     settings = generation_settings(base.folder, own)
     known = named_ends(generation_settings(base.folder), base.config)
     ends = stop_ids(settings, base.config, tokenizer, chat=bool(tokenizer.chat_template))
-    rows = base.config.get("vocab_size")
-    added = [end for end in ends if end not in known and not (isinstance(rows, int) and end >= rows)]
+    added = [end for end in ends if end not in known and end < rows]
     if not added:
         return []
     whole = {"eos_token_id": [*known, *added]}

@@ -44,7 +44,7 @@ def export_adapter(run: Run, trainable: Any, folder: Place, facts: TrainingFacts
     with whole_folder(target, overwrite=True) as aside:
         write_adapter(aside, config, tensors | dict(run.carried))
         copy_tokenizer(run.checkpoint.folder, aside)
-        write_stops(aside, run.checkpoint, run.tokenizer)
+        write_stops(aside, run.checkpoint, run.tokenizer, run.model_config.vocab_size)
         write_chat_template(aside, run.tokenizer, run.config.data.chat_template)
         packed = isinstance(run.checkpoint, PackedCheckpoint)
         dtype = "auto" if packed else run.config.model.dtype
@@ -107,7 +107,7 @@ def export_model(run: Run, trainable: Any, folder: Place, facts: TrainingFacts) 
     card = model_card(run.config.model.path, facts)
 
     def write_card(aside: Path) -> None:
-        write_stops(aside, run.checkpoint, run.tokenizer)
+        write_stops(aside, run.checkpoint, run.tokenizer, run.model_config.vocab_size)
         write_text(aside / "README.md", card)
         write_chat_template(aside, run.tokenizer, run.config.data.chat_template)
 

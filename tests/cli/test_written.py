@@ -15,7 +15,10 @@ from lora_jax.cli import Terminated, main
 from lora_jax.commands import inspect
 from lora_jax.config import ModelOptions
 from lora_jax.generate.load import load_for_inference
+from lora_jax.generate.stops import write_stops
+from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models import save
+from lora_jax.models.open import open_model
 from tests.runs import run, train_arguments, write_rows
 from tests.tiny import CONFIGS, write_checkpoint
 
@@ -98,6 +101,18 @@ def test_files_that_stop_there_already_stay_as_they_are(chatty: Path, tmp_path: 
     assert main([*merge, "--output", str(tmp_path / "merged")]) == 0
     assert stops(tmp_path / "merged") == ([2, 1], PAD)
     assert (tmp_path / "merged" / "generation_config.json").read_text()[0] == " "
+
+
+def test_an_end_token_whose_row_was_added_ends_a_text_too(chatty: Path, tmp_path: Path) -> None:
+    """ChatML's end token on a base that lacks it, with --model.resize_vocab."""
+    base, tokenizer = open_model(chatty / "model").checkpoint, load_tokenizer(chatty / "model")
+    tokenizer.add_special_tokens({"eos_token": "<|new_end|>"})
+    end = tokenizer.convert_tokens_to_ids("<|new_end|>")
+    assert end >= base.config["vocab_size"]
+    write_stops(tmp_path, base, tokenizer, end)
+    assert stops(tmp_path)[0] == [PAD, TURN_END]
+    write_stops(tmp_path, base, tokenizer, end + 1)
+    assert stops(tmp_path)[0] == [PAD, end, TURN_END]
 
 
 def test_an_adapter_without_the_template_is_merged_and_generates_with_the_bases(
