@@ -126,7 +126,7 @@ def _check_length(
     longest = max(map(len, prompts))
     check_cache(loaded.model, len(prompts), longest, max_new_tokens, "--max_new_tokens")
     asked = max_new_tokens if "max_new_tokens" in typed else 0  # the default is a bound, and no wish
-    if note := beyond_positions(loaded.model, loaded.checkpoint.config, longest, asked):
+    if note := beyond_positions(loaded.config.positions, longest, asked):
         print(f"note: {note}", file=sys.stderr)
 
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from lora_jax.errors import UserError
 from lora_jax.generate.decode import cache_bytes
 from lora_jax.models.decoder import Decoder
 from lora_jax.parallel.memory import devices_memory
-
-_STRETCHED = ("linear", "dynamic")
-"""Kinds of RoPE whose factor is not in max_position_embeddings already."""
 
 
 def check_cache(model: Decoder, batch: int, longest: int, max_new_tokens: int, option: str) -> None:
@@ -24,18 +18,8 @@ def check_cache(model: Decoder, batch: int, longest: int, max_new_tokens: int, o
         )
 
 
-def beyond_positions(
-    model: Decoder, config: Mapping[str, Any], longest: int, max_new_tokens: int
-) -> str | None:
-    """Return what to note where a prompt of `longest` tokens, or what may follow it, leaves the model's positions.
-
-    `config` is the content of config.json; without max_position_embeddings in it there is nothing to say.
-    """
-    positions = config.get("max_position_embeddings")
-    if not isinstance(positions, int):
-        return None
-    rope = model.config.rope
-    positions *= int(rope.factor) if rope.rope_type in _STRETCHED else 1
+def beyond_positions(positions: int, longest: int, max_new_tokens: int) -> str | None:
+    """Return what to note where a prompt of `longest` tokens, or what may follow it, leaves the model's positions."""
     if longest > positions:
         what = f"the prompt has {longest:,} tokens"
     elif longest + max_new_tokens > positions:
