@@ -268,8 +268,6 @@ class Checkpoints:
         self.wait()
         if step is None:
             step = self.manager.latest_step()  # whole, as was found when the folder was opened
-        elif (damaged := self.damage(step)) is not None:
-            raise UserError(f"the checkpoint {self.folder}/{step} is damaged: {damaged}; give another one")
         json_restore = ocp.args.JsonRestore
         notes = self._read(step, options=json_restore(), progress=json_restore())
         try:
