@@ -139,6 +139,8 @@ def _rows(draw: st.DrawFn, shape: str) -> list[Any]:
         row = {name: draw(values) for name, values in _SHAPES[shape].items()}
         for name, values in (
             ("weight", _mostly(st.sampled_from([0, 1, 0.25, "2"]), _ODD)),
+            ("system", _mostly(_TEXTS, _ODD)),
+            ("history", _mostly(st.lists(st.lists(_TEXTS, min_size=2, max_size=2), max_size=2), _ODD)),
             ("tools", _mostly(st.just([{"name": "add"}]), _ODD)),
             ("chat_template_kwargs", _mostly(st.just({"date": "today"}), _ODD)),
             ("id", _ODD),

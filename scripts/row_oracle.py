@@ -149,15 +149,18 @@ def _example(row: dict[str, Any], form: str, number: int, options: Options) -> t
     if form == "messages":
         value = row.get("messages")
         value = row.get("conversations") if value is None else value
-        return _chat(_messages(value, number), 0, options.assistant_only_loss is False, row, number, options)
+        messages = _preceded(row, _messages(value, number), number)
+        return _chat(messages, 0, options.assistant_only_loss is False, row, number, options)
     everything = options.assistant_only_loss is False or (options.assistant_only_loss is None and whole)
     if form == "prompt_completion":
         prompt, completion = row.get("prompt"), row.get("completion")
         if isinstance(prompt, str) and isinstance(completion, str):
+            _check_plain(row, number)
             return _completion(_string(prompt, number), _string(completion, number), whole, options)
         if isinstance(prompt, str) or isinstance(completion, str):
             raise BadRowError(number)
-        head, tail = _messages(prompt, number), _messages(completion, number)
+        head = _preceded(row, _messages(prompt, number), number)
+        tail = _messages(completion, number)
         return _chat(head + tail, 0 if whole else len(head), everything, row, number, options)
     names = ("instruction", "output") if form == "instruction" else ("question", "answer")
     asked, answer = (_string(row.get(name), number) for name in names)
@@ -165,11 +168,51 @@ def _example(row: dict[str, Any], form: str, number: int, options: Options) -> t
     if form == "instruction" and row.get("input") is not None:
         extra = _string(row["input"], number)
     if options.template is None:
+        _check_plain(row, number)
         headed = f"### Instruction:\n{asked}\n\n" + (f"### Input:\n{extra}\n\n" if extra.strip() else "")
         return _completion(headed + "### Response:\n", answer, whole, options)
     asked = f"{asked}\n\n{extra}" if extra.strip() else asked
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return _chat(messages, 0, everything, {}, number, options)
+    return _chat(_preceded(row, messages, number), 0, everything, row, number, options)
+
+
+def _check_plain(row: dict[str, Any], number: int) -> None:
+    """Refuse a row that has what only messages can have beside them."""
+    for name in ("system", "history", "tools", "chat_template_kwargs"):
+        value = _from_text(row.get(name), "{" if name == "chat_template_kwargs" else "[")
+        if value is not None and value not in ("", [], {}):
+            raise BadRowError(number)
+
+
+def _preceded(row: dict[str, Any], messages: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """Return the system message, of the conversation or of the column, then the column history, then the rest."""
+    system = "" if row.get("system") is None else _string(row["system"], number)
+    first = messages[:1] if messages[0]["role"] in ("system", "developer") else []
+    rest = messages[len(first) :]
+    if system.strip():
+        if first and first[0].get("content") != system:
+            raise BadRowError(number)
+        first = first or [{"role": "system", "content": system}]
+    return [*first, *_history(row, number), *rest]
+
+
+def _history(row: dict[str, Any], number: int) -> list[dict[str, Any]]:
+    value = _from_text(row.get("history"), "[")
+    if value is None or value in ("", [], {}):
+        return []
+    if not isinstance(value, list):
+        raise BadRowError(number)
+    if isinstance(value[0], dict):
+        return _messages(value, number)
+    turns: list[dict[str, Any]] = []
+    for pair in value:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRowError(number)
+        turns += [
+            {"role": role, "content": _string(text, number)}
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+    return turns
 
 
 def _completion(
@@ -254,11 +297,11 @@ def _message(item: Any, number: int) -> dict[str, Any]:
     if "role" not in message and "from" in message:
         if not isinstance(message["from"], str) or message["from"] not in FROM:
             raise BadRowError(number)
-        marks = {key: message[key] for key in ("train", "weight") if key in message}
+        others = {key: item for key, item in message.items() if key not in ("from", "value")}
         said = {"content": message.get("value")}
         if message["from"] == "function_call":
             said = {"tool_calls": _called(said["content"], number)}
-        message = {"role": FROM[message["from"]], **said, **marks}
+        message = {**others, "role": FROM[message["from"]], **said}
     if not isinstance(message.get("role"), str) or message["role"] not in ROLES:
         raise BadRowError(number)
     if "function_call" in message and "tool_calls" not in message:

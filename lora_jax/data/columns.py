@@ -219,9 +219,10 @@ class Columns:
         stated = [name for _, name in self._stated if name in row]
         replaced = {ours for ours, name in self.names.items() if name in row}
         read = {self.text_field} if form == "text" else READ[form]
+        named = {self.names.get(ours, ours) for ours in read}
         unread = []
         for name, value in row.items():
-            if (name in read and name not in replaced) or name == self.weight_field or name in stated:
+            if (name in read and name not in replaced) or name == self.weight_field or name in named:
                 continue
             if is_empty(value) or self.names.get(name) == NONE:
                 continue

@@ -221,7 +221,7 @@ def _history(row: Mapping[str, Any], where: str) -> list[Message]:
     found: list[Message] = []
     for number, pair in enumerate(value, start=1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise UserError(f"{where}: item {number} of history is no pair; {remedy}")
+            raise UserError(f"{where}: item {number} of history is not a pair; {remedy}")
         asked, answer = (_checked(text, f"{where}: item {number} of history", remedy) for text in pair)
         found += _turns(asked, answer)
     return found
@@ -231,7 +231,7 @@ def _check_plain(row: Mapping[str, Any], where: str, reason: str) -> None:
     """Raise UserError for a column that only messages can have beside them."""
     for column in CONTEXT:
         if not is_empty(parsed(row.get(column), "{" if column == "chat_template_kwargs" else "[")):
-            raise UserError(f"{where}: column {column} goes with messages, and {reason}")
+            raise UserError(f"{where}: column {column} can only be used with messages, but {reason}")
 
 
 def _chat(row: Mapping[str, Any], messages: list[Message], head: int, whole: bool, where: str) -> ChatExample:
@@ -303,11 +303,11 @@ def _message(item: Any, where: str) -> Message:
         speaker = message["from"]
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             raise UserError(f"{where} is from {str(speaker)[:40]!r}; use one of: {listing(_SHAREGPT_ROLES)}")
-        marks = {key: message[key] for key in ("train", "weight") if key in message}
+        others = {key: item for key, item in message.items() if key not in ("from", "value")}
         said = {"content": message.get("value")}
         if speaker == "function_call":
             said = {"tool_calls": _called(said["content"], where)}
-        message = {"role": _SHAREGPT_ROLES[speaker], **said, **marks}
+        message = {**others, "role": _SHAREGPT_ROLES[speaker], **said}
     role = message.get("role")
     if not isinstance(role, str):
         raise UserError(f"{where} has no role; it has {listing(message) or 'nothing'}; give role and content")

@@ -95,11 +95,11 @@ def test_tools_go_with_every_format_that_becomes_messages():
         ),
         (
             {"prompt": "a", "completion": "b", "system": "c"},
-            r"column system goes with messages, and prompt and comp",
+            r"column system can only be used with messages, but prompt and comp",
         ),
-        ({"prompt": "a", "completion": "b", "tools": [{}]}, r"column tools goes with messages"),
+        ({"prompt": "a", "completion": "b", "tools": [{}]}, r"column tools can only be used with messages"),
         ({"messages": TURNS, "history": "a"}, r"column history is a string; give a list of pairs"),
-        ({"messages": TURNS, "history": [["a"]]}, r"item 1 of history is no pair"),
+        ({"messages": TURNS, "history": [["a"]]}, r"item 1 of history is not a pair"),
         ({"messages": TURNS, "history": [["a", None]]}, r"item 1 of history is null where a string"),
         ({"messages": TURNS, "system": 3}, r"column system is a number"),
         (
@@ -125,7 +125,8 @@ def test_column_that_cannot_be_heeded_is_one_clear_error(row, message):
 
 def test_context_without_a_chat_template_is_one_clear_error():
     with pytest.raises(
-        UserError, match=r"column history goes with messages, and the tokenizer has no chat template"
+        UserError,
+        match=r"column history can only be used with messages, but the tokenizer has no chat template",
     ):
         example({"question": "a", "answer": "b", "history": [["a", "b"]]}, chat=False)
 
@@ -186,6 +187,20 @@ def test_mapped_columns_take_the_place_of_ours(make_tokenizer, write_lines):
     )
     assert mapped[0].input_ids.tolist() == plain[0].input_ids.tolist()
     assert mapped.summary().endswith("; columns not used: answer, id")
+
+
+def test_mapped_column_that_the_format_does_not_read_is_named(make_tokenizer, write_lines):
+    """A system message for plain text, say, would otherwise be dropped in silence."""
+    path = write_lines({"text": "a b", "persona": "c"})
+    found = load(path, make_tokenizer(), columns={"system": "persona"})
+    assert found.summary().endswith("; columns not used: persona")
+    chat = load(
+        write_lines({"messages": TURNS, "body": "a"}),
+        make_tokenizer("chatml"),
+        text_field="body",
+        format="messages",
+    )
+    assert chat.summary().endswith("; columns not used: body")
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,14 @@ def test_sharegpt_rows_become_messages():
         example({"conversations": [{"from": "robot", "value": "Hello"}]})
 
 
+def test_sharegpt_messages_keep_their_other_keys():
+    asked, said = {"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day"}
+    found = example({"conversations": [asked, {**said, "reasoning_content": "Be polite.", "train": True}]})
+    assert found == ChatExample([MESSAGES[0], {**MESSAGES[1], "reasoning_content": "Be polite."}])
+    with pytest.raises(UserError, match=r"message 1 of conversations has images, and only text"):
+        example({"conversations": [{**asked, "images": ["a.png"]}, said]})
+
+
 def test_messages_may_be_prompt_and_completion_or_come_as_json_text_or_in_parts():
     assert example({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}) == ChatExample(MESSAGES, 1)
     as_text = '[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]'
