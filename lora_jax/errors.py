@@ -43,8 +43,8 @@ class UserError(Exception):
 def mendable(error: Exception, more_memory: str) -> UserError | None:
     """Return the error that says what the user can mend, None for any other error.
 
-    It is the error itself, a name that the file system does not take, a lack of memory, which JAX has no type for, or a
-    number beyond 32 bits in a program of JAX.
+    It is the error itself, a file or folder that may not be read or written, a name that the file system does not take,
+    a lack of memory, which JAX has no type for, or a number beyond 32 bits in a program of JAX.
     `more_memory` is the remedy where memory was lacking.
     """
     text = str(error)
@@ -54,6 +54,14 @@ def mendable(error: Exception, more_memory: str) -> UserError | None:
         name = str(error.filename)
         shown = name if len(name) <= 60 else f"{name[:60]}…"
         return UserError(f"{shown}: the name is too long for the file system; give a shorter one")
+    if (
+        isinstance(error, OSError)
+        and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        and error.filename
+    ):
+        return UserError(
+            f"{error.filename}: {error.strerror}; check the permissions of the file and its folders"
+        )
     if isinstance(error, MemoryError) or (_NO_MEMORY.search(text) and not _ON_CHIP.search(text)):
         where = "the machine" if isinstance(error, MemoryError | OSError) else "the device"
         asked = _ASKED.search(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -19,7 +20,7 @@ from lora_jax.commands.merge import MergeOptions
 from lora_jax.commands.quantize import QuantizeOptions
 from lora_jax.config import RunConfig
 from lora_jax.data.inspect import encodable
-from lora_jax.errors import EXIT_CODE
+from lora_jax.errors import EXIT_CODE, mendable
 from lora_jax.options import option_names
 from lora_jax.options.values import PATHS
 from tests.conftest import ROOT
@@ -64,6 +65,15 @@ def test_text_where_a_path_is_meant_is_one_clear_error(command, option, capsys):
 def test_names_too_long_that_are_no_options_are_one_clear_error(capsys):
     for command in ("report", "train"):
         assert "the name is too long for the file system" in refused(capsys, command, "a" * 300)
+
+
+def test_file_that_may_not_be_read_is_one_clear_error():
+    """Such as rows in another user's home; the error is made here since root may read everything."""
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/home/other/rows.jsonl")
+    said = str(mendable(denied, ""))
+    assert (
+        said == "/home/other/rows.jsonl: Permission denied; check the permissions of the file and its folders"
+    )
 
 
 def test_every_option_that_takes_a_path_is_checked():
