@@ -144,7 +144,7 @@ class DataOptions:
     pad_to_multiple_of: int | None = None
     """What those lengths are multiples of; None is 128 on TPUs, 64 elsewhere."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns of other names: our name, then the file's, or none for a column that is to be left out."""
+    """Column names: our name, then the file's name for it, or none to leave the column out."""
     text_field: str = "text"
     """Column that holds the text in the format text."""
     chat_template: str | None = None

@@ -50,7 +50,7 @@ class CalibrationOptions:
     text_field: str = "text"
     """Column that holds the text in the format text."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns of other names: our name, then the file's, or none for a column that is to be left out."""
+    """Column names: our name, then the file's name for it, or none to leave the column out."""
     chat_template: str | None = None
     """Chat template in place of the tokenizer's, like data.chat_template; give the one that is to be trained with."""
 
