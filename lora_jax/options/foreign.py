@@ -19,7 +19,7 @@ RENAMED: dict[str, str] = {
     "model.compute_dtype bfloat16": "bf16 pure_bf16 bfloat16 bf16=auto",
     "model.compute_dtype float16": "fp16 float16 half",
     "model.load_in_4bit True": """
-        adapter=qlora quantization_bit=4 bits=4 bits load_4bit qlora use_qlora quantize=4bit
+        adapter=qlora quantization_bit=4 bits=4 load_4bit qlora use_qlora quantize=4bit
         finetuning_type=qlora use_4bit
     """,
     "model.load_in_8bit True": "quantization_bit=8 bits=8 load_8bit use_8bit",

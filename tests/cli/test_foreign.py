@@ -130,6 +130,12 @@ def test_a_flag_of_another_tool_is_answered_with_ours(
     assert error.count("\n") == 1
 
 
+def test_bits_are_answered_by_their_number() -> None:
+    """`--bits 16`, as QLoRA's scripts have it, asks for no quantisation at all."""
+    answers = {bits: answer_to(Unknown("bits", [bits]), OURS).text for bits in ("4", "8", "16")}
+    assert answers == {"4": "model.load_in_4bit True", "8": "model.load_in_8bit True", "16": ""}
+
+
 def test_merge_answers_with_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
     """LLaMA-Factory's words for merging: the same word stands for another option than in train."""
     assert (
