@@ -49,6 +49,7 @@ FREE = frozenset(
         "data.num_proc",
         "data.path",  # checksums of the rows, and a fingerprint of the base, are compared instead
         "data.eval_path",
+        "data.chat_template",  # what it makes of the rows is in their checksums
         "model.path",
         "train.logging_steps",
         "train.eval_on_start",  # a checkpoint is behind the start

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import yaml
 
 from lora_jax.config import FOUR_BIT, RunConfig
+from lora_jax.data.paths import is_local
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import remove_leftovers, write_text, writing_to
 from lora_jax.hub.bucket import Place, place, remove
@@ -177,14 +178,16 @@ def _open(folder: Place, config: RunConfig) -> None:
 
 
 def _with_whole_paths(config: RunConfig) -> RunConfig:
-    """Return the options with what is on this disk by its whole path, so that they hold in any folder; ids stay.
+    """Return the options with the absolute paths of what is on this disk, so that they hold in any folder; ids stay.
 
-    Paths that a resumption compares as they were written stay so: those of lora.init_from and data.eval_paths.
+    lora.init_from stays as it was written, since a resumption compares it.
     """
     data = replace(
         config.data,
         path=tuple(map(_whole, config.data.path)),
         eval_path=config.data.eval_path and _whole(config.data.eval_path),
+        eval_paths={name: _whole(path) for name, path in config.data.eval_paths.items()},
+        chat_template=config.data.chat_template and _whole_template(config.data.chat_template),
     )
     model = replace(config.model, path=_whole(config.model.path))
     return replace(config, model=model, data=data, output_dir=_whole(config.output_dir))
@@ -192,7 +195,12 @@ def _with_whole_paths(config: RunConfig) -> RunConfig:
 
 def _whole(path: str) -> str:
     whole = Path(path).expanduser().absolute()
-    return str(whole) if "://" not in path and whole.exists() else path
+    return str(whole) if "://" not in path and is_local(path) else path
+
+
+def _whole_template(chosen: str) -> str:
+    """Return the absolute path of a chat template's file; a name stays, even where a folder is called so."""
+    return _whole(chosen) if Path(chosen).expanduser().is_file() else chosen
 
 
 def config_yaml(config: RunConfig) -> str:

@@ -185,14 +185,26 @@ def test_a_written_config_holds_in_any_folder(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "there" / "model").mkdir(parents=True)
     (tmp_path / "there" / "rows.jsonl").touch()
     monkeypatch.chdir(tmp_path / "there")
-    data = DataOptions(path=("rows.jsonl", "owner/rows:main"), eval_path="rows.jsonl")
+    (tmp_path / "there" / "turns.jinja").touch()
+    (tmp_path / "there" / "chatml").mkdir()
+    data = DataOptions(
+        path=("rows.jsonl", "owner/rows:main", "*.jsonl"), eval_path="rows.jsonl", chat_template="turns.jinja"
+    )
     open_output(RunConfig(model=ModelOptions(path="model"), data=data, output_dir="out"))
     monkeypatch.chdir(tmp_path)
     found = parse(RunConfig, ["there/out/config.yaml"], program="")[0]
     there = tmp_path / "there"
     assert (found.model.path, found.output_dir) == (str(there / "model"), str(there / "out"))
-    assert found.data.path == (str(there / "rows.jsonl"), "owner/rows:main")
+    assert found.data.path == (str(there / "rows.jsonl"), "owner/rows:main", str(there / "*.jsonl"))
     assert found.data.eval_path == str(there / "rows.jsonl")
+    assert found.data.chat_template == str(there / "turns.jinja")
+    monkeypatch.chdir(there)
+    data = DataOptions(path=("rows.jsonl",), eval_paths={"a": "rows.jsonl"}, chat_template="chatml")
+    open_output(RunConfig(model=ModelOptions(path="model"), data=data, output_dir="other"))
+    monkeypatch.chdir(tmp_path)
+    found = parse(RunConfig, ["there/other/config.yaml"], program="")[0]
+    assert found.data.eval_paths == {"a": str(there / "rows.jsonl")}
+    assert found.data.chat_template == "chatml"
 
 
 @pytest.mark.parametrize(
