@@ -132,7 +132,7 @@ def evaluate(options: EvalOptions, typed: Collection[str] = (), console: Console
     Raises UserError for whatever is wrong; what is wrong with a model's files or the rows comes before any figure.
     """
     _check(options)
-    console = console or Console(stderr=options.json)
+    console = console or Console(stderr=options.json, markup=False)
     mesh = make_mesh(options.mesh)
     lines: list[Line] = []
     with jax.set_mesh(mesh):

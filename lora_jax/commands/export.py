@@ -57,7 +57,7 @@ class ExportOptions:
 
 def export(options: ExportOptions, console: Console | None = None) -> int:
     """Write the adapter; return the exit code. Raises UserError before anything is written."""
-    console = console or Console()
+    console = console or Console(markup=False)
     if options.checkpoint:
         return _from_checkpoint(options, console)
     if not options.adapter or not options.output:

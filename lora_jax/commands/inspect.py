@@ -75,7 +75,7 @@ def inspect_data(options: InspectDataOptions, console: Console | None = None) ->
     check_data(options.data)
     if options.limit < 1:
         raise UserError(f"--limit {options.limit}: must be positive")
-    console = console or Console()
+    console = console or Console(markup=False)
     tokenizer = load_tokenizer(resolve(options.model.path, options.model.revision))
     data = options.data
     set_chat_template(tokenizer, data.chat_template)
@@ -95,7 +95,7 @@ def inspect_adapter(options: InspectAdapterOptions, console: Console | None = No
 
     if not options.adapter:
         raise UserError("inspect adapter: needs --adapter, the folder")
-    console = console or Console()
+    console = console or Console(markup=False)
     config, tensors = read_adapter(on_disk(options.adapter, "--adapter"))
     console.print(
         f"r {config.r}, lora_alpha {config.lora_alpha:g}, base {config.base_model_name_or_path}",

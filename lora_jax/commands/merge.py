@@ -78,7 +78,7 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
 
     What the choice costs, where the base was quantised, is measured once the merged model is written.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     if not options.adapter or not options.output:
         raise UserError("merge: needs --adapter and --output; give both folders")
     output_on_disk(options.output)

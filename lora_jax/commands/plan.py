@@ -56,7 +56,7 @@ def plan(options: PlanOptions, typed: Collection[str], console: Console | None =
     if options.search and options.compare:
         raise UserError("--search: excludes --compare; give one of the two")
     check(options)
-    console = console or Console(stderr=options.json)
+    console = console or Console(stderr=options.json, markup=False)
     target = find_target(options.topology)
     if options.search:
         record, fits = _search(console, options, typed, target)

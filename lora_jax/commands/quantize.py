@@ -49,7 +49,7 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
     A checkpoint that is quantised already, as the options say, is written again as it is. Raises UserError for
     whatever is wrong, and leaves nothing then.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     if not options.model.path or not options.output:
         raise UserError("quantize: needs --model.path and --output; give both folders")
     output_on_disk(options.output)

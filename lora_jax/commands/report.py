@@ -27,7 +27,7 @@ def report(arguments: Sequence[str], program: str, console: Console | None = Non
     """Write the page; return the exit code. Raises UserError for a folder that holds no run."""
     from lora_jax.train.output import REPORT
 
-    console = console or Console()
+    console = console or Console(markup=False)
     words = list(arguments)
     count = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     options = parse(ReportOptions, words[count:], program=program, first=FOLDERS)[0]

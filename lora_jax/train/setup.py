@@ -186,7 +186,7 @@ def _rows(
     config: RunConfig, tokenizer: Any, vocab_size: int
 ) -> tuple[TokenDataset, Mapping[str, TokenDataset]]:
     data, seed = config.data, config.train.seed
-    console = Console(quiet=not writes())
+    console = Console(quiet=not writes(), markup=False)
     found = load_examples(data, tokenizer, data.path, data.split, vocab_size, console=console)
     sets = evaluation_rows(data, tokenizer, vocab_size, console)
     train_rows, held = hold_out(found, 0 if sets else data.eval_fraction, seed)

@@ -82,6 +82,13 @@ def test_adapter_and_merged_model_stop_where_training_taught_it_to(
     assert stops(tmp_path / "again") == (both, both)
 
 
+def test_a_path_is_printed_as_it_is(chatty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """rich takes a word in brackets for a style, and leaves it out."""
+    output = tmp_path / "runs[lr]"
+    run("export", "--adapter", str(chatty / "out" / "adapter"), "--output", str(output))
+    assert f"wrote {output}, rank" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_model_that_was_trained_whole_stops_there_too(chatty: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
