@@ -6,12 +6,10 @@ import math
 import signal
 from collections.abc import Collection
 from contextlib import closing
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import jax
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -26,24 +24,14 @@ from lora_jax.hub.tokenizer import chat_template
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.processes import Departure, lost, same_in_all, start, writes
 from lora_jax.progress import hush, stage
-from lora_jax.train.checkpoint import (
-    LENGTHS_OF_STEPS,
-    Checkpoints,
-    Identity,
-    Progress,
-    SavingError,
-    lengths_of_steps,
-)
+from lora_jax.train.checkpoint import Checkpoints, SavingError, lengths_of_steps
 from lora_jax.train.evaluation import Evaluator
 from lora_jax.train.export import export_adapter, export_model, training_facts
-from lora_jax.train.feed import Sizes, padding_multiple
 from lora_jax.train.loop import Loop, Outcome, run_sizes
 from lora_jax.train.offload import nowhere_to_go
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.output import (
-    ADAPTER,
     CHECKPOINTS,
-    MODEL,
     Logs,
     check_output,
     check_place,
@@ -53,8 +41,17 @@ from lora_jax.train.output import (
     output_folder,
 )
 from lora_jax.train.profile import Profiler, check_profile
-from lora_jax.train.record import Record, jax_settings, run_facts
+from lora_jax.train.record import Record, run_facts
 from lora_jax.train.report import Reporter, print_facts
+from lora_jax.train.resume import (
+    check_length,
+    check_unfinished,
+    identity_of,
+    is_done,
+    kept_until,
+    result_name,
+    row_checksums,
+)
 from lora_jax.train.scores import check_installed
 from lora_jax.train.setup import Run, prepare
 from lora_jax.train.signals import Signals
@@ -79,7 +76,7 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
         try:
             if not writes():
                 hush()
-            return _checked(config, typed, console or Console(quiet=not writes()), signals)
+            return _checked(config, typed, console or Console(quiet=not writes(), markup=False), signals)
         except Exception as error:
             known = error if isinstance(error, UserError) else lost(error)
             if known is None:
@@ -114,7 +111,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     folder = output_folder(config)
     sizes = run_sizes(run, lengths_of_steps(folder / CHECKPOINTS) if config.resume else None)
-    if not same_in_all(_checksums(run)):  # else each would wait for the others in another step
+    if not same_in_all(row_checksums(run)):  # else each would wait for the others in another step
         raise UserError(
             "the processes of this run see different rows; give all of them the same files, tokenizer and template"
         )
@@ -132,9 +129,9 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     goes_on = config.resume and (folder / CHECKPOINTS).is_dir()
     if not goes_on:
         if config.resume:
-            _check_unfinished(folder)
+            check_unfinished(folder)
         open_output(config)
-    limit, identity = config.train.save_total_limit, _identity(run, sizes)
+    limit, identity = config.train.save_total_limit, identity_of(run, sizes)
     checkpoints = Checkpoints(folder / CHECKPOINTS, limit, identity, aim.metric, aim.greater_is_better)
     try:
         for note in checkpoints.notes:
@@ -142,12 +139,13 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         latest = checkpoints.latest()
         if config.resume and latest is not None:
             before = Record(folder, latest)
-            _check_length(latest, sizes.steps)
+            check_length(latest, sizes.steps)
             state, progress = checkpoints.restore(state)
-            if _is_done(config, folder, before, latest, sizes, progress):
+            if is_done(run, folder, before, latest, sizes, progress):
+                written = folder / result_name(run)
                 console.print(
-                    f"nothing to do: the run is finished after step {latest} and {folder / _result(run)} is written; "
-                    "to train further give more --train.max_steps or --train.num_train_epochs",
+                    f"nothing to do: the run is finished after step {latest} and {written} is written; to train "
+                    "further, give more --train.max_steps or --train.num_train_epochs",
                     highlight=False,
                     soft_wrap=True,
                 )
@@ -163,7 +161,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
                     soft_wrap=True,
                 )
         elif config.resume:
-            _check_unfinished(folder)
+            check_unfinished(folder)
             console.print("no checkpoint to resume from: starting afresh", highlight=False)
         if goes_on:
             open_output(config)  # only now: a resumption that is refused leaves the folder as it was
@@ -179,7 +177,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
                 closing(
                     Logs(
                         folder,
-                        _logged(signals.resumed_at, progress),
+                        kept_until(signals.resumed_at, progress),
                         bool(config.train.sample_prompts),
                         tracking.log,
                     )
@@ -282,69 +280,3 @@ def _exported_at_least(run: Run, loop: Loop, folder: Place, error: SavingError) 
     except UserError:
         return error
     return UserError(f"{error}; what step {step} made is in {written}")
-
-
-def _result(run: Run) -> str:
-    return MODEL if run.plan is None else ADAPTER
-
-
-def _check_length(done: int, steps: int) -> None:
-    if done > steps:
-        raise UserError(
-            f"--resume: {done} steps are done already, and --train.max_steps or --train.num_train_epochs makes {steps} "
-            f"in all; give at least {done}"
-        )
-
-
-def _is_done(
-    config: RunConfig, folder: Place, record: Record, latest: int, sizes: Sizes, progress: Progress
-) -> bool:
-    """Say whether a run that is gone on with has come to its end, result and record included."""
-    patience = config.train.early_stopping_patience
-    ended = latest == sizes.steps or 0 < patience <= progress.worse
-    whole = record.content.get("status") == "finished" and progress.unlogged is None
-    written = (folder / (MODEL if config.method == "full" else ADAPTER)).is_dir()
-    return ended and whole and written and config.push_to_hub is None
-
-
-def _check_unfinished(folder: Place) -> None:
-    if Record(folder, 0).content.get("status") == "failed":
-        return  # the disk was full, say, before a checkpoint was whole
-    if any((folder / name).is_dir() for name in (ADAPTER, MODEL)):
-        raise UserError(
-            f"--resume: {folder} holds a finished run and no checkpoint; add --overwrite to repeat it"
-        )
-
-
-def _checksums(run: Run) -> str:
-    """Return what tells a run's rows from others, and their order."""
-    return " ".join(str(rows.checksum) for rows in (run.train_rows, *run.eval_rows.values()))
-
-
-def _identity(run: Run, sizes: Sizes) -> Identity:
-    """Return what has to be the same for a run to go on: its options, the sizes of its data and steps, its base."""
-    options = asdict(run.config)
-    sections = {name: options[name] for name in ("model", "lora", "data", "train")}
-    counted = {
-        "training rows": len(run.train_rows),
-        "training tokens": run.train_rows.tokens,
-        "rows a step": sizes.rows_per_step,
-        "checksums of the rows": _checksums(run),
-        "data.pad_to_multiple_of": padding_multiple(run.config.data, run.mesh),
-        LENGTHS_OF_STEPS: list(sizes.plan.buckets),
-        "sets to evaluate on": list(run.eval_rows),
-    }
-    del sections["data"]["eval_paths"]  # whose rows have checksums
-    flat = {
-        "method": run.config.method,
-        **flatten_dict(sections, is_leaf=lambda path, _: len(path) == 2, sep="."),
-        **counted,
-        **jax_settings(),
-    }
-    return Identity(flat, run.base_fingerprint)
-
-
-def _logged(resumed_at: int | None, progress: Progress | None) -> int | None:
-    """Return the step to keep the logs to: one whose evaluation is made up for is written anew."""
-    again = progress is not None and progress.unlogged is not None
-    return resumed_at - 1 if resumed_at is not None and again else resumed_at
