@@ -109,7 +109,7 @@ def _words(name: str, hint: Any, values: list[str]) -> list[str]:
     """Return an option as tyro reads it; a lone value is joined on, since it may start with a dash."""
     if hint is bool and "." not in name:
         return [f"--{name}"] if values == ["True"] else []
-    return [f"--{name}", *values] if takes_several(hint) else [f"--{name}={values[0]}"]
+    return [f"--{name}", *values] if takes_several(hint) and len(values) != 1 else [f"--{name}={values[0]}"]
 
 
 def _typed_flags(arguments: list[str], names: Mapping[str, Any]) -> Flags:
@@ -142,6 +142,10 @@ def _yaml_flags(path: Path, names: Mapping[str, Any]) -> Flags:
     for entry in entries(read_yaml(path), names, where):
         if isinstance(entry, Unknown):
             unknown.append(entry)
+        elif entry.name in flags:
+            raise UserError(
+                f"{where}: {entry.name}: is given in its section and by its whole name; remove one"
+            )
         else:
             flags[entry.name] = entry.values
     if unknown:

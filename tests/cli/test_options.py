@@ -180,6 +180,16 @@ def test_the_written_config_is_read_back_as_it_was(config: Any) -> None:
     assert config(config_yaml(RunConfig())) == RunConfig()
 
 
+def test_text_that_starts_with_dashes_is_text(tmp_path: Path) -> None:
+    """A prompt about the flags of a program; tyro took it for an option."""
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {sample_prompts: '--help me'}\ndata: {path: ''}")
+    found = parse(RunConfig, [str(file)], program="")[0]
+    assert (found.train.sample_prompts, found.data.path) == (("--help me",), ("",))
+    typed = parse(RunConfig, ["--train.sample_prompts=--", "--train.report_to", "wandb"], program="")[0]
+    assert (typed.train.sample_prompts, typed.train.report_to) == (("--",), ("wandb",))
+
+
 def test_a_written_config_holds_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """config.yaml held relative paths: it repeated the run from the folder alone that the run was started in."""
     (tmp_path / "there" / "model").mkdir(parents=True)
@@ -219,6 +229,7 @@ def test_a_written_config_holds_in_any_folder(tmp_path: Path, monkeypatch: pytes
             "trian: unknown section. Perhaps you meant 'train'? Sections: data, distributed, lora, mesh, model, train",
         ),
         ("lora: 8", "lora is a section; write its options below it, indented"),
+        ("lora: {r: 8}\nlora.r: 9", "lora.r: is given in its section and by its whole name; remove one"),
         ("lora: {r: high}", "lora.r high: is not a whole number; give one"),
         ("lora: {r: }", "lora.r: needs a value; give one, or leave the option out"),
         ("lora: {r: [1, 2]}", "lora.r 1 2: takes one value"),
