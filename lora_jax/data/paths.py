@@ -97,6 +97,12 @@ def _of_folder(folder: Path, option: str) -> list[Path]:
         below = [name for name in names if (folder / name).is_dir() and _has_data(folder / name)]
         remedy = f"give one of its folders: {listing(below)}" if below else f"give a file of {KINDS}"
         raise UserError(f"{option} {folder}: is a folder without data files; {remedy}")
+    kinds = {kind_of(file): file.name for file in reversed(files)}
+    if ".txt" in kinds and len(kinds) > 1:  # a licence or a note, whose lines would be trained on
+        raise UserError(
+            f"{option} {folder}: holds text beside other data ({listing(kinds.values())}); give those to read, by a "
+            f"pattern such as '{folder / '*'}{next(kind for kind in kinds if kind != '.txt')}*'"
+        )
     plain = {file.name for file in files}
     for file in files:
         if file.suffix.lower() in PACKED and file.stem in plain:

@@ -73,6 +73,15 @@ def test_archive_without_ends_of_lines_does_not_fill_the_memory(tmp_path, monkey
         list(read_rows(str(file), "train"))
 
 
+def test_text_beside_other_data_in_a_folder_is_one_clear_error(tmp_path):
+    """The lines of a licence beside the rows would be trained on."""
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (tmp_path / "LICENSE.txt").write_text("Permission is granted.\n")
+    with pytest.raises(UserError, match=r"LICENSE\.txt.*; give those to read, .*/\*\.jsonl\*'"):
+        data_files(str(tmp_path), "--data.path")
+    assert data_files(f"{tmp_path}/*.jsonl*", "--data.path") == [tmp_path / "rows.jsonl.gz"]
+
+
 def test_line_of_a_text_file_is_a_row(tmp_path):
     """As load_dataset("text") of `datasets` has it, but for blank lines, in which is nothing to train on."""
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\ntwo\u2028 \nlast".encode())
