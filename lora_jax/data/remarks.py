@@ -18,7 +18,7 @@ class Remark(IntFlag):
     CONTROL = 8
     """The text of a message holds a control token."""
     DATED = 16
-    """The chat template writes the date of the day."""
+    """The chat template writes the current date."""
 
 
 WORDS = {
@@ -26,6 +26,6 @@ WORDS = {
     Remark.KEPT: "with words put back that the chat template cuts out of the last turn",
     Remark.EMPTY: "with an empty answer, of which the end token alone is trained",
     Remark.CONTROL: "with control tokens within a message",
-    Remark.DATED: "with the date of the day, which the chat template writes",
+    Remark.DATED: "with the current date, which the chat template writes",
 }
 """What a row is, in the order in which that is said."""

@@ -140,7 +140,7 @@ class Renderer:
 
     @property
     def dated(self) -> bool:
-        """The text holds the date of the day."""
+        """The text holds the current date."""
         return any(date in self.text for date in self._at_one_time[1] if date)
 
     @cached_property

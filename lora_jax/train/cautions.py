@@ -11,7 +11,7 @@
     lost_words        trained words that the chat template leaves out or changes
     empty_answers     rows that train nothing but an end token
     control_tokens    rows with control tokens within a message
-    date              rows with the date of the day, which the chat template writes
+    date              rows with the current date, which the chat template writes
     duplicates        more than 5 % of the training rows repeat another
     leaked            rows of an evaluation set are also trained on
     start             the loss before the first step is far worse than that of guessing evenly, ln(vocabulary), or that
@@ -72,7 +72,7 @@ _REMARKED = {
     Remark.DATED: (
         "date",
         (
-            "the model learns that one day, and resuming on another takes the cached tokens; give a copy of the "
+            "the model learns that one date, and resuming on another day needs the cached tokens; give a copy of the "
             "template with a fixed date as --data.chat_template"
         ),
     ),

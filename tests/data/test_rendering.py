@@ -163,7 +163,7 @@ def test_rows_with_the_date_that_the_template_writes_are_told(read):
     )
     assert said == "It is 5.<|im_end|>"
     assert [row.remarks for row in found] == [Remark.DATED, Remark.NONE]
-    assert "1 row with the date of the day, which the chat template writes" in found.summary()
+    assert "1 row with the current date, which the chat template writes" in found.summary()
     assert "with a fixed date as --data.chat_template" in str(about_rows(found)["date"])
 
 
