@@ -22,9 +22,20 @@ def home() -> Path:
     return Path(os.path.expanduser("~"))  # noqa: PTH111: Path.home() raises for such a user
 
 
+def expanded(text: str, option: str) -> Path:
+    """Return a path with ~ filled in; raises UserError for the home of a user who is not known."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        user = text.partition("/")[0]
+        raise UserError(
+            f"{option} {text}: the home folder {user} is not known; write the path in full"
+        ) from error
+
+
 def on_disk(text: str, option: str) -> Path:
     """Return the path of an input; raises UserError for an address, which Path would take for a folder's name."""
-    path = Path(text).expanduser()
+    path = expanded(text, option)
     if (kind := scheme(text)) is None or path.exists():
         return path
     copy = f" (gcloud storage cp -r {_spelt(text)} .)" if kind == "gs" else ""
@@ -37,7 +48,7 @@ def output_on_disk(text: str, option: str = "--output") -> Path:
     """Return the path of an output that is written to the disk alone; raises UserError for an address."""
     if scheme(text) is not None:
         raise UserError(f"{option} {text}: is written to the disk; give a folder, and copy it from there")
-    return Path(text).expanduser()
+    return expanded(text, option)
 
 
 def _spelt(text: str) -> str:

@@ -15,6 +15,7 @@ from jinja2 import Environment, TemplateSyntaxError
 from lora_jax.errors import UserError, listing, nearest
 from lora_jax.hub.atomic import write_bytes
 from lora_jax.hub.tokenizer import TEMPLATE_FILE
+from lora_jax.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,7 +131,7 @@ def _tokens(name: str) -> set[str]:
 
 
 def _read(path: str, option: str) -> str:
-    file = Path(path).expanduser()
+    file = expanded(path, option.partition(" ")[0])
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from lora_jax.errors import UserError, listing, nearest
 from lora_jax.options.unknown import in_words, translated
+from lora_jax.paths import expanded
 
 PATHS = (
     "path", "eval_path", "eval_paths", "output_dir", "output", "adapter", "base", "init_from", "checkpoint", "models",
@@ -143,4 +144,5 @@ def _utf8(text: str, label: str) -> str:
             f"{label} {shown}: is too long for a path ({len(text.encode()):,} bytes); give the path of a file or "
             "folder, not what it holds"
         )
+    expanded(text, label)
     return text

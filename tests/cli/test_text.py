@@ -67,6 +67,18 @@ def test_names_too_long_that_are_no_options_are_one_clear_error(capsys):
         assert "the name is too long for the file system" in refused(capsys, command, "a" * 300)
 
 
+@pytest.mark.parametrize(("command", "option"), PLACES)
+def test_home_of_an_unknown_user_is_one_clear_error(command, option, capsys):
+    """`~alcie/rows.jsonl`: Python raises a RuntimeError that names no path."""
+    more = {"inspect": ("data",), "report": ("out",)}.get(command, ())
+    said = refused(capsys, command, *more, option, "~alcie/rows.jsonl")
+    assert f"{option} ~alcie/rows.jsonl: the home folder ~alcie is not known; write the path in full" in said
+
+
+def test_config_in_the_home_of_an_unknown_user_is_one_clear_error(capsys):
+    assert "the home folder ~alcie is not known" in refused(capsys, "train", "~alcie/run.yaml")
+
+
 def test_file_that_may_not_be_read_is_one_clear_error():
     """Such as rows in another user's home; the error is made here since root may read everything."""
     denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/home/other/rows.jsonl")
