@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     _print_all()
-    with guarded(lasts=given[:1] != [] and given[0] in LEAVING_FILES):
+    with guarded(lasts=leaves_files(given)):
         return _main(given, program)
 
 
@@ -88,6 +88,12 @@ def _main(given: list[str], program: str | None) -> int:
             raise
         print(f"error: {known}", file=sys.stderr)
         return EXIT_CODE
+
+
+def leaves_files(given: Sequence[str]) -> bool:
+    """Say whether a command leaves files, for which it goes on where nobody reads what it prints."""
+    options = {word.partition("=")[0] for word in given[1:]}
+    return "--output" in options or bool(given and given[0] in LEAVING_FILES)
 
 
 def _print_all() -> None:
@@ -249,7 +255,7 @@ def _inspect(arguments: Sequence[str], program: str) -> int:
 
 
 LEAVING_FILES = ("train", "merge", "quantize", "export", "report")
-"""Commands that go on where nobody reads what they print."""
+"""Commands that leave files, whatever their options."""
 COMPILING = ("train", "generate", "eval", "plan")
 """Commands whose compiled programs are kept."""
 WRITING = ("merge", "quantize", "export")

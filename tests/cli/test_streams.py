@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_jax.cli import leaves_files
 from lora_jax.streams import Unread, guarded, losses
 from tests.conftest import ROOT
 from tests.runs import train_arguments, write_rows
@@ -33,6 +34,15 @@ def test_a_stream_whose_reader_is_gone_is_written_to_no_more(monkeypatch: pytest
                         with pytest.raises(Unread):
                             print("lost", file=getattr(sys, name), flush=True)
                 monkeypatch.undo()
+
+
+def test_a_command_that_leaves_a_file_goes_on_without_a_reader() -> None:
+    """eval --json --output FILE | head -1."""
+    assert leaves_files(["train"])
+    assert leaves_files(["eval", "--output", "scores.jsonl"])
+    assert leaves_files(["eval", "--output=scores.jsonl"])
+    assert not leaves_files(["eval", "--json"])
+    assert not leaves_files([])
 
 
 @pytest.mark.slow
