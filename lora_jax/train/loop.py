@@ -13,6 +13,7 @@ from lora_jax.config import TrainOptions
 from lora_jax.errors import UserError
 from lora_jax.hub.tokenizer import padding_token_id
 from lora_jax.parallel.mesh import row_shards
+from lora_jax.parallel.processes import same_in_all, writes
 from lora_jax.progress import at, stage
 from lora_jax.train.cautions import Cautions, broken_base
 from lora_jax.train.checkpoint import Checkpoints, Progress
@@ -235,7 +236,8 @@ class Loop:
         best = self.checkpoints.best
         if not self.options.load_best_model_at_end or best is None or best.step == int(state.step):
             return state
-        if (damaged := self.checkpoints.damage(best.step)) is not None:
+        damaged = self.checkpoints.damage(best.step) if writes() else None
+        if not same_in_all(str(damaged)) or damaged is not None:  # all have to restore it, or none
             self.reporter.warned(
                 f"the best checkpoint, that of step {best.step}, is damaged ({damaged}): the last step is exported"
             )
