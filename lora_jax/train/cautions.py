@@ -3,7 +3,7 @@
     base              its config.json and its tensors contradict each other, and how that was settled
     learning_rate     one that suits the other method: adapters take about ten times that of full fine-tuning; or one
                       that no run survives
-    warmup            the warm-up is as long as the run: the rate never gets to where it was to go, or is 0 throughout
+    warmup            the warm-up is as long as the run: the learning rate never reaches its peak, or is 0 throughout
     rank              r is above what a module's matrix can have
     accumulation      a step asks for more rows than an epoch has
     positions         rows are longer than the positions that the model was made for
@@ -130,7 +130,7 @@ class Cautions:
         if entry.get("grad_norm") == 0 and entry["loss"] > 0:  # a batch of padding has neither
             found["no_gradient"] = (
                 f"step {entry['step']} has a gradient of exactly zero at a loss of {entry['loss']:.4f}: nothing is "
-                "learnt from it; is anything that is adapted before what is trained?"
+                "learnt from it; check that what is adapted has an effect on the trained tokens"
             )
         if (ends or entry["step"] >= self.checked_at) and not self._checked and "warmup" not in self._given:
             self._checked = True
@@ -144,7 +144,7 @@ class Cautions:
             return None
         return (
             f"after step {step} the update is zero in {len(names)} of {len(leaves)} stacks of adapted modules "
-            f"({listing(names, 4)}): nothing of them is trained; is the learning rate far too small?"
+            f"({listing(names, 4)}): they were not trained; is the learning rate far too small?"
         )
 
     def _new(self, found: Mapping[str, str | None]) -> list[str]:
@@ -157,7 +157,7 @@ def learning_rate(config: RunConfig) -> str | None:
     """Return a warning where the learning rate is one of the other method's, or of no method."""
     rate, usual = config.train.learning_rate, 2e-4 if config.method == "lora" else 1e-5
     if rate > MOST.get(config.train.optim, 1.0):
-        return f"{rate:g} loses all that the weights hold at the first step; give one such as {usual:g}"
+        return f"{rate:g} destroys the weights in the first step; give a value such as {usual:g}"
     if config.train.optim not in ADAM_LIKE:
         return None
     if config.method == "lora" and rate < LEAST_FOR_LORA:
@@ -185,7 +185,7 @@ def warmup(train: TrainOptions, steps: int) -> str | None:
     if not reached:
         return f"the run has {count}, all of it warm-up at learning rate 0: nothing is trained; give {remedy}"
     return (
-        f"the run has {count}, and the warm-up takes {warm:,}: the learning rate gets to {reached:.2g} instead of "
+        f"the run has {count}, and the warm-up takes {warm:,}: the learning rate reaches {reached:.2g} instead of "
         f"{train.learning_rate:g}; give {remedy}, or more steps"
     )
 
@@ -200,7 +200,7 @@ def rank(plan: Plan) -> str | None:
     if not above:
         return None
     return (
-        f"r {max(above.values()):,} is above what the smaller side of a module allows ({listing(above, 4)}): it takes "
+        f"r {max(above.values()):,} exceeds the smaller dimension of adapted modules ({listing(above, 4)}): it takes "
         "memory and time, and adds nothing; give a smaller --lora.r"
     )
 
@@ -259,7 +259,9 @@ def about_leaks(rows: TokenDataset, sets: Mapping[str, TokenDataset]) -> dict[st
         if both := int(np.isin(_digests(held), trained).sum()):
             parts.append(f"{_share(both, len(held))} rows of the evaluation set {name}".rstrip())
     return (
-        {"leaked": f"{' and '.join(parts)} are training rows too; figures on them flatter"} if parts else {}
+        {"leaked": f"{' and '.join(parts)} are training rows too, so the figures are too good"}
+        if parts
+        else {}
     )
 
 

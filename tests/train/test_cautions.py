@@ -60,7 +60,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TokenData
         ({}, 2, None),
         ({"lr_scheduler_type": "constant"}, 1, None),
         ({"warmup_ratio": 0.0}, 1, None),
-        ({"warmup_steps": 1000}, 25, "the run has 25 steps, and the warm-up takes 1,000: the learning rate gets to 4"),
+        ({"warmup_steps": 1000}, 25, "the run has 25 steps, and the warm-up takes 1,000: the learning rate reaches 4"),
         ({"warmup_steps": 25}, 25, "the run has 25 steps, and the warm-up takes 25: "),
         ({"warmup_steps": 24}, 25, None),
         ({"warmup_ratio": 0.99}, 25, "the run has 25 steps, and the warm-up takes 25: "),
@@ -89,9 +89,9 @@ def test_a_warm_up_as_long_as_the_run_is_warned_of(
             "lora",
             1e30,
             "adamw",
-            "1e+30 loses all that the weights hold at the first step; give one such as 0.0002",
+            "1e+30 destroys the weights in the first step; give a value such as 0.0002",
         ),
-        ("lora", 2.0, "lion", "2 loses all"),
+        ("lora", 2.0, "lion", "2 destroys the weights"),
         ("full", 0.5, "sgd", None),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_run_that_changes_nothing_and_asks_for_too_much_says_so_before_its_fir
     assert line["padding"] < 0.75
     given = dict(text.split(": ", 1) for text in line["warnings"])
     assert list(given) == ["warmup", "rank", "accumulation", "positions", "max_length"]
-    assert given["rank"].startswith("r 40 is above what the smaller side of a module allows (q_proj 32): ")
+    assert given["rank"].startswith("r 40 exceeds the smaller dimension of adapted modules (q_proj 32): ")
     assert given["accumulation"].startswith(
         "a step asks for 2,000,000,000 rows (1,000,000,000 passes of 2), and an epoch has 3: each epoch is one step of"
     )
