@@ -19,7 +19,7 @@ def scheme(text: str) -> str | None:
 
 def home() -> Path:
     """Return the user's home folder; of a user who has none a path that is not there."""
-    return Path(os.path.expanduser("~"))  # noqa: PTH111 - Path.home() raises for such a user
+    return Path(os.path.expanduser("~"))  # Path.home() raises for such a user
 
 
 def expanded(text: str, option: str) -> Path:
