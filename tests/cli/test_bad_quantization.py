@@ -69,8 +69,8 @@ def shortened(name: str) -> Spoil:
 OPTIONS: dict[str, Case] = {
     "bits": (
         nothing,
-        (*TRAIN, "--model.bits", "3"),
-        "--model.bits: unknown option. Here it is --model.load_in_4bit True.",
+        (*TRAIN, "--model.bits", "4"),
+        "--model.bits 4: unknown option. Here it is --model.load_in_4bit True.",
     ),
     "3 bits": (nothing, (*TRAIN, "--model.load_in_3bit", "True"), "Perhaps you meant --model.load_in_"),
     "both": (
@@ -251,8 +251,8 @@ COMMANDS: dict[str, Case] = {
     "quantize nothing": (nothing, ("quantize",), "quantize: needs --model.path and --output"),
     "quantize bits": (
         nothing,
-        (*QUANTIZE, "--bits", "3"),
-        "--bits: unknown option. Here it is --model.load_in_4bit True.",
+        (*QUANTIZE, "--bits", "4"),
+        "--bits 4: unknown option. Here it is --model.load_in_4bit True.",
     ),
     "quantize both": (nothing, (*QUANTIZE, *FOUR, *EIGHT), "excludes --model.load_in_4bit"),
     "quantize in place": (
