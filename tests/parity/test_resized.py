@@ -50,7 +50,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(SETTINGS[setting], name, rows, marks=marks, id=f"{setting}-{name}-{rows}")
 
 
-@pytest.mark.parametrize(("settings", "name", "rows"), cases())
+@pytest.mark.parametrize(("settings", "name", "rows"), list(cases()))
 def test_merged_and_unmerged_equal_peft(
     tmp_path: Path, settings: dict[str, Any], name: str, rows: int
 ) -> None:
