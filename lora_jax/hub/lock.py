@@ -30,6 +30,7 @@ from lora_jax.hub.bucket import Place
 LOCK = ".lora_jax.lock"
 BEAT, SILENCE = 15.0, 45.0
 """Seconds between two signs of life where there are no locks, and without one after which the writer counts as dead."""
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -82,7 +83,9 @@ class Lock:
                 os.close(file)
                 if error.errno in _UNSUPPORTED:
                     return False
-                raise self._taken(self._read()) from error
+                if error.errno in _HELD:
+                    raise self._taken(self._read()) from error
+                raise _unwritable(self._option, error) from error
             with suppress(OSError):
                 if os.path.samestat(os.fstat(file), path.stat()):
                     break
@@ -113,6 +116,12 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
+            if self._read().get("token", self._token) != self._token:
+                self._say(
+                    f"warning: another run took over {self.path.parent}: this one stood still for over "
+                    f"{SILENCE:.0f} s; stop one of the two"
+                )
+                return
             self._content["beat"] += 1
             with suppress(Exception):  # a sign of life that is lost does no harm
                 self._write()

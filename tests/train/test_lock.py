@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -79,7 +80,25 @@ def test_without_locks_of_the_system_a_writer_is_known_by_its_signs_of_life(
     killed = Lock(tmp_path / "out", "killed", said.append)
     killed._over.set()
     third = Lock(tmp_path / "out", "third", said.append)
+    killed._over = threading.Event()  # it stood still, and goes on
+    beating = threading.Thread(target=killed._beat)
+    beating.start()
+    beating.join(timeout=10)
+    assert not beating.is_alive()
+    assert "another run took over" in said[-1]
+    assert third._read()["token"] == third._token
     third.release()
+
+
+def test_a_lock_that_fails_is_not_taken_for_a_running_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(UserError, match=r"^it: cannot be written \(Input/output error\)"):
+        Lock(tmp_path / "out", "it", print)
 
 
 def begun(arguments: list[str]) -> subprocess.Popen[str]:
