@@ -100,19 +100,19 @@ class Comparison:
     def print(self, console: Console, prompts: Sequence[str], tokenizer: Path) -> None:
         """Print how far each choice is from base + adapter, and what it costs on the prompts."""
         title = "Distance from base + adapter as it was trained, and the size of the update, as shares of the weights:"
-        console.print(title, soft_wrap=True)
+        console.print(title)
         console.print(self._distances())
         if not prompts:
             return
         rows = _encoded(prompts, tokenizer, self.adapter.model_config.vocab_size)
         if isinstance(rows, str):
-            console.print(f"note: the choices are not compared on prompts: {rows}", soft_wrap=True)
+            console.print(f"note: the choices are not compared on prompts: {rows}")
         else:
             title = (
                 f"On {len(rows)} texts of {sum(map(len, rows))} tokens: loss and divergence (KL) from base + adapter, "
                 "nats a token, and how often the likeliest next token is the same:"
             )
-            console.print(title, soft_wrap=True)
+            console.print(title)
             console.print(self._costs(rows))
 
     def _merged(self, choice: Choice) -> Tensors:

@@ -16,6 +16,7 @@ from lora_jax.adapters.peft import fold_for_vllm, saved_config
 from lora_jax.adapters.read import note_of_base, open_adapter
 from lora_jax.commands.checkpoints import saved_adapter
 from lora_jax.commands.merge import base_folder
+from lora_jax.console import plain_console
 from lora_jax.errors import UserError, listing
 from lora_jax.generate.stops import write_stops
 from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter_config, write_adapter
@@ -57,7 +58,7 @@ class ExportOptions:
 
 def export(options: ExportOptions, console: Console | None = None) -> int:
     """Write the adapter; return the exit code. Raises UserError before anything is written."""
-    console = console or Console(markup=False)
+    console = console or plain_console()
     if options.checkpoint:
         return _from_checkpoint(options, console)
     if not options.adapter or not options.output:
@@ -87,10 +88,10 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
         facts = TrainingFacts(resized_vocabulary=resized, version=__version__, hub_id=options.push_to_hub)
         write_text(aside / "README.md", adapter_card(folded, facts))
     if note := note_of_base(folder, config.base_model_name_or_path, base, options.base, "--base"):
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {note}")
     for remark in opened.remarks:
-        console.print(f"note: {remark}", soft_wrap=True)
-    console.print(f"wrote {options.output}, rank {folded.r} and scale 1 in all modules", soft_wrap=True)
+        console.print(f"note: {remark}")
+    console.print(f"wrote {options.output}, rank {folded.r} and scale 1 in all modules")
     push_output(Path(options.output).expanduser(), options, console)
     return 0
 
@@ -119,7 +120,7 @@ def _from_checkpoint(options: ExportOptions, console: Console) -> int:
         check_push(options.push_to_hub, Path(options.output))
     saved = saved_adapter(options.checkpoint)
     for note in saved.found:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {note}")
     check_target(options.output, ADAPTER_CONFIG_FILE, saved.base.folder)
     tokenizer = None if saved.chat_template is None else load_tokenizer(saved.base.folder)
     if tokenizer is not None:
@@ -133,6 +134,6 @@ def _from_checkpoint(options: ExportOptions, console: Console) -> int:
         write_notes(aside, saved.notes)
         facts = replace(saved.facts, hub_id=options.push_to_hub)
         write_text(aside / "README.md", adapter_card(saved.config, facts))
-    console.print(f"wrote {options.output}, the adapter of step {saved.step}", soft_wrap=True)
+    console.print(f"wrote {options.output}, the adapter of step {saved.step}")
     push_output(Path(options.output).expanduser(), options, console)
     return 0

@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from lora_jax.config import DataOptions, ModelOptions, RunConfig, TrainOptions, check_data
+from lora_jax.console import plain_console
 from lora_jax.errors import UserError, listing
 from lora_jax.options import parse
 from lora_jax.paths import on_disk
@@ -75,16 +76,14 @@ def inspect_data(options: InspectDataOptions, console: Console | None = None) ->
     check_data(options.data)
     if options.limit < 1:
         raise UserError(f"--limit {options.limit}: must be positive")
-    console = console or Console(markup=False)
+    console = console or plain_console()
     tokenizer = load_tokenizer(resolve(options.model.path, options.model.revision))
     data = options.data
     set_chat_template(tokenizer, data.chat_template)
     found = load_examples(data, tokenizer, data.path, data.split, None, console=console)
     rows = mixed(found, data.mixture_weights, data.stopping_strategy, TrainOptions.seed)
     marks = not console.is_terminal or console.no_color
-    console.print(
-        encodable(render(rows, tokenizer, options.limit, marks=marks), console.encoding), soft_wrap=True
-    )
+    console.print(encodable(render(rows, tokenizer, options.limit, marks=marks), console.encoding))
     return 0
 
 
@@ -95,11 +94,10 @@ def inspect_adapter(options: InspectAdapterOptions, console: Console | None = No
 
     if not options.adapter:
         raise UserError("inspect adapter: needs --adapter, the folder")
-    console = console or Console(markup=False)
+    console = console or plain_console()
     config, tensors = read_adapter(on_disk(options.adapter, "--adapter"))
     console.print(
         f"r {config.r}, lora_alpha {config.lora_alpha:g}, base {config.base_model_name_or_path}",
-        soft_wrap=True,
     )
     whole = [name for name in tensors if name.endswith(".weight") and ".lora_" not in name]
     untold = [name for name in whole if not is_saved(name.rpartition(".")[0], config.modules_to_save)]
@@ -107,7 +105,6 @@ def inspect_adapter(options: InspectAdapterOptions, console: Console | None = No
         console.print(
             f"note: holds weights of the base that {ADAPTER_CONFIG_FILE} does not name, which are used in its place: "
             f"{listing(untold)}",
-            soft_wrap=True,
         )
     kinds: dict[str, dict[str, list[Any]]] = {}
     for name, tensor in tensors.items():

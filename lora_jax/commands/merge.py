@@ -15,6 +15,7 @@ from lora_jax.adapters.merge import merged_config
 from lora_jax.adapters.notes import NOTES_FILE, Notes
 from lora_jax.adapters.read import base_of, note_of_base, open_adapter
 from lora_jax.commands.comparison import PROMPTS, Choice, Comparison, Precision, trained_notes
+from lora_jax.console import plain_console
 from lora_jax.errors import UserError, listing
 from lora_jax.generate.stops import write_stops
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter_config
@@ -78,7 +79,7 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
 
     What the choice costs, where the base was quantised, is measured once the merged model is written.
     """
-    console = console or Console(markup=False)
+    console = console or plain_console()
     if not options.adapter or not options.output:
         raise UserError("merge: needs --adapter and --output; give both folders")
     output_on_disk(options.output)
@@ -134,18 +135,16 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
         also=also,
     )
     if note := note_of_base(folder, config.base_model_name_or_path, base, options.base, "--base"):
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {note}")
     for note in notes:
-        console.print(note, soft_wrap=True)
+        console.print(note)
     if model_config.tie_word_embeddings and not merged.tie_word_embeddings:
-        console.print(
-            "note: embedding and head differ now; config.json says tie_word_embeddings false", soft_wrap=True
-        )
+        console.print("note: embedding and head differ now; config.json says tie_word_embeddings false")
     for note in tokenizer_notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {note}")
     quantized = trained.quantization is not None or chosen.quantization is not None
     how = f" ({chosen.name})" if quantized else ""
-    console.print(f"merged {len(adapter.plan.targets)} modules into {options.output}{how}", soft_wrap=True)
+    console.print(f"merged {len(adapter.plan.targets)} modules into {options.output}{how}")
     if quantized:
         comparison.print(console, options.prompts, Path(options.output).expanduser())
     push_output(Path(options.output).expanduser(), options, console)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_jax.config import DataOptions, RunConfig, check
+from lora_jax.console import plain_console
 from lora_jax.errors import UserError, listing
 from lora_jax.parallel.memory import size_text
 from lora_jax.plan.estimate import Estimate, estimate
@@ -56,7 +57,7 @@ def plan(options: PlanOptions, typed: Collection[str], console: Console | None =
     if options.search and options.compare:
         raise UserError("--search: excludes --compare; give one of the two")
     check(options)
-    console = console or Console(stderr=options.json, markup=False)
+    console = console or plain_console(stderr=options.json)
     target = find_target(options.topology)
     if options.search:
         record, fits = _search(console, options, typed, target)
@@ -88,11 +89,11 @@ def _plan(
         return record, True
     remedy = what_fits(options, typed, found)
     if remedy is None:
-        console.print("does not fit, nor with anything that was tried", soft_wrap=True)
+        console.print("does not fit, nor with anything that was tried")
     else:
         flags, fitting = remedy
         peak = size_text(fitting.figures.peak)
-        console.print(f"does not fit; {flags} would, with a peak of {peak}", highlight=False, soft_wrap=True)
+        console.print(f"does not fit; {flags} would, with a peak of {peak}")
     record["would_fit"] = remedy and {"flags": remedy[0], **remedy[1].to_json()}
     return record, False
 
@@ -100,16 +101,16 @@ def _plan(
 def _search(
     console: Console, options: PlanOptions, typed: Collection[str], target: Target
 ) -> tuple[dict[str, Any], bool]:
-    best = search(options, typed, target, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    best = search(options, typed, target, console.print)
     if not best:
         found = estimate(options, typed, target)  # its mesh may be one that is not tried
         fits = found.figures.fits
         console.print(_table({"": found}))
-        console.print("nothing else that was tried fits" if fits else "no batch fits", highlight=False)
+        console.print("nothing else that was tried fits" if fits else "no batch fits")
         return found.to_json(), fits
     console.print(_table({str(index + 1): found.estimate for index, found in enumerate(best)}))
     for index, found in enumerate(best):
-        console.print(f"{index + 1}: {found.flags}", highlight=False, soft_wrap=True)
+        console.print(f"{index + 1}: {found.flags}")
     record = best[0].estimate.to_json()
     record["search"] = [{"flags": found.flags, "tokens_per_second": found.rate} for found in best]
     return record, True
@@ -146,9 +147,7 @@ def _rows(found: Estimate) -> list[tuple[str, str]]:
 
 def _print_notes(console: Console, found: Estimate) -> None:
     if found.uncut:
-        console.print(
-            f"whole along an axis: {listing(found.uncut, 3)}", highlight=False, markup=False, soft_wrap=True
-        )
+        console.print(f"whole along an axis: {listing(found.uncut, 3)}")
     chip, least = found.target.chip, found.least
     if chip is None or least is None:
         return
@@ -156,5 +155,4 @@ def _print_notes(console: Console, found: Estimate) -> None:
     console.print(
         f"roofline: {parts}; at {chip.flops / 1e12:g} bf16 TFLOP/s, {chip.bandwidth / 1e9:g} GB/s of HBM and "
         f"{chip.links / 1e9:g} GB/s over links, each as if alone and at its peak; a real step takes longer",
-        highlight=False, soft_wrap=True,
     )  # fmt: skip

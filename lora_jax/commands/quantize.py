@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lora_jax.commands.calibration import Calibration, CalibrationOptions, check_calibration
 from lora_jax.config import ModelOptions, check_model
+from lora_jax.console import plain_console
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
@@ -49,7 +50,7 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
     A checkpoint that is quantised already, as the options say, is written again as it is. Raises UserError for
     whatever is wrong, and leaves nothing then.
     """
-    console = console or Console(markup=False)
+    console = console or plain_console()
     if not options.model.path or not options.output:
         raise UserError("quantize: needs --model.path and --output; give both folders")
     output_on_disk(options.output)
@@ -98,18 +99,15 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
         also=None if calibration is None else calibration.write_notes,
     )
     if isinstance(checkpoint, PackedCheckpoint):
-        console.print(
-            f"note: {folder} is quantised already; its codes are written as they are", soft_wrap=True
-        )
+        console.print(f"note: {folder} is quantised already; its codes are written as they are")
     for remark in opened.remarks:
-        console.print(f"note: {remark}", soft_wrap=True)
+        console.print(f"note: {remark}")
     bits = 8 * counts.nbytes / max(1, counts.weights)
     console.print(
         f"wrote {options.output}: {quantization.summary()}, {bits:.2f} bits a weight in {counts.modules} linear layers",
-        soft_wrap=True,
     )
     for line in () if calibration is None else calibration.lines():
-        console.print(line, soft_wrap=True)
+        console.print(line)
     return 0
 
 

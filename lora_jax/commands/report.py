@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from lora_jax.console import plain_console
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import write_text
 from lora_jax.options import parse
@@ -27,7 +28,7 @@ def report(arguments: Sequence[str], program: str, console: Console | None = Non
     """Write the page; return the exit code. Raises UserError for a folder that holds no run."""
     from lora_jax.train.output import REPORT
 
-    console = console or Console(markup=False)
+    console = console or plain_console()
     words = list(arguments)
     count = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     options = parse(ReportOptions, words[count:], program=program, first=FOLDERS)[0]
@@ -42,5 +43,5 @@ def report(arguments: Sequence[str], program: str, console: Console | None = Non
     if target.is_dir():
         raise UserError(f"--output {target}: is a folder; give a file, such as {target / REPORT}")
     write_text(target, render(read_runs(folders)))
-    console.print(f"wrote {target}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {target}")
     return 0

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lora_jax.config import DataFormat
+from lora_jax.console import plain_console
 from lora_jax.data.lines import Parser
 from lora_jax.data.recipe import Recipe
 from lora_jax.data.rows import Rows
@@ -143,7 +144,7 @@ def write_tokens(rows: Rows, worker: Worker, file: Path, workers: int, console: 
         (worker.chunk(chunk) for chunk in chunks) if workers == 1 else _in_processes(worker, chunks, workers)
     )
     counts, done_rows = Counts(), 0
-    shown = console if console is not None and console.is_terminal else Console(quiet=True)
+    shown = console if console is not None and console.is_terminal else plain_console(quiet=True)
     with (
         StoreWriter(file) as writer,
         Progress(console=shown, transient=True, disable=shown.quiet) as progress,

@@ -41,7 +41,7 @@ def push_output(folder: Path, options: PushOptions, console: Console) -> None:
         url = push(
             folder, options.push_to_hub, private=options.hub_private_repo, revision=options.hub_revision
         )
-        console.print(f"pushed to {url}", highlight=False, soft_wrap=True)
+        console.print(f"pushed to {url}")
 
 
 def check_push(repo_id: str, folder: PurePath) -> None:

@@ -40,7 +40,7 @@ def tree_bytes(tree: Any) -> int:
 def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> None:
     """Print PEFT's line of parameters, then devices, bytes, tokens a step, steps and where the output goes."""
     train, packing, steps, plan = run.config.train, run.config.data.packing, sizes.steps, sizes.plan
-    console.print(trainable_line(*run.parameters), highlight=False, soft_wrap=True)
+    console.print(trainable_line(*run.parameters))
     trained, optimiser = size_text(tree_bytes(run.trainable)), size_text(tree_bytes(opt_state))
     facts = {
         "device": f"{_devices(run.mesh)}, computing in {run.model.dtype}",
@@ -59,7 +59,7 @@ def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> Non
     if not console.is_terminal:  # a log is read and searched by line: none is wrapped
         spoke()
         for name, fact in facts.items():
-            console.print(f"{name:<8} {fact}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{name:<8} {fact}")
         return
     table = Table.grid(padding=(0, 2))
     for name, fact in facts.items():
@@ -167,7 +167,7 @@ class Reporter:
         self._print(f"warning: {text}")
 
     def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(line)
         spoke()
 
 

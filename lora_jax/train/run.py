@@ -16,6 +16,7 @@ from rich.console import Console
 from lora_jax.adapters.notes import read_notes
 from lora_jax.adapters.read import note_of_base
 from lora_jax.config import RunConfig, check
+from lora_jax.console import plain_console
 from lora_jax.errors import INTERRUPTED, UserError
 from lora_jax.hub.adapter_files import read_adapter_config
 from lora_jax.hub.bucket import Place
@@ -76,7 +77,7 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
         try:
             if not writes():
                 hush()
-            return _checked(config, typed, console or Console(quiet=not writes(), markup=False), signals)
+            return _checked(config, typed, console or plain_console(quiet=not writes()), signals)
         except Exception as error:
             known = error if isinstance(error, UserError) else lost(error)
             if known is None:
@@ -88,7 +89,7 @@ def _checked(config: RunConfig, typed: Collection[str], console: Console, signal
     mesh = make_mesh(config.mesh)
     signals.begin(console, mesh)
     check_place(config)
-    with only_writer(config, partial(console.print, highlight=False, soft_wrap=True)) as release:
+    with only_writer(config, console.print) as release:
         signals.on_exit = release
         check_output(config)
         check_tracking(config)
@@ -108,7 +109,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     run = prepare(config, typed, mesh)
     if config.lora.init_from is not None:
         for note in _notes_of_start(Path(config.lora.init_from).expanduser(), run):
-            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"note: {note}")
     folder = output_folder(config)
     sizes = run_sizes(run, lengths_of_steps(folder / CHECKPOINTS) if config.resume else None)
     if not same_in_all(row_checksums(run)):  # else each would wait for the others in another step
@@ -123,7 +124,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     optimizer = make_optimizer(config.train, sizes.steps)
     state, state_shardings = sharded_state(run.trainable, optimizer, run.key, config.train, mesh)
     if (note := nowhere_to_go(config.train, mesh.devices.flat[0])) is not None:
-        console.print(note, highlight=False, soft_wrap=True)
+        console.print(note)
     config = run.config  # with the options that an adapter to go on with decides
     progress = None
     goes_on = config.resume and (folder / CHECKPOINTS).is_dir()
@@ -135,7 +136,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
     checkpoints = Checkpoints(folder / CHECKPOINTS, limit, identity, aim.metric, aim.greater_is_better)
     try:
         for note in checkpoints.notes:
-            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"note: {note}")
         latest = checkpoints.latest()
         if config.resume and latest is not None:
             before = Record(folder, latest)
@@ -146,23 +147,19 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
                 console.print(
                     f"nothing to do: the run is finished after step {latest} and {written} is written; to train "
                     "further, give more --train.max_steps or --train.num_train_epochs",
-                    highlight=False,
-                    soft_wrap=True,
                 )
                 return 0
             signals.resumed_at = latest
-            console.print(f"resuming after step {latest}", highlight=False)
+            console.print(f"resuming after step {latest}")
             planned = before.content.get("steps")
             if isinstance(planned, int) and planned != sizes.steps:
                 console.print(
                     f"note: the run had {planned} steps and now has {sizes.steps}: from step {latest + 1} on the "
                     f"learning rate is that of a schedule of {sizes.steps} steps",
-                    highlight=False,
-                    soft_wrap=True,
                 )
         elif config.resume:
             check_unfinished(folder)
-            console.print("no checkpoint to resume from: starting afresh", highlight=False)
+            console.print("no checkpoint to resume from: starting afresh")
         if goes_on:
             open_output(config)  # only now: a resumption that is refused leaves the folder as it was
         print_facts(console, run, state.opt_state, sizes)
@@ -203,9 +200,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
                 except SavingError as error:
                     raise _exported_at_least(run, loop, folder, error) from error
             if (number := outcome.stopped_by) is not None:
-                console.print(
-                    f"stopped; step {int(outcome.state.step)} is saved, go on with --resume", highlight=False
-                )
+                console.print(f"stopped; step {int(outcome.state.step)} is saved, go on with --resume")
                 tracking.done(whole=False, results=results(outcome))
                 return INTERRUPTED if number == signal.SIGINT else 0
             facts = training_facts(run, outcome)
@@ -217,7 +212,7 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         checkpoints.close()
     if outcome.steps < sizes.steps:
         count = f"{config.train.early_stopping_patience} evaluations in a row without a better {aim.metric}"
-        console.print(f"stopped early after step {outcome.steps}: {count}", highlight=False, soft_wrap=True)
+        console.print(f"stopped early after step {outcome.steps}: {count}")
     before, after = outcome.eval_before, outcome.eval_after
     if after is not None:
         name = next(iter(run.eval_rows))
@@ -226,12 +221,12 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
             "; what is written is worse than the start" if before is not None and not after <= before else ""
         )
         line = f"eval loss {f'of {name} ' if name else ''}{start}{after:.4f}{worse}"
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
     if (found := checkpoints.best) is not None and found.step < sizes.steps:
         whose = " (exported)" if found.step == int(outcome.state.step) else ""
         shown = f"step {found.step}, {checkpoints.metric} {found.value:.4f}{whose}"
-        console.print(f"best checkpoint: {shown}", highlight=False)
-    console.print(f"wrote {written}", highlight=False, soft_wrap=True)
+        console.print(f"best checkpoint: {shown}")
+    console.print(f"wrote {written}")
     if config.push_to_hub is not None and writes():
         assert isinstance(written, Path)
         push_output(written, config, console)

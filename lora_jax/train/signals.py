@@ -199,7 +199,7 @@ class Signals:
                 line = f"stopped before a step was done: nothing to save{kept}"
                 if self.console is not None and not self.console.quiet:
                     self.console.show_cursor()
-                    self.console.print(line, highlight=False, soft_wrap=True)
+                    self.console.print(line)
                     self.console.file.flush()
                 elif told:
                     print(line, flush=True)

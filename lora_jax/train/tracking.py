@@ -128,7 +128,6 @@ class Tracking:
             with suppress(OSError):
                 self.console.print(
                     f"warning: report_to {name}: gave up ({type(error).__name__}: {reason}); metrics.jsonl goes on",
-                    highlight=False, markup=False, soft_wrap=True,
                 )  # fmt: skip
 
 

@@ -1,0 +1,10 @@
+"""The console that commands print to."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+
+def plain_console(*, quiet: bool = False, stderr: bool = False) -> Console:
+    """Return a console that prints lines as they are: nothing in them is markup, highlighted, or wrapped."""
+    return Console(quiet=quiet, stderr=stderr, markup=False, highlight=False, soft_wrap=True)
