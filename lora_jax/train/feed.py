@@ -43,8 +43,8 @@ class Sizes:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of one optimiser step over all devices; where rows are packed, each holds several."""
-        return self.batch * self.accumulation
+        """Rows of one optimiser step over all devices, padding aside; where rows are packed, each holds several."""
+        return min(self.batch * self.accumulation, len(self.plan.bins))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -45,7 +45,7 @@ def test_lines_in_a_file_are_whole_and_plain(home: Path) -> None:
         r"buckets  16 x 2 steps an epoch; 56\.2% padding",
         r"steps    4 \(2.00 epochs\)",
         r"output   .*a folder with a long name/out",
-        r"warning: leaked: 8 of 20 \(40\.0%\) rows of the evaluation set are training rows too; .*",
+        r"warning: leaked: 8 of 20 \(40\.0%\) rows of the evaluation set are training rows too, .*",
         rf"step 0/4  {figures}",
         *[rf"step {n}/4  loss \d\.\d{{4}}  lr \S+  grad_norm \S+  \S+ tokens/s" for n in (1, 2, 3)],
         rf"step 4/4  loss \d\.\d{{4}}  lr \S+  grad_norm \S+  \S+ tokens/s  {figures}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -184,9 +185,10 @@ def test_a_failing_export_leaves_no_half_adapter_and_resuming_completes_it(
     model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "adapter").write_text("in the way")
     arguments = train_arguments(model, rows, output)
+    run(*arguments)
+    shutil.rmtree(output / "adapter")
+    (output / "adapter").write_text("in the way")
     assert main([*arguments, "--resume"]) == 2
     assert capsys.readouterr().err == f"error: {output}/adapter is a file; name a folder to write to\n"
     assert [name for name in tree(output) if "adapter" in name] == ["adapter"]
