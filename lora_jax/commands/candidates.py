@@ -74,11 +74,12 @@ def _opened(
     folder = None if opened.adapter is None else opened.adapter.folder
     notes = tuple(opened.notes(model))
     one = Candidate(model.path, adapter, folder, replace(opened, adapter=None), notes)
-    if any(_places(one) == _places(other) for other in found):
+    if any(_identity(one) == _identity(other) for other in found):
         raise UserError(f"{option} {adapter or model.path}: is named twice; leave one of the two out")
     return one
 
 
-def _places(one: Candidate) -> tuple[Path, Path | None]:
+def _identity(one: Candidate) -> tuple[Path, Path | None, str | None]:
     adapter = one.adapter_folder
-    return one.opened.checkpoint.folder.resolve(), None if adapter is None else adapter.resolve()
+    base = one.opened.checkpoint.folder.resolve()
+    return base, None if adapter is None else adapter.resolve(), one.quantization

@@ -30,6 +30,7 @@ from lora_jax.config import (
     check_data,
     check_evaluation_data,
 )
+from lora_jax.console import plain_console
 from lora_jax.data.dataset import TokenDataset, load_examples
 from lora_jax.data.mixture import hold_out, mixed
 from lora_jax.data.packing import packs
@@ -132,7 +133,7 @@ def evaluate(options: EvalOptions, typed: Collection[str] = (), console: Console
     Raises UserError for whatever is wrong; what is wrong with a model's files or the rows comes before any figure.
     """
     _check(options)
-    console = console or Console(stderr=options.json, markup=False)
+    console = console or plain_console(stderr=options.json)
     mesh = make_mesh(options.mesh)
     lines: list[Line] = []
     with jax.set_mesh(mesh):
@@ -151,7 +152,7 @@ def evaluate(options: EvalOptions, typed: Collection[str] = (), console: Console
     if options.output:
         path = output_on_disk(options.output)
         write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
-        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"wrote {path}")
     return 0
 
 
@@ -185,7 +186,7 @@ def _sets_of(found: Sequence[Candidate], options: EvalOptions, console: Console)
             for name, rows in known[same].items():
                 asked(rows, options.scoring, SECTION)
                 about = f"{f'eval {name}'.rstrip():<8} {rows.summary()}"
-                console.print(about, highlight=False, markup=False, soft_wrap=True)
+                console.print(about)
         sets[one] = known[same]
     return sets
 
@@ -227,11 +228,15 @@ def _measured(
         if one.adapter_folder is not None:
             trees = adapter_trees(open_adapter(one.adapter_folder, first.config), frozen, mesh)
         # Programs are compiled for shapes: adapters of the same ones, on the same rows, share them.
-        same = (id(sets[one]), str(jax.tree.map(jax.typeof, trees)))
+        same = (
+            id(sets[one]),
+            str(jax.tree.map(jax.typeof, trees)),
+            json.dumps(one.opened.settings, sort_keys=True),
+        )
         if same not in evaluators:
             base = InMemory(
                 checkpoint=first.checkpoint, model_config=first.config, model=model, frozen=frozen, adapter={},
-                tokenizer=one.opened.tokenizer, mesh=mesh,
+                tokenizer=one.opened.tokenizer, settings=one.opened.settings, mesh=mesh,
             )  # fmt: skip
             evaluators[same] = Evaluator(base, sets[one], sizes, options.scoring, section=SECTION)
         line = _line(one, sets[one], evaluators[same](*trees).figures)
@@ -268,4 +273,4 @@ def _print_table(
     # A long path is cut neither in a log nor on a narrow terminal.
     wide = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     console.width = max(console.width, wide)
-    console.print(table, soft_wrap=True)
+    console.print(table)

@@ -36,6 +36,8 @@ class Opened:
     config: ModelConfig
     tokenizer: Any
     adapter: Adapter | None
+    settings: Mapping[str, Any]
+    """What generation_config.json holds; nothing where there is none."""
     remarks: tuple[str, ...] = ()
     """What a user should know of how the base's files were read."""
 
@@ -64,8 +66,6 @@ class Loaded(Opened):
 
     model: Decoder
     variables: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    """What generation_config.json holds; nothing where there is none."""
 
 
 def load_for_inference(
@@ -81,12 +81,10 @@ def load_for_inference(
     held = jnp.dtype(compute).name if options.dtype == "auto" else options.dtype
     params = load_params(found.checkpoint, found.config, held, found.quantization, options.dtype)
     trainable, facts = ({}, {}) if found.adapter is None else adapter_trees(found.adapter, params)
-    own = None if found.adapter is None else found.adapter.folder
     return Loaded(
         **vars(found),
         model=Decoder(found.config, dtype=compute),
         variables=variables(params, trainable, facts),
-        settings=generation_settings(found.checkpoint.folder, own),
     )
 
 
@@ -123,4 +121,5 @@ def open_for_inference(
         config=config,
         tokenizer=tokenizer,
         adapter=opened,
+        settings=generation_settings(checkpoint.folder, folder),
     )

@@ -9,7 +9,6 @@ from lora_jax.errors import UserError
 from lora_jax.generate.decode import NO_TOKEN, NOT_FINITE, stream
 from lora_jax.generate.limits import check_cache
 from lora_jax.generate.prompt import encode_prompt, end_ids
-from lora_jax.generate.stops import generation_settings
 from lora_jax.generate.text import decoded
 from lora_jax.models.layers import variables
 from lora_jax.progress import stage
@@ -24,8 +23,7 @@ class Completions:
         self.base, self.interrupted = base, interrupted
         tokenizer = base.tokenizer
         self.chat = bool(tokenizer.chat_template)
-        settings = generation_settings(base.checkpoint.folder)
-        self.end_ids = end_ids(settings, base.checkpoint.config, tokenizer, chat=self.chat)
+        self.end_ids = end_ids(base.settings, base.checkpoint.config, tokenizer, chat=self.chat)
 
     def encoded(self, prompt: str) -> list[int]:
         """Return a sample prompt's tokens, as a user's turn where there is a chat template."""

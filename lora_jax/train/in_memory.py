@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ class InMemory:
     model_config: ModelConfig
     model: Decoder
     tokenizer: Any
+    settings: Mapping[str, Any]
+    """What generation_config.json holds, of the adapter or else of the base."""
     frozen: Any
     adapter: Any
     mesh: Mesh

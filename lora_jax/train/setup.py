@@ -17,11 +17,13 @@ from lora_jax.adapters.init import adapter_shapes, init_adapter
 from lora_jax.adapters.peft import import_tensors
 from lora_jax.adapters.targets import Plan, check_unquantized
 from lora_jax.config import DataOptions, RunConfig
+from lora_jax.console import plain_console
 from lora_jax.data.dataset import TokenDataset, load_examples
 from lora_jax.data.mixture import hold_out, mixed
 from lora_jax.data.packing import packs
 from lora_jax.data.paths import is_local
 from lora_jax.errors import UserError
+from lora_jax.generate.stops import generation_settings
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.chat_templates import set_chat_template
@@ -154,7 +156,7 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
         checkpoint=checkpoint, model_config=model_config, model=model, tokenizer=tokenizer, frozen=frozen,
         adapter=adapter, mesh=mesh, config=config, quantization=quantization, train_rows=train_rows,
         eval_rows=eval_rows, trainable=trainable, plan=plan, adapter_config=lora_config, key=run_key,
-        remarks=base.remarks, carried=carried,
+        remarks=base.remarks, carried=carried, settings=generation_settings(checkpoint.folder),
     )  # fmt: skip
 
 
@@ -186,7 +188,7 @@ def _rows(
     config: RunConfig, tokenizer: Any, vocab_size: int
 ) -> tuple[TokenDataset, Mapping[str, TokenDataset]]:
     data, seed = config.data, config.train.seed
-    console = Console(quiet=not writes(), markup=False)
+    console = plain_console(quiet=not writes())
     found = load_examples(data, tokenizer, data.path, data.split, vocab_size, console=console)
     sets = evaluation_rows(data, tokenizer, vocab_size, console)
     train_rows, held = hold_out(found, 0 if sets else data.eval_fraction, seed)

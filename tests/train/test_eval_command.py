@@ -100,6 +100,17 @@ def test_rows_that_are_typed_take_the_place_of_those_of_a_runs_file() -> None:
     assert from_file(eight, [])["per_device_eval_batch_size"] == ["8"]
 
 
+def test_a_model_and_its_quantised_self_are_two_and_an_adapter_stops_where_its_own_settings_say(
+    trained: Path, model: Path, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    (adapter / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    quantised = ModelOptions(path=str(model), load_in_4bit=True)
+    found = candidates(quantised, (str(adapter),), (str(model),), True, ())
+    assert [one.quantization is None for one in found] == [False, False, True]
+    assert [one.opened.settings.get("eos_token_id") for one in found] == [None, [7], None]
+
+
 def test_adapters_of_one_base_share_it_and_other_bases_wait(
     trained: Path, model: Path, tmp_path: Path
 ) -> None:
