@@ -27,7 +27,7 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
 from lora_jax.models.load import abstract_params
 from lora_jax.models.names import modules
-from lora_jax.train import blocks, losses
+from lora_jax.train import head_blocks, losses
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.step import init_state, make_train_step
 
@@ -65,12 +65,12 @@ def batch(vocab: int, trained: float) -> Batch:
 
 def memory(vocabs: list[int]) -> None:
     print(f"| vocabulary | table | step | all logits |\n|{'---|' * 4}")
-    ours = losses.CHUNK, blocks.BLOCK
+    ours = losses.CHUNK, head_blocks.BLOCK
     for vocab in vocabs:
         used = compiled_step(vocab)[2]
-        losses.CHUNK, blocks.BLOCK = ROWS * LENGTH, vocab
+        losses.CHUNK, head_blocks.BLOCK = ROWS * LENGTH, vocab
         whole = compiled_step(vocab)[2]
-        losses.CHUNK, blocks.BLOCK = ours
+        losses.CHUNK, head_blocks.BLOCK = ours
         table = vocab * CONFIG["hidden_size"] * 4
         print(
             f"| {vocab:,} | {' | '.join(f'{size / 2**20:.0f} MiB' for size in (table, used, whole))} |",

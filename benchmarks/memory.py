@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_jax.cache import keep_compiled
-from lora_jax.plan.targets import find_target, prepare_environment
+from lora_jax.plan.topologies import find_target, prepare_environment
 
 prepare_environment()
 keep_compiled()

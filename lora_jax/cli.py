@@ -182,7 +182,7 @@ def _train(arguments: Sequence[str], program: str) -> int:
     if config.distributed.process_id:
         hush()
     from lora_jax.parallel.processes import leave
-    from lora_jax.train.run import train
+    from lora_jax.run.training import train
 
     try:
         return train(config, typed)
@@ -217,7 +217,7 @@ def _quantize(arguments: Sequence[str], program: str) -> int:
 
 
 def _plan(arguments: Sequence[str], program: str) -> int:
-    from lora_jax.plan.targets import prepare_environment
+    from lora_jax.plan.topologies import prepare_environment
 
     prepare_environment()
     from lora_jax.commands.plan import PlanOptions, plan

@@ -36,7 +36,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
-from lora_jax.plan.targets import CAPABILITIES, GPU_TARGETS  # noqa: E402
+from lora_jax.plan.topologies import CAPABILITIES, GPU_TARGETS  # noqa: E402
 from lora_jax.quant.codebooks import NF4  # noqa: E402
 from lora_jax.quant.kernels import gpu  # noqa: E402
 from lora_jax.quant.kernels.gpu_tiles import CHIPS, OTHER, Tile, compiling_for, tile_for  # noqa: E402

@@ -22,11 +22,11 @@ from lora_jax.adapters.targets import Plan, make_plan
 from lora_jax.config import ModelOptions
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Decoder, positions_of
 from lora_jax.models.families import read_config
 from lora_jax.models.layers import variables
 from lora_jax.models.load import load_params
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import modules, name_table
 from lora_jax.models.open import open_model
 from lora_jax.models.quantization import quantization_of

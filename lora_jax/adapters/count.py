@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from lora_jax.adapters.targets import Plan
-from lora_jax.models.config import ModelConfig
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import Module, name_table
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from lora_jax.adapters.targets import Plan
-from lora_jax.models.config import ModelConfig
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import LM_HEAD, modules
 
 LAST = "down_proj"

@@ -22,7 +22,7 @@ from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
 from lora_jax.hub.checkpoint import Checkpoint, equal_values
 from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint
-from lora_jax.models.config import ModelConfig
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import EMBEDDING_NAME, HEAD_NAME, modules, name_table
 from lora_jax.models.sharding import placed, shardings
 from lora_jax.progress import stage

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lora_jax.adapters.merge import delta, merged_config, merged_tensors
+from lora_jax.adapters.merging import delta, merged_config, merged_tensors
 from lora_jax.adapters.notes import Notes, read_notes
 from lora_jax.adapters.read import Adapter
 from lora_jax.errors import UserError
@@ -31,7 +31,7 @@ from lora_jax.models.quantization import quantized_kernel, quantized_names, quan
 from lora_jax.models.save import packed_tensors
 from lora_jax.models.streamed import streamed_logits
 from lora_jax.progress import at, stage
-from lora_jax.quant.decode import dequantize
+from lora_jax.quant.dequantize import dequantize
 
 Precision = Literal["original", "dequantized"]
 Tensors = Iterator[tuple[str, np.ndarray]]

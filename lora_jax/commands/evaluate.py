@@ -43,13 +43,14 @@ from lora_jax.models.finite import broken_weights
 from lora_jax.models.load import load_params
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.paths import output_on_disk
-from lora_jax.train.evaluation import Evaluator, asked
+from lora_jax.run.evaluation import Evaluator, asked
+from lora_jax.run.in_memory import InMemory
+from lora_jax.run.loop import number
+from lora_jax.run.scores import check_installed, score_names
+from lora_jax.run.setup import evaluation_rows
+from lora_jax.run.stopping import FIGURES
+from lora_jax.run_folder import figure_name
 from lora_jax.train.feed import eval_sizes
-from lora_jax.train.in_memory import InMemory
-from lora_jax.train.loop import number
-from lora_jax.train.scores import check_installed, score_names
-from lora_jax.train.setup import evaluation_rows
-from lora_jax.train.stopping import FIGURES, figure_name
 
 SECTION = "--"
 """What the names of options of scores begin with here."""

@@ -14,8 +14,8 @@ from lora_jax import __version__
 from lora_jax.adapters.notes import NOTES_FILE, write_notes
 from lora_jax.adapters.peft import fold_for_vllm, saved_config
 from lora_jax.adapters.read import note_of_base, open_adapter
-from lora_jax.commands.checkpoints import saved_adapter
 from lora_jax.commands.merge import base_folder
+from lora_jax.commands.saved_adapter import saved_adapter
 from lora_jax.console import plain_console
 from lora_jax.errors import UserError, listing
 from lora_jax.generate.stops import write_stops

@@ -65,7 +65,7 @@ def inspect(arguments: Sequence[str], program: str) -> int:
 def inspect_data(options: InspectDataOptions, console: Console | None = None) -> int:
     """Print the first rows as tokens with what is trained; return the exit code."""
     from lora_jax.data.dataset import load_examples
-    from lora_jax.data.inspect import encodable, render
+    from lora_jax.data.inspection import encodable, render
     from lora_jax.data.mixture import mixed
     from lora_jax.hub.chat_templates import set_chat_template
     from lora_jax.hub.resolve import resolve

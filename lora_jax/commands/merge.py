@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from lora_jax import __version__
-from lora_jax.adapters.merge import merged_config
+from lora_jax.adapters.merging import merged_config
 from lora_jax.adapters.notes import NOTES_FILE, Notes
 from lora_jax.adapters.read import base_of, note_of_base, open_adapter
 from lora_jax.commands.comparison import PROMPTS, Choice, Comparison, Precision, trained_notes

@@ -16,7 +16,7 @@ from lora_jax.errors import UserError, listing
 from lora_jax.parallel.memory import size_text
 from lora_jax.plan.estimate import Estimate, estimate
 from lora_jax.plan.subject import read_subject
-from lora_jax.plan.targets import Target, find_target, shown_targets
+from lora_jax.plan.topologies import Target, find_target, shown_targets
 from lora_jax.plan.variants import methods, search, what_fits
 
 TOO_LARGE = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from lora_jax.commands.calibration import Calibration, CalibrationOptions, check_calibration
+from lora_jax.commands.calibration_rows import Calibration, CalibrationOptions, check_calibration
 from lora_jax.config import ModelOptions, check_model
 from lora_jax.console import plain_console
 from lora_jax.errors import UserError
@@ -19,8 +19,8 @@ from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.target import check_target
 from lora_jax.hub.writer import parse_size
-from lora_jax.models.config import ModelConfig
 from lora_jax.models.load import storage_dtype
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import name_table
 from lora_jax.models.open import open_model
 from lora_jax.models.quantization import quantization_of, quantized_weights, read_kernel, read_tensor

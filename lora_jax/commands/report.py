@@ -26,7 +26,7 @@ class ReportOptions:
 
 def report(arguments: Sequence[str], program: str, console: Console | None = None) -> int:
     """Write the page; return the exit code. Raises UserError for a folder that holds no run."""
-    from lora_jax.train.output import REPORT
+    from lora_jax.run_folder import REPORT
 
     console = console or plain_console()
     words = list(arguments)

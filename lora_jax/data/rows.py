@@ -17,8 +17,8 @@ from typing import Any, overload
 
 from lora_jax.data.files import RowSource, kind_of, read_file
 from lora_jax.data.lines import CutFile, Parser
+from lora_jax.data.locate import data_files
 from lora_jax.data.packed import PACKED
-from lora_jax.data.paths import data_files
 from lora_jax.data.remote import HubRows, read_hub
 from lora_jax.errors import UserError
 

@@ -19,10 +19,10 @@ from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.tokenizer import load_joined_tokenizer
-from lora_jax.models.config import ModelConfig
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.layers import variables
 from lora_jax.models.load import load_params, storage_dtype
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.open import open_model
 from lora_jax.models.quantization import compute_dtype, quantization_of, quantized_weights
 

@@ -15,8 +15,8 @@ import numpy as np
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.adapter_config import ADAPTER_CONFIG_FILE, AdapterConfig, read_adapter_config
 from lora_jax.hub.atomic import write_text
+from lora_jax.hub.finite_tensors import finite, not_finite
 from lora_jax.hub.safetensors_file import SafetensorsFile, save_tensors
-from lora_jax.hub.values import finite, not_finite
 
 __all__ = [
     "ADAPTER_CONFIG_FILE",

@@ -22,8 +22,8 @@ from lora_jax.hub.bitsandbytes import (
     read_quantization_config,
 )
 from lora_jax.hub.checkpoint import CONFIG_FILE, Checkpoint
+from lora_jax.hub.finite_tensors import finite, not_finite
 from lora_jax.hub.json_file import unique
-from lora_jax.hub.values import finite, not_finite
 
 _DTYPES: Final = {
     "float32": np.dtype(np.float32),

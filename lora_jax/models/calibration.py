@@ -23,15 +23,15 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.models.attention.blocks import Places
-from lora_jax.models.config import ModelConfig
+from lora_jax.models.attention.query_blocks import Places
 from lora_jax.models.decoder import Layer, Sight, positions_of
 from lora_jax.models.layers import FROZEN, Linear
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import EMBED_TOKENS, TensorName, name_table
 from lora_jax.models.quantization import quantized_kernel, quantized_names, read_tensor
 from lora_jax.models.rope import angles
 from lora_jax.progress import at
-from lora_jax.quant.decode import dequantize
+from lora_jax.quant.dequantize import dequantize
 from lora_jax.quant.gptq import calibrated, output_error
 from lora_jax.quant.leaf import BLOCK, Quantized, may_be_grouped
 

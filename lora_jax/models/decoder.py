@@ -20,9 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from lora_jax.models.attention.attend import attend, attend_over, of_layer
-from lora_jax.models.attention.blocks import Places, Window
-from lora_jax.models.config import ModelConfig
+from lora_jax.models.attention.query_blocks import Places, Window
 from lora_jax.models.layers import ADAPTER, FROZEN, STACKS, TRAINABLE, Embedding, Linear, RMSNorm
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.rope import angles, rotate
 from lora_jax.parallel.mesh import constrained
 

@@ -13,8 +13,8 @@ from typing import Any
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.advice import without_advice
 from lora_jax.hub.bitsandbytes import read_quantization_config
-from lora_jax.models.config import ModelConfig, decoder_config, windows_of_layer_types
 from lora_jax.models.decoder import ACTIVATIONS
+from lora_jax.models.model_config import ModelConfig, decoder_config, windows_of_layer_types
 from lora_jax.models.rope import ROPE_TYPES
 
 

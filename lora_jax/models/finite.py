@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from lora_jax.errors import listing
 from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.hub.values import cast, finite, not_finite, too_large
-from lora_jax.models.config import ModelConfig
+from lora_jax.hub.finite_tensors import cast, finite, not_finite, too_large
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import name_table
 from lora_jax.models.quantization import read_weight
 

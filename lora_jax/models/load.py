@@ -22,7 +22,7 @@ from lora_jax.config import ModelOptions
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.models.config import ModelConfig
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import Path, TensorName, name_table
 from lora_jax.models.quantization import (
     abstract_kernel,

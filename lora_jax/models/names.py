@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_jax.models.config import ModelConfig
+from lora_jax.models.model_config import ModelConfig
 
 Path = tuple[str, ...]
 Kind = Literal["linear", "embedding", "norm"]

@@ -17,8 +17,8 @@ import numpy as np
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.checkpoint import Checkpoint, same_values, standard_name
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
-from lora_jax.models.config import ModelConfig, Rope
 from lora_jax.models.families import own_code, read_config
+from lora_jax.models.model_config import ModelConfig, Rope
 from lora_jax.models.names import EMBEDDING_NAME, HEAD_NAME, name_table
 from lora_jax.models.rope import frequencies
 

@@ -20,13 +20,13 @@ from lora_jax.config import FOUR_BIT, ModelOptions
 from lora_jax.errors import UserError, listing, nearest
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.finite_tensors import converted, finite, not_finite
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint
-from lora_jax.hub.values import converted, finite, not_finite
-from lora_jax.models.config import ModelConfig
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import LM_HEAD, modules
-from lora_jax.quant.decode import dequantize
+from lora_jax.quant.dequantize import dequantize
+from lora_jax.quant.encode import abstract_int8, abstract_quantized, quantize, quantize_int8
 from lora_jax.quant.leaf import Quantized
-from lora_jax.quant.quantize import abstract_int8, abstract_quantized, quantize, quantize_int8
 from lora_jax.quant.repack import from_bitsandbytes
 
 SKIP = "llm_int8_skip_modules"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models.config import Rope
+from lora_jax.models.model_config import Rope
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 

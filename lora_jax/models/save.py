@@ -17,10 +17,10 @@ from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.bucket import Place
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.finite_tensors import converted, finite, not_finite
 from lora_jax.hub.tokenizer import copy_generation_config, copy_tokenizer
-from lora_jax.hub.values import converted, finite, not_finite
 from lora_jax.hub.writer import ShardWriter, parse_size
-from lora_jax.models.config import ModelConfig
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import name_table
 from lora_jax.models.quantization import quantized_kernel
 from lora_jax.parallel.processes import on_host

@@ -13,10 +13,10 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models.attention.blocks import Places
-from lora_jax.models.config import ModelConfig
+from lora_jax.models.attention.query_blocks import Places
 from lora_jax.models.decoder import Layer, Sight, positions_of
 from lora_jax.models.layers import SCANNED, RMSNorm, product
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import name_table
 from lora_jax.models.rope import angles
 

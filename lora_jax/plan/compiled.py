@@ -24,8 +24,8 @@ from lora_jax.config import INT32
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import write_text
 from lora_jax.plan import collectives
-from lora_jax.plan.step import AbstractStep
-from lora_jax.plan.targets import Target
+from lora_jax.plan.abstract_step import AbstractStep
+from lora_jax.plan.topologies import Target
 from lora_jax.progress import stage
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -13,11 +13,11 @@ from lora_jax.adapters.flops import step_flops
 from lora_jax.config import RunConfig
 from lora_jax.models.sharding import left_whole
 from lora_jax.parallel.mesh import FEATURES, make_mesh
+from lora_jax.plan.abstract_step import AbstractStep, abstract_step, held_bytes
 from lora_jax.plan.compiled import Figures, figures
 from lora_jax.plan.roofline import Roofline, roofline
-from lora_jax.plan.step import AbstractStep, abstract_step, held_bytes
 from lora_jax.plan.subject import Subject, read_subject
-from lora_jax.plan.targets import Target
+from lora_jax.plan.topologies import Target
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from lora_jax.hub.json_file import read_json_object
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.tokenizer import load_tokenizer
-from lora_jax.models.config import ModelConfig
 from lora_jax.models.families import read_config
 from lora_jax.models.load import storage_dtype
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.open import settled
 from lora_jax.models.quantization import (
     compute_dtype,
@@ -28,7 +28,7 @@ from lora_jax.models.quantization import (
     resolved_model_options,
 )
 from lora_jax.paths import on_disk
-from lora_jax.plan.targets import Platform
+from lora_jax.plan.topologies import Platform
 from lora_jax.train.adapted import adapted, check_full
 
 

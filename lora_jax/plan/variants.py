@@ -10,7 +10,7 @@ from lora_jax.config import MeshOptions, RunConfig, TrainOptions, check
 from lora_jax.errors import UserError
 from lora_jax.plan.compiled import Figures
 from lora_jax.plan.estimate import Estimate, estimate, held_parts, planned_step
-from lora_jax.plan.targets import TPUS, Target, find_target
+from lora_jax.plan.topologies import TPUS, Target, find_target
 
 Typed = Collection[str]
 Note = Callable[[str], None]

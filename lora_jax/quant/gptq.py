@@ -23,9 +23,9 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from lora_jax.hub.bitsandbytes import Nested, Packed4bit
 from lora_jax.quant.codebooks import TABLES, QuantType, Table, thresholds
-from lora_jax.quant.decode import dequantize, select
+from lora_jax.quant.dequantize import dequantize, select
+from lora_jax.quant.encode import check_finite, largest, nested_absmax, reciprocals
 from lora_jax.quant.leaf import BLOCK, QuantizedKernel
-from lora_jax.quant.quantize import check_finite, largest, nested_absmax, reciprocals
 from lora_jax.quant.repack import kernel_of
 
 CLIPPED = (1.0, 1.03, 0.955, 0.91, 0.86, 0.8)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lora_jax.quant.decode import INT8_STEP, flat_weights, halves, int8_units, ordered_after, scales
+from lora_jax.quant.dequantize import INT8_STEP, flat_weights, halves, int8_units, ordered_after, scales
 from lora_jax.quant.kernels import tpu
 from lora_jax.quant.leaf import BLOCK, GROUP, Int8Kernel, Quantized, QuantizedKernel, at
 from lora_jax.quant.sharded import on_shards

@@ -20,7 +20,7 @@ from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, AdapterConfig, read_adapter
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.json_file import read_json_object
-from lora_jax.train.output import ADAPTER, MODEL
+from lora_jax.run_folder import ADAPTER, MODEL
 
 CHEAP = 4 * 2**30
 """Bytes of the base that are read at most, for the norms of its weights."""

@@ -15,7 +15,7 @@ import yaml
 
 from lora_jax.errors import UserError
 from lora_jax.report.movement import Movement, movement
-from lora_jax.train.output import ADAPTER, CONFIG, METRICS, MODEL, RECORD, SAMPLES
+from lora_jax.run_folder import ADAPTER, CONFIG, METRICS, MODEL, RECORD, SAMPLES
 
 EVAL_LOSS = re.compile(r"eval_(?:(.+)_)?loss")
 """The loss on the evaluation rows, or on those of a named set."""

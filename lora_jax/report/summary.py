@@ -13,8 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from lora_jax.report.figures import moved_value
 from lora_jax.report.runs import RunFiles
-from lora_jax.train.output import CONFIG
-from lora_jax.train.stopping import figure_name
+from lora_jax.run_folder import CONFIG, figure_name
 
 Fact = tuple[str, str]
 

@@ -1,1 +1,1 @@
-"""Training: loss, optimiser, step, checkpoints, loop."""
+"""What a training step is made of: losses, optimiser, batches, the step. Nothing here knows of files or signals."""

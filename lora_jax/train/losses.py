@@ -3,7 +3,7 @@
 The head is the widest product of a step and only positions with a weight need it. They are sorted to the front and
 taken a chunk at a time, for as many chunks as there are trained positions; a chunk's logits are gone before the next
 begins, and the wider the vocabulary, the smaller a chunk. On CPUs, where nothing in the head is trained, they are
-formed a block of the vocabulary at a time (`blocks.py`). So memory is bounded for any vocabulary. The forward pass
+formed a block of the vocabulary at a time (`head_blocks.py`). So memory is bounded for any vocabulary. The forward pass
 already forms the gradients with respect to the hidden states and to whatever is trained in the head, so the backward
 pass repeats no product: two head-sized products a trained token in all, and no residual of the size of the vocabulary.
 The same logits tell which tokens are right, at no measurable cost.
@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.decoder import Decoder
 from lora_jax.parallel.mesh import FEATURES, POSITIONS, rows_and_positions
-from lora_jax.train.blocks import losses_in_blocks, wide_table
+from lora_jax.train.head_blocks import losses_in_blocks, wide_table
 
 CHUNK = 512
 """Positions whose logits exist at once; fewer make the head's products slower, as each reads its whole table.

@@ -26,7 +26,7 @@ from lora_jax.config import (
 )
 from lora_jax.errors import EXIT_CODE, UserError
 from lora_jax.options import option_names, parse
-from lora_jax.train.loop import Loop
+from lora_jax.run.loop import Loop
 from tests.runs import train_arguments
 
 HUGE = 10**22

@@ -17,7 +17,7 @@ from lora_jax.commands.merge import MergeOptions
 from lora_jax.config import DataOptions, LoraOptions, ModelOptions, RunConfig
 from lora_jax.errors import UserError
 from lora_jax.options import option_names, parse
-from lora_jax.train.output import config_yaml, open_output
+from lora_jax.run.output import config_yaml, open_output
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lora_jax.commands.generate import GenerateOptions
 from lora_jax.commands.merge import MergeOptions
 from lora_jax.commands.quantize import QuantizeOptions
 from lora_jax.config import RunConfig
-from lora_jax.data.inspect import encodable
+from lora_jax.data.inspection import encodable
 from lora_jax.errors import EXIT_CODE, mendable
 from lora_jax.options import option_names
 from lora_jax.options.values import PATHS

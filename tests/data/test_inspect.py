@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lora_jax.config import DataOptions
 from lora_jax.data.dataset import load_examples
-from lora_jax.data.inspect import pieces, render
+from lora_jax.data.inspection import pieces, render
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from lora_jax.config import DataOptions, RunConfig, check, check_data
 from lora_jax.data.dataset import load_examples
-from lora_jax.data.inspect import render
+from lora_jax.data.inspection import render
 from lora_jax.data.mixture import hold_out, mixed
 from lora_jax.errors import UserError
 from lora_jax.options import parse

@@ -14,8 +14,8 @@ import pytest
 from lora_jax.config import DataOptions
 from lora_jax.data import packed
 from lora_jax.data.dataset import load_examples
+from lora_jax.data.locate import data_files
 from lora_jax.data.mixture import mixed
-from lora_jax.data.paths import data_files
 from lora_jax.data.rows import find_rows, read_rows
 from lora_jax.errors import UserError
 

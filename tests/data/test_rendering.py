@@ -4,9 +4,9 @@ import pytest
 
 from lora_jax.config import DataOptions
 from lora_jax.data.dataset import load_examples
-from lora_jax.data.inspect import render
+from lora_jax.data.inspection import render
 from lora_jax.data.remarks import Remark
-from lora_jax.train.cautions import about_rows
+from lora_jax.run.warnings import about_rows
 from tests.data.conftest import TEMPLATES
 from tests.data.test_templates import ANSWER, CALL, CALLING, RESULT, THOUGHT, USER
 

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from lora_jax.config import DataOptions, RunConfig, TrainOptions
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.model_card import TrainingFacts, adapter_card, model_card
-from lora_jax.train.export import planned_facts
+from lora_jax.run.results import planned_facts
 from tests.runs import write_rows
 
 CONFIG = AdapterConfig(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lora_jax.errors import UserError
-from lora_jax.hub.values import converted, finite, not_finite
+from lora_jax.hub.finite_tensors import converted, finite, not_finite
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.models.attention.blocks import Window
+from lora_jax.models.attention.query_blocks import Window
 
 
 def arrays(batch: int, length: int, heads: int, kv_heads: int, head_dim: int) -> tuple[jax.Array, ...]:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models.attention import blocks, gpu, tpu
+from lora_jax.models.attention import cudnn, query_blocks, splash
 from lora_jax.models.attention.attend import attend, attend_over, of_layer
-from lora_jax.models.attention.blocks import Places, Window
+from lora_jax.models.attention.query_blocks import Places, Window
 from tests.models.attention_reference import arrays, check, packed_segments, padded_segments, reference
 
 SMALL = 4 * 2 * 8 * 150
@@ -37,13 +37,13 @@ def weighed(attention: Any, pull: Any, segments: Any) -> Any:
 def test_blocks_give_what_a_whole_mask_gives(
     window: Window, at_once: int, aligned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "FEWEST", 16)
+    monkeypatch.setattr(query_blocks, "FEWEST", 16)
     *x, pull = arrays(2, 150, 4, 2, 8)
     segments = packed_segments(2, 150)
     places = Places(segments, jnp.arange(150))
 
     def found(*x: Any) -> Any:
-        return blocks.attend(*x, places, places, window, aligned, at_once)
+        return query_blocks.attend(*x, places, places, window, aligned, at_once)
 
     check(weighed(found, pull, segments)(*x), reference(*x, pull, segments, window), 2e-5)
 
@@ -68,7 +68,7 @@ def test_splash_attention_gives_what_a_whole_mask_gives(length: int, window: Win
     segments = packed_segments(2, length)
 
     def found(*x: Any) -> Any:
-        return tpu.attend(*x, segments, window, interpret=True)
+        return splash.attend(*x, segments, window, interpret=True)
 
     check(weighed(found, pull, segments)(*x), reference(*x, pull, segments, window), 1e-4)
 
@@ -79,7 +79,7 @@ def test_call_for_cudnn_gives_what_a_whole_mask_gives(window: Window) -> None:
     segments = padded_segments([20, 13, 0], 20)
 
     def found(*x: Any) -> Any:
-        return gpu.attend(*x, segments, window, implementation="xla")
+        return cudnn.attend(*x, segments, window, implementation="xla")
 
     values, gradients = weighed(found, pull, segments)(*x)
     check((values, gradients), reference(*x, pull, segments, window), 1e-4)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.attention import attend, blocks
+from lora_jax.models.attention import attend, query_blocks
 from lora_jax.parallel.mesh import AXES
 from tests.apart import on_eight_devices
 from tests.models.attention_reference import arrays, check, packed_segments, reference
@@ -28,7 +28,7 @@ def check_on_eight_devices() -> None:
         pull = pull * (segments != 0)[..., None, None]
         window = 9 if heads == 4 else None
         if heads == 6:
-            attend.CACHED, blocks.FEWEST = 1, 8
+            attend.CACHED, query_blocks.FEWEST = 1, 8
 
         def both(*x: Any, window: Any = window) -> Any:
             values, back = jax.vjp(lambda *y: attend.attend(*y, x[4], window), *x[:3])

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.models.attention.attend import attend, of_layer
-from lora_jax.models.attention.tpu import tile
+from lora_jax.models.attention.splash import tile
 from lora_jax.parallel.mesh import AXES
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

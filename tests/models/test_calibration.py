@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.commands.calibration import Calibration, CalibrationOptions
+from lora_jax.commands.calibration_rows import Calibration, CalibrationOptions
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
@@ -19,8 +19,8 @@ from lora_jax.models.calibration import Gain, calibrated_tensors
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
 from lora_jax.models.layers import variables
-from lora_jax.quant.decode import dequantize
-from lora_jax.quant.quantize import quantize as quantize_weight
+from lora_jax.quant.dequantize import dequantize
+from lora_jax.quant.encode import quantize as quantize_weight
 from tests.runs import metrics, run, train_arguments, write_rows
 from tests.tiny import (
     CONFIGS,

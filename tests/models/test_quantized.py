@@ -27,9 +27,9 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
 from lora_jax.models.load import abstract_params, load_params
 from lora_jax.models.names import modules
-from lora_jax.quant.decode import dequantize
+from lora_jax.quant.dequantize import dequantize
+from lora_jax.quant.encode import quantize
 from lora_jax.quant.leaf import is_quantized
-from lora_jax.quant.quantize import quantize
 from lora_jax.quant.repack import to_bitsandbytes
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.step import init_state, make_train_step

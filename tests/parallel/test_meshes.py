@@ -24,7 +24,7 @@ from lora_jax.models.quantization import quantization_of
 from lora_jax.models.sharding import placed, shardings
 from lora_jax.options import parse
 from lora_jax.parallel.mesh import POSITIONS, ROWS, make_mesh
-from lora_jax.train.setup import prepare
+from lora_jax.run.setup import prepare
 from lora_jax.train.step import init_state, make_train_step, sharded_state
 from tests.apart import on_eight_devices
 from tests.runs import train_arguments, write_rows

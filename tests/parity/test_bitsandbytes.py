@@ -16,9 +16,9 @@ from lora_jax.hub.bitsandbytes import Nested, Packed4bit, Packed8bit
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from lora_jax.quant.codebooks import TABLES, dynamic_map, thresholds
-from lora_jax.quant.decode import dequantize
+from lora_jax.quant.dequantize import dequantize
+from lora_jax.quant.encode import quantize, quantize_int8
 from lora_jax.quant.matmul import matmul
-from lora_jax.quant.quantize import quantize, quantize_int8
 from lora_jax.quant.repack import from_bitsandbytes, to_bitsandbytes
 from tests.parity.peers import torch_base
 

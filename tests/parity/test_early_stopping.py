@@ -5,7 +5,7 @@ import pytest
 from transformers import TrainingArguments
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerControl, TrainerState
 
-from lora_jax.train.stopping import Goal, Patience
+from lora_jax.run.stopping import Goal, Patience
 
 
 @pytest.mark.parametrize("greater", [False, True])

@@ -21,8 +21,8 @@ from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.peft import adapter_config, adapter_table
 from lora_jax.adapters.targets import Plan, make_plan
 from lora_jax.config import LoraOptions
-from lora_jax.models.config import ModelConfig
 from lora_jax.models.families import read_config
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import modules
 from tests.parity.peers import PREFIX, VARIANTS, peft_tensors, quiet, torch_base, torch_model
 from tests.tiny import CONFIGS, tiny_base

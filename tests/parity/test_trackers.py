@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_tracking import LINES, track
+from tests.run.test_tracking import LINES, track
 
 
 def test_wandb_keeps_a_run_offline_and_a_resumption_is_the_same_run(

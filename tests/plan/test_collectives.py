@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.plan.collectives import sent_bytes
-from lora_jax.plan.targets import find_target, prepare_environment
+from lora_jax.plan.topologies import find_target, prepare_environment
 
 DEVICES, TURNS, ROWS, COLUMNS = 4, 5, 512, 256
 BLOCK = 4 * ROWS * COLUMNS

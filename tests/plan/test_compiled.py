@@ -7,7 +7,7 @@ from jax.sharding import SingleDeviceSharding
 
 from lora_jax.parallel.chips import TPUS
 from lora_jax.plan.compiled import out_of_memory
-from lora_jax.plan.targets import find_target, prepare_environment
+from lora_jax.plan.topologies import find_target, prepare_environment
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from lora_jax.adapters.flops import step_flops
 from lora_jax.config import DataOptions, LoraOptions, ModelOptions, RunConfig, TrainOptions
 from lora_jax.plan.estimate import planned_step
-from lora_jax.plan.targets import find_target, prepare_environment
+from lora_jax.plan.topologies import find_target, prepare_environment
 from lora_jax.quant.codebooks import NF4
 from lora_jax.quant.kernels.tpu import forward
 from lora_jax.quant.leaf import groups

@@ -6,7 +6,7 @@ from lora_jax.config import MeshOptions
 from lora_jax.errors import UserError
 from lora_jax.parallel.chips import TPUS
 from lora_jax.parallel.mesh import make_mesh, mesh_shape
-from lora_jax.plan.targets import find_target, prepare_environment
+from lora_jax.plan.topologies import find_target, prepare_environment
 
 
 @pytest.mark.parametrize(

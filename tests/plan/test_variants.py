@@ -10,7 +10,7 @@ from lora_jax.parallel import memory
 from lora_jax.plan import compiled
 from lora_jax.plan.compiled import Figures
 from lora_jax.plan.estimate import estimate, held_parts, planned_step
-from lora_jax.plan.targets import find_target, prepare_environment
+from lora_jax.plan.topologies import find_target, prepare_environment
 from lora_jax.plan.variants import MOST_ROWS, largest_batch, methods, search, what_fits
 from tests.plan.conftest import write_config
 

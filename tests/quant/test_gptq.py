@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lora_jax.errors import UserError
+from lora_jax.quant.encode import quantize
 from lora_jax.quant.gptq import calibrated, output_error
 from lora_jax.quant.leaf import QuantizedKernel
-from lora_jax.quant.quantize import quantize
 
 OUT, IN = 24, 192
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_jax.errors import UserError
-from lora_jax.quant.decode import dequantize
+from lora_jax.quant.dequantize import dequantize
+from lora_jax.quant.encode import quantize, quantize_int8
 from lora_jax.quant.matmul import matmul
-from lora_jax.quant.quantize import quantize, quantize_int8
 from lora_jax.quant.stack import empty_stack, place
 from tests.quant.reference import IN, OUT
 

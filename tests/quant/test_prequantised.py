@@ -15,8 +15,8 @@ from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import Packed4bit, QuantizationConfig, read_quantization_config
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from lora_jax.hub.writer import ShardWriter
+from lora_jax.quant.encode import quantize, quantize_int8
 from lora_jax.quant.leaf import Quantized
-from lora_jax.quant.quantize import quantize, quantize_int8
 from lora_jax.quant.repack import from_bitsandbytes, to_bitsandbytes
 
 Tensors = dict[str, np.ndarray]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import Packed4bit, Packed8bit
-from lora_jax.quant.decode import dequantize
+from lora_jax.quant.dequantize import dequantize
+from lora_jax.quant.encode import abstract_quantized, nested_absmax, quantize, quantize_int8
 from lora_jax.quant.leaf import QuantizedKernel, is_quantized
-from lora_jax.quant.quantize import abstract_quantized, nested_absmax, quantize, quantize_int8
 from lora_jax.quant.repack import from_bitsandbytes, to_bitsandbytes
 from tests.quant.reference import IN, OUT, flat_codes, flat_weights, unpacked, weights
 

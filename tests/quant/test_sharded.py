@@ -15,9 +15,9 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.errors import UserError
+from lora_jax.quant.encode import abstract_quantized, quantize
 from lora_jax.quant.leaf import Axes
 from lora_jax.quant.matmul import matmul
-from lora_jax.quant.quantize import abstract_quantized, quantize
 from lora_jax.quant.sharded import partition_specs, shard
 from lora_jax.quant.stack import empty_stack, place
 from tests.apart import on_eight_devices

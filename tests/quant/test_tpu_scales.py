@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from lora_jax.quant.codebooks import dynamic_map
-from lora_jax.quant.decode import scales
+from lora_jax.quant.dequantize import scales
+from lora_jax.quant.encode import abstract_quantized
 from lora_jax.quant.kernels.tpu_scales import look_up
 from lora_jax.quant.leaf import at
-from lora_jax.quant.quantize import abstract_quantized
 
 SHAPES = [(2, 1, 256), (300, 1, 96), (14, 1, 2200), (4, 1, 1)]
 

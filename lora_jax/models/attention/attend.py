@@ -2,7 +2,7 @@
 
     TPU   splash attention, for bfloat16
     GPU   cuDNN's, for 16 bits, where no row packs several texts
-    else  XLA, some queries at a time (`blocks.py`)
+    else  XLA, some queries at a time (`query_blocks.py`)
 
 None of them holds scores, or a mask, of all queries and all keys of a long text.
 """
@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models.attention import blocks, gpu
-from lora_jax.models.attention.blocks import Places, Window
-from lora_jax.models.attention.sharded import on_shards
+from lora_jax.models.attention import cudnn, query_blocks
+from lora_jax.models.attention.query_blocks import Places, Window
+from lora_jax.models.attention.shards import on_shards
 
-tpu: ModuleType | None = None
+splash: ModuleType | None = None
 with suppress(ImportError):  # a JAX without Pallas' Mosaic, or without splash attention
-    tpu = import_module("lora_jax.models.attention.tpu")
+    splash = import_module("lora_jax.models.attention.splash")
 
 CACHED: Final = 8 * 2**20
 """Bytes of scores that a CPU forms at a time; more make it wait for its memory."""
@@ -59,7 +59,7 @@ def attend_over(
     window: Window = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Return the same for queries and keys that stand in different places: those of a cache, say."""
-    large = partial(blocks.attend, window=window)
+    large = partial(query_blocks.attend, window=window)
     small = partial(large, at_once=CACHED)
     return jax.lax.platform_dependent(query, key, value, queries, keys, default=large, cpu=small)
 
@@ -84,11 +84,11 @@ def _by_platform(
 ) -> Array:
     def xla(query: Array, key: Array, value: Array, segments: Array, **settings: int) -> Array:
         places = Places(segments, jnp.arange(segments.shape[1], dtype=jnp.int32))
-        return blocks.attend(query, key, value, places, places, window, aligned=True, **settings)
+        return query_blocks.attend(query, key, value, places, places, window, aligned=True, **settings)
 
     chosen: dict[str, Callable[..., Array]] = {"cpu": partial(xla, at_once=CACHED)}
-    if tpu is not None and query.dtype in tpu.DTYPES:
-        chosen["tpu"] = partial(tpu.attend, window=window)
-    if not packed and query.dtype in gpu.DTYPES and gpu.usable(query, key):
-        chosen["cuda"] = partial(gpu.attend, window=window)
+    if splash is not None and query.dtype in splash.DTYPES:
+        chosen["tpu"] = partial(splash.attend, window=window)
+    if not packed and query.dtype in cudnn.DTYPES and cudnn.usable(query, key):
+        chosen["cuda"] = partial(cudnn.attend, window=window)
     return jax.lax.platform_dependent(query, key, value, segments, default=xla, **chosen)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt16
 
 from lora_jax.quant.codebooks import Table
-from lora_jax.quant.decode import select
+from lora_jax.quant.dequantize import select
 from lora_jax.quant.kernels.gpu_tiles import Tile, chip, tile_for, usable
 from lora_jax.quant.leaf import BLOCK, GROUP, groups
 

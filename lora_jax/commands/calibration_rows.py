@@ -1,0 +1,168 @@
+"""What `lora-jax quantize` calibrates on: its options, its rows, and what it tells of the gain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters.notes import NOTES_FILE
+from lora_jax.config import DataFormat, DataOptions, ModelOptions
+from lora_jax.data.batches import make_batch, padded_length
+from lora_jax.data.dataset import load_examples
+from lora_jax.errors import UserError, listing
+from lora_jax.hub.atomic import write_text
+from lora_jax.hub.bitsandbytes import QuantizationConfig
+from lora_jax.hub.chat_templates import set_chat_template
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.tokenizer import load_tokenizer
+from lora_jax.models.calibration import Gain, Rows, calibrated_tensors
+from lora_jax.models.load import storage_dtype
+from lora_jax.models.model_config import ModelConfig
+from lora_jax.models.quantization import compute_dtype
+from lora_jax.quant.leaf import Quantized
+
+BATCH = 8
+"""Rows in one forward pass."""
+PADDED_TO = 64
+"""Rows of a batch are padded to a multiple of so many tokens."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Rows that 4-bit weights are fitted to by GPTQ; without them each weight is rounded to the nearest value."""
+
+    path: str = ""
+    """File, folder or pattern, or a data set's id on the Hub, like data.path; rows like those to be trained on."""
+    split: str = "train"
+    """Split to read, slices included: train[:200]."""
+    rows: int = 128
+    """Rows that are used, the first of the split."""
+    format: DataFormat = "auto"
+    """Form of a row; auto recognises it by the columns."""
+    max_length: int = 1024
+    """Longest sequence in tokens; longer rows are cut at the end."""
+    text_field: str = "text"
+    """Column that holds the text in the format text."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Column names: our name, then the file's name for it, or none to leave the column out."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's, like data.chat_template; give the one that is to be trained with."""
+
+
+def check_calibration(options: CalibrationOptions, model: ModelOptions, typed: Collection[str]) -> None:
+    """Raise UserError for options of calibration that are wrong whatever the model and the rows."""
+    given = sorted(name for name in typed if name.startswith("calibration."))
+    if given and not options.path:
+        raise UserError(f"--{given[0]}: is about rows to calibrate on; give --calibration.path, or drop it")
+    if options.path and model.load_in_8bit:
+        raise UserError(
+            f"--calibration.path {options.path}: fits 4-bit codes; drop it, or drop --model.load_in_8bit"
+        )
+    if options.rows < 1:
+        raise UserError(f"--calibration.rows {options.rows}: must be positive")
+    if options.max_length < 2:
+        raise UserError(f"--calibration.max_length {options.max_length}: must be at least 2 tokens")
+
+
+class Calibration:
+    """The rows of a run of `lora-jax quantize`, and what they gained."""
+
+    def __init__(self, options: CalibrationOptions, folder: Path, config: ModelConfig) -> None:
+        """Read the rows with the tokenizer of a model's folder; raises UserError where they cannot be had."""
+        self._options = options
+        self._gain = Gain()
+        self._widest = max(config.hidden_size, config.intermediate_size)
+        data = DataOptions(
+            format=options.format,
+            columns=options.columns,
+            max_length=options.max_length,
+            text_field=options.text_field,
+        )
+        tokenizer = load_tokenizer(folder)
+        set_chat_template(tokenizer, options.chat_template, "--calibration.chat_template")
+        found = load_examples(
+            data, tokenizer, options.path, options.split, config.vocab_size, option="--calibration.path"
+        )
+        self._rows = found.select(np.arange(min(options.rows, len(found))))
+        self._positions = config.positions
+
+    def tensors(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        quantization: QuantizationConfig,
+        model: ModelOptions,
+    ) -> Iterator[tuple[str, np.ndarray | Quantized]]:
+        """Yield a checkpoint's tensors, its linear layers as kernels fitted to the rows."""
+        compute = compute_dtype(model, storage_dtype(checkpoint, config, model), quantization)
+        return calibrated_tensors(
+            checkpoint,
+            config,
+            quantization,
+            self._batches(),
+            self._gain,
+            dtype=model.dtype,
+            compute=jnp.dtype(compute),
+        )
+
+    def lines(self) -> list[str]:
+        """Return what calibration gained, in words; the tensors have gone by."""
+        rows = f"calibrated on {self._rows.rows:,} rows of {self._rows.name}, {self._rows.tokens:,} tokens"
+        lines = []
+        if self._gain.plain:
+            plain, fitted = np.mean(self._gain.plain), np.mean(self._gain.calibrated)
+            lines.append(
+                f"{rows}: outputs of linear layers are off by {fitted:.2%}, rounded to the nearest value by "
+                f"{plain:.2%} (root mean square, mean of {len(self._gain.plain)} layers)"
+            )
+        if (longest := int(self._rows.lengths.max())) > self._positions:
+            lines.append(
+                f"note: the longest row has {longest:,} tokens, and the model was made for {self._positions:,} "
+                f"positions (max_position_embeddings); give --calibration.max_length {self._positions}"
+            )
+        if self._gain.left_plain:
+            modules = sorted({name.split(".")[-2] for name in self._gain.left_plain})
+            lines.append(
+                f"note: {len(self._gain.left_plain)} linear layers ({listing(modules)}) are rounded to the nearest "
+                "value, as their in is no multiple of 64"
+            )
+        if self._rows.tokens < self._widest:
+            lines.append(
+                f"note: {self._rows.tokens:,} tokens are fewer than the {self._widest:,} inputs of the widest layer, "
+                "too few to fit its codes to; give more rows"
+            )
+        return lines
+
+    def write_notes(self, folder: Path) -> None:
+        """Write what was done beside the tensors."""
+        gain, options = self._gain, self._options
+        content: dict[str, Any] = {
+            "method": "gptq",
+            "path": options.path,
+            "split": options.split,
+            "rows": self._rows.rows,
+            "tokens": self._rows.tokens,
+            "max_length": options.max_length,
+            **({} if options.chat_template is None else {"chat_template": options.chat_template}),
+            "output_error": float(np.mean(gain.calibrated)) if gain.calibrated else None,
+            "output_error_of_nearest": float(np.mean(gain.plain)) if gain.plain else None,
+            "rounded_to_nearest": gain.left_plain,
+        }
+        write_text(folder / NOTES_FILE, json.dumps({"calibration": content}, indent=2) + "\n")
+
+    def _batches(self) -> list[Rows]:
+        """Return tokens and segments, rows of like length together."""
+        by_length = sorted(self._rows, key=len)
+        found: list[Rows] = []
+        for start in range(0, len(by_length), BATCH):
+            part = by_length[start : start + BATCH]
+            length = padded_length(len(part[-1]), self._options.max_length, PADDED_TO)
+            batch = make_batch(part, BATCH, length, 0)
+            found.append((batch.tokens, batch.segment_ids))
+        return found

@@ -1,0 +1,211 @@
+"""The adapter that a run's checkpoint holds, as the run would have exported it; no weight of the base is read."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
+
+from lora_jax.adapters.count import trainable_parameters
+from lora_jax.adapters.notes import Notes
+from lora_jax.adapters.peft import Tensors, export_tensors, saved_config
+from lora_jax.config import RunConfig
+from lora_jax.errors import UserError, listing
+from lora_jax.hub.adapter_files import AdapterConfig
+from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.hub.fingerprint import fingerprint
+from lora_jax.hub.model_card import TrainingFacts
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint
+from lora_jax.hub.resolve import resolve
+from lora_jax.hub.tokenizer import load_tokenizer
+from lora_jax.models.open import open_model
+from lora_jax.models.quantization import quantization_of
+from lora_jax.options import parse
+from lora_jax.paths import on_disk
+from lora_jax.report.runs import RunFiles, read_lines
+from lora_jax.run.checkpoints import steps_in, unheard_callbacks
+from lora_jax.run.checksums import METADATA, damage, has_checksums
+from lora_jax.run.results import planned_facts
+from lora_jax.run_folder import CHECKPOINTS, CONFIG, figure_name
+from lora_jax.train.adapted import adapted
+
+BEST, LAST = "best", "last"
+TRAINABLE = "trainable."
+"""What the names of a checkpoint's trained arrays begin with."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter as PEFT writes it, the step it was saved at, its base, and what its model card says."""
+
+    step: int
+    config: AdapterConfig
+    tensors: Tensors
+    notes: Notes
+    base: Checkpoint
+    facts: TrainingFacts
+    chat_template: str | None
+    """What the run gave as --data.chat_template."""
+    found: tuple[str, ...] = ()
+    """What was found of the checkpoints: that the last one is damaged, or one has no checksums."""
+
+
+def saved_adapter(given: str) -> Saved:
+    """Return the adapter of OUT:STEP, OUT:best or OUT:last, OUT being a run's output_dir and last the default.
+
+    Raises UserError where there is no such run, checkpoint or adapter in it, and where the base has changed.
+    """
+    folder, which = _split(given)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--checkpoint {given}: no {CONFIG} in {folder}; give the output_dir of a run")
+    config, typed = parse(RunConfig, [str(folder / CONFIG)], program="lora-jax export")
+    if config.method != "lora":
+        raise UserError(
+            f"--checkpoint {given}: holds no adapter but a whole model; go on with --resume to export it"
+        )
+    opened = open_model(resolve(config.model.path, config.model.revision))
+    base, model_config = opened.checkpoint, opened.config
+    stored_rows = model_config.vocab_size
+    quantization = quantization_of(config.model, base, model_config, typed)
+    if config.model.resize_vocab:
+        rows = max(model_config.vocab_size, len(load_tokenizer(base.folder)))
+        model_config = replace(model_config, vocab_size=rows)
+    found = adapted(config, model_config, typed)
+    step, trained, notes_of_files = _read(folder / CHECKPOINTS, which, given, base)
+    packed = isinstance(base, PackedCheckpoint)
+    dtype = "auto" if packed else config.model.dtype
+    rows = found.model_config.vocab_size
+    notes = Notes(rows, dtype, quantization, packed, fingerprint(base))
+    tensors = export_tensors(trained, found.plan) | found.carried(base)
+    facts = replace(
+        _logged(folder, step, planned_facts(found.config)),
+        trainable_parameters=trainable_parameters(found.plan, found.model_config)[0],
+        quantization=quantization.summary() if quantization else None,
+        resized_vocabulary=rows if rows > stored_rows else None,
+    )
+    return Saved(
+        step,
+        saved_config(found.lora_config, found.plan),
+        tensors,
+        notes,
+        base,
+        facts,
+        config.data.chat_template,
+        notes_of_files,
+    )
+
+
+def _logged(folder: Path, step: int, facts: TrainingFacts) -> TrainingFacts:
+    """Return the facts with what the run logged at its start and at a step."""
+    run = RunFiles(folder.name, folder, read_lines(folder))
+    lines = {int(line["step"]): line for line in run.lines}
+    name = next((figure_name(name, "loss") for name in run.all_eval_sets), "")
+    before, here = lines.get(0, {}), lines.get(step, {})
+    return replace(
+        facts,
+        steps=step,
+        num_tokens=here.get("num_tokens"),
+        eval_loss_before=before.get(name),
+        eval_loss_after=here.get(name),
+    )
+
+
+def _split(given: str) -> tuple[Path, str]:
+    """Return the folder and which of its checkpoints; a folder may have a colon in its name."""
+    name, _, which = given.rpartition(":")
+    whole = on_disk(given, "--checkpoint")
+    return (whole, LAST) if whole.is_dir() or not name else (Path(name).expanduser(), which)
+
+
+def _read(folder: Path, which: str, given: str, base: Checkpoint) -> tuple[int, Any, tuple[str, ...]]:
+    """Return the step of a checkpoint, its trainable tree, in the host's memory, and what was found of its files."""
+    steps = steps_in(folder)
+    if not steps:
+        raise UserError(
+            f"--checkpoint {given}: no checkpoint in {folder}; train with --train.save_strategy steps"
+        )
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it reports is raised here, in one line
+    step, heard = None, unheard_callbacks()
+    try:
+        step, found = _step(folder, which, steps, given)
+        stored = json.loads((folder / str(step) / "options" / "metadata").read_bytes())
+        if stored["base"] != fingerprint(base):
+            raise UserError(
+                f"--checkpoint {given}: was made on another base model than {base.folder} holds now; restore that"
+            )
+        trained = _trained(folder.absolute() / str(step) / "state")
+        heard()
+        return step, trained, found
+    except UserError:
+        raise
+    except Exception as error:  # Orbax, TensorStore and json each raise their own
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(
+            f"--checkpoint {given}: {folder if step is None else folder / str(step)} cannot be read ({reason}); give "
+            "another step"
+        ) from error
+
+
+def _trained(path: Path) -> Any:
+    """Return the trainable tree of a checkpoint's state, in the host's memory."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    with ocp.StandardCheckpointer() as reader:
+        found: Any = reader.metadata(path).item_metadata
+        like = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here)
+            for name, array in found.items()
+        }
+        arrays = reader.restore(path, like)
+    return unflatten_dict(
+        {
+            tuple(name.removeprefix(TRAINABLE).split(".")): np.asarray(array)
+            for name, array in arrays.items()
+            if name.startswith(TRAINABLE)
+        }
+    )
+
+
+def _step(folder: Path, which: str, steps: list[int], given: str) -> tuple[int, tuple[str, ...]]:
+    """Return the step that is asked for, of the last the newest that is whole, and what was found on the way."""
+    found: list[str] = []
+    if which == LAST:
+        for step in reversed(steps):
+            if (damaged := damage(folder / str(step))) is None:
+                return step, (*found, *_unchecked(folder, step))
+            found.append(f"the checkpoint of step {step} is damaged: {damaged}")
+        raise UserError(f"--checkpoint {given}: {found[0]}; no other one is whole, so restore it from a copy")
+    if which == BEST:
+        newest = next(
+            (step for step in reversed(steps) if damage(folder / str(step), arrays=False) is None), None
+        )
+        metadata = {} if newest is None else json.loads((folder / str(newest) / METADATA).read_bytes())
+        best = (metadata.get("custom_metadata") or {}).get("best")
+        if best is None or best["step"] not in steps:
+            raise UserError(
+                f"--checkpoint {given}: no checkpoint was made at an evaluation; steps: {listing(steps)}"
+            )
+        step = int(best["step"])
+    elif which.isdecimal() and int(which) in steps:
+        step = int(which)
+    else:
+        raise UserError(
+            f"--checkpoint {given}: no such checkpoint; give one of {listing(steps)}, {BEST} or {LAST}"
+        )
+    if (damaged := damage(folder / str(step))) is not None:
+        raise UserError(
+            f"--checkpoint {given}: the checkpoint of step {step} is damaged: {damaged}; give another one"
+        )
+    return step, _unchecked(folder, step)
+
+
+def _unchecked(folder: Path, step: int) -> tuple[str, ...]:
+    if has_checksums(folder / str(step)):
+        return ()
+    return (f"the checkpoint of step {step} has no checksums: damage would not be found",)

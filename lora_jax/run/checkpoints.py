@@ -1,0 +1,449 @@
+"""Checkpoints by Orbax: the trainable tree, optimiser state, step and key; never the frozen base.
+
+The data position needs no entry: the order of rows is a pure function of seed, epoch and step. A checkpoint is
+written aside and renamed, so that what has a step's name is whole:
+
+    4/state      the arrays, each under its path in `TrainState`
+    4/options    what a resumption has to agree with (`Identity`)
+    4/progress   `Progress`
+    4/metrics    the figure that evaluations are compared by, where the model was evaluated at this step
+    4/_CHECKPOINT_METADATA    custom_metadata: the best such figure so far among checkpoints, and its step
+    4/checksums.json    of all these files; a checkpoint that is damaged is set aside as 4.damaged
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from lora_jax.errors import UserError, listing
+from lora_jax.hub.atomic import write_failure, write_text, writing_to
+from lora_jax.parallel.processes import lost, wait_for_all, writes
+from lora_jax.progress import stage
+from lora_jax.run.checksums import (
+    CHECKSUMS,
+    METADATA,
+    array_checksums,
+    damage,
+    has_checksums,
+    write_checksums,
+)
+from lora_jax.train.step import TrainState
+
+FREE = frozenset(
+    {
+        "data.cache",
+        "data.num_proc",
+        "data.path",  # checksums of the rows, and a fingerprint of the base, are compared instead
+        "data.eval_path",
+        "data.chat_template",  # what it makes of the rows is in their checksums
+        "model.path",
+        "train.logging_steps",
+        "train.eval_on_start",  # a checkpoint is behind the start
+        "train.save_strategy",
+        "train.save_steps",
+        "train.save_total_limit",
+        "train.per_device_train_batch_size",  # the rows of a step are compared instead
+        "train.gradient_accumulation_steps",
+        "train.gradient_checkpointing",
+        "train.offload",
+        "train.per_device_eval_batch_size",
+        "train.load_best_model_at_end",  # decides only what is exported in the end
+        "train.max_nonfinite_steps",
+        "train.sample_prompts",
+        "train.sample_max_new_tokens",
+        "train.report_to",
+        "train.run_name",
+        "train.profile_steps",
+    }
+)
+"""Options that may differ between a run and its resumption: the result is the same, to float32's rounding.
+
+Passes draw dropout each for itself, so that with it another number of them drops other numbers.
+"""
+LENGTH = frozenset({"train.max_steps", "train.num_train_epochs"})
+"""Options that may differ on resuming, so that a run can be made longer: the schedule is that of the new length."""
+LENGTHS_OF_STEPS = "lengths of steps"
+EVAL_LOSS = "eval_loss"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What has to be the same for a run to go on: its options, flat, and the fingerprint of its base."""
+
+    options: Mapping[str, Any]
+    base: Mapping[str, str]
+
+    def check(self, stored: Mapping[str, Any]) -> None:
+        """Raise UserError, naming what differs, unless the `plain` form of another identity equals this one's.
+
+        Raises KeyError where that has other names, as another version gives them.
+        """
+        now = json.loads(json.dumps(self.plain()))
+        if bases := _differences(stored["base"], now["base"]):
+            raise UserError(
+                f"--resume: the checkpoint was made on another base model: {listing(bases)}; give the one that it was "
+                "made on as --model.path, or --overwrite to start over on this one"
+            )
+        known = {name: value for name, value in stored["options"].items() if name not in FREE | LENGTH}
+        if known.keys() != now["options"].keys():
+            raise KeyError(*sorted(known.keys() ^ now["options"].keys())[:1])
+        if options := _differences(known, now["options"]):
+            raise UserError(
+                f"--resume: the checkpoint was made with other options: {listing(options)}; give those, or "
+                "--overwrite; to train further, use --lora.init_from"
+            )
+
+    def plain(self) -> dict[str, Any]:
+        """Return what is stored."""
+        options = {name: value for name, value in self.options.items() if name not in FREE | LENGTH}
+        return {"options": options, "base": dict(self.base)}
+
+
+class SavingError(UserError):
+    """A checkpoint cannot be written."""
+
+
+class Progress(NamedTuple):
+    """Where the loop stands beside its state."""
+
+    window: list[float]
+    """Sums since the last logged step (`Window.sums`)."""
+    unlogged: dict[str, Any] | None = None
+    """This step's line of metrics.jsonl, where the run was stopped in the evaluation that belongs to it."""
+    best: float | None = None
+    """The best figure of all evaluations so far."""
+    worse: int = 0
+    """Evaluations in a row that were no better."""
+    skipped: int = 0
+    """Steps that changed nothing because their loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """How many of them end at this step."""
+
+
+class Best(NamedTuple):
+    """The best figure among the checkpoints that are kept, and its step."""
+
+    step: int
+    value: float
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep`, all with None, and the one with the best figure."""
+
+    def __init__(
+        self,
+        folder: Path | epath.Path,
+        keep: int | None,
+        identity: Identity,
+        metric: str = EVAL_LOSS,
+        greater_is_better: bool = False,
+    ) -> None:
+        """Open the folder, made if need be; `metric` is the figure to go by. Raises UserError where it is of no use."""
+        for name in ("absl", "concurrent.futures"):  # what they report is raised here, in one line
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        whole = folder if "://" in str(folder) else Path(folder).absolute()  # Orbax takes no relative path
+        self._place, self.folder, self.identity = whole, epath.Path(whole), identity
+        self.metric, self.greater_is_better = metric, greater_is_better
+        self._failed = self._cleaned = self._writing = False
+        self.notes: list[str] = []
+        """What was found of the checkpoints that were there: damage, and that one has no checksums."""
+        policies = ocp.checkpoint_managers
+        kept: list[Any] = [policies.LatestN(keep)]
+        if keep is not None:
+            best = policies.BestN(
+                get_metric_fn=self._figure,
+                reverse=not greater_is_better,
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            kept.append(best)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=self._figure,
+            best_mode="max" if greater_is_better else "min",
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
+        with writing_to(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if isinstance(self._place, Path):  # what the first save would say is said before any step
+                tempfile.TemporaryFile(dir=self._place).close()
+                if writes():
+                    self._set_damaged_aside(self._place)
+            wait_for_all("damaged checkpoints")
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self.best = self._stored_best()
+        """The best of the checkpoints that are kept, None where none of them was made at an evaluation."""
+        self._heard = unheard_callbacks()
+
+    def latest(self) -> int | None:
+        """Return the step of the newest whole checkpoint."""
+        return self.manager.latest_step()
+
+    @stage("saving a checkpoint")
+    def save(self, state: TrainState, progress: Progress, value: float | None = None) -> None:
+        """Write the state in the background, a step once; `value` is the figure of this very step.
+
+        Returns when the arrays are copied, so that the step may consume them. Raises UserError where this
+        checkpoint or the one before cannot be written.
+        """
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            return
+        value = self._noted(step, value)
+        try:
+            self._remove_partial()
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_arrays(state)),
+                    options=ocp.args.JsonSave(self.identity.plain()),
+                    progress=ocp.args.JsonSave(progress._asdict()),
+                ),
+                metrics=None if value is None else {self.metric: value},
+                custom_metadata=self._best_noted(),
+            )
+            self._writing = True
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+            raise self._failure(error) from error
+
+    def measured(self, step: int, value: float | None) -> None:
+        """Give a checkpoint the figure of its step's evaluation, in which the run that saved it was stopped.
+
+        Two small files are replaced, each whole or not at all; the arrays stay as they are. Raises UserError where
+        that cannot be written.
+        """
+        if step not in self.manager.all_steps() or (value := self._noted(step, value)) is None:
+            return
+        if writes():
+            place = self._place / str(step)
+            known = array_checksums(place) if isinstance(place, Path) else {}
+            if known:  # where the run is killed in between, the checkpoint has none, rather than wrong ones
+                (place / CHECKSUMS).unlink()
+            metadata = json.loads((place / METADATA).read_text())
+            metadata["custom_metadata"] = self._best_noted()
+            write_text(place / METADATA, json.dumps(metadata))
+            write_text(place / "metrics" / "metrics", json.dumps({self.metric: value}))
+            if known and isinstance(place, Path):
+                write_checksums(place, known)
+        wait_for_all("figure of a checkpoint")
+        self.manager.reload()
+
+    def _noted(self, step: int, value: float | None) -> float | None:
+        """Return the figure of a step, None where it is no number; note whether it is the best."""
+        if value is None or not math.isfinite(value):
+            return None
+        if self.best is None or not self._better(self.best.value, value):
+            self.best = Best(step, value)
+        return value
+
+    def _best_noted(self) -> dict[str, Any] | None:
+        return {"best": self.best._asdict()} if self.best else None
+
+    def check(self) -> None:
+        """Raise UserError where the checkpoint that was being written has failed; waits for nothing."""
+        if self._writing and not self.manager.is_saving_in_progress():
+            self._writing = False
+            self.wait()
+
+    @stage("restoring a checkpoint")
+    def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, Progress]:
+        """Return what `save` was given at a step, the last by default, in place of `state`, whose arrays are deleted.
+
+        Both at once would take twice the memory. Each array comes in the shape, dtype and sharding of the old one.
+        Raises UserError where it was made with other options or on another base, naming them, or cannot be read.
+        """
+        self.wait()
+        if step is None:
+            step = self.manager.latest_step()  # whole, as was found when the folder was opened
+        json_restore = ocp.args.JsonRestore
+        notes = self._read(step, options=json_restore(), progress=json_restore())
+        try:
+            self.identity.check(notes["options"])
+            progress = Progress(**notes["progress"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--resume: the checkpoint {self.folder}/{step} was written by another version of lora_jax ({error}); "
+                "go on with that one, or give --overwrite to start over"
+            ) from error
+        arrays = _arrays(state)
+        like = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+            for name, array in arrays.items()
+        }
+        structure, impl = jax.tree.structure(state), jax.random.key_impl(state.key)
+        for leaf in jax.tree.leaves((state.trainable, state.opt_state)):
+            leaf.delete()
+        read = self._read(step, state=ocp.args.StandardRestore(like))["state"]
+        restored = jax.tree.unflatten(structure, [read[name] for name in arrays])
+        key = jax.random.wrap_key_data(restored.key, impl=impl)
+        return restored._replace(key=key), progress
+
+    def _read(self, step: int | None, **parts: Any) -> Any:
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**parts))
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: object, error: Exception) -> UserError:
+        return UserError(
+            f"--resume: the checkpoint {self.folder}/{step} cannot be read "
+            f"({type(error).__name__}: {str(error)[:200]}), though no file of it is known to be damaged; go on with "
+            f"the versions of orbax-checkpoint and jax that run.json names, or give --overwrite to start over"
+        )
+
+    def damage(self, step: int) -> str | None:
+        """Return what is damaged in a checkpoint, None where it is whole."""
+        return damage(self._place / str(step)) if isinstance(self._place, Path) else None
+
+    def _set_damaged_aside(self, place: Path) -> None:
+        """Rename checkpoints that are damaged, so that the newest is whole; raises UserError where none is.
+
+        The arrays of those before the newest whole one are not looked at.
+        """
+        damaged: dict[int, str] = {}
+        newest: int | None = None
+        for step in sorted(steps_in(place), reverse=True):
+            if (found := damage(place / str(step), arrays=newest is None)) is not None:
+                damaged[step] = found
+            elif newest is None:
+                newest = step
+        if damaged and newest is None:
+            step, found = max(damaged.items())
+            raise UserError(
+                f"--resume: the checkpoint {place}/{step} is damaged: {found}; no other one is whole, so restore it "
+                "from a copy, or give --overwrite to start over"
+            )
+        for step, found in damaged.items():
+            (place / str(step)).rename(_free(place / f"{step}.damaged"))
+            self.notes.append(
+                f"the checkpoint of step {step} is damaged ({found}) and was set aside as {step}.damaged"
+            )
+        if newest is not None and not has_checksums(place / str(newest)):
+            self.notes.append(f"the checkpoint of step {newest} has no checksums: damage would not be found")
+
+    def _write_checksums(self) -> None:
+        """Write those of the checkpoint that is about to get its name."""
+        if isinstance(self._place, Path):
+            for path in self._place.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
+                write_checksums(path)
+
+    def _stored_best(self) -> Best | None:
+        step = self.manager.best_step()
+        metrics = None if step is None else self.manager.metrics(step)
+        if step is None or metrics is None or self.metric not in metrics:
+            return None
+        return Best(step, self._figure(metrics))
+
+    def _figure(self, metrics: Mapping[str, float]) -> float:
+        # A run with another figure to go by left none of this name, and is refused for that when it is resumed.
+        return metrics.get(self.metric, -math.inf if self.greater_is_better else math.inf)
+
+    def _better(self, value: float, than: float) -> bool:
+        return value > than if self.greater_is_better else value < than
+
+    def _remove_partial(self) -> None:
+        """Remove, once, what a run that was killed or found the disk full left of the checkpoint it was writing."""
+        if not self._cleaned and jax.process_index() == 0:
+            for path in self.folder.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
+                path.rmtree(missing_ok=True)
+        self._cleaned = True
+
+    def close(self) -> None:
+        """Wait for the checkpoint being written; raises UserError where it cannot be."""
+        if not self._failed:
+            self.wait()
+            self.manager.close()
+            self._heard()
+
+    def wait(self) -> None:
+        """Return when what is being written is whole; raises UserError where it cannot be written."""
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> UserError:
+        self._failed = True
+        if (gone := lost(error)) is not None:  # processes meet where a checkpoint is written
+            return gone
+        found = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's errors are texts
+        if found:
+            error = OSError(int(found[1]), os.strerror(int(found[1])))
+        if not isinstance(error, OSError):
+            error = OSError(str(error)[:200])
+        self._cleaned = False
+        self._remove_partial()
+        return SavingError(write_failure(self.folder, error))
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in a folder, in order."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+
+
+def lengths_of_steps(folder: Path | epath.Path) -> list[int] | None:
+    """Return those that the newest checkpoint's run has, by which its order of rows goes; None where none tells."""
+    place = epath.Path(folder)
+    steps = [int(path.name) for path in place.glob("*") if path.name.isdecimal()] if place.is_dir() else []
+    if isinstance(folder, Path):
+        steps = [step for step in steps if damage(folder / str(step), arrays=False) is None]
+    try:
+        found = json.loads((place / str(max(steps)) / "options" / "metadata").read_text())
+        return found["options"][LENGTHS_OF_STEPS]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _free(path: Path) -> Path:
+    """Return a name beside the path that nothing has yet."""
+    count = 1
+    free = path
+    while free.exists():
+        count += 1
+        free = path.with_name(f"{path.name}-{count}")
+    return free
+
+
+def unheard_callbacks() -> Callable[[], None]:
+    """Keep quiet that of reads or writes that fail together all but one find their event loop gone.
+
+    Returns what ends it, not to be called after a failure: some come late.
+    """
+    before = sys.unraisablehook
+
+    def report(unraisable: sys.UnraisableHookArgs) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    def end() -> None:
+        sys.unraisablehook = before
+
+    sys.unraisablehook = report
+    return end
+
+
+def _arrays(state: TrainState) -> dict[str, jax.Array]:
+    """Return a state's arrays by their paths, the key as numbers: whatever nodes the trees have, Orbax sees a dict."""
+    plain = state._replace(key=jax.random.key_data(state.key))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(plain)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    changed = sorted(name for name in now.keys() | stored.keys() if now.get(name) != stored.get(name))
+    return [f"{name} was {stored.get(name)}, is {now.get(name)}" for name in changed]

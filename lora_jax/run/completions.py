@@ -1,0 +1,73 @@
+"""Greedy completions by the model as it stands between two steps, on the mesh that it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lora_jax.errors import UserError
+from lora_jax.generate.decode import NO_TOKEN, NOT_FINITE, stream
+from lora_jax.generate.limits import check_cache
+from lora_jax.generate.prompt import encode_prompt, end_ids
+from lora_jax.generate.text import decoded
+from lora_jax.models.layers import variables
+from lora_jax.progress import stage
+from lora_jax.run.in_memory import InMemory
+
+
+class Completions:
+    """Prompts, completed by a base with any adapter of one structure, as the states of a run are."""
+
+    def __init__(self, base: InMemory, interrupted: Callable[[], None]) -> None:
+        """`interrupted` is called after every token of a batch, and may raise to end the writing."""
+        self.base, self.interrupted = base, interrupted
+        tokenizer = base.tokenizer
+        self.chat = bool(tokenizer.chat_template)
+        self.end_ids = end_ids(base.settings, base.checkpoint.config, tokenizer, chat=self.chat)
+
+    def encoded(self, prompt: str) -> list[int]:
+        """Return a sample prompt's tokens, as a user's turn where there is a chat template."""
+        option = "--train.sample_prompts"
+        tokens = encode_prompt(prompt, self.base.tokenizer, chat=self.chat, option=option)
+        if max(tokens) >= self.base.model_config.vocab_size:
+            raise UserError(
+                f"{option}: token {max(tokens)} is beyond the model's vocabulary of "
+                f"{self.base.model_config.vocab_size}; use --model.resize_vocab True, or another prompt"
+            )
+        return tokens
+
+    def check_room(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch: int, option: str
+    ) -> None:
+        """Raise UserError, naming the `option` of max_new_tokens, where the cache cannot fit into memory."""
+        if prompts:
+            check_cache(self.base.model, batch, max(map(len, prompts)), max_new_tokens, option)
+
+    @stage("sampling")
+    def texts(
+        self,
+        trainable: Any,
+        adapter: Any,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        batch: int,
+        passes: int = 0,
+    ) -> list[str]:
+        """Return the completion of each prompt, in batches of one shape; if not 0, `passes` tokens of one batch."""
+        collections = variables(self.base.frozen, trainable, adapter)
+        longest, found = max(map(len, prompts)), []
+        for start in range(0, batch if passes else len(prompts), batch):
+            part = [*prompts[start : start + batch]]
+            filled = part + [part[0]] * (batch - len(part))
+            rows: list[list[int]] = [[] for _ in filled]
+            how: dict[str, Any] = {"end_ids": self.end_ids, "shortest": longest}
+            given = (self.base.model, collections, filled)
+            for done, tokens in enumerate(stream(*given, max_new_tokens=max_new_tokens, **how), start=1):
+                for row, token in zip(rows, tokens, strict=True):
+                    if token not in (NO_TOKEN, NOT_FINITE):
+                        row.append(int(token))
+                if done == passes:
+                    break
+                self.interrupted()
+            found += [decoded(row, self.base.tokenizer) for row in rows[: len(part)]]
+        return found

@@ -1,0 +1,168 @@
+"""What is measured between two steps: figures on the evaluation sets, and completions of fixed prompts.
+
+The loss is the weighted sum over all trained tokens of a set divided by their weight, so it depends neither on the rows
+in a batch nor on padding. Sums are added batch by batch; no logits are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from lora_jax.config import TrainOptions
+from lora_jax.data.batches import Batch
+from lora_jax.data.dataset import TokenDataset
+from lora_jax.errors import UserError
+from lora_jax.generate.text import decoded
+from lora_jax.hub.tokenizer import padding_token_id
+from lora_jax.progress import at, stage
+from lora_jax.run.completions import Completions
+from lora_jax.run.in_memory import InMemory
+from lora_jax.run.scores import Question, questions, scores
+from lora_jax.run_folder import figure_name
+from lora_jax.train.feed import EvalSizes, evaluation, evaluation_plan, evaluation_shapes
+from lora_jax.train.programs import Programs
+from lora_jax.train.step import EvalSums, make_eval_step
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    """By their names in metrics.jsonl."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """Prompt and text of each line of samples.jsonl."""
+
+    def __bool__(self) -> bool:
+        return bool(self.figures or self.samples)
+
+
+class Evaluator:
+    """The evaluations of a base with adapters, or with states of one, whose trees have the same shapes."""
+
+    def __init__(
+        self,
+        base: InMemory,
+        sets: Mapping[str, TokenDataset],
+        sizes: EvalSizes,
+        options: TrainOptions,
+        interrupted: Callable[[], None] = lambda: None,
+        section: str = "--train.",
+    ) -> None:
+        """Encode the prompts; raises UserError for what cannot be measured.
+
+        `options` say what is completed and scored, `interrupted` is called after each batch, and may raise to break
+        the evaluation off. `section` is what the names of `options` begin with, for messages.
+        """
+        self.base, self.sets, self.sizes, self.options = base, sets, sizes, options
+        self.interrupted = interrupted
+        self.eval_step = Programs(
+            make_eval_step(base.model),
+            "the evaluation",
+            "give a smaller per_device_eval_batch_size or data.max_length",
+        )
+        self.padding_id = padding_token_id(base.tokenizer, base.model_config.vocab_size)
+        self.completions = Completions(base, interrupted)
+        self.prompts = [self.completions.encoded(prompt) for prompt in options.sample_prompts]
+        self.questions = {name: asked(rows, options, section) for name, rows in sets.items()}
+        self._check_room(section)
+
+    @stage("evaluating")
+    def __call__(self, trainable: Any, adapter: Any = None) -> Evaluation:
+        """Measure a trainable tree, with the facts of `adapter`, unset those of the base in memory.
+
+        Raises what `interrupted` raises.
+        """
+        adapter = self.base.adapter if adapter is None else adapter
+        figures: dict[str, float] = {}
+        for name, rows in self.sets.items():
+            sums = self._sums(rows, trainable, adapter)
+            loss = float(sums.loss / sums.weight)
+            with np.errstate(over="ignore"):
+                found = {"loss": loss, "perplexity": float(np.exp(loss))}
+            found["token_accuracy"] = float(sums.right_tokens / sums.trained_tokens)
+            if given := self.questions[name]:
+                found |= self._scores(given, trainable, adapter)
+            figures |= {figure_name(name, figure): value for figure, value in found.items()}
+        return Evaluation(figures, self._samples(trainable, adapter))
+
+    def base_loss(self) -> float | None:
+        """Return the first set's loss by the base alone; None without a set."""
+        if not self.sets:
+            return None
+        sums = self._sums(next(iter(self.sets.values())), {}, {})
+        return float(sums.loss / sums.weight)
+
+    def compile(self, trainable: Any) -> None:
+        """Run what an evaluation runs, shortly, so that nothing is compiled between a signal and its checkpoint."""
+        adapter = self.base.adapter
+        for rows in self.sets.values():
+            shapes = evaluation_shapes(rows, self.sizes, self.base.mesh)
+            self.eval_step.compile(trainable, self.base.frozen, adapter, batches=shapes)
+        self._samples(trainable, adapter, passes=2)
+        for given in filter(None, self.questions.values()):
+            self._completed(given, trainable, adapter, passes=2)
+
+    def _sums(self, rows: TokenDataset, trainable: Any, adapter: Any) -> EvalSums:
+        total = np.zeros(len(EvalSums._fields))
+        queued: EvalSums | None = None
+        count = evaluation_plan(rows, self.sizes).steps_per_epoch
+        for number, batch in enumerate(self._batches(rows), start=1):
+            at(f"batch {number} of {count}{f' of {rows.name}' if len(self.sets) > 1 else ''}")
+            sums = self.eval_step(trainable, self.base.frozen, adapter, batch)
+            if queued is not None:  # read only when the next one is under way, so that no device waits
+                total += [float(part) for part in queued]
+            queued = sums
+            self.interrupted()
+        if queued is not None:
+            total += [float(part) for part in queued]
+        return EvalSums(*total)  # pyright: ignore[reportArgumentType]
+
+    def _batches(self, rows: TokenDataset) -> Iterator[Batch]:
+        return evaluation(rows, self.sizes, self.base.mesh, self.padding_id)
+
+    def _samples(self, trainable: Any, adapter: Any, passes: int = 0) -> list[dict[str, Any]]:
+        if not self.prompts:
+            return []
+        count, options = len(self.prompts), self.options
+        prompts, most = self.prompts, options.sample_max_new_tokens
+        texts = self.completions.texts(trainable, adapter, prompts, most, count, passes)
+        pairs = zip(options.sample_prompts, texts, strict=True)
+        return [{"prompt": prompt, "text": text} for prompt, text in pairs]
+
+    def _scores(self, given: list[Question], trainable: Any, adapter: Any) -> dict[str, float]:
+        answers = [decoded(question.answer, self.base.tokenizer) for question in given]
+        found = self._completed(given, trainable, adapter)
+        return scores(self.options.generation_metrics, found, answers)
+
+    def _check_room(self, section: str) -> None:
+        room, options = self.completions.check_room, self.options
+        room(
+            self.prompts, options.sample_max_new_tokens, len(self.prompts), f"{section}sample_max_new_tokens"
+        )
+        for given in self.questions.values():
+            prompts, batch = [question.prompt for question in given], min(self.sizes.batch, len(given))
+            room(prompts, options.generation_max_new_tokens, batch, f"{section}generation_max_new_tokens")
+
+    def _completed(self, given: list[Question], trainable: Any, adapter: Any, passes: int = 0) -> list[str]:
+        batch, most = min(self.sizes.batch, len(given)), self.options.generation_max_new_tokens
+        prompts = [question.prompt for question in given]
+        return self.completions.texts(trainable, adapter, prompts, most, batch, passes)
+
+
+def asked(rows: TokenDataset, options: TrainOptions, section: str) -> list[Question]:
+    """Return what of a set is completed to be scored; raises UserError where nothing can be."""
+    if not options.generation_metrics:
+        return []
+    found = list(islice(questions(rows), options.generation_rows))
+    if not found:
+        raise UserError(
+            f"{section}generation_metrics: no whole row of {rows.name} has a prompt and an answer to it; give "
+            "conversations, or prompts and completions"
+        )
+    return found

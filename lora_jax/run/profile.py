@@ -1,0 +1,52 @@
+"""A profiler trace of some steps (`train.profile_steps`), for xprof, alone or in TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lora_jax.errors import UserError
+from lora_jax.hub.bucket import Place
+from lora_jax.parallel.processes import writes
+from lora_jax.run_folder import PROFILE
+
+
+def check_profile(asked: tuple[int, ...], steps: int) -> None:
+    """Raise UserError where a run of so many steps does not come to the first step to trace."""
+    if asked and asked[0] > steps:
+        raise UserError(
+            f"--train.profile_steps {' '.join(map(str, asked))}: the run has {steps:,} steps; give earlier ones"
+        )
+
+
+class Profiler:
+    """Traces from the first step asked for to the last, or to where the run ends."""
+
+    def __init__(self, folder: Place, steps: tuple[int, ...]) -> None:
+        """Raise UserError where the folder is in a bucket, which JAX's profiler does not write to."""
+        self.first, self.last = (steps[0], steps[-1]) if steps and writes() else (0, 0)
+        self.path, self.tracing = folder / PROFILE, False
+        if steps and not isinstance(folder, Path):
+            raise UserError(
+                f"--train.profile_steps: {folder} is in a bucket; give an --output_dir on the disk"
+            )
+
+    def before(self, step: int) -> None:
+        """Begin where the step is the first one, or lies within where a run goes on."""
+        if not self.tracing and self.first <= step <= self.last:
+            jax.profiler.start_trace(str(self.path))
+            self.tracing = True
+
+    def after(self, step: int, metrics: Any) -> None:
+        """End after the last one, whose metrics are waited for."""
+        if self.tracing and step >= self.last:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        """End a trace that the run did not reach the end of."""
+        if self.tracing:
+            self.tracing = False
+            jax.profiler.stop_trace()

@@ -1,0 +1,82 @@
+"""What decides whether a run can be resumed: its identity, its length, and whether it is finished already."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from flax.traverse_util import flatten_dict
+
+from lora_jax.errors import UserError
+from lora_jax.hub.bucket import Place
+from lora_jax.run.checkpoints import LENGTHS_OF_STEPS, Identity, Progress
+from lora_jax.run.record import Record, jax_settings
+from lora_jax.run.setup import Run
+from lora_jax.run_folder import ADAPTER, MODEL
+from lora_jax.train.feed import Sizes, padding_multiple
+
+
+def result_name(run: Run) -> str:
+    """Return the name of the folder that a run's result is written to."""
+    return MODEL if run.plan is None else ADAPTER
+
+
+def check_length(done: int, steps: int) -> None:
+    """Raise UserError where more steps are done than the run now has."""
+    if done > steps:
+        raise UserError(
+            f"--resume: {done} steps are done already, and --train.max_steps or --train.num_train_epochs makes {steps} "
+            f"in all; give at least {done}"
+        )
+
+
+def is_done(run: Run, folder: Place, record: Record, latest: int, sizes: Sizes, progress: Progress) -> bool:
+    """Say whether the run to resume has come to its end, result and record included."""
+    patience = run.config.train.early_stopping_patience
+    ended = latest == sizes.steps or 0 < patience <= progress.worse
+    whole = record.content.get("status") == "finished" and progress.unlogged is None
+    written = (folder / result_name(run)).is_dir()
+    return ended and whole and written and run.config.push_to_hub is None
+
+
+def check_unfinished(folder: Place) -> None:
+    """Raise UserError where a folder without a checkpoint holds what a finished run wrote."""
+    if Record(folder, 0).content.get("status") == "failed":
+        return  # the disk was full, say, before a checkpoint was whole
+    if any((folder / name).is_dir() for name in (ADAPTER, MODEL)):
+        raise UserError(
+            f"--resume: {folder} holds a finished run and no checkpoint; add --overwrite to repeat it"
+        )
+
+
+def row_checksums(run: Run) -> str:
+    """Return what tells a run's rows from others, and their order."""
+    return " ".join(str(rows.checksum) for rows in (run.train_rows, *run.eval_rows.values()))
+
+
+def identity_of(run: Run, sizes: Sizes) -> Identity:
+    """Return what has to be the same for a run to go on: its options, the sizes of its data and steps, its base."""
+    options = asdict(run.config)
+    sections = {name: options[name] for name in ("model", "lora", "data", "train")}
+    counted = {
+        "training rows": len(run.train_rows),
+        "training tokens": run.train_rows.tokens,
+        "rows a step": sizes.rows_per_step,
+        "checksums of the rows": row_checksums(run),
+        "data.pad_to_multiple_of": padding_multiple(run.config.data, run.mesh),
+        LENGTHS_OF_STEPS: list(sizes.plan.buckets),
+        "sets to evaluate on": list(run.eval_rows),
+    }
+    del sections["data"]["eval_paths"]  # whose rows have checksums
+    flat = {
+        "method": run.config.method,
+        **flatten_dict(sections, is_leaf=lambda path, _: len(path) == 2, sep="."),
+        **counted,
+        **jax_settings(),
+    }
+    return Identity(flat, run.base_fingerprint)
+
+
+def kept_until(resumed_at: int | None, progress: Progress | None) -> int | None:
+    """Return the step to keep the logs to: one whose evaluation is made up for is written anew."""
+    again = progress is not None and progress.unlogged is not None
+    return resumed_at - 1 if resumed_at is not None and again else resumed_at

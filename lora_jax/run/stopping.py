@@ -1,0 +1,85 @@
+"""Which evaluation is the best, and when to stop: functions of the figures so far, so that a resumed run agrees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lora_jax.config import TrainOptions
+from lora_jax.errors import UserError, listing, nearest
+from lora_jax.run.scores import score_names
+from lora_jax.run_folder import EVALUATED, figure_name
+
+FIGURES = ("loss", "perplexity", "token_accuracy")
+"""What is measured on each set."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The figure that evaluations are compared by."""
+
+    metric: str
+    greater_is_better: bool
+
+    def better(self, value: float, than: float, by: float = 0.0) -> bool:
+        """Say whether a value is better than another, by more than a margin."""
+        ahead = value - than if self.greater_is_better else than - value
+        return ahead > by
+
+
+def goal(train: TrainOptions, names: Sequence[str]) -> Goal:
+    """Return the figure to go by, of the sets named; eval_loss without a set. Raises UserError for one that is none."""
+    known = [
+        figure_name(name, figure)
+        for name in names or ("",)
+        for figure in (*FIGURES, *score_names(train.generation_metrics))
+    ]
+    metric = train.metric_for_best_model or known[0]
+    metric = metric if metric.startswith(EVALUATED) else f"{EVALUATED}{metric}"
+    if metric not in known:
+        raise UserError(
+            f"--train.metric_for_best_model {train.metric_for_best_model}: is no figure of this run;"
+            f"{nearest(metric, known)} Figures: {listing(known)}"
+        )
+    return Goal(metric, not metric.endswith(("loss", "perplexity")))
+
+
+def check_saves(train: TrainOptions, steps_per_epoch: int) -> None:
+    """Raise UserError where the best of the checkpoints is asked for and they are not made at evaluations."""
+    if train.load_best_model_at_end and train.save_strategy == "epoch" and steps_per_epoch % train.eval_steps:
+        raise UserError(
+            f"--train.eval_steps {train.eval_steps}: must divide the {steps_per_epoch} steps of an epoch for "
+            "--train.load_best_model_at_end with --train.save_strategy epoch"
+        )
+
+
+@dataclass(frozen=True)
+class Patience:
+    """The best figure so far, the one before the first step included, and evaluations in a row that were no better.
+
+    As transformers' EarlyStoppingCallback counts them: one that is better by no more than the threshold is no better,
+    but is what the next is compared with.
+    """
+
+    goal: Goal
+    patience: int
+    threshold: float
+    best: float | None = None
+    worse: int = 0
+
+    def after(self, figures: Mapping[str, float]) -> Patience:
+        """Return what holds after an evaluation; a figure that is no number is no better."""
+        value = figures[self.goal.metric]
+        if math.isnan(value):
+            return replace(self, worse=self.worse + 1)
+        if self.best is None:
+            return replace(self, best=value)
+        worse = 0 if self.goal.better(value, self.best, self.threshold) else self.worse + 1
+        best = value if self.goal.better(value, self.best) else self.best
+        return replace(self, best=best, worse=worse)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run ends here."""
+        return 0 < self.patience <= self.worse

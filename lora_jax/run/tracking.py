@@ -1,0 +1,149 @@
+"""Trackers beside metrics.jsonl (`train.report_to`), each through its own client, imported only when asked for.
+
+A tracker is given the options, each logged line and the final figures; names are those that transformers gives them,
+train/loss and eval/loss. Where the run goes on, it goes on with the same run of the tracker. Whatever a client
+raises ends that tracker with one warning, never the run. Process 0 alone tracks.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import PurePath
+from typing import Any
+
+from rich.console import Console
+
+from lora_jax.config import RunConfig
+from lora_jax.errors import UserError
+from lora_jax.hub.bucket import Place
+from lora_jax.install import install_command
+from lora_jax.parallel.processes import writes
+from lora_jax.run.record import Record, flat_options
+from lora_jax.run.trackers import TRACKERS, Start, Status, Tracker
+
+MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+"""What each tracker's client is imported as."""
+LEAVING = 10
+"""Seconds that trackers are given where a run is ended at once: a machine that is taken away gives half a minute."""
+
+
+def check_tracking(config: RunConfig) -> None:
+    """Raise UserError where the client of a tracker that is asked for is not installed."""
+    for name in config.train.report_to:
+        if find_spec(MODULES[name]) is None:
+            raise UserError(
+                f"--train.report_to {name}: {MODULES[name]} is not installed; "
+                f"{install_command(name)}, or leave it out: metrics.jsonl is written always"
+            )
+
+
+@contextmanager
+def tracked(
+    config: RunConfig, folder: Place, record: Record, resumed_at: int | None, console: Console
+) -> Iterator[Tracking]:
+    """Give the run's trackers; on leaving they and the record are closed, as failed unless `done` was called.
+
+    An interrupt stops a run that was not done.
+    """
+    tracking = Tracking(config, folder, record, resumed_at, console)
+    try:
+        yield tracking
+    except KeyboardInterrupt:
+        tracking.outcome = ("stopped", {})
+        raise
+    finally:
+        status, results = tracking.outcome
+        tracking.finish(status, results)
+        with suppress(UserError) if status == "failed" else nullcontext():  # a full disk is told of already
+            record.end(status, results)
+
+
+class Tracking:
+    """The trackers of a run, those that failed left out."""
+
+    def __init__(
+        self, config: RunConfig, folder: Place, record: Record, resumed_at: int | None, console: Console
+    ) -> None:
+        """Open what the options ask for; notes in the record what a resumption needs."""
+        self.console, self.record = console, record
+        self.outcome: tuple[Status, dict[str, float]] = ("failed", {})
+        self._open: dict[str, Tracker] = {}
+        ids: dict[str, str] = record.content.get("tracking", {})
+        for name in dict.fromkeys(config.train.report_to) if writes() else ():
+            start = Start(
+                name=config.train.run_name or PurePath(str(folder)).name,
+                folder=folder,
+                options=plain_options(config),
+                resumed_at=resumed_at,
+                run_id=ids.get(name),
+            )
+            self._try(name, lambda name=name, start=start: self._open.update({name: TRACKERS[name](start)}))
+        ids |= {name: tracker.run_id for name, tracker in self._open.items() if tracker.run_id}
+        if ids:
+            record.note(tracking=ids)
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Send a line of metrics.jsonl."""
+        step, figures = entry["step"], named(entry)
+        for name, tracker in tuple(self._open.items()):
+            self._try(name, lambda tracker=tracker: tracker.log(step, figures))
+
+    def done(self, whole: bool, results: dict[str, float]) -> None:
+        """Note that the run did not fail, whether it came to its end, and its final figures."""
+        self.outcome = ("finished" if whole else "stopped", results)
+
+    def leave(self) -> None:
+        """Close the record and the trackers as stopped, from any thread, at once: a client has LEAVING seconds."""
+        with suppress(UserError):
+            self.record.end("stopped")
+        until = time.monotonic() + LEAVING
+        closing = [
+            threading.Thread(
+                target=self._try, args=(name, partial(tracker.finish, "stopped", {})), daemon=True
+            )
+            for name, tracker in self._open.items()
+        ]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def finish(self, status: Status, results: Mapping[str, float]) -> None:
+        """Send the final figures and close."""
+        for name, tracker in tuple(self._open.items()):
+            self._try(name, lambda tracker=tracker: tracker.finish(status, results))
+        self._open.clear()
+
+    def _try(self, name: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except (Exception, SystemExit) as error:  # a client may do anything; the run goes on
+            self._open.pop(name, None)
+            reason = next(iter(str(error).strip().splitlines()), "")[:200]
+            with suppress(OSError):
+                self.console.print(
+                    f"warning: report_to {name}: gave up ({type(error).__name__}: {reason}); metrics.jsonl goes on",
+                )  # fmt: skip
+
+
+def plain_options(config: RunConfig) -> dict[str, Any]:
+    """Return the options of a run, flat, lists and pairs as text."""
+    return {
+        name: value if isinstance(value, str | int | float | None) else str(value)
+        for name, value in flat_options(config).items()
+    }
+
+
+def named(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of a logged line under the names that transformers gives them in trackers."""
+    figures: dict[str, float] = {}
+    for name, value in entry.items():
+        if name != "step" and isinstance(value, int | float):
+            group, rest = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
+            figures[f"{group}/{rest}"] = float(value)
+    return figures

@@ -1,0 +1,330 @@
+"""Warnings about a run that goes on but is likely not what was meant: one line each, with figures, once a run.
+
+    base              its config.json and its tensors contradict each other, and how that was settled
+    learning_rate     one that suits the other method: adapters take about ten times that of full fine-tuning; or one
+                      that no run survives
+    warmup            the warm-up is as long as the run: the learning rate never reaches its peak, or is 0 throughout
+    rank              r is above what a module's matrix can have
+    accumulation      a step asks for more rows than an epoch has
+    positions         rows are longer than the positions that the model was made for
+    max_length        more than 5 % of the training rows are cut, or were dropped because nothing was left to train
+    lost_words        trained words that the chat template leaves out or changes
+    empty_answers     rows that train nothing but an end token
+    control_tokens    rows with control tokens within a message
+    date              rows with the current date, which the chat template writes
+    duplicates        more than 5 % of the training rows repeat another
+    leaked            rows of an evaluation set are also trained on
+    start             the loss before the first step is far worse than that of guessing evenly, ln(vocabulary), or that
+                      of going on from an adapter is worse than that of the base without it
+    no_gradient       a step had trained tokens and a gradient of zero
+    untouched         modules whose update is still zero after `MOVED_BY` steps, or at the end: they were not trained
+
+A warning stands in the line of metrics.jsonl that is written next, under `warnings`, its name before a colon; which
+ones were given is read from there, so that a resumed run repeats none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.adapters.targets import Plan
+from lora_jax.config import RunConfig, TrainOptions
+from lora_jax.data.dataset import TokenDataset
+from lora_jax.data.remarks import Remark
+from lora_jax.errors import listing
+from lora_jax.models.finite import broken_weights
+from lora_jax.parallel.mesh import row_shards
+from lora_jax.run.setup import Run
+from lora_jax.train.feed import Sizes
+from lora_jax.train.optim import warmup_steps
+
+BULK = 0.05
+"""Share of the rows from which on something about them is worth a warning."""
+LEAST_FOR_LORA, MOST_FOR_FULL = 5e-5, 1e-4
+"""Learning rates of AdamW that suit the other method beyond these."""
+MOST = {"sgd": 1e3}
+"""Learning rates that lose all weights at once, where that is not 1: as far do AdamW and its like move each of them."""
+WORSE, FAR_WORSE = 0.1, 1.0
+"""Nats by which a loss has to be worse than without the adapter, or than an even guess, to be worth a warning.
+
+A small model on text of another kind is surely wrong, and so up to a nat worse than an even guess, without a fault; ids
+of another tokenizer, broken weights or positions that it never saw cost several.
+"""
+MOVED_BY = 10
+"""Steps after which every B has moved, a warm-up's first step of rate zero among them."""
+_REMARKED = {
+    Remark.LOST: (
+        "lost_words",
+        "end a row with each turn whose reasoning is to be trained, or choose another --data.chat_template",
+    ),
+    Remark.EMPTY: ("empty_answers", "they teach the model to say nothing; remove them if that is not meant"),
+    Remark.CONTROL: ("control_tokens", "the model reads them as the ends and starts of turns; remove them"),
+    Remark.DATED: (
+        "date",
+        (
+            "the model learns that one date, and resuming on another day needs the cached tokens; give a copy of the "
+            "template with a fixed date as --data.chat_template"
+        ),
+    ),
+}
+"""What is warned of among the remarks about rows: a name, and what can be done."""
+ADAM_LIKE = ("adamw", "adamw8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor")
+
+
+class Cautions:
+    """The warnings of one run."""
+
+    def __init__(self, run: Run, given: Collection[str] = ()) -> None:
+        """`given` are those that the run gave before it was resumed."""
+        self.run, self.mesh = run, run.mesh
+        self.checked_at, self._checked = MOVED_BY, False
+        self._moved: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None = None
+        self._given = {text.partition(":")[0] for text in given}
+
+    def compile(self, trainable: Any) -> None:
+        """Compile what a warning has to compute, so that nothing is compiled after the first step."""
+        leaves = matrices(trainable)
+        if leaves and "untouched" not in self._given:
+            self._moved = moved(self.mesh).lower(leaves).compile()
+
+    def before_training(self, sizes: Sizes) -> list[str]:
+        """Return what options and rows give reason to warn of."""
+        run = self.run
+        options = {
+            "base": "; ".join(run.remarks) or None,
+            "learning_rate": learning_rate(run.config),
+            "warmup": warmup(run.config.train, sizes.steps),
+            "rank": None if run.plan is None else rank(run.plan),
+            "accumulation": accumulation(run.config.train, sizes, row_shards(run.mesh.shape)),
+            "positions": positions(run.model_config.positions, run.train_rows, run.eval_rows),
+        }
+        rows = about_rows(run.train_rows) | about_leaks(run.train_rows, run.eval_rows)
+        return self._new(options | rows)
+
+    def about_start(self, figures: Mapping[str, Any], base_loss: float | None = None) -> list[str]:
+        """Return the reason to warn of the first loss that is known; `base_loss` is that of the base alone."""
+        losses = [
+            (name, value if math.isfinite(value) else None)
+            for name, value in figures.items()
+            if name.endswith("loss")
+        ]
+        if not losses:
+            return []
+        (name, loss), vocabulary = losses[0], self.run.model_config.vocab_size
+        cause = broken_base(self.run) if loss is None else None
+        return self._new({"start": start(name, loss, vocabulary, base_loss, cause)})
+
+    def about_step(self, entry: Mapping[str, Any], trainable: Any, ends: bool) -> list[str]:
+        """Return the reasons to warn of a logged step; `ends` says that it is the run's last."""
+        found: dict[str, str | None] = {}
+        if entry.get("grad_norm") == 0 and entry["loss"] > 0:  # a batch of padding has neither
+            found["no_gradient"] = (
+                f"step {entry['step']} has a gradient of exactly zero at a loss of {entry['loss']:.4f}: nothing is "
+                "learnt from it; check that what is adapted has an effect on the trained tokens"
+            )
+        if (ends or entry["step"] >= self.checked_at) and not self._checked and "warmup" not in self._given:
+            self._checked = True
+            found["untouched"] = self._untouched(entry["step"], trainable)
+        return self._new(found)
+
+    def _untouched(self, step: int, trainable: Any) -> str | None:
+        leaves = matrices(trainable)
+        names = [] if self._moved is None else untouched(self._moved(leaves))
+        if not names:
+            return None
+        return (
+            f"after step {step} the update is zero in {len(names)} of {len(leaves)} stacks of adapted modules "
+            f"({listing(names, 4)}): they were not trained; is the learning rate far too small?"
+        )
+
+    def _new(self, found: Mapping[str, str | None]) -> list[str]:
+        new = {name: text for name, text in found.items() if text is not None and name not in self._given}
+        self._given |= new.keys()
+        return [f"{name}: {text}" for name, text in new.items()]
+
+
+def learning_rate(config: RunConfig) -> str | None:
+    """Return a warning where the learning rate is one of the other method's, or of no method."""
+    rate, usual = config.train.learning_rate, 2e-4 if config.method == "lora" else 1e-5
+    if rate > MOST.get(config.train.optim, 1.0):
+        return f"{rate:g} destroys the weights in the first step; give a value such as {usual:g}"
+    if config.train.optim not in ADAM_LIKE:
+        return None
+    if config.method == "lora" and rate < LEAST_FOR_LORA:
+        return f"{rate:g} suits full fine-tuning; adapters take more, such as --train.learning_rate 2e-4"
+    if config.method == "full" and rate > MOST_FOR_FULL:
+        return f"{rate:g} suits adapters; full fine-tuning takes less, such as --train.learning_rate 1e-5"
+    return None
+
+
+def warmup(train: TrainOptions, steps: int) -> str | None:
+    """Return a warning where the learning rate is still warming up when the run ends.
+
+    As with transformers' schedulers the first step of a warm-up has rate 0, so that a run of one step learns nothing.
+    """
+    warm = warmup_steps(train, steps)
+    if warm < steps:
+        return None
+    remedy = (
+        "--train.warmup_ratio 0 --train.warmup_steps 0" if steps == 1 else "a smaller --train.warmup_steps"
+    )
+    if train.warmup_steps == 0 and steps > 1:
+        remedy = "a smaller --train.warmup_ratio"
+    count = "1 step" if steps == 1 else f"{steps:,} steps"
+    reached = train.learning_rate * (steps - 1) / warm
+    if not reached:
+        return f"the run has {count}, all of it warm-up at learning rate 0: nothing is trained; give {remedy}"
+    return (
+        f"the run has {count}, and the warm-up takes {warm:,}: the learning rate reaches {reached:.2g} instead of "
+        f"{train.learning_rate:g}; give {remedy}, or more steps"
+    )
+
+
+def rank(plan: Plan) -> str | None:
+    """Return a warning where an adapter has a higher rank than any matrix of its module's sizes."""
+    above = {
+        f"{target.module.name.rpartition('.')[2]} {min(target.module.sizes)}": target.r
+        for target in plan.targets
+        if target.r > min(target.module.sizes)
+    }
+    if not above:
+        return None
+    return (
+        f"r {max(above.values()):,} exceeds the smaller dimension of adapted modules ({listing(above, 4)}): it takes "
+        "memory and time, and adds nothing; give a smaller --lora.r"
+    )
+
+
+def accumulation(train: TrainOptions, sizes: Sizes, shards: int) -> str | None:
+    """Return a warning where a step asks for more passes, or rows a pass, than an epoch fills."""
+    asked, batch = train.gradient_accumulation_steps, train.per_device_train_batch_size * shards
+    if (asked, batch) == (sizes.accumulation, sizes.batch):
+        return None
+    rows = len(sizes.plan.bins)
+    return (
+        f"a step asks for {asked * batch:,} rows ({asked:,} passes of {batch:,}), and an epoch has {rows:,}: each "
+        f"epoch is one step of {sizes.rows_per_step:,}; give --train.per_device_train_batch_size "
+        f"{sizes.batch // shards} --train.gradient_accumulation_steps {sizes.accumulation}, or fewer"
+    )
+
+
+def positions(known: int, rows: TokenDataset, sets: Mapping[str, TokenDataset]) -> str | None:
+    """Return a warning of rows that are longer than the model's positions."""
+    lengths = np.concatenate([each.lengths for each in (rows, *sets.values())])
+    long = int((lengths > known).sum())
+    if not long:
+        return None
+    return (
+        f"{_share(long, len(lengths))} rows are longer than the {known:,} positions that the model was made for "
+        f"(max_position_embeddings), the longest has {lengths.max():,} tokens; give --data.max_length {known}"
+    )
+
+
+def about_rows(rows: TokenDataset) -> dict[str, str | None]:
+    """Return warnings of training rows that are cut, or repeat another, in bulk."""
+    found: dict[str, str | None] = {}
+    left_out = rows.counts.long + rows.counts.cut_empty
+    long, all_rows = rows.truncated + left_out, len(rows) + left_out
+    if long > BULK * all_rows:
+        found["max_length"] = (
+            f"{_share(long, all_rows)} training rows are longer than --data.max_length {rows.max_length:,} "
+            "and lose their ends, or are left out; raise it, or shorten them"
+        )
+    for remark, (name, remedy) in _REMARKED.items():
+        if remark in rows.remarks:
+            found[name] = f"{rows.remarked(remark)}; {remedy}"
+    once = _digests(rows)[np.unique(rows.order, return_index=True)[1]]  # a mixture repeats rows on purpose
+    repeated = len(once) - len(np.unique(once))
+    if repeated > BULK * len(once):
+        found["duplicates"] = f"{_share(repeated, len(once))} training rows repeat another row to the token"
+    return found
+
+
+def about_leaks(rows: TokenDataset, sets: Mapping[str, TokenDataset]) -> dict[str, str | None]:
+    """Return a warning of rows that are both trained on and evaluated on."""
+    if not sets:
+        return {}
+    trained, parts = _digests(rows), []
+    for name, held in sets.items():
+        if both := int(np.isin(_digests(held), trained).sum()):
+            parts.append(f"{_share(both, len(held))} rows of the evaluation set {name}".rstrip())
+    return (
+        {"leaked": f"{' and '.join(parts)} are training rows too, so the figures are too good"}
+        if parts
+        else {}
+    )
+
+
+def broken_base(run: Run) -> str | None:
+    """Return what is wrong with the values of a run's base, whose weights are all read for it; None for nothing."""
+    return broken_weights(run.checkpoint, run.model_config, run.config.model.dtype)
+
+
+def start(
+    name: str, loss: float | None, vocabulary: int, base_loss: float | None, cause: str | None = None
+) -> str | None:
+    """Return a warning where the first loss is no fine-tune's: worse than an even guess, or than the base alone.
+
+    `cause` is what is wrong with the base's values, where the loss is not finite and that is known.
+    """
+    if loss is None:
+        why = (
+            "all weights are, so products overflow; give --model.compute_dtype float32, or take another model"
+        )
+        return f"{name} is not finite before the first step: {cause or why}"
+    if base_loss is not None and loss > base_loss + WORSE:
+        return (
+            f"{name} starts at {loss:.4f} with the adapter of --lora.init_from and is {base_loss:.4f} without it; it "
+            "may belong to another base, or to rows of another form"
+        )
+    if loss > math.log(vocabulary) + FAR_WORSE:
+        return (
+            f"{name} starts at {loss:.4f}, far worse than {math.log(vocabulary):.4f} of guessing evenly among "
+            f"{vocabulary:,} tokens; is the tokenizer the model's, and are its weights whole?"
+        )
+    return None
+
+
+def moved(mesh: Mesh) -> Any:
+    """Return the jitted function that says of each array whether anything in it is not zero, to all processes."""
+    return jax.jit(partial(jax.tree.map, jnp.any), out_shardings=NamedSharding(mesh, P()))
+
+
+def untouched(flags: Mapping[str, jax.Array]) -> list[str]:
+    """Return the paths of what has not moved."""
+    return [name for name, flag in flags.items() if not bool(flag)]
+
+
+def matrices(trainable: Any) -> dict[str, jax.Array]:
+    """Return of each adapted module, by its path, the stacked matrix that starts at zero: B, an embedding's A."""
+    flat: Any = flatten_dict(dict(trainable))
+    return {
+        "/".join(path[:-1]): leaf
+        for path, leaf in flat.items()
+        if path[-1] == ("lora_A" if path[-2] == "embed_tokens" else "lora_B")
+    }
+
+
+@lru_cache(maxsize=1)  # the training rows are asked about twice, one time after the other
+def _digests(rows: TokenDataset) -> np.ndarray:
+    """Return a number for each row that rows of equal tokens share, and no others but by chance."""
+
+    def numbers() -> Iterator[int]:
+        for row in rows:
+            yield hash(row.input_ids.tobytes())
+
+    return np.fromiter(numbers(), np.int64, len(rows))
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} of {total:,} ({count / total:.1%})"
