@@ -21,7 +21,7 @@ export JAX_PLATFORMS ?= cpu
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-exhaustive soak parity check check-report format memory aot aot-cuda clean
+.PHONY: help demo test test-slow test-exhaustive soak parity check check-report docs format memory aot aot-cuda clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -59,6 +59,9 @@ check: $(VENV)/.installed-dev ## Lint, check the formatting, the layers of impor
 
 check-report: $(VENV)/.installed-browser ## Click through the pages of lora-jax report in Debian's chromium; some minutes.
 	$(BIN)/python scripts/check_report.py $(ARGS)
+
+docs: $(VENV)/.installed-docs ## Build the documentation into build/site; a broken link fails.
+	$(BIN)/python scripts/make_docs.py
 
 format: $(VENV)/.installed-dev ## Mend what ruff can mend.
 	$(BIN)/ruff check --fix .
