@@ -25,11 +25,8 @@ from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.models.decoder import Decoder, positions_of
 from lora_jax.models.families import read_config
 from lora_jax.models.layers import variables
-from lora_jax.models.load import load_params
-from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import modules, name_table
-from lora_jax.models.open import open_model
-from lora_jax.models.quantization import quantization_of
+from lora_jax.pretrained import open_pretrained
 
 VOCAB, LAYERS = 96, 3
 SIZES: dict[str, Any] = {
@@ -146,12 +143,9 @@ def write_tokenizer(folder: Path) -> None:
 
 def open_base(folder: Path, dtype: str = "auto", **options: Any) -> Base:
     """Read a checkpoint as a run does, quantised where the options of the base model say so."""
-    opened = open_model(folder)
-    checkpoint, config = opened.checkpoint, opened.config
-    quantization = quantization_of(
-        ModelOptions(**options), checkpoint, config, [f"model.{name}" for name in options]
-    )
-    return Base(checkpoint, config, load_params(checkpoint, config, dtype, quantization))
+    asked = ModelOptions(path=str(folder), dtype=dtype, **options)
+    base = open_pretrained(asked, [f"model.{name}" for name in options])
+    return Base(base.checkpoint, base.config, base.params())
 
 
 def tiny_base(folder: Path, name: str = "llama", **changes: Any) -> Base:

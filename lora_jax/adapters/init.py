@@ -21,10 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from lora_jax.adapters.targets import Plan, Target
 from lora_jax.errors import UserError
 from lora_jax.models.names import Module, Path
+from lora_jax.models.sharding import shardings
+from lora_jax.progress import stage
 
 Tree = dict[str, Any]
 
@@ -64,6 +67,16 @@ def adapter_shapes(
     """Return the shapes and dtypes of what `init_adapter` returns; `frozen` may be shapes, too."""
     start = partial(init_adapter, plan=plan, layers=layers, init_lora_weights=init_lora_weights)
     return jax.eval_shape(lambda key, frozen: start(key, frozen=frozen), key, frozen)
+
+
+@stage("making the adapter")
+def start_adapter(
+    key: jax.Array, plan: Plan, frozen: Tree, layers: int, init_lora_weights: str, mesh: Mesh
+) -> tuple[Tree, Tree]:
+    """Return `init_adapter` on a mesh, each leaf made where it is to be; `frozen` is there already."""
+    where = shardings(adapter_shapes(key, plan, frozen, layers, init_lora_weights), mesh)
+    start = partial(init_adapter, plan=plan, layers=layers, init_lora_weights=init_lora_weights)
+    return jax.jit(lambda key, frozen: start(key, frozen=frozen), out_shardings=where)(key, frozen)
 
 
 def _by_path(targets: Iterable[Target]) -> dict[Path, dict[int | None, Target]]:

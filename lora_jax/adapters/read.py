@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lora_jax.adapters.init import adapter_shapes, init_adapter
+from lora_jax.adapters.init import init_adapter, start_adapter
 from lora_jax.adapters.notes import Notes, read_notes
 from lora_jax.adapters.peft import adapter_table, check_tensors, import_tensors
 from lora_jax.adapters.targets import Plan, make_plan
@@ -21,7 +20,6 @@ from lora_jax.errors import UserError, listing
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
 from lora_jax.hub.checkpoint import Checkpoint, equal_values
 from lora_jax.hub.fingerprint import fingerprint
-from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import EMBEDDING_NAME, HEAD_NAME, modules, name_table
 from lora_jax.models.sharding import placed, shardings
@@ -127,18 +125,14 @@ def _tied(weights: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], boo
 def adapter_trees(adapter: Adapter, frozen: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
     """Return the trainable and adapter trees of an adapter over a frozen tree, on the mesh that the tree is on."""
     layers = adapter.model_config.num_hidden_layers
-    start = partial(init_adapter, plan=adapter.plan, layers=layers, init_lora_weights="true")
-    key = jax.random.key(0)
+    key, plan = jax.random.key(0), adapter.plan
     if mesh is None:
-        trainable, facts = start(key, frozen=frozen)
-        tensors = import_tensors(adapter.tensors, trainable, adapter.plan, adapter.folder)
+        trainable, facts = init_adapter(key, plan, frozen, layers, "true")
+        tensors = import_tensors(adapter.tensors, trainable, plan, adapter.folder)
         return jax.tree.map(jnp.asarray, tensors), facts
-    where = shardings(adapter_shapes(key, adapter.plan, frozen, layers, "true"), mesh)
-    trainable, facts = jax.jit(lambda key, frozen: start(key, frozen=frozen), out_shardings=where)(
-        key, frozen
-    )
-    tensors = import_tensors(adapter.tensors, trainable, adapter.plan, adapter.folder)
-    return placed(tensors, where[0]), facts
+    trainable, facts = start_adapter(key, plan, frozen, layers, "true", mesh)
+    tensors = import_tensors(adapter.tensors, trainable, plan, adapter.folder)
+    return placed(tensors, shardings(tensors, mesh)), facts
 
 
 def base_of(adapter: Path, config: AdapterConfig) -> str:
@@ -174,7 +168,7 @@ def note_of_base(
 
 
 def _changes(notes: Notes, base: Checkpoint) -> str:
-    if not notes.base or notes.from_codes != isinstance(base, PackedCheckpoint):
+    if not notes.base or notes.from_codes != (base.quantization is not None):
         return ""
     found = fingerprint(base)
     return listing(sorted(name for name in {*notes.base, *found} if notes.base.get(name) != found.get(name)))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters.notes import NOTES_FILE
@@ -17,14 +16,9 @@ from lora_jax.data.batches import make_batch, padded_length
 from lora_jax.data.dataset import load_examples
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import write_text
-from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.chat_templates import set_chat_template
-from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models.calibration import Gain, Rows, calibrated_tensors
-from lora_jax.models.load import storage_dtype
-from lora_jax.models.model_config import ModelConfig
-from lora_jax.models.quantization import compute_dtype
+from lora_jax.pretrained import Pretrained
 from lora_jax.quant.leaf import Quantized
 
 BATCH = 8
@@ -73,18 +67,18 @@ def check_calibration(options: CalibrationOptions, model: ModelOptions, typed: C
 class Calibration:
     """The rows of a run of `lora-jax quantize`, and what they gained."""
 
-    def __init__(self, options: CalibrationOptions, folder: Path, config: ModelConfig) -> None:
-        """Read the rows with the tokenizer of a model's folder; raises UserError where they cannot be had."""
-        self._options = options
+    def __init__(self, options: CalibrationOptions, base: Pretrained) -> None:
+        """Read the rows with the base's tokenizer; raises UserError where they cannot be had."""
+        self._options, self._base = options, base
         self._gain = Gain()
-        self._widest = max(config.hidden_size, config.intermediate_size)
+        self._widest = max(base.config.hidden_size, base.config.intermediate_size)
         data = DataOptions(
             format=options.format,
             columns=options.columns,
             max_length=options.max_length,
             text_field=options.text_field,
         )
-        tokenizer = load_tokenizer(folder)
+        tokenizer, config = base.tokenizer, base.config
         set_chat_template(tokenizer, options.chat_template, "--calibration.chat_template")
         found = load_examples(
             data, tokenizer, options.path, options.split, config.vocab_size, option="--calibration.path"
@@ -92,23 +86,18 @@ class Calibration:
         self._rows = found.select(np.arange(min(options.rows, len(found))))
         self._positions = config.positions
 
-    def tensors(
-        self,
-        checkpoint: Checkpoint,
-        config: ModelConfig,
-        quantization: QuantizationConfig,
-        model: ModelOptions,
-    ) -> Iterator[tuple[str, np.ndarray | Quantized]]:
-        """Yield a checkpoint's tensors, its linear layers as kernels fitted to the rows."""
-        compute = compute_dtype(model, storage_dtype(checkpoint, config, model), quantization)
+    def tensors(self) -> Iterator[tuple[str, np.ndarray | Quantized]]:
+        """Yield the base's tensors, its linear layers as kernels fitted to the rows."""
+        base = self._base
+        assert base.quantization is not None
         return calibrated_tensors(
-            checkpoint,
-            config,
-            quantization,
+            base.checkpoint,
+            base.config,
+            base.quantization,
             self._batches(),
             self._gain,
-            dtype=model.dtype,
-            compute=jnp.dtype(compute),
+            dtype=base.options.dtype,
+            compute=base.compute_dtype(),
         )
 
     def lines(self) -> list[str]:

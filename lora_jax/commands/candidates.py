@@ -28,7 +28,7 @@ class Candidate:
     @property
     def quantization(self) -> str | None:
         """How the base is quantised, in words."""
-        found = self.opened.quantization
+        found = self.opened.base.quantization
         return None if found is None else found.summary()
 
 

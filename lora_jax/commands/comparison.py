@@ -25,7 +25,6 @@ from lora_jax.errors import UserError
 from lora_jax.generate.decode import padded
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models.quantization import quantized_kernel, quantized_names, quantized_weights, read_weight
 from lora_jax.models.save import packed_tensors
@@ -49,7 +48,7 @@ PROMPTS = (
 def trained_notes(base: Checkpoint, adapter: Path) -> Notes:
     """Return an adapter's notes; a quantised base says how it is quantised, whatever they say of another."""
     notes = read_notes(adapter)
-    if not isinstance(base, PackedCheckpoint):
+    if base.quantization is None:
         return notes
     computed = (notes.quantization or base.quantization).compute_dtype
     return replace(notes, quantization=replace(base.quantization, compute_dtype=computed))
@@ -122,7 +121,7 @@ class Comparison:
 
     @property
     def _packed(self) -> bool:
-        return isinstance(self.base, PackedCheckpoint)
+        return self.base.quantization is not None
 
     def _choices(self) -> list[Choice]:
         """Return the ways to merge that there are, the chosen one among them."""

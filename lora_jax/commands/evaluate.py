@@ -40,7 +40,6 @@ from lora_jax.hub.atomic import write_text
 from lora_jax.hub.chat_templates import set_chat_template
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.finite import broken_weights
-from lora_jax.models.load import load_params
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.paths import output_on_disk
 from lora_jax.run.evaluation import Evaluator, asked
@@ -210,7 +209,7 @@ def on_one_base(found: Sequence[Candidate]) -> list[list[Candidate]]:
     for one in found:
         opened, checkpoint = one.opened, one.opened.checkpoint
         alone = one if checkpoint.replaced else None
-        key = (checkpoint.folder, opened.config, opened.quantization, alone)
+        key = (checkpoint.folder, opened.config, opened.base.quantization, alone)
         groups.setdefault(key, []).append(one)
     return list(groups.values())
 
@@ -220,8 +219,8 @@ def _measured(
 ) -> Iterator[Line]:
     """Yield the line of each candidate of a group; the base is in memory for as long."""
     first = group[0].opened
-    frozen = load_params(first.checkpoint, first.config, options.model.dtype, first.quantization, mesh=mesh)
-    model = Decoder(first.config, dtype=first.compute_dtype(options.model), packed=packs(options.data))
+    frozen = first.base.params(mesh)
+    model = Decoder(first.config, dtype=first.base.compute_dtype(), packed=packs(options.data))
     sizes = eval_sizes(options.data, options.per_device_eval_batch_size, mesh)
     evaluators: dict[Any, Evaluator] = {}
     for one in group:
@@ -236,7 +235,7 @@ def _measured(
         )
         if same not in evaluators:
             base = InMemory(
-                checkpoint=first.checkpoint, model_config=first.config, model=model, frozen=frozen, adapter={},
+                base=first.base, model=model, frozen=frozen, adapter={},
                 tokenizer=one.opened.tokenizer, settings=one.opened.settings, mesh=mesh,
             )  # fmt: skip
             evaluators[same] = Evaluator(base, sets[one], sizes, options.scoring, section=SECTION)

@@ -27,8 +27,8 @@ from lora_jax.hub.model_card import TrainingFacts, adapter_card
 from lora_jax.hub.push import check_push, push_output
 from lora_jax.hub.target import check_target
 from lora_jax.hub.tokenizer import carries_tokenizer, copy_generation_config, copy_tokenizer, load_tokenizer
-from lora_jax.models.open import open_model
 from lora_jax.paths import on_disk, output_on_disk
+from lora_jax.pretrained import open_folder
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
         check_push(options.push_to_hub, Path(options.output))
     folder = on_disk(options.adapter, "--adapter")
     config = read_adapter_config(folder)
-    opened = open_model(base_folder(folder, config, options.base))
+    opened = open_folder(base_folder(folder, config, options.base))
     base, model_config = opened.checkpoint, opened.config
     check_target(options.output, ADAPTER_CONFIG_FILE, folder, base.folder)
     adapter = open_adapter(folder, model_config)

@@ -23,15 +23,14 @@ from lora_jax.hub.atomic import write_text
 from lora_jax.hub.bitsandbytes import Bits, QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.model_card import TrainingFacts, model_card
-from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.push import check_push, push_output
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.target import check_target
 from lora_jax.hub.tokenizer import carries_tokenizer, load_tokenizer
 from lora_jax.hub.writer import parse_size
-from lora_jax.models.open import open_model
 from lora_jax.models.save import save_model
 from lora_jax.paths import on_disk, output_on_disk
+from lora_jax.pretrained import open_folder
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     config = read_adapter_config(folder)
     base_path = base_folder(folder, config, options.base)
     check_target(options.output, "config.json", folder, base_path)
-    opened = open_model(base_path)
+    opened = open_folder(base_path)
     base, model_config = opened.checkpoint, opened.config
     notes = [f"note: {remark}" for remark in opened.remarks]
     adapter = open_adapter(folder, model_config)
@@ -171,7 +170,7 @@ def _settle(merged: Path, base: Checkpoint, adapter: Path, rows: int) -> list[st
 
 
 def _precision(asked: str, base: Checkpoint, trained: Notes, folder: Path) -> Precision:
-    quantized = isinstance(base, PackedCheckpoint)
+    quantized = base.quantization is not None
     if asked == "original" and quantized:
         raise UserError(
             f"--base_precision original: {base.folder} is quantised; give the unquantised base with --base, or "

@@ -71,7 +71,7 @@ def plan(options: PlanOptions, typed: Collection[str], console: Console | None =
 def _plan(
     console: Console, options: PlanOptions, typed: Collection[str], target: Target
 ) -> tuple[dict[str, Any], bool]:
-    if options.compare and read_subject(options, typed, target.platform).packed:
+    if options.compare and read_subject(options, typed, target.platform).base.stored_quantized:
         raise UserError(
             f"--compare: {options.model.path} is quantised already, and the other methods start from the "
             "weights as they were; give the unquantised checkpoint, or its config.json"

@@ -14,18 +14,14 @@ from lora_jax.config import ModelOptions, check_model
 from lora_jax.console import plain_console
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
-from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.resolve import resolve
 from lora_jax.hub.target import check_target
 from lora_jax.hub.writer import parse_size
-from lora_jax.models.load import storage_dtype
-from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import name_table
-from lora_jax.models.open import open_model
-from lora_jax.models.quantization import quantization_of, quantized_weights, read_kernel, read_tensor
+from lora_jax.models.quantization import quantized_weights, read_kernel, read_tensor
 from lora_jax.models.save import save_model
 from lora_jax.paths import output_on_disk
+from lora_jax.pretrained import Pretrained, open_folder
 from lora_jax.quant.leaf import Quantized
 from lora_jax.quant.repack import to_bitsandbytes
 
@@ -67,38 +63,35 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
     check_calibration(options.calibration, model, typed)
     folder = resolve(model.path, model.revision)
     check_target(options.output, "config.json", folder)
-    opened = open_model(folder)
-    checkpoint, config = opened.checkpoint, opened.config
-    if isinstance(checkpoint, PackedCheckpoint):
-        _check_as_it_is(model, checkpoint)
+    opened = open_folder(folder)
+    if opened.stored_quantized:
+        _check_as_it_is(model, opened)
         if options.calibration.path:
             raise UserError(
                 f"--calibration.path {options.calibration.path}: {folder} is quantised already; give the unquantised "
                 "checkpoint, or drop it"
             )
-    quantization = quantization_of(model, checkpoint, config, {*typed, bits})
+    base = opened.with_options(model, {*typed, bits})
+    quantization, stored = base.quantization, base.storage_dtype
     assert quantization is not None
-    stored = storage_dtype(checkpoint, config, model)
-    if not isinstance(checkpoint, PackedCheckpoint):
+    if not base.stored_quantized:
         compute = str(stored) if model.bnb_4bit_compute_dtype == "auto" else model.bnb_4bit_compute_dtype
         skipped = tuple(dict.fromkeys(("lm_head", *(quantization.skip_modules or ()))))
         quantization = replace(quantization, compute_dtype=compute, skip_modules=skipped)
     counts = _Counts()
-    calibration = Calibration(options.calibration, folder, config) if options.calibration.path else None
-    if calibration is None:
-        tensors = _tensors(checkpoint, config, quantization, model.dtype)
-    else:
-        tensors = calibration.tensors(checkpoint, config, quantization, model)
+    base = replace(base, quantization=quantization)
+    calibration = Calibration(options.calibration, base) if options.calibration.path else None
+    tensors = _tensors(base, quantization) if calibration is None else calibration.tensors()
     save_model(
         Path(options.output).expanduser(),
-        checkpoint,
+        base.checkpoint,
         _stored(tensors, counts),
         {"quantization_config": quantization.to_json(), "dtype": str(stored)},
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
         also=None if calibration is None else calibration.write_notes,
     )
-    if isinstance(checkpoint, PackedCheckpoint):
+    if base.stored_quantized:
         console.print(f"note: {folder} is quantised already; its codes are written as they are")
     for remark in opened.remarks:
         console.print(f"note: {remark}")
@@ -111,13 +104,14 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
     return 0
 
 
-def _check_as_it_is(model: ModelOptions, checkpoint: PackedCheckpoint) -> None:
-    stored = checkpoint.quantization
+def _check_as_it_is(model: ModelOptions, base: Pretrained) -> None:
+    stored = base.quantization
+    assert stored is not None
     double = model.load_in_4bit and model.bnb_4bit_use_double_quant
     asked = QuantizationConfig(4 if model.load_in_4bit else 8, model.bnb_4bit_quant_type, double)
     if asked.summary() != stored.summary():
         raise UserError(
-            f"quantize: {checkpoint.folder} is quantised already ({stored.summary()}), and {asked.summary()} is asked "
+            f"quantize: {base.folder} is quantised already ({stored.summary()}), and {asked.summary()} is asked "
             "for; give the unquantised checkpoint"
         )
 
@@ -130,10 +124,11 @@ class _Counts:
 
 
 def _tensors(
-    checkpoint: Checkpoint, config: ModelConfig, quantization: QuantizationConfig, dtype: str
+    base: Pretrained, quantization: QuantizationConfig
 ) -> Iterator[tuple[str, np.ndarray | Quantized]]:
-    quantized = quantized_weights(checkpoint, config, quantization)
-    for entry in name_table(config):
+    checkpoint, dtype = base.checkpoint, base.options.dtype
+    quantized = quantized_weights(checkpoint, base.config, quantization)
+    for entry in name_table(base.config):
         if entry.name in quantized:
             yield entry.name, read_kernel(checkpoint, entry.name, quantization, dtype)
         else:

@@ -20,15 +20,10 @@ from lora_jax.config import RunConfig
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.checkpoint import Checkpoint
-from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.model_card import TrainingFacts
-from lora_jax.hub.packed_checkpoint import PackedCheckpoint
-from lora_jax.hub.resolve import resolve
-from lora_jax.hub.tokenizer import load_tokenizer
-from lora_jax.models.open import open_model
-from lora_jax.models.quantization import quantization_of
 from lora_jax.options import parse
 from lora_jax.paths import on_disk
+from lora_jax.pretrained import Pretrained, open_pretrained
 from lora_jax.report.runs import RunFiles, read_lines
 from lora_jax.run.checkpoints import steps_in, unheard_callbacks
 from lora_jax.run.checksums import METADATA, damage, has_checksums
@@ -70,32 +65,23 @@ def saved_adapter(given: str) -> Saved:
         raise UserError(
             f"--checkpoint {given}: holds no adapter but a whole model; go on with --resume to export it"
         )
-    opened = open_model(resolve(config.model.path, config.model.revision))
-    base, model_config = opened.checkpoint, opened.config
-    stored_rows = model_config.vocab_size
-    quantization = quantization_of(config.model, base, model_config, typed)
-    if config.model.resize_vocab:
-        rows = max(model_config.vocab_size, len(load_tokenizer(base.folder)))
-        model_config = replace(model_config, vocab_size=rows)
-    found = adapted(config, model_config, typed)
+    base = open_pretrained(config.model, typed)
+    found = adapted(config, base.config, typed)
+    base = replace(base, config=found.model_config)
     step, trained, notes_of_files = _read(folder / CHECKPOINTS, which, given, base)
-    packed = isinstance(base, PackedCheckpoint)
-    dtype = "auto" if packed else config.model.dtype
-    rows = found.model_config.vocab_size
-    notes = Notes(rows, dtype, quantization, packed, fingerprint(base))
-    tensors = export_tensors(trained, found.plan) | found.carried(base)
+    tensors = export_tensors(trained, found.plan) | found.carried(base.checkpoint)
     facts = replace(
         _logged(folder, step, planned_facts(found.config)),
         trainable_parameters=trainable_parameters(found.plan, found.model_config)[0],
-        quantization=quantization.summary() if quantization else None,
-        resized_vocabulary=rows if rows > stored_rows else None,
+        quantization=base.quantization.summary() if base.quantization else None,
+        resized_vocabulary=base.resized_vocabulary,
     )
     return Saved(
         step,
         saved_config(found.lora_config, found.plan),
         tensors,
-        notes,
-        base,
+        base.notes(),
+        base.checkpoint,
         facts,
         config.data.chat_template,
         notes_of_files,
@@ -124,7 +110,7 @@ def _split(given: str) -> tuple[Path, str]:
     return (whole, LAST) if whole.is_dir() or not name else (Path(name).expanduser(), which)
 
 
-def _read(folder: Path, which: str, given: str, base: Checkpoint) -> tuple[int, Any, tuple[str, ...]]:
+def _read(folder: Path, which: str, given: str, base: Pretrained) -> tuple[int, Any, tuple[str, ...]]:
     """Return the step of a checkpoint, its trainable tree, in the host's memory, and what was found of its files."""
     steps = steps_in(folder)
     if not steps:
@@ -136,7 +122,7 @@ def _read(folder: Path, which: str, given: str, base: Checkpoint) -> tuple[int, 
     try:
         step, found = _step(folder, which, steps, given)
         stored = json.loads((folder / str(step) / "options" / "metadata").read_bytes())
-        if stored["base"] != fingerprint(base):
+        if stored["base"] != base.fingerprint:
             raise UserError(
                 f"--checkpoint {given}: was made on another base model than {base.folder} holds now; restore that"
             )

@@ -6,56 +6,51 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax.numpy as jnp
-
 from lora_jax.adapters.notes import read_notes
 from lora_jax.adapters.read import Adapter, adapter_trees, base_of, note_of_base, open_adapter
-from lora_jax.adapters.targets import check_unquantized
 from lora_jax.config import ModelOptions, check_model
 from lora_jax.errors import UserError
 from lora_jax.generate.stops import generation_settings
 from lora_jax.hub.adapter_files import read_adapter_config
-from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.resolve import resolve
-from lora_jax.hub.tokenizer import load_joined_tokenizer
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.layers import variables
-from lora_jax.models.load import load_params, storage_dtype
 from lora_jax.models.model_config import ModelConfig
-from lora_jax.models.open import open_model
-from lora_jax.models.quantization import compute_dtype, quantization_of, quantized_weights
+from lora_jax.pretrained import Pretrained, open_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
     """A model as its files say, before a weight of the base is read."""
 
-    checkpoint: Checkpoint
-    quantization: QuantizationConfig | None
-    config: ModelConfig
+    base: Pretrained
+    """With the vocabulary of the adapter, and with the weights that it brings."""
     tokenizer: Any
     adapter: Adapter | None
     settings: Mapping[str, Any]
     """What generation_config.json holds; nothing where there is none."""
-    remarks: tuple[str, ...] = ()
-    """What a user should know of how the base's files were read."""
 
-    def compute_dtype(self, options: ModelOptions) -> Any:
-        """Return the dtype of the matrix products."""
-        stored = storage_dtype(self.checkpoint, self.config, options)
-        return compute_dtype(options, stored, self.quantization)
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The base's checkpoint."""
+        return self.base.checkpoint
+
+    @property
+    def config(self) -> ModelConfig:
+        """The base's config."""
+        return self.base.config
 
     def notes(self, options: ModelOptions) -> Iterator[str]:
         """Yield what the user should know of how the base was read, and of how the adapter goes together with it."""
-        yield from self.remarks
+        yield from self.base.remarks
         if self.adapter is None:
             return
         adapter, named = self.adapter.folder, self.adapter.config.base_model_name_or_path
         if note := note_of_base(adapter, named, self.checkpoint, options.path, "--model.path"):
             yield note
         trained = read_notes(adapter).quantization
-        if trained is not None and self.quantization is None:
+        if trained is not None and self.base.quantization is None:
             how = "--model.load_in_4bit True" if trained.bits == 4 else "--model.load_in_8bit True"
             yield f"the adapter was trained on a quantised base ({trained.summary()}); {how} makes it so"
 
@@ -77,9 +72,8 @@ def load_for_inference(
     and converting them each time takes most of it. A quantised base's codes stay as they are.
     """
     found = open_for_inference(options, adapter, typed)
-    compute = found.compute_dtype(options)
-    held = jnp.dtype(compute).name if options.dtype == "auto" else options.dtype
-    params = load_params(found.checkpoint, found.config, held, found.quantization, options.dtype)
+    compute = found.base.compute_dtype()
+    params = found.base.params(held=compute if options.dtype == "auto" else None)
     trainable, facts = ({}, {}) if found.adapter is None else adapter_trees(found.adapter, params)
     return Loaded(
         **vars(found),
@@ -104,22 +98,16 @@ def open_for_inference(
     if not path:
         raise UserError("--model.path: needed without --adapter; give a folder or a Hub id")
     check_model(options)
-    base = open_model(resolve(path, revision, option="base model (--model.path)"))
-    checkpoint, config = base.checkpoint, base.config
-    quantization = quantization_of(options, checkpoint, config, typed)
-    tokenizer = load_joined_tokenizer(checkpoint.folder, folder)
-    if options.resize_vocab and len(tokenizer) > config.vocab_size:
-        config = replace(config, vocab_size=len(tokenizer))
-    opened = None if folder is None else open_adapter(folder, config)
-    if opened is not None:
-        config, checkpoint = opened.model_config, opened.over(checkpoint)
-        check_unquantized(opened.plan, quantized_weights(checkpoint, config, quantization))
+    base = open_pretrained(
+        replace(options, path=path, revision=revision),
+        typed,
+        tokenizer_files=folder,
+        option="base model (--model.path)",
+    )
+    opened = None if folder is None else open_adapter(folder, base.config)
     return Opened(
-        remarks=base.remarks,
-        checkpoint=checkpoint,
-        quantization=quantization,
-        config=config,
-        tokenizer=tokenizer,
+        base=base.with_adapter(opened),
+        tokenizer=base.tokenizer,
         adapter=opened,
-        settings=generation_settings(checkpoint.folder, folder),
+        settings=generation_settings(base.folder, folder),
     )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.errors import UserError, listing
+from lora_jax.hub.bitsandbytes import Packed4bit, Packed8bit, QuantizationConfig
 from lora_jax.hub.json_file import read_json_object
 from lora_jax.hub.links import cached_snapshots, leads_outside, lost_target
 from lora_jax.hub.safetensors_file import SafetensorsFile
@@ -31,8 +32,12 @@ class Checkpoint:
     """A folder's config and tensors; opening reads headers only, and each tensor is read when asked for.
 
     `files` says which file holds each tensor, `stored` under which name, where that is another. `replaced` are
-    tensors that stand in for the files'.
+    tensors that stand in for the files'. `quantization` says how weights are stored quantised, None where none is,
+    and `packed` names those that are.
     """
+
+    quantization: QuantizationConfig | None = None
+    packed: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -129,6 +134,10 @@ class Checkpoint:
         if name in self.replaced:
             return self.replaced[name]
         return self.files[name].raw(self._stored(name))
+
+    def read(self, name: str) -> Packed4bit | Packed8bit:
+        """Read one weight that is stored quantised, and what stands beside it."""
+        raise KeyError(f"{name} is not stored quantised")
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Read some rows of a tensor; raises UserError as `tensor` does."""

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,15 +41,15 @@ _COMPANION_8BIT = re.compile(r"(.+)\.(SCB|weight_format)")
 class PackedCheckpoint(Checkpoint):
     """A checkpoint with quantised weights; opening reads headers only, and each weight is read when asked for.
 
-    `weights` are the names of quantised weights. What stands beside them is not among `names`; `shape` and `dtype`
+    What stands beside them is not among `names`; `shape` and `dtype`
     are those of the weights that were quantised. `read` gives a quantised weight, `tensor` any other.
     """
 
     def __init__(self, checkpoint: Checkpoint, quantization: QuantizationConfig) -> None:
         super().__init__(checkpoint.folder, checkpoint.config, checkpoint.files, checkpoint.stored)
-        self.quantization = quantization
+        self.quantization = self._how = quantization
         four, eight = _companions(frozenset(self.files))
-        self.weights = frozenset(four) | frozenset(eight)
+        self.packed = frozenset(four) | frozenset(eight)
         self.companions = frozenset[str]().union(*four.values(), *eight.values())
         other = sorted(eight if quantization.bits == 4 else four)
         if other:
@@ -62,9 +63,9 @@ class PackedCheckpoint(Checkpoint):
 
     def with_tensors(self, tensors: Mapping[str, np.ndarray]) -> "PackedCheckpoint":
         """Return the checkpoint with tensors, none of them quantised, instead of, or beside, the files'."""
-        other = super().with_tensors(tensors)
-        assert isinstance(other, PackedCheckpoint)
-        other.weights = self.weights - tensors.keys()
+        other = copy(self)
+        other.replaced = {**self.replaced, **tensors}
+        other.packed = self.packed - tensors.keys()
         return other
 
     @property
@@ -74,9 +75,9 @@ class PackedCheckpoint(Checkpoint):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, [out, in] for a quantised weight; a 4-bit one's is read from its quant_state."""
-        if name not in self.weights:
+        if name not in self.packed:
             return super().shape(name)
-        if self.quantization.bits == 4:
+        if self._how.bits == 4:
             return self._shape_of(self._state(name), name)
         shape = super().shape(name)
         if len(shape) != 2:
@@ -85,12 +86,10 @@ class PackedCheckpoint(Checkpoint):
 
     def dtype(self, name: str) -> np.dtype:
         """Return the dtype that a tensor has, or had before it was quantised."""
-        if name not in self.weights:
+        if name not in self.packed:
             return super().dtype(name)
         return (
-            self._dtype(self._state(name).get("dtype"), name)
-            if self.quantization.bits == 4
-            else self._dtype_8bit()
+            self._dtype(self._state(name).get("dtype"), name) if self._how.bits == 4 else self._dtype_8bit()
         )
 
     def read(self, name: str) -> Packed4bit | Packed8bit:
@@ -99,7 +98,7 @@ class PackedCheckpoint(Checkpoint):
         Raises UserError where a tensor is absent, cut or of another length or dtype than the rest says, where
         its quant_state is malformed, or where config.json contradicts it.
         """
-        return self._read_4bit(name) if self.quantization.bits == 4 else self._read_8bit(name)
+        return self._read_4bit(name) if self._how.bits == 4 else self._read_8bit(name)
 
     def _read_4bit(self, name: str) -> Packed4bit:
         state = self._state(name)
@@ -108,14 +107,14 @@ class PackedCheckpoint(Checkpoint):
         stored_as = self._states[name][0].rpartition("__")[2]
         if quant_type not in QUANT_TYPES or stored_as != quant_type:
             raise self._bad(f"{name} has the quant_type {quant_type!r} beside {stored_as}, not nf4 or fp4")
-        if quant_type != self.quantization.quant_type:
-            raise self._bad(f"{name} is {quant_type}, but config.json says {self.quantization.quant_type}")
+        if quant_type != self._how.quant_type:
+            raise self._bad(f"{name} is {quant_type}, but config.json says {self._how.quant_type}")
         if blocksize not in _BLOCKSIZES:
             raise self._bad(f"{name} has the blocksize {blocksize!r}, none of {listing(_BLOCKSIZES)}")
         count = math.prod(shape)
         nested = f"{name}.nested_absmax" in self.files
-        if nested != self.quantization.use_double_quant:
-            says = "with" if self.quantization.use_double_quant else "without"
+        if nested != self._how.use_double_quant:
+            says = "with" if self._how.use_double_quant else "without"
             raise self._bad(
                 f"{name} is {'' if nested else 'not '}double-quantised, but config.json says {says}"
             )

@@ -21,7 +21,6 @@ from lora_jax.errors import UserError, listing, nearest
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.finite_tensors import converted, finite, not_finite
-from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import LM_HEAD, modules
 from lora_jax.quant.dequantize import dequantize
@@ -42,7 +41,7 @@ def quantization_of(
     matches no module, or entries that leave none to quantise.
     """
     given = sorted(name.removeprefix("model.") for name in typed if name.startswith("model."))
-    packed = checkpoint.quantization if isinstance(checkpoint, PackedCheckpoint) else None
+    packed = checkpoint.quantization
     four = options.load_in_4bit or (packed is not None and packed.bits == 4)
     idle = [name for name in given if name.startswith(FOUR_BIT) and not four]
     if idle:
@@ -88,8 +87,8 @@ def quantized_weights(
     checkpoint: Checkpoint, config: ModelConfig, quantization: QuantizationConfig | None
 ) -> frozenset[str]:
     """Return the names of the weights that are quantised: as stored, else `quantized_names`."""
-    if isinstance(checkpoint, PackedCheckpoint):
-        return checkpoint.weights
+    if checkpoint.quantization is not None:
+        return checkpoint.packed
     return quantized_names(config, quantization)
 
 
@@ -117,7 +116,7 @@ def read_kernel(
     checkpoint: Checkpoint, name: str, quantization: QuantizationConfig, dtype: str = "auto"
 ) -> Quantized:
     """Return a quantised weight on the default device: as stored, else quantised from `dtype` (auto: as stored)."""
-    if isinstance(checkpoint, PackedCheckpoint):
+    if checkpoint.quantization is not None:
         return from_bitsandbytes(checkpoint.read(name))
     return quantized_kernel(read_tensor(checkpoint, name, dtype), quantization, name)
 
@@ -156,10 +155,10 @@ def read_weight(
     `dtype` is what a weight is converted to before it is quantised (auto: as stored), `decoded` what its codes are
     decoded to (auto: the same); other tensors stay as stored.
     """
-    packed = isinstance(checkpoint, PackedCheckpoint) and name in checkpoint.weights
-    if quantization is None and not packed:
+    held = quantization or (checkpoint.quantization if name in checkpoint.packed else None)
+    if held is None:
         return checkpoint.tensor(name)
-    kernel = read_kernel(checkpoint, name, quantization or _stored(checkpoint), dtype)
+    kernel = read_kernel(checkpoint, name, held, dtype)
     return np.asarray(dequantize(kernel, kernel.dtype if decoded == "auto" else jnp.dtype(decoded))).T
 
 
@@ -178,11 +177,6 @@ def compute_dtype(
         return jnp.dtype(asked.pop())
     wide = (platform or jax.default_backend()) == "cpu" or (stored == jnp.float32 and quantization is None)
     return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
-
-
-def _stored(checkpoint: Checkpoint) -> QuantizationConfig:
-    assert isinstance(checkpoint, PackedCheckpoint)
-    return checkpoint.quantization
 
 
 def _check_same(

@@ -14,7 +14,6 @@ from lora_jax.adapters.init import adapter_shapes
 from lora_jax.data.batches import Batch, padded_length
 from lora_jax.data.packing import packs
 from lora_jax.models.decoder import Decoder
-from lora_jax.models.load import abstract_params
 from lora_jax.models.sharding import cut, shardings
 from lora_jax.parallel.mesh import POSITIONS, ROWS, row_shards
 from lora_jax.plan.subject import Subject
@@ -52,7 +51,7 @@ class AbstractStep:
 def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
     """Return the step of a run on a mesh: the longest that it can have, of rows padded or packed to max_length."""
     config, model_config = subject.config, subject.model_config
-    params = cut(abstract_params(model_config, str(subject.stored), subject.quantization), mesh.shape)
+    params = cut(subject.base.abstract_params(), mesh.shape)
     if subject.plan is None:
         frozen, adapter = {}, {}
         trainable = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
@@ -68,7 +67,7 @@ def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
     batch = abstract_batch(shape, NamedSharding(mesh, P(None, ROWS, POSITIONS)))
     model = Decoder(
         model_config,
-        dtype=subject.computed,
+        dtype=subject.compute_dtype,
         lora_dropout=0.0 if subject.plan is None else config.lora.lora_dropout,
         gradient_checkpointing=train.gradient_checkpointing,
         offload_inputs=offloads_activations(train) and has_host_memory(mesh.devices.flat[0]),

@@ -85,7 +85,7 @@ def estimate(config: RunConfig, typed: Collection[str], target: Target) -> Estim
     held, devices = held_parts(step), len(target.devices)
     tokens = step.batch.tokens.size
     # The kernels of TPUs and GPUs skip what lies in the future; XLA does not, but in blocks of long texts.
-    skips = target.platform != "cpu" and subject.computed != jnp.float32
+    skips = target.platform != "cpu" and subject.compute_dtype != jnp.float32
     flops = step_flops(
         subject.model_config, subject.plan, tokens, subject.config.data.max_length,
         again=subject.config.train.gradient_checkpointing, causal=skips,

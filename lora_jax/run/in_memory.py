@@ -11,14 +11,14 @@ from jax.sharding import Mesh
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.model_config import ModelConfig
+from lora_jax.pretrained import Pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
 class InMemory:
     """A base on the mesh, the facts of the adapter over it, and the tokenizer."""
 
-    checkpoint: Checkpoint
-    model_config: ModelConfig
+    base: Pretrained
     model: Decoder
     tokenizer: Any
     settings: Mapping[str, Any]
@@ -26,3 +26,13 @@ class InMemory:
     frozen: Any
     adapter: Any
     mesh: Mesh
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The base's checkpoint."""
+        return self.base.checkpoint
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The base's config, with rows that are added to its vocabulary."""
+        return self.base.config

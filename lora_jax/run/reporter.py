@@ -91,7 +91,7 @@ def _place(opt_state: Any) -> str:
 
 def _bits(run: Run) -> str:
     """Return how the base is quantised, how many bits a weight of a linear layer takes, and which are not quantised."""
-    if run.quantization is None:
+    if run.base.quantization is None:
         return ""
     leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(run.frozen["layers"]))
     kernels = {path[-2]: leaf for path, leaf in leaves.items() if path[-1] == "kernel"}
@@ -102,7 +102,7 @@ def _bits(run: Run) -> str:
     )
     whole = [name for name, kernel in kernels.items() if not is_quantized(kernel)]
     rest = f"; not quantised in all layers, so held whole: {', '.join(whole)}" if whole else ""
-    return f" ({run.quantization.summary()}: {bits:.2f} bits a weight in the linear layers{rest})"
+    return f" ({run.base.quantization.summary()}: {bits:.2f} bits a weight in the linear layers{rest})"
 
 
 TRAINING = "training"

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax import __version__
-from lora_jax.adapters.notes import Notes, write_notes
+from lora_jax.adapters.notes import write_notes
 from lora_jax.adapters.peft import export_tensors, saved_config
 from lora_jax.config import RunConfig
 from lora_jax.data.files import kind_of
@@ -20,7 +20,6 @@ from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.bucket import Place
 from lora_jax.hub.chat_templates import write_chat_template
 from lora_jax.hub.model_card import TrainingFacts, adapter_card, model_card
-from lora_jax.hub.packed_checkpoint import PackedCheckpoint
 from lora_jax.hub.resolve import looks_like_id
 from lora_jax.hub.tokenizer import copy_tokenizer
 from lora_jax.models.save import save_model, tree_tensors
@@ -46,10 +45,7 @@ def export_adapter(run: Run, trainable: Any, folder: Place, facts: TrainingFacts
         copy_tokenizer(run.checkpoint.folder, aside)
         write_stops(aside, run.checkpoint, run.tokenizer, run.model_config.vocab_size)
         write_chat_template(aside, run.tokenizer, run.config.data.chat_template)
-        packed = isinstance(run.checkpoint, PackedCheckpoint)
-        dtype = "auto" if packed else run.config.model.dtype
-        rows, base = run.model_config.vocab_size, run.base_fingerprint
-        write_notes(aside, Notes(rows, dtype, run.quantization, packed, base))
+        write_notes(aside, run.base.notes())
         write_text(aside / "README.md", adapter_card(config, facts))
     return target
 
@@ -63,8 +59,8 @@ def training_facts(run: Run, outcome: Outcome) -> TrainingFacts:
         trainable_parameters=run.parameters[0],
         eval_loss_before=outcome.eval_before,
         eval_loss_after=outcome.eval_after,
-        resized_vocabulary=run.resized_vocabulary,
-        quantization=run.quantization.summary() if run.quantization else None,
+        resized_vocabulary=run.base.resized_vocabulary,
+        quantization=run.base.quantization.summary() if run.base.quantization else None,
     )
 
 
@@ -97,7 +93,7 @@ def _on_hub(path: str) -> tuple[str, str | None] | None:
 
 def export_model(run: Run, trainable: Any, folder: Place, facts: TrainingFacts) -> Place:
     """Write the fully trained model as a Hugging Face folder in the base's storage dtype; return the folder."""
-    dtype = run.storage_dtype
+    dtype = run.base.storage_dtype
     target = folder / MODEL
     tensors = tree_tensors(trainable, run.model_config, jnp.dtype(dtype))
     if not writes():

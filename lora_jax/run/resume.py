@@ -73,7 +73,7 @@ def identity_of(run: Run, sizes: Sizes) -> Identity:
         **counted,
         **jax_settings(),
     }
-    return Identity(flat, run.base_fingerprint)
+    return Identity(flat, run.base.fingerprint)
 
 
 def kept_until(resumed_at: int | None, progress: Progress | None) -> int | None:

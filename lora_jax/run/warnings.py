@@ -101,7 +101,7 @@ class Cautions:
         """Return what options and rows give reason to warn of."""
         run = self.run
         options = {
-            "base": "; ".join(run.remarks) or None,
+            "base": "; ".join(run.base.remarks) or None,
             "learning_rate": learning_rate(run.config),
             "warmup": warmup(run.config.train, sizes.steps),
             "rank": None if run.plan is None else rank(run.plan),

@@ -13,7 +13,7 @@ from lora_jax.cli import main
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter, write_adapter
 from lora_jax.models.finite import broken_weights
 from lora_jax.models.names import EMBEDDING_NAME, HEAD_NAME, modules
-from lora_jax.models.open import OpenModel, open_model
+from lora_jax.pretrained import Pretrained, open_folder
 from tests.tiny import CONFIGS, lora, random_adapter, write_checkpoint
 
 
@@ -23,9 +23,9 @@ def table(rows: int, seed: int = 0) -> np.ndarray:
 
 def written(
     folder: Path, name: str, tables: dict[str, np.ndarray], config: AdapterConfig | None = None
-) -> OpenModel:
+) -> Pretrained:
     """Write the named base, and an adapter that has tables beside its tensors; return the base."""
-    base = open_model(write_checkpoint(folder / "base", CONFIGS[name]))
+    base = open_folder(write_checkpoint(folder / "base", CONFIGS[name]))
     config = config or lora(base_model_name_or_path=str(folder / "base"))
     tensors = random_adapter(make_plan(config, modules(base.config)))
     write_adapter(folder / "adapter", config, tensors | tables)
@@ -71,7 +71,7 @@ def test_a_head_that_the_adapter_alone_has_is_not_looked_for_in_the_base(tmp_pat
 
 def test_copies_of_the_bases_own_tables_change_nothing(tmp_path: Path) -> None:
     """PEFT adds the table under an adapted embedding to every file."""
-    own = open_model(write_checkpoint(tmp_path / "own", CONFIGS["llama"])).checkpoint.tensor(EMBEDDING_NAME)
+    own = open_folder(write_checkpoint(tmp_path / "own", CONFIGS["llama"])).checkpoint.tensor(EMBEDDING_NAME)
     config = lora(target_modules=("q_proj", "embed_tokens"))
     base = written(tmp_path, "llama", {"model.embed_tokens.base_layer.weight": own}, config)
     adapter = open_adapter(tmp_path / "adapter", base.config)

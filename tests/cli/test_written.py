@@ -18,7 +18,7 @@ from lora_jax.generate.load import load_for_inference
 from lora_jax.generate.stops import write_stops
 from lora_jax.hub.tokenizer import load_tokenizer
 from lora_jax.models import save
-from lora_jax.models.open import open_model
+from lora_jax.pretrained import open_folder
 from tests.runs import run, train_arguments, write_rows
 from tests.tiny import CONFIGS, write_checkpoint
 
@@ -112,7 +112,7 @@ def test_files_that_stop_there_already_stay_as_they_are(chatty: Path, tmp_path: 
 
 def test_an_end_token_whose_row_was_added_ends_a_text_too(chatty: Path, tmp_path: Path) -> None:
     """ChatML's end token on a base that lacks it, with --model.resize_vocab."""
-    base, tokenizer = open_model(chatty / "model").checkpoint, load_tokenizer(chatty / "model")
+    base, tokenizer = open_folder(chatty / "model").checkpoint, load_tokenizer(chatty / "model")
     tokenizer.add_special_tokens({"eos_token": "<|new_end|>"})
     end = tokenizer.convert_tokens_to_ids("<|new_end|>")
     assert end >= base.config["vocab_size"]

@@ -10,10 +10,10 @@ from safetensors.numpy import save_file
 
 from lora_jax.errors import UserError
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.models.consistency import check_names
 from lora_jax.models.families import read_config
 from lora_jax.models.load import abstract_params
 from lora_jax.models.names import modules, name_table
-from lora_jax.models.open import check_names
 from lora_jax.models.save import tree_tensors
 from tests.tiny import CONFIGS, LAYERS, open_base, random_tensors, tiny_base, write_checkpoint
 

@@ -234,8 +234,8 @@ def test_checkpoint_that_transformers_saved_is_read_bit_for_bit(
         for path, module in model.named_modules()
         if isinstance(module, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt)
     }
-    assert packed.weights == set(linears)
-    plain = set(packed.names) - packed.weights
+    assert packed.packed == set(linears)
+    plain = set(packed.names) - packed.packed
     assert {path.rpartition(".")[2] for path in plain} == {"weight"}
     assert "lm_head.weight" in plain
     for path, module in linears.items():

@@ -71,10 +71,10 @@ def test_4bit_weights_come_back_as_they_were_written(
     config = QuantizationConfig(bits=4, quant_type=quant_type, use_double_quant=double)
     packed = opened(write(tmp_path, tensors_of(kernel), config.to_json()))
     assert packed.quantization == config
-    assert packed.weights == {NAME}
+    assert packed.packed == {NAME}
     assert packed.shape(NAME) == (OUT, rows)
     assert_same(from_bitsandbytes(packed.read(NAME)), kernel)
-    assert packed.weights | packed.companions == set(to_bitsandbytes(kernel).tensors(NAME))
+    assert packed.packed | packed.companions == set(to_bitsandbytes(kernel).tensors(NAME))
     assert set(packed.names) == {NAME, "model.norm.weight", "lm_head.weight"}
     assert packed.dtype(NAME) == kernel.dtype
 

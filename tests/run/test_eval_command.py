@@ -17,7 +17,7 @@ from lora_jax.config import ModelOptions
 from lora_jax.hub.adapter_files import read_adapter, write_adapter
 from lora_jax.models.families import read_config
 from lora_jax.models.names import EMBEDDING_NAME
-from lora_jax.models.open import open_model
+from lora_jax.pretrained import open_folder
 from tests.runs import ROWS, metrics, run, train_arguments, write_rows
 from tests.tiny import CONFIGS, GROUPED, random_tensors, write_checkpoint
 
@@ -127,7 +127,7 @@ def test_a_base_is_shared_only_where_its_weights_are_the_same(
     """An adapter may bring tables of its own for the base, and a model is measured as it is stored beside a QLoRA."""
     adapter, bringing = trained / "adapter", tmp_path / "bringing"
     shutil.copytree(adapter, bringing)
-    table = open_model(model).checkpoint.tensor(EMBEDDING_NAME)
+    table = open_folder(model).checkpoint.tensor(EMBEDDING_NAME)
     config, tensors = read_adapter(adapter)
     write_adapter(bringing, config, tensors | {EMBEDDING_NAME: table + 1})
     found = candidates(ModelOptions(), (str(adapter), str(bringing)), (), True, ())

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from lora_jax.errors import UserError
 from lora_jax.hub.checkpoint import same_values
 from lora_jax.models.names import EMBEDDING_NAME, HEAD_NAME
-from lora_jax.models.open import open_model
+from lora_jax.pretrained import open_folder
 from tests.tiny import CONFIGS, write_checkpoint
 
 WEIGHTS = "model.safetensors"
@@ -47,7 +47,7 @@ def test_a_head_that_differs_from_the_embedding_is_used_although_config_json_tie
     tmp_path: Path, change: Callable[[dict[str, np.ndarray]], dict[str, Any]]
 ) -> None:
     """vllm PR #51665, transformers PR #42612: the head of the file was ignored on the config's word."""
-    opened = open_model(spoilt(tmp_path / "base", "llama-tied", change))
+    opened = open_folder(spoilt(tmp_path / "base", "llama-tied", change))
     assert not opened.config.tie_word_embeddings
     assert opened.checkpoint.config["tie_word_embeddings"] is False
     assert len(opened.remarks) == 1
@@ -59,7 +59,7 @@ def test_a_head_that_equals_the_embedding_stays_tied_whatever_its_dtype(tmp_path
     def copied(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return tensors | {HEAD_NAME: tensors[EMBEDDING_NAME].astype(dtype)}
 
-    opened = open_model(spoilt(tmp_path / "base", "llama-tied", copied))
+    opened = open_folder(spoilt(tmp_path / "base", "llama-tied", copied))
     assert opened.config.tie_word_embeddings
     assert opened.remarks == ()
 
@@ -71,7 +71,7 @@ def test_matrices_are_compared_to_their_last_row(tmp_path: Path, monkeypatch: py
         return tensors | {HEAD_NAME: head}
 
     monkeypatch.setattr("lora_jax.hub.checkpoint._BLOCK", 4 * 32 * 7)
-    checkpoint = open_model(spoilt(tmp_path / "base", "llama-tied", last_row)).checkpoint
+    checkpoint = open_folder(spoilt(tmp_path / "base", "llama-tied", last_row)).checkpoint
     assert not same_values(checkpoint, EMBEDDING_NAME, HEAD_NAME)
     assert same_values(checkpoint, HEAD_NAME, HEAD_NAME)
 
@@ -80,7 +80,7 @@ def test_a_tied_model_that_is_saved_with_its_head_alone_has_it_as_embedding(tmp_
     def head_alone(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {HEAD_NAME if name == EMBEDDING_NAME else name: value for name, value in tensors.items()}
 
-    opened = open_model(spoilt(tmp_path / "base", "llama-tied", head_alone))
+    opened = open_folder(spoilt(tmp_path / "base", "llama-tied", head_alone))
     assert opened.config.tie_word_embeddings
     assert HEAD_NAME not in opened.checkpoint.names
     np.testing.assert_array_equal(
@@ -93,7 +93,7 @@ def test_a_tied_head_of_another_shape_is_refused(tmp_path: Path) -> None:
         tmp_path / "base", "llama-tied", lambda found: found | {HEAD_NAME: found[EMBEDDING_NAME][:90]}
     )
     with pytest.raises(UserError, match=r"1 misshapen \(lm_head.weight \[90, 32\] instead of \[96, 32\]\)"):
-        open_model(folder)
+        open_folder(folder)
 
 
 @pytest.mark.parametrize(("scale", "remarks"), [(1, 0), (2, 1)])
@@ -103,7 +103,7 @@ def test_rotary_frequencies_that_config_json_does_not_give_are_remarked_on(
     """They are buffers of old files, which transformers drops without looking at them."""
     kept = (scale * 10000.0 ** -(np.arange(0, 8, 2) / 8)).astype(np.float16)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    opened = open_model(spoilt(tmp_path / "base", "llama", lambda found: found | {name: kept}))
+    opened = open_folder(spoilt(tmp_path / "base", "llama", lambda found: found | {name: kept}))
     assert len(opened.remarks) == remarks
 
 
@@ -118,11 +118,11 @@ FORMS: dict[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_names_are_read_with_and_without_the_decoders_prefix(tmp_path: Path, form: str) -> None:
     """llama.cpp #14459, peft #1579: a base that AutoModel saved has names without `model.`."""
-    plain = open_model(write_checkpoint(tmp_path / "plain", CONFIGS["llama"])).checkpoint
+    plain = open_folder(write_checkpoint(tmp_path / "plain", CONFIGS["llama"])).checkpoint
     folder = spoilt(
         tmp_path / "base", "llama", lambda found: {FORMS[form](key): value for key, value in found.items()}
     )
-    opened = open_model(folder).checkpoint
+    opened = open_folder(folder).checkpoint
     assert opened.names == plain.names
     for name in plain.names:
         np.testing.assert_array_equal(opened.tensor(name), plain.tensor(name))
@@ -144,7 +144,7 @@ def test_names_inside_a_wrapper_are_refused_by_its_name(
         tmp_path / "base", "llama", lambda found: {wrap(key): value for key, value in found.items()}
     )
     with pytest.raises(UserError, match=rf"the names hold '{part}.*which {origin}.* leaves") as caught:
-        open_model(folder)
+        open_folder(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -154,7 +154,7 @@ def test_two_names_that_mean_one_tensor_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"two tensors are both model.embed_tokens.weight: embed_tokens.weight in"
     ):
-        open_model(folder)
+        open_folder(folder)
 
 
 def test_a_model_that_comes_with_code_of_its_own_is_refused_by_name(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_model_that_comes_with_code_of_its_own_is_refused_by_name(tmp_path: Pa
     with pytest.raises(
         UserError, match=r"code of its own for the model \(modeling_mine.MyLlamaForCausalLM\)"
     ):
-        open_model(folder)
+        open_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_model_that_comes_with_code_of_its_own_is_refused_by_name(tmp_path: Pa
 def test_an_architecture_that_is_not_the_familys_is_remarked_on(
     tmp_path: Path, changes: dict[str, Any], remark: str | None
 ) -> None:
-    remarks = open_model(configured(tmp_path / "base", **changes)).remarks
+    remarks = open_folder(configured(tmp_path / "base", **changes)).remarks
     assert len(remarks) == (remark is not None)
     assert remark is None or remark in remarks[0]
 
@@ -200,7 +200,7 @@ def test_an_architecture_that_is_not_the_familys_is_remarked_on(
 def test_numbers_of_config_json_may_be_written_with_or_without_a_point(
     tmp_path: Path, key: str, stored: float, read: float
 ) -> None:
-    config = open_model(configured(tmp_path / "base", **{key: stored})).config
+    config = open_folder(configured(tmp_path / "base", **{key: stored})).config
     found = config.rope.rope_theta if key == "rope_theta" else getattr(config, key)
     assert (found, type(found)) == (read, type(read))
 
@@ -208,4 +208,4 @@ def test_numbers_of_config_json_may_be_written_with_or_without_a_point(
 @pytest.mark.parametrize(("key", "value"), [("rms_norm_eps", "1e-6"), ("vocab_size", 96.5), ("use_cache", 1)])
 def test_values_that_are_no_such_number_are_refused(tmp_path: Path, key: str, value: Any) -> None:
     with pytest.raises(UserError, match=re.escape(key)):
-        open_model(configured(tmp_path / "base", **{key: value}))
+        open_folder(configured(tmp_path / "base", **{key: value}))

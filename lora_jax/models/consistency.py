@@ -9,15 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.checkpoint import Checkpoint, same_values, standard_name
-from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
-from lora_jax.models.families import own_code, read_config
+from lora_jax.models.families import own_code
 from lora_jax.models.model_config import ModelConfig, Rope
 from lora_jax.models.names import EMBEDDING_NAME, HEAD_NAME, name_table
 from lora_jax.models.rope import frequencies
@@ -36,7 +34,7 @@ _WRAPPERS = {
 
 
 @dataclass(frozen=True)
-class OpenModel:
+class Consistent:
     """A checkpoint, its config as the tensors show it, and what a user should know of how the two were read."""
 
     checkpoint: Checkpoint
@@ -44,21 +42,14 @@ class OpenModel:
     remarks: tuple[str, ...] = ()
 
 
-def open_model(folder: Path) -> OpenModel:
-    """Open a folder's checkpoint and read its config; raises UserError where the two do not fit each other."""
-    checkpoint = open_checkpoint(folder)
-    config = read_config(checkpoint.config, folder)
-    return settled(checkpoint, config)
-
-
-def settled(checkpoint: Checkpoint, config: ModelConfig) -> OpenModel:
+def consistent(checkpoint: Checkpoint, config: ModelConfig) -> Consistent:
     """Return a checkpoint with the config that its tensors show; raises UserError where the two do not fit."""
     checkpoint, tied = _tied(checkpoint, config)
     shown = replace(config, tie_word_embeddings=tied)
     if tied != config.tie_word_embeddings:
         checkpoint = checkpoint.with_config(tie_word_embeddings=tied)  # for whoever writes the model again
     check_names(checkpoint, shown)
-    return OpenModel(checkpoint, shown, tuple(_remarks(checkpoint, config, shown)))
+    return Consistent(checkpoint, shown, tuple(_remarks(checkpoint, config, shown)))
 
 
 def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -75,8 +66,7 @@ def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
         for name, entry in table.items()
         if name in found and tuple(checkpoint.shape(name)) != entry.shape
     ]
-    packed = checkpoint.weights if isinstance(checkpoint, PackedCheckpoint) else ()
-    odd = [name for name, entry in table.items() if name in packed and not entry.transposed]
+    odd = [name for name, entry in table.items() if name in checkpoint.packed and not entry.transposed]
     kinds = {
         "missing": missing,
         "unexpected": extra,
@@ -99,7 +89,7 @@ def _tied(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Checkpoint, bool
     names = checkpoint.names
     if not config.tie_word_embeddings or HEAD_NAME not in names:
         return checkpoint, config.tie_word_embeddings
-    packed = isinstance(checkpoint, PackedCheckpoint) and HEAD_NAME in checkpoint.weights
+    packed = HEAD_NAME in checkpoint.packed
     if EMBEDDING_NAME not in names:
         return (checkpoint, True) if packed else (checkpoint.renamed(HEAD_NAME, EMBEDDING_NAME), True)
     return checkpoint, not packed and same_values(checkpoint, EMBEDDING_NAME, HEAD_NAME)

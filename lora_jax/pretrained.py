@@ -1,0 +1,208 @@
+"""The one opening of a checkpoint: what its files and the options of the base model come to, before a weight is read.
+
+    folder or Hub id -> config.json and tensors, held against each other     open_folder
+        -> how it is quantised, rows of the vocabulary                       with_options
+            -> an adapter's vocabulary, and weights that it brings           with_adapter
+                -> parameters, on a mesh                                     params
+
+Training, planning, inference, merging, exporting and quantising all start from a `Pretrained`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lora_jax.adapters.notes import Notes
+from lora_jax.adapters.read import Adapter
+from lora_jax.adapters.targets import Plan, check_unquantized
+from lora_jax.config import ModelOptions
+from lora_jax.errors import UserError
+from lora_jax.hub.bitsandbytes import QuantizationConfig, read_quantization_config
+from lora_jax.hub.checkpoint import CONFIG_FILE, Checkpoint
+from lora_jax.hub.fingerprint import fingerprint
+from lora_jax.hub.json_file import read_json_object
+from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from lora_jax.hub.resolve import resolve
+from lora_jax.hub.tokenizer import load_joined_tokenizer
+from lora_jax.models.consistency import consistent
+from lora_jax.models.families import read_config
+from lora_jax.models.load import Params, abstract_params, load_params, storage_dtype
+from lora_jax.models.model_config import ModelConfig
+from lora_jax.models.names import name_table
+from lora_jax.models.quantization import (
+    compute_dtype,
+    quantization_of,
+    quantized_weights,
+    resolved_model_options,
+)
+from lora_jax.paths import on_disk
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pretrained:
+    """A base model as its files and the options say."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    """With the rows of the vocabulary that the options or an adapter add."""
+    options: ModelOptions = field(default_factory=ModelOptions)
+    """With what they came to: a checkpoint that is stored quantised decides how."""
+    quantization: QuantizationConfig | None = None
+    """How the base is quantised, stored so or by the options; None for not at all."""
+    tokenizer_files: Path | None = None
+    """Folder of an adapter whose tokenizer files go before the checkpoint's."""
+    remarks: tuple[str, ...] = ()
+    """What a user should know of how the files were read."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the checkpoint."""
+        return self.checkpoint.folder
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, read when first asked for; raises UserError where there is none."""
+        return load_joined_tokenizer(self.folder, self.tokenizer_files)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are tensors, and not config.json alone."""
+        return bool(self.checkpoint.files)
+
+    @property
+    def stored_quantized(self) -> bool:
+        """Whether the checkpoint is stored quantised."""
+        return self.checkpoint.quantization is not None
+
+    @property
+    def storage_dtype(self) -> Any:
+        """Dtype that the matrices are held in, unless they are quantised: as asked for, else as stored."""
+        if self.options.dtype == "auto" and not self.has_weights:
+            return _written_dtype(self.checkpoint)
+        return storage_dtype(self.checkpoint, self.config, self.options)
+
+    @property
+    def added_rows(self) -> range:
+        """Rows of the vocabulary beyond the checkpoint's own."""
+        stored = self.checkpoint.shape(name_table(self.config)[0].name)[0]
+        return range(stored, self.config.vocab_size)
+
+    @property
+    def resized_vocabulary(self) -> int | None:
+        """Rows of the vocabulary where some were added to the checkpoint's, else None."""
+        return self.config.vocab_size if self.added_rows else None
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What identifies the files, as they were when this was first asked for."""
+        return fingerprint(self.checkpoint)
+
+    def compute_dtype(self, platform: str | None = None) -> Any:
+        """Return the dtype of the matrix products on a platform, by default that of JAX's default backend."""
+        return compute_dtype(self.options, self.storage_dtype, self.quantization, platform)
+
+    def notes(self) -> Notes:
+        """Return what is noted beside an adapter that is trained on this base."""
+        quantization = self.quantization
+        if quantization is not None:
+            quantization = replace(quantization, compute_dtype=str(self.compute_dtype()))
+        dtype = "auto" if self.stored_quantized else self.options.dtype
+        return Notes(self.config.vocab_size, dtype, quantization, self.stored_quantized, self.fingerprint)
+
+    def with_options(self, options: ModelOptions, typed: Collection[str] = ()) -> Pretrained:
+        """Return the base as the options ask: how it is quantised, and with which rows of the vocabulary.
+
+        `typed` names the options that the user gave. Raises UserError where they contradict the checkpoint.
+        """
+        quantization = quantization_of(options, self.checkpoint, self.config, typed)
+        config = self.config
+        if options.resize_vocab:
+            config = replace(config, vocab_size=max(config.vocab_size, len(self.tokenizer)))
+        options = resolved_model_options(options, quantization)
+        return replace(self, config=config, options=options, quantization=quantization)
+
+    def with_adapter(self, adapter: Adapter | None) -> Pretrained:
+        """Return the base with the vocabulary that an adapter has, and with the weights that it brings."""
+        if adapter is None:
+            return self
+        base = replace(self, checkpoint=adapter.over(self.checkpoint), config=adapter.model_config)
+        base.check_adapted(adapter.plan)
+        return base
+
+    def check_adapted(self, plan: Plan) -> None:
+        """Raise UserError where a plan trains weights as they are that are quantised here."""
+        check_unquantized(plan, quantized_weights(self.checkpoint, self.config, self.quantization))
+
+    def params(self, mesh: Mesh | None = None, held: Any = None) -> Params:
+        """Read the parameters, onto a mesh or the default device, in the dtype `held` or, by default, the options'."""
+        asked = self.options.dtype
+        dtype = asked if held is None else jnp.dtype(held).name
+        return load_params(self.checkpoint, self.config, dtype, self.quantization, asked, mesh)
+
+    def abstract_params(self) -> Params:
+        """Return the shapes and dtypes of the parameters."""
+        return abstract_params(self.config, str(self.storage_dtype), self.quantization)
+
+
+def open_pretrained(
+    options: ModelOptions,
+    typed: Collection[str] = (),
+    *,
+    tokenizer_files: Path | None = None,
+    option: str = "--model.path",
+) -> Pretrained:
+    """Open the base model that the options name; `option` names the one that gave its path, for messages.
+
+    Raises UserError for whatever is wrong with the options or the files.
+    """
+    opened = open_folder(resolve(options.path, options.revision, option=option))
+    return replace(opened, tokenizer_files=tokenizer_files).with_options(options, typed)
+
+
+def open_folder(folder: Path) -> Pretrained:
+    """Open a folder's checkpoint as it is stored; raises UserError where config.json and tensors do not fit."""
+    checkpoint = open_checkpoint(folder)
+    found = consistent(checkpoint, read_config(checkpoint.config, folder))
+    return Pretrained(
+        checkpoint=found.checkpoint,
+        config=found.config,
+        options=ModelOptions(path=str(folder)),
+        quantization=checkpoint.quantization,
+        remarks=found.remarks,
+    )
+
+
+def open_config(options: ModelOptions, typed: Collection[str] = ()) -> Pretrained:
+    """Open a base model whose weights need not be there: a folder, a config.json, or a Hub id's config.json alone."""
+    path = on_disk(options.path, "--model.path")
+    file = path if path.is_file() else None
+    folder = path.parent if file else resolve(options.path, options.revision, wanted=(CONFIG_FILE,))
+    if file is None and any(folder.glob("*.safetensors")):
+        return open_folder(folder).with_options(options, typed)
+    file = file or folder / CONFIG_FILE
+    if not file.exists():
+        raise UserError(f"--model.path {options.path}: no {CONFIG_FILE} in it; give a model's folder")
+    checkpoint = Checkpoint(folder, read_json_object(file, "give a model's config.json"), {})
+    quantization = read_quantization_config(checkpoint.config, file)
+    if quantization is not None:
+        checkpoint = PackedCheckpoint(checkpoint, quantization)
+    config = read_config(checkpoint.config, folder)
+    return Pretrained(checkpoint=checkpoint, config=config).with_options(options, typed)
+
+
+def _written_dtype(checkpoint: Checkpoint) -> Any:
+    """Return the dtype that config.json says the weights have; without one transformers takes float32."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+    try:
+        return jnp.dtype(str(named).removeprefix("torch."))
+    except TypeError as error:
+        raise UserError(
+            f"config.json: dtype {named!r} is not known: {checkpoint.folder}; give --model.dtype"
+        ) from error
