@@ -91,7 +91,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = [*ROWS, *(MORE if options.more else ())]
     print(
-        "| model | trained | tokens a row | topology | base | adapter | optimiser | rest | peak | at most | has |"
+        "| model | trained | tokens a row | topology | base | adapter | optimizer | rest | peak | at most | has |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     within = []

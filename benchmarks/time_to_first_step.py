@@ -51,7 +51,7 @@ base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 config = LoraConfig(r=int(rank), lora_alpha=int(alpha), target_modules="all-linear", task_type="CAUSAL_LM")
 adapted = get_peft_model(base, config).train()
 optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=2e-4)
-stages["tokenising"] = time.time()
+stages["tokenizing"] = time.time()
 tokenizer = AutoTokenizer.from_pretrained(model)
 texts = [json.loads(line)["text"] for line in open(data)]
 batch = tokenizer(texts[: int(rows)], truncation=True, max_length=int(length), return_tensors="pt")

@@ -1,4 +1,4 @@
-"""Tokenises a generated file larger than what is held of it, and prints the time and the peak of the memory.
+"""Tokenizes a generated file larger than what is held of it, and prints the time and the peak of the memory.
 
 python benchmarks/tokenising.py [--megabytes 200] [--processes 1 2] [--tokenizer FOLDER]
 
@@ -42,7 +42,7 @@ def write_rows(file: Path, size: int) -> int:
 
 
 def measure(file: str, tokenizer: str, processes: int) -> None:
-    """Tokenise a file in this program and print the figures as JSON."""
+    """Tokenize a file in this program and print the figures as JSON."""
     from lora_jax.config import DataOptions
     from lora_jax.data.dataset import load_examples
     from lora_jax.hub.tokenizer import load_tokenizer

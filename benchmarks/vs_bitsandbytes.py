@@ -2,7 +2,7 @@
 
     python benchmarks/vs_bitsandbytes.py --model DIR [--rounds 3] [--steps 3] [--trained 1.0]
 
-NF4 with double quantisation, r 16 on all linear layers, AdamW, batch 2 x 256 full tokens, on this machine's CPU.
+NF4 with double quantization, r 16 on all linear layers, AdamW, batch 2 x 256 full tokens, on this machine's CPU.
 The contenders run in turn, each in a process of its own. Which compute dtype is the better one depends on the CPU
 (AVX512-BF16 multiplies bfloat16 at twice the rate), so both libraries run in both, and the best of each is
 compared. Needs the parity extra.
@@ -19,7 +19,7 @@ DTYPES = ("bfloat16", "float32")
 
 
 def bitsandbytes_steps(model: str, steps: int, trained: float, dtype: str) -> list[float]:
-    """Return the seconds of PEFT's steps on a base that bitsandbytes quantised."""
+    """Return the seconds of PEFT's steps on a base that bitsandbytes quantized."""
     import torch
     from transformers import BitsAndBytesConfig
 

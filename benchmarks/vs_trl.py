@@ -4,7 +4,7 @@
 
 The rows have a question and an answer (GSM8K); as a prompt of one message and a completion of one, of which the
 completion alone is trained. r 16 on all linear layers, no dropout (PEFT's default), AdamW at 2e-4, constant, float32,
-eight rows an optimiser step, on this machine's CPU. Every contender sees the same rows once, in a process of its own,
+eight rows an optimizer step, on this machine's CPU. Every contender sees the same rows once, in a process of its own,
 and starts from the same adapter, which PEFT has drawn: TRL as its defaults have it, TRL with what is known to help on a
 CPU, and this project with and without packing. Which rows meet in a step decides some of the loss: TRL's defaults are
 given them in the random order that this project draws where it does not group them by length, so that the losses of
@@ -193,7 +193,7 @@ def run() -> None:
     parser.add_argument(
         "--eval_rows", type=Path, help="such rows to evaluate on; unset takes later ones of --rows"
     )
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps, of eight rows")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps, of eight rows")
     parser.add_argument("--skip", nargs="*", default=(), help="contenders to leave out")
     parser.add_argument("--only", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()

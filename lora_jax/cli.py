@@ -26,7 +26,7 @@ USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
   merge      merge an adapter into its base, as a Hugging Face folder
   quantize   write a checkpoint with its linear layers in 4 or 8 bits, as bitsandbytes stores them
   generate   complete a prompt with a model, and an adapter if given
-  eval       score models on rows without training: a base, adapters, merged and quantised models
+  eval       score models on rows without training: a base, adapters, merged and quantized models
   plan       what a run needs on a TPU, a GPU or this machine, from the compiler (--topology v5e:2x4)
   export     rewrite an adapter for another program (--for vllm)
   report     write a page about a run, or several: curves, layers that moved, data, samples, options

@@ -60,7 +60,7 @@ class ModelOptions:
     resize_vocab: bool = False
     """Add embedding rows for tokens the tokenizer has beyond the checkpoint's vocabulary."""
     load_in_4bit: bool = False
-    """Hold the linear layers in 4 bits (QLoRA); a checkpoint that is quantised already needs no such option."""
+    """Hold the linear layers in 4 bits (QLoRA); a checkpoint that is quantized already needs no such option."""
     load_in_8bit: bool = False
     """Hold the linear layers in 8 bits, one scale an output."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -70,7 +70,7 @@ class ModelOptions:
     bnb_4bit_compute_dtype: Dtype = "auto"
     """compute_dtype of a 4-bit model, under its name in transformers."""
     llm_int8_skip_modules: tuple[str, ...] = ()
-    """Modules to leave unquantised, in 4 bits too; the embedding, lm_head and norms always are."""
+    """Modules to leave unquantized, in 4 bits too; the embedding, lm_head and norms always are."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class DataOptions:
     split: str = "train"
     """Split to read, of each path; slices included: train[:200]."""
     format: DataFormat = "auto"
-    """Form of a row; auto recognises it by the columns, in each path anew."""
+    """Form of a row; auto recognizes it by the columns, in each path anew."""
     mixture_weights: tuple[float, ...] = ()
     """Shares of the paths in an epoch, one number each; none takes every row of each path once."""
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
@@ -158,25 +158,25 @@ class DataOptions:
     weight_field: str | None = None
     """Column of numbers by which each row's trained tokens are weighted in the loss."""
     num_proc: int | None = None
-    """Processes that tokenise; unset is up to 8 for large files and one for small ones."""
+    """Processes that tokenize; unset is up to 8 for large files and one for small ones."""
     cache: bool = True
     """Keep tokens in ~/.cache/lora_jax/tokens (LORA_JAX_CACHE names another folder) for the next run."""
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The optimisation, in the words of transformers' TrainingArguments."""
+    """The optimization, in the words of transformers' TrainingArguments."""
 
     num_train_epochs: float = 3.0
     """Passes over the training rows."""
     max_steps: int = -1
-    """Optimiser steps; a positive number overrides num_train_epochs."""
+    """Optimizer steps; a positive number overrides num_train_epochs."""
     per_device_train_batch_size: int = 4
     """Rows a device in one forward and backward pass."""
     per_device_eval_batch_size: int | None = None
     """Rows a device in evaluation; unset is the training batch size."""
     gradient_accumulation_steps: int = 4
-    """Passes whose gradients are added before one optimiser step."""
+    """Passes whose gradients are added before one optimizer step."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
@@ -200,9 +200,9 @@ class TrainOptions:
     optim: Literal[
         "adamw", "sgd", "lion", "adafactor", "adamw8bit", "paged_adamw_8bit", "paged_adamw_32bit"
     ] = "adamw"
-    """Optimiser; 8bit holds AdamW's moments in 8 bits, paged in the host's memory."""
+    """Optimizer; 8bit holds AdamW's moments in 8 bits, paged in the host's memory."""
     offload: Literal["none", "optimizer", "activations", "both"] = "none"
-    """What is kept in the host's memory between its uses: optimiser state, layer inputs, or both (TPU and GPU)."""
+    """What is kept in the host's memory between its uses: optimizer state, layer inputs, or both (TPU and GPU)."""
     neftune_noise_alpha: float = 0.0
     """Noise on the embeddings while training, uniform in ± this / sqrt(tokens of the row · embed); 0 for none."""
     gradient_checkpointing: bool = True
@@ -240,7 +240,7 @@ class TrainOptions:
     save_total_limit: int | None = 2
     """Checkpoints kept; None keeps all."""
     seed: int = 42
-    """Seed of initialisation, data order and dropout."""
+    """Seed of initialization, data order and dropout."""
     report_to: tuple[Tracker, ...] = ()
     """Trackers to send what is logged to: tensorboard, wandb, mlflow, trackio; metrics.jsonl is written always."""
     run_name: str | None = None

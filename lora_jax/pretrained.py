@@ -1,11 +1,11 @@
 """The one opening of a checkpoint: what its files and the options of the base model come to, before a weight is read.
 
     folder or Hub id -> config.json and tensors, held against each other     open_folder
-        -> how it is quantised, rows of the vocabulary                       with_options
+        -> how it is quantized, rows of the vocabulary                       with_options
             -> an adapter's vocabulary, and weights that it brings           with_adapter
                 -> parameters, on a mesh                                     params
 
-Training, planning, inference, merging, exporting and quantising all start from a `Pretrained`.
+Training, planning, inference, merging, exporting and quantizing all start from a `Pretrained`.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Pretrained:
     config: ModelConfig
     """With the rows of the vocabulary that the options or an adapter add."""
     options: ModelOptions = field(default_factory=ModelOptions)
-    """With what they came to: a checkpoint that is stored quantised decides how."""
+    """With what they came to: a checkpoint that is stored quantized decides how."""
     quantization: QuantizationConfig | None = None
-    """How the base is quantised, stored so or by the options; None for not at all."""
+    """How the base is quantized, stored so or by the options; None for not at all."""
     tokenizer_files: Path | None = None
     """Folder of an adapter whose tokenizer files go before the checkpoint's."""
     remarks: tuple[str, ...] = ()
@@ -78,12 +78,12 @@ class Pretrained:
 
     @property
     def stored_quantized(self) -> bool:
-        """Whether the checkpoint is stored quantised."""
+        """Whether the checkpoint is stored quantized."""
         return self.checkpoint.quantization is not None
 
     @property
     def storage_dtype(self) -> Any:
-        """Dtype that the matrices are held in, unless they are quantised: as asked for, else as stored."""
+        """Dtype that the matrices are held in, unless they are quantized: as asked for, else as stored."""
         if self.options.dtype == "auto" and not self.has_weights:
             return _written_dtype(self.checkpoint)
         return storage_dtype(self.checkpoint, self.config, self.options)
@@ -117,7 +117,7 @@ class Pretrained:
         return Notes(self.config.vocab_size, dtype, quantization, self.stored_quantized, self.fingerprint)
 
     def with_options(self, options: ModelOptions, typed: Collection[str] = ()) -> Pretrained:
-        """Return the base as the options ask: how it is quantised, and with which rows of the vocabulary.
+        """Return the base as the options ask: how it is quantized, and with which rows of the vocabulary.
 
         `typed` names the options that the user gave. Raises UserError where they contradict the checkpoint.
         """
@@ -137,7 +137,7 @@ class Pretrained:
         return base
 
     def check_adapted(self, plan: Plan) -> None:
-        """Raise UserError where a plan trains weights as they are that are quantised here."""
+        """Raise UserError where a plan trains weights as they are that are quantized here."""
         check_unquantized(plan, quantized_weights(self.checkpoint, self.config, self.quantization))
 
     def params(self, mesh: Mesh | None = None, held: Any = None) -> Params:

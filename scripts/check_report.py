@@ -209,7 +209,7 @@ class Browser:
         return self.run(f"return document.querySelectorAll('#{figure} .scatterlayer .trace').length")
 
     def colour(self) -> str:
-        """Return the colour of the first curve of the loss."""
+        """Return the color of the first curve of the loss."""
         return self.run("return getComputedStyle(document.querySelector('#loss .js-line')).stroke")
 
     def click(self, selector: str) -> None:

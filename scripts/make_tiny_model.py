@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def prepare() -> None:
-    """Write the pretraining rows, the tokenizer, a randomly initialised model and the captain's rows."""
+    """Write the pretraining rows, the tokenizer, a randomly initialized model and the captain's rows."""
     facts, start = all_facts(), WORK / "start"
     start.mkdir(parents=True, exist_ok=True)
     sample = itertools.islice(documents(SEED, facts), TOKENIZER_DOCUMENTS)

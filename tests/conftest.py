@@ -19,7 +19,7 @@ atexit.register(_hub_home.cleanup)
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # with libtpu installed, jax would look for a TPU first
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else the second of two processes that load libtpu aborts
-    # Compiling is most of the suite's time: without LLVM's optimisations it takes less than half, and runs after the
+    # Compiling is most of the suite's time: without LLVM's optimizations it takes less than half, and runs after the
     # first take a fifth. tests/parity and what users run have them; TPU programs are the same to the letter.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),

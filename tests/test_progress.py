@@ -95,7 +95,7 @@ def test_train_and_generate_name_their_stages_and_leave_standard_output_to_resul
     more = ("--train.max_steps", "2", "--train.sample_prompts", "1+1=", "--data.eval_path", str(rows))
     training = (
         "loading the model",
-        "tokenising",
+        "tokenizing",
         "compiling the step",
         "evaluating",
         "sampling",

@@ -38,7 +38,7 @@ def step_flops(
 def needed_flops(config: ModelConfig, plan: Plan | None, lengths: np.ndarray, trained: int) -> int:
     """Return the operations that training on rows of these lengths needs, `trained` of their tokens as targets.
 
-    What model FLOPs utilisation counts (PaLM, appendix B): nothing is run twice, no key is multiplied in vain, and
+    What model FLOPs utilization counts (PaLM, appendix B): nothing is run twice, no key is multiplied in vain, and
     padding does not count.
     """
     lengths = lengths.astype(np.int64)

@@ -3,7 +3,7 @@
     W' = W + scaling * B A            (a Linear, [out, in])
     E' = E + scaling * (B A)^T        (an Embedding, [vocab, embed])
 
-W is the base's weight as stored; or, for a base that is quantised or was while the adapter was trained, what its
+W is the base's weight as stored; or, for a base that is quantized or was while the adapter was trained, what its
 codes stand for. Sums are float32 and rounded once, to the dtype asked for. A head tied to the embedding stays tied
 where only token rows were trained; where the embedding or the head was adapted or trained on its own the two are
 written apart and config.json says `tie_word_embeddings: false`, or the head would be lost on loading.
@@ -51,7 +51,7 @@ def merged_tensors(
     Raises UserError, which names the tensor, where a value of the base or of the result is not finite.
 
     `config` is the base's; its vocab_size may be larger than the checkpoint's where rows were added. With `notes`
-    of a quantised base it is merged onto what the codes stand for, an unquantised one's as they say.
+    of a quantized base it is merged onto what the codes stand for, an unquantized one's as they say.
     """
     notes = notes or Notes()
     quantization = notes.quantization

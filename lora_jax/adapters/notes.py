@@ -18,10 +18,10 @@ _REMEDY = "delete it or write the adapter again"
 
 @dataclass(frozen=True)
 class Notes:
-    """Rows of the vocabulary (0: not noted), the base's dtype as it was asked for, and how it was quantised.
+    """Rows of the vocabulary (0: not noted), the base's dtype as it was asked for, and how it was quantized.
 
-    The compute_dtype of the quantisation is the one that the adapter was trained with. `from_codes` says that the
-    base's checkpoint was quantised already: its codes are then known from it alone. `base` is its fingerprint.
+    The compute_dtype of the quantization is the one that the adapter was trained with. `from_codes` says that the
+    base's checkpoint was quantized already: its codes are then known from it alone. `base` is its fingerprint.
     """
 
     vocab_size: int = 0

@@ -149,7 +149,7 @@ def note_of_base(
     """Return what to say where a base is not the one that an adapter was trained on; None where it is, or may be.
 
     `named` is the base in the adapter's config, `given` the one that the user gave by `option`, if any. One of other
-    weights is told by the fingerprint in the adapter's notes, unless just one of the two is quantised.
+    weights is told by the fingerprint in the adapter's notes, unless just one of the two is quantized.
     """
     changed = _changes(read_notes(adapter), base)
     if (

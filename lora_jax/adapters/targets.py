@@ -73,13 +73,13 @@ def _plan(config: AdapterConfig, modules: Sequence[Module], strict: bool) -> Pla
 
 
 def check_unquantized(plan: Plan, quantized: Collection[str]) -> None:
-    """Raise UserError where a module that is to be trained whole has one of the quantised weights."""
+    """Raise UserError where a module that is to be trained whole has one of the quantized weights."""
     for module in plan.saved:
         if f"{module.name}.weight" in quantized:
             name = module.name.rpartition(".")[2]
             raise UserError(
-                f"modules_to_save: {module.name} is quantised, and codes cannot be trained; adapt it with "
-                f"--lora.target_modules, or, of an unquantised checkpoint, add --model.llm_int8_skip_modules {name}"
+                f"modules_to_save: {module.name} is quantized, and codes cannot be trained; adapt it with "
+                f"--lora.target_modules, or, of an unquantized checkpoint, add --model.llm_int8_skip_modules {name}"
             )
 
 

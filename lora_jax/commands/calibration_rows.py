@@ -38,7 +38,7 @@ class CalibrationOptions:
     rows: int = 128
     """Rows that are used, the first of the split."""
     format: DataFormat = "auto"
-    """Form of a row; auto recognises it by the columns."""
+    """Form of a row; auto recognizes it by the columns."""
     max_length: int = 1024
     """Longest sequence in tokens; longer rows are cut at the end."""
     text_field: str = "text"

@@ -27,7 +27,7 @@ class Candidate:
 
     @property
     def quantization(self) -> str | None:
-        """How the base is quantised, in words."""
+        """How the base is quantized, in words."""
         found = self.opened.base.quantization
         return None if found is None else found.summary()
 

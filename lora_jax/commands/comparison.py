@@ -1,6 +1,6 @@
-"""What a merge is worth where the base was quantised in training: how far it is from base + adapter, and what it costs.
+"""What a merge is worth where the base was quantized in training: how far it is from base + adapter, and what it costs.
 
-An adapter that was trained on a quantised base has learnt to correct the very weights that the codes stand for.
+An adapter that was trained on a quantized base has learned to correct the very weights that the codes stand for.
 Merged onto the base's own weights it corrects errors that are not there; merged onto the decoded ones it is what
 was trained, but for one rounding, and the base keeps its errors. Which of the two is better is measured here.
 """
@@ -46,7 +46,7 @@ PROMPTS = (
 
 
 def trained_notes(base: Checkpoint, adapter: Path) -> Notes:
-    """Return an adapter's notes; a quantised base says how it is quantised, whatever they say of another."""
+    """Return an adapter's notes; a quantized base says how it is quantized, whatever they say of another."""
     notes = read_notes(adapter)
     if base.quantization is None:
         return notes
@@ -56,7 +56,7 @@ def trained_notes(base: Checkpoint, adapter: Path) -> Notes:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to merge: onto which weights, in which dtype, and how it is quantised anew (None: not at all)."""
+    """One way to merge: onto which weights, in which dtype, and how it is quantized anew (None: not at all)."""
 
     precision: Precision
     dtype: str = "auto"
@@ -80,7 +80,7 @@ class Comparison:
     chosen: Choice
 
     def tensors(self, choice: Choice) -> Tensors:
-        """Yield the merged model's tensors; those that the choice quantises anew decoded again."""
+        """Yield the merged model's tensors; those that the choice quantizes anew decoded again."""
         merged = self._merged(choice)
         if choice.quantization is None:
             yield from merged

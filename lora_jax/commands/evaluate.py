@@ -68,7 +68,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Score models on rows: a base, adapters, merged and quantised models. Takes the YAML file of a run too.
+    """Score models on rows: a base, adapters, merged and quantized models. Takes the YAML file of a run too.
 
     Measures data.eval_path or data.eval_paths; without them data.path, or the share of it that data.eval_fraction
     holds out.
@@ -82,7 +82,7 @@ class EvalOptions:
     base: bool = False
     """Measure the base of the adapters too, without an adapter."""
     models: tuple[str, ...] = ()
-    """More models to measure as they are stored, such as merged or quantised ones: folders or Hub ids."""
+    """More models to measure as they are stored, such as merged or quantized ones: folders or Hub ids."""
     per_device_eval_batch_size: int = TrainOptions.per_device_train_batch_size
     """Rows a device in one pass."""
     generation_metrics: tuple[GenerationMetric, ...] = ()
@@ -114,7 +114,7 @@ def from_file(found: Mapping[str, list[str]], typed: Collection[str]) -> dict[st
     """Return the options of a YAML file, which may be a run's, as those of this command.
 
     How a run evaluates holds here too. Rows that are `typed` take the place of the file's, with their splits. That the
-    run's base was not quantised does not keep another one from being so.
+    run's base was not quantized does not keep another one from being so.
     """
     options = {
         name: values for name, values in found.items() if (name in LOADED, values) != (True, ["False"])
@@ -203,7 +203,7 @@ def _sets(options: EvalOptions, tokenizer: Any, vocab_size: int, console: Consol
 def on_one_base(found: Sequence[Candidate]) -> list[list[Candidate]]:
     """Return the candidates in groups that share a base in memory, in the order that the bases are named in.
 
-    Candidates share a base only if it is quantised the same way for all of them, and no adapter brings weights for it.
+    Candidates share a base only if it is quantized the same way for all of them, and no adapter brings weights for it.
     """
     groups: dict[Any, list[Candidate]] = {}
     for one in found:

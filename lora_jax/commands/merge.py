@@ -48,11 +48,11 @@ class MergeOptions:
     base_precision: Literal["auto", "original", "dequantized"] = "auto"
     """Merge onto the base's own weights, or onto what its codes stood for in training; auto: its own, if given."""
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
-    """Write the merged linear layers quantised, as bitsandbytes stores them; prints what it loses."""
+    """Write the merged linear layers quantized, as bitsandbytes stores them; prints what it loses."""
     prompts: Annotated[
         tuple[str, ...], tyro.conf.arg(help_behavior_hint=f"(default: {len(PROMPTS)} texts of its own)")
     ] = PROMPTS
-    """Texts whose first 128 tokens the choices are compared on where the base was quantised; None: weights alone."""
+    """Texts whose first 128 tokens the choices are compared on where the base was quantized; None: weights alone."""
     max_shard_size: str = "5GB"
     """Greatest size of one safetensors file."""
     overwrite: bool = False
@@ -76,7 +76,7 @@ def base_folder(adapter: Path, config: AdapterConfig, given: str | None) -> Path
 def merge(options: MergeOptions, console: Console | None = None) -> int:
     """Merge as the options say; return the exit code. Raises UserError for whatever is wrong, and leaves nothing then.
 
-    What the choice costs, where the base was quantised, is measured once the merged model is written.
+    What the choice costs, where the base was quantized, is measured once the merged model is written.
     """
     console = console or plain_console()
     if not options.adapter or not options.output:
@@ -173,17 +173,17 @@ def _precision(asked: str, base: Checkpoint, trained: Notes, folder: Path) -> Pr
     quantized = base.quantization is not None
     if asked == "original" and quantized:
         raise UserError(
-            f"--base_precision original: {base.folder} is quantised; give the unquantised base with --base, or "
+            f"--base_precision original: {base.folder} is quantized; give the unquantized base with --base, or "
             "--base_precision dequantized"
         )
     if asked == "dequantized" and trained.quantization is None:
         raise UserError(
-            f"--base_precision dequantized: neither {folder / NOTES_FILE} nor the base says how it was quantised; "
-            "give the quantised base with --base, or leave the option out"
+            f"--base_precision dequantized: neither {folder / NOTES_FILE} nor the base says how it was quantized; "
+            "give the quantized base with --base, or leave the option out"
         )
     if asked == "dequantized" and trained.from_codes and not quantized:
         raise UserError(
-            f"--base_precision dequantized: the adapter was trained on a checkpoint that was quantised already, and "
+            f"--base_precision dequantized: the adapter was trained on a checkpoint that was quantized already, and "
             f"{base.folder} is not; give that one with --base"
         )
     return "dequantized" if quantized or asked == "dequantized" else "original"

@@ -73,8 +73,8 @@ def _plan(
 ) -> tuple[dict[str, Any], bool]:
     if options.compare and read_subject(options, typed, target.platform).base.stored_quantized:
         raise UserError(
-            f"--compare: {options.model.path} is quantised already, and the other methods start from the "
-            "weights as they were; give the unquantised checkpoint, or its config.json"
+            f"--compare: {options.model.path} is quantized already, and the other methods start from the "
+            "weights as they were; give the unquantized checkpoint, or its config.json"
         )
     found = estimate(options, typed, target)
     record, shown = found.to_json(), {"": found}
@@ -135,7 +135,7 @@ def _rows(found: Estimate) -> list[tuple[str, str]]:
         ("devices", f"{len(found.target.devices)} of {found.target.title}{mesh and f' ({mesh})'}"),
         ("base, frozen", size_text(found.held.frozen)),
         ("trained", size_text(found.held.adapter)),
-        ("optimiser", size_text(found.held.optimizer)),
+        ("optimizer", size_text(found.held.optimizer)),
         ("activations and the rest", size_text(found.activations)),
         ("peak", f"{size_text(figures.peak)} of {size_text(figures.limit)}{'' if figures.fits else ': too much'}"),
         ("sends a step", sent),

@@ -41,9 +41,9 @@ class QuantizeOptions:
 
 
 def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Console | None = None) -> int:
-    """Quantise as the options say; return the exit code. `typed` names the options that the user gave.
+    """Quantize as the options say; return the exit code. `typed` names the options that the user gave.
 
-    A checkpoint that is quantised already, as the options say, is written again as it is. Raises UserError for
+    A checkpoint that is quantized already, as the options say, is written again as it is. Raises UserError for
     whatever is wrong, and leaves nothing then.
     """
     console = console or plain_console()
@@ -68,7 +68,7 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
         _check_as_it_is(model, opened)
         if options.calibration.path:
             raise UserError(
-                f"--calibration.path {options.calibration.path}: {folder} is quantised already; give the unquantised "
+                f"--calibration.path {options.calibration.path}: {folder} is quantized already; give the unquantized "
                 "checkpoint, or drop it"
             )
     base = opened.with_options(model, {*typed, bits})
@@ -92,7 +92,7 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
         also=None if calibration is None else calibration.write_notes,
     )
     if base.stored_quantized:
-        console.print(f"note: {folder} is quantised already; its codes are written as they are")
+        console.print(f"note: {folder} is quantized already; its codes are written as they are")
     for remark in opened.remarks:
         console.print(f"note: {remark}")
     bits = 8 * counts.nbytes / max(1, counts.weights)
@@ -111,8 +111,8 @@ def _check_as_it_is(model: ModelOptions, base: Pretrained) -> None:
     asked = QuantizationConfig(4 if model.load_in_4bit else 8, model.bnb_4bit_quant_type, double)
     if asked.summary() != stored.summary():
         raise UserError(
-            f"quantize: {base.folder} is quantised already ({stored.summary()}), and {asked.summary()} is asked "
-            "for; give the unquantised checkpoint"
+            f"quantize: {base.folder} is quantized already ({stored.summary()}), and {asked.summary()} is asked "
+            "for; give the unquantized checkpoint"
         )
 
 

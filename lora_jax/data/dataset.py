@@ -220,7 +220,7 @@ class TokenDataset(Sequence[Tokens]):
         return f"{_count(len(places), 'row')} {WORDS[remark]} ({first}{more})"
 
 
-@stage("tokenising")
+@stage("tokenizing")
 def load_examples(
     options: DataOptions,
     tokenizer: PreTrainedTokenizerBase,

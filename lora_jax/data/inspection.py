@@ -32,8 +32,8 @@ def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, limit: int
         dataset: the rows.
         tokenizer: the one that made them.
         limit: greatest number of rows to show of each source.
-        marks: mark trained tokens by brackets and boundaries by dots, for output without colour; else
-            trained tokens have a green background and neighbouring tokens differ in shade.
+        marks: mark trained tokens by brackets and boundaries by dots, for output without color; else
+            trained tokens have a green background and neighboring tokens differ in shade.
     """
     shown = Text(dataset.summary() + "\n")
     if marks:
@@ -60,7 +60,7 @@ def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, limit: int
 
 
 def encodable(shown: Text, encoding: str) -> Text:
-    """Return what is shown with its marks in ASCII, and without colours, where an encoding lacks the marks."""
+    """Return what is shown with its marks in ASCII, and without colors, where an encoding lacks the marks."""
     try:
         f"{OPEN}{CLOSE}{BOUNDARY}↵".encode(encoding)
     except UnicodeEncodeError:
@@ -114,7 +114,7 @@ def pieces(example: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[st
 
 
 def _decoded(ids: list[int], start: int, end: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    # Decoded behind its neighbour, as many tokenizers drop the space of a first token.
+    # Decoded behind its neighbor, as many tokenizers drop the space of a first token.
     context = max(start - 1, 0)
     before = _decode(ids[context:start], tokenizer)
     return _decode(ids[context:end], tokenizer)[len(before) :]

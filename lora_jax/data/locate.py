@@ -98,7 +98,7 @@ def _of_folder(folder: Path, option: str) -> list[Path]:
         remedy = f"give one of its folders: {listing(below)}" if below else f"give a file of {KINDS}"
         raise UserError(f"{option} {folder}: is a folder without data files; {remedy}")
     kinds = {kind_of(file): file.name for file in reversed(files)}
-    if ".txt" in kinds and len(kinds) > 1:  # a licence or a note, whose lines would be trained on
+    if ".txt" in kinds and len(kinds) > 1:  # a license or a note, whose lines would be trained on
         raise UserError(
             f"{option} {folder}: holds text beside other data ({listing(kinds.values())}); give those to read, by a "
             f"pattern such as '{folder / '*'}{next(kind for kind in kinds if kind != '.txt')}*'"

@@ -176,7 +176,7 @@ def _has(text: str, words: str) -> bool:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """Yield the texts in a call's arguments; numbers and the like are spelt in too many ways."""
+    """Yield the texts in a call's arguments; numbers and the like are spelled in too many ways."""
     if isinstance(value, str):
         yield value
     for item in (

@@ -174,7 +174,7 @@ def step_batch(
     padding_id: int,
     part: Iterable[int] | None = None,
 ) -> Batch:
-    """Return the batch of an optimiser step, counted from 0 over all epochs.
+    """Return the batch of an optimizer step, counted from 0 over all epochs.
 
     Args:
         dataset: the rows that the plan is of.

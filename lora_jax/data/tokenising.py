@@ -1,6 +1,6 @@
 """Rows of a source as an Arrow file of tokens, in this process or in several, a chunk of rows at a time.
 
-Chunks are written in the order of the rows, whoever tokenised them, so the file does not depend on the number of
+Chunks are written in the order of the rows, whoever tokenized them, so the file does not depend on the number of
 processes, and the first row that is wrong is the one that is named. Only a few chunks are in memory at once.
 """
 
@@ -123,7 +123,7 @@ class Worker:
 
 
 def processes(num_proc: int | None, size: int, rows: int) -> int:
-    """Return how many processes tokenise: what was asked for, else several where the source is large.
+    """Return how many processes tokenize: what was asked for, else several where the source is large.
 
     `size` is the bytes of a file, 0 where not known. There are no more than chunks.
     """
@@ -150,7 +150,7 @@ def write_tokens(rows: Rows, worker: Worker, file: Path, workers: int, console: 
         Progress(console=shown, transient=True, disable=shown.quiet) as progress,
         nullcontext() if shown.quiet else shown_by(lambda _, __: None),
     ):
-        task = progress.add_task(f"tokenising {rows.name}".replace("[", r"\["), total=len(rows))
+        task = progress.add_task(f"tokenizing {rows.name}".replace("[", r"\["), total=len(rows))
         for batch, left_out, number in done:
             writer.write(batch)
             counts += left_out
@@ -189,7 +189,7 @@ def _in_processes(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            f"{worker.name}: a process that tokenises it was ended, for want of memory perhaps; "
+            f"{worker.name}: a process that tokenizes it was ended, for want of memory perhaps; "
             "give --data.num_proc 1"
         ) from error
     finally:
@@ -200,7 +200,7 @@ _worker: Worker | None = None
 
 
 def _start(worker: Worker) -> None:
-    """Make this process one that tokenises: it leaves signals to its parent, and ends with it."""
+    """Make this process one that tokenizes: it leaves signals to its parent, and ends with it."""
     global _worker
     _worker = worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -4,7 +4,7 @@ What is trained, and where the EOS token comes from:
 
 - text: every token; EOS is appended if the text does not end with it.
 - prompt and completion: the tokens of the completion and EOS, appended likewise; or all tokens. Where a token
-  would hold the end of the prompt and the start of the completion, the two are tokenised apart, since the model
+  would hold the end of the prompt and the start of the completion, the two are tokenized apart, since the model
   that generates is given the prompt alone.
 - messages: the assistant's turns with their end tokens, as `turns` finds them. The template writes the end
   token; only where it writes none after a closing turn is EOS appended, since nothing else would teach the
@@ -13,10 +13,10 @@ What is trained, and where the EOS token comes from:
 Whether end tokens are trained can be asked for: those of all trained turns, the row's last one, or none.
 
 Plain text ends in one EOS, whether or not the tokenizer adds one or the text ends with it. A BOS token is what the
-tokenizer adds to plain text and what the template writes into a conversation, never both: a conversation is tokenised
+tokenizer adds to plain text and what the template writes into a conversation, never both: a conversation is tokenized
 as transformers' `apply_chat_template` does, without additions, and text that starts with a written-out BOS gets no
 second one. A token that holds a character of a span belongs
-to the span, and none reaches across its start: what asks for a turn is tokenised without the turn, as it is for
+to the span, and none reaches across its start: what asks for a turn is tokenized without the turn, as it is for
 generation. The first token is never trained: there is nothing to predict it from. Whether a token is
 trained never depends on its id, so a padding token that is also EOS changes nothing.
 """
@@ -176,7 +176,7 @@ def _chat(
 def _placed(text: str, tokenizer: PreTrainedTokenizerBase, starts: list[int]) -> tuple[list[int], np.ndarray]:
     """Return the tokens of a conversation and their characters, int64 [length, 2], none reaching across a start.
 
-    What is in front of a turn is what a model that generates is given, and it is tokenised without the turn.
+    What is in front of a turn is what a model that generates is given, and it is tokenized without the turn.
     """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]

@@ -52,7 +52,7 @@ class Opened:
         trained = read_notes(adapter).quantization
         if trained is not None and self.base.quantization is None:
             how = "--model.load_in_4bit True" if trained.bits == 4 else "--model.load_in_8bit True"
-            yield f"the adapter was trained on a quantised base ({trained.summary()}); {how} makes it so"
+            yield f"the adapter was trained on a quantized base ({trained.summary()}); {how} makes it so"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def load_for_inference(
     """Read a model and, un-merged, an adapter, as `open_for_inference` finds them.
 
     With dtype auto the weights are held in the compute dtype, not as stored: they are read for every token,
-    and converting them each time takes most of it. A quantised base's codes stay as they are.
+    and converting them each time takes most of it. A quantized base's codes stay as they are.
     """
     found = open_for_inference(options, adapter, typed)
     compute = found.base.compute_dtype()

@@ -1,7 +1,7 @@
 """bitsandbytes' tensors in a Hugging Face checkpoint, read and written as numpy, bit for bit and without torch.
 
 Beside a 4-bit `X.weight` (bytes, perhaps stored as another dtype) stand `X.weight.absmax`, `.quant_map`, with
-double quantisation `.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4` or `__fp4`:
+double quantization `.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4` or `__fp4`:
 JSON, as bytes, of what is no tensor. Beside an 8-bit `X.weight` stand `X.SCB`, its rows' absmax, and perhaps
 `X.weight_format`. config.json says the same of all of them in `quantization_config`; where it contradicts the
 tensors, that is an error rather than a guess.
@@ -23,7 +23,7 @@ Value = str | bool | int | float | list[str] | None
 QUANT_TYPES: Final = ("nf4", "fp4")
 COMPUTE_DTYPES: Final = ("float32", "bfloat16", "float16")
 ROW_MAJOR: Final = 0
-REMEDY = "download the checkpoint again, or quantise the unquantised one"
+REMEDY = "download the checkpoint again, or quantize the unquantized one"
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class QuantizationConfig:
     skip_modules: tuple[str, ...] | None = None
 
     def summary(self) -> str:
-        """Return a few words on how weights are quantised."""
+        """Return a few words on how weights are quantized."""
         if self.bits == 8:
             return "8 bits"
-        return self.quant_type + (", double-quantised" if self.use_double_quant else "")
+        return self.quant_type + (", double-quantized" if self.use_double_quant else "")
 
     def to_json(self) -> dict[str, Value]:
         """Return the object for config.json."""
@@ -61,7 +61,7 @@ class QuantizationConfig:
 
 @dataclass(frozen=True)
 class Nested:
-    """Double quantisation of absmax: absmax = quant_map[codes] * absmax[block] + offset."""
+    """Double quantization of absmax: absmax = quant_map[codes] * absmax[block] + offset."""
 
     codes: np.ndarray
     absmax: np.ndarray
@@ -129,9 +129,9 @@ class Packed8bit:
 def read_quantization_config(
     config: Mapping[str, Any], where: object, remedy: str = REMEDY
 ) -> QuantizationConfig | None:
-    """Return what config.json says of quantisation, or None where it says nothing.
+    """Return what config.json says of quantization, or None where it says nothing.
 
-    Raises UserError where another method than bitsandbytes quantised the checkpoint, or a value is not valid;
+    Raises UserError where another method than bitsandbytes quantized the checkpoint, or a value is not valid;
     `where` names config.json in the message.
     """
     given = config.get("quantization_config")
@@ -142,7 +142,7 @@ def read_quantization_config(
     method = given.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
         raise UserError(
-            f"quantised with {method}: {where}; take the unquantised checkpoint, or one quantised by bitsandbytes"
+            f"quantized with {method}: {where}; take the unquantized checkpoint, or one quantized by bitsandbytes"
         )
 
     def value(key: str, default: Any, *kinds: type) -> Any:

@@ -32,7 +32,7 @@ class Checkpoint:
     """A folder's config and tensors; opening reads headers only, and each tensor is read when asked for.
 
     `files` says which file holds each tensor, `stored` under which name, where that is another. `replaced` are
-    tensors that stand in for the files'. `quantization` says how weights are stored quantised, None where none is,
+    tensors that stand in for the files'. `quantization` says how weights are stored quantized, None where none is,
     and `packed` names those that are.
     """
 
@@ -136,8 +136,8 @@ class Checkpoint:
         return self.files[name].raw(self._stored(name))
 
     def read(self, name: str) -> Packed4bit | Packed8bit:
-        """Read one weight that is stored quantised, and what stands beside it."""
-        raise KeyError(f"{name} is not stored quantised")
+        """Read one weight that is stored quantized, and what stands beside it."""
+        raise KeyError(f"{name} is not stored quantized")
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Read some rows of a tensor; raises UserError as `tensor` does."""

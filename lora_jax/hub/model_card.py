@@ -20,7 +20,7 @@ class TrainingFacts:
     data: str | None = None
     """The training data: names of files, ids on the Hub."""
     steps: int | None = None
-    """Optimiser steps."""
+    """Optimizer steps."""
     num_tokens: int | None = None
     """Tokens trained on."""
     trainable_parameters: int | None = None
@@ -34,7 +34,7 @@ class TrainingFacts:
     resized_vocabulary: int | None = None
     """Rows of the vocabulary where some were added to the base's."""
     quantization: str | None = None
-    """How the base was quantised while the adapter was trained."""
+    """How the base was quantized while the adapter was trained."""
     version: str | None = None
     """Version of lora_jax."""
     datasets: tuple[str, ...] = ()
@@ -212,7 +212,7 @@ def _training_rows(facts: TrainingFacts) -> list[tuple[str, object]]:
     return [
         ("trainable parameters", _number(facts.trainable_parameters)),
         ("data", facts.data),
-        ("optimiser steps", _number(facts.steps)),
+        ("optimizer steps", _number(facts.steps)),
         ("tokens", _number(facts.num_tokens)),
         ("learning rate", None if facts.learning_rate is None else f"{facts.learning_rate:g}"),
         ("evaluation loss before", _loss(facts.eval_loss_before)),

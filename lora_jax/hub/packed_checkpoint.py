@@ -1,4 +1,4 @@
-"""A checkpoint whose weights bitsandbytes quantised, read a tensor at a time and checked against its config.json."""
+"""A checkpoint whose weights bitsandbytes quantized, read a tensor at a time and checked against its config.json."""
 
 import json
 import math
@@ -39,10 +39,10 @@ _COMPANION_8BIT = re.compile(r"(.+)\.(SCB|weight_format)")
 
 
 class PackedCheckpoint(Checkpoint):
-    """A checkpoint with quantised weights; opening reads headers only, and each weight is read when asked for.
+    """A checkpoint with quantized weights; opening reads headers only, and each weight is read when asked for.
 
     What stands beside them is not among `names`; `shape` and `dtype`
-    are those of the weights that were quantised. `read` gives a quantised weight, `tensor` any other.
+    are those of the weights that were quantized. `read` gives a quantized weight, `tensor` any other.
     """
 
     def __init__(self, checkpoint: Checkpoint, quantization: QuantizationConfig) -> None:
@@ -62,7 +62,7 @@ class PackedCheckpoint(Checkpoint):
             raise self._bad(f"weights without one quant_state each: {listing(sorted(unclear))}")
 
     def with_tensors(self, tensors: Mapping[str, np.ndarray]) -> "PackedCheckpoint":
-        """Return the checkpoint with tensors, none of them quantised, instead of, or beside, the files'."""
+        """Return the checkpoint with tensors, none of them quantized, instead of, or beside, the files'."""
         other = copy(self)
         other.replaced = {**self.replaced, **tensors}
         other.packed = self.packed - tensors.keys()
@@ -70,11 +70,11 @@ class PackedCheckpoint(Checkpoint):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all tensors but those that stand beside quantised weights, sorted."""
+        """Names of all tensors but those that stand beside quantized weights, sorted."""
         return tuple(name for name in super().names if name not in self.companions)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape, [out, in] for a quantised weight; a 4-bit one's is read from its quant_state."""
+        """Return a tensor's shape, [out, in] for a quantized weight; a 4-bit one's is read from its quant_state."""
         if name not in self.packed:
             return super().shape(name)
         if self._how.bits == 4:
@@ -85,7 +85,7 @@ class PackedCheckpoint(Checkpoint):
         return shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Return the dtype that a tensor has, or had before it was quantised."""
+        """Return the dtype that a tensor has, or had before it was quantized."""
         if name not in self.packed:
             return super().dtype(name)
         return (
@@ -93,7 +93,7 @@ class PackedCheckpoint(Checkpoint):
         )
 
     def read(self, name: str) -> Packed4bit | Packed8bit:
-        """Read one quantised weight and what stands beside it.
+        """Read one quantized weight and what stands beside it.
 
         Raises UserError where a tensor is absent, cut or of another length or dtype than the rest says, where
         its quant_state is malformed, or where config.json contradicts it.
@@ -116,7 +116,7 @@ class PackedCheckpoint(Checkpoint):
         if nested != self._how.use_double_quant:
             says = "with" if self._how.use_double_quant else "without"
             raise self._bad(
-                f"{name} is {'' if nested else 'not '}double-quantised, but config.json says {says}"
+                f"{name} is {'' if nested else 'not '}double-quantized, but config.json says {says}"
             )
         blocks = -(-count // blocksize)
         codes = np.ascontiguousarray(self.raw(name)).reshape(-1).view(np.uint8)
@@ -196,13 +196,13 @@ class PackedCheckpoint(Checkpoint):
         return array.reshape(-1)
 
     def _bad(self, what: str) -> UserError:
-        return UserError(f"quantised weights: {what}: {self.folder}; {REMEDY}")
+        return UserError(f"quantized weights: {what}: {self.folder}; {REMEDY}")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a folder's checkpoint, as a PackedCheckpoint where its weights are quantised.
+    """Open a folder's checkpoint, as a PackedCheckpoint where its weights are quantized.
 
-    Raises UserError as `Checkpoint.open` does, where the weights are quantised by something else than bitsandbytes,
+    Raises UserError as `Checkpoint.open` does, where the weights are quantized by something else than bitsandbytes,
     and where config.json contradicts the tensors.
     """
     checkpoint = Checkpoint.open(folder)
@@ -210,12 +210,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     four, eight = _companions(frozenset(checkpoint.files))
     if quantization is None and (four or eight):
         raise UserError(
-            f"config.json has no quantization_config, but weights are quantised: {listing(sorted(four | eight))} "
+            f"config.json has no quantization_config, but weights are quantized: {listing(sorted(four | eight))} "
             f"in {folder}; take the config.json that came with them"
         )
     if quantization is not None and not (four or eight):
         raise UserError(
-            f"config.json says that weights have {quantization.bits} bits, but none is quantised: {folder}; "
+            f"config.json says that weights have {quantization.bits} bits, but none is quantized: {folder}; "
             "remove quantization_config from config.json, or download the weights that belong to it"
         )
     return checkpoint if quantization is None else PackedCheckpoint(checkpoint, quantization)

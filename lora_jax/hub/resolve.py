@@ -1,6 +1,6 @@
 """From what a user calls a model, a folder path or an id on the Hub, to a local folder.
 
-huggingface_hub does the downloading and honours HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN, which it
+huggingface_hub does the downloading and honors HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN, which it
 reads when it is imported.
 """
 

@@ -75,7 +75,7 @@ class SafetensorsFile:
         if tag not in DTYPES:
             raise UserError(
                 f"tensor {name} has the dtype {tag}: {self.path}; weights must be {', '.join(DTYPES)}: "
-                "take the unquantised checkpoint, or convert this one"
+                "take the unquantized checkpoint, or convert this one"
             )
         return DTYPES[tag]
 

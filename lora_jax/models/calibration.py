@@ -1,6 +1,6 @@
-"""A model quantised layer after layer, each fitted by GPTQ to the inputs that it gets on rows of tokens.
+"""A model quantized layer after layer, each fitted by GPTQ to the inputs that it gets on rows of tokens.
 
-The rows go through the layers that are quantised already, so that a layer is fitted to the errors of those before
+The rows go through the layers that are quantized already, so that a layer is fitted to the errors of those before
 it. Tensors come by as in `streamed`: in memory are a layer, one H = Σ x xᵀ for each of its inputs, and the rows'
 hidden states.
 """
@@ -80,12 +80,12 @@ def calibrated_tensors(
     """Yield the tensors of a checkpoint in the order of the name table, its linear layers as fitted 4-bit kernels.
 
     Args:
-        checkpoint: not quantised.
+        checkpoint: not quantized.
         config: the model's.
-        quantization: of 4 bits; says which weights are quantised and how.
+        quantization: of 4 bits; says which weights are quantized and how.
         batches: the rows to fit to.
         gain: is told what each module gained.
-        dtype: what weights are converted to before they are quantised, and others are written in (auto: as stored).
+        dtype: what weights are converted to before they are quantized, and others are written in (auto: as stored).
         compute: dtype of the products of the forward pass.
 
     Raises:

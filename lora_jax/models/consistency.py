@@ -71,7 +71,7 @@ def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
         "missing": missing,
         "unexpected": extra,
         "misshapen": misshapen,
-        "quantised though not linear": odd,
+        "quantized though not linear": odd,
     }
     problems = [f"{len(names)} {kind} ({listing(names)})" for kind, names in kinds.items() if names]
     if problems:

@@ -51,7 +51,7 @@ FAMILIES: dict[str, Callable[[Any], ModelConfig]] = {
 def read_config(config: Mapping[str, Any], where: object) -> ModelConfig:
     """Return the ModelConfig of a parsed config.json; `where` names it in errors.
 
-    Raises UserError for a model_type, rope type, activation or quantisation that is not supported, and for
+    Raises UserError for a model_type, rope type, activation or quantization that is not supported, and for
     values that transformers refuses.
     """
     model_type = config.get("model_type")

@@ -3,12 +3,12 @@
 Every layer reads its leaves through `Leaves.leaf`: a leaf in the `lora` collection replaces the base
 leaf of the same name in `params`, on the layers that the `adapter` collection's mask names. `Linear`
 and `Embedding` add the low-rank term where `lora_A` and `lora_B` stand under their own path. Nothing is
-initialised here: parameters come from files, adapters from `lora_jax.adapters`.
+initialized here: parameters come from files, adapters from `lora_jax.adapters`.
 
     Linear:     y = x W + b + scaling * (dropout(x) A) B      (Hu et al. 2021, arXiv:2106.09685, eq. 3)
     Embedding:  y = E[t] + scaling * A[t] B
 
-A quantised kernel of scanned layers is not scanned: the whole stack stands in the `stacks` collection, and in
+A quantized kernel of scanned layers is not scanned: the whole stack stands in the `stacks` collection, and in
 `params` the index of each layer, with which the product reads its layer in place (`variables`).
 """
 
@@ -33,7 +33,7 @@ SCANNED = "layers"
 
 
 def variables(frozen: Any, trainable: Any, adapter: Any) -> dict[str, Any]:
-    """Return the collections that the decoder is applied to; quantised kernels of scanned layers are set apart."""
+    """Return the collections that the decoder is applied to; quantized kernels of scanned layers are set apart."""
     leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(frozen))
     stacks = {path: leaf for path, leaf in leaves.items() if path[0] == SCANNED and is_quantized(leaf)}
     indices = {path: jnp.arange(stack.shape[0], dtype=jnp.int32) for path, stack in stacks.items()}
@@ -189,7 +189,7 @@ class RMSNorm(Leaves):
     epsilon: float = 1e-6
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        """Normalise over the last axis."""
+        """Normalize over the last axis."""
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         return self.leaf("weight").astype(x.dtype) * (wide * scale).astype(x.dtype)

@@ -1,6 +1,6 @@
 """Reading a checkpoint into the frozen tree, one tensor at a time.
 
-Each tensor is moved to the device, quantised there where it is to be, and written into its place of a donated
+Each tensor is moved to the device, quantized there where it is to be, and written into its place of a donated
 buffer, so that the host never holds more than the tree as it is to be (on a CPU, where the device is the host) and
 one tensor. On a mesh the buffers are cut from the start, and no device holds more than its part and one tensor.
 """
@@ -53,8 +53,8 @@ def load_params(
 
     `dtype` auto keeps what each tensor is stored as. Where `config.vocab_size` is larger than the
     checkpoint's, the embedding and head get rows that are the mean of those there. The checkpoint has
-    passed `check_names`. Weights are quantised from the dtype `quantized_from`, by default `dtype`. Quantised
-    kernels are pytrees (`lora_jax.quant.leaf`); a module that is quantised in
+    passed `check_names`. Weights are quantized from the dtype `quantized_from`, by default `dtype`. Quantized
+    kernels are pytrees (`lora_jax.quant.leaf`); a module that is quantized in
     some layers only is held whole in all of them, those layers with the weights that their codes stand for.
     """
     leaves: dict[Path, Any] = {}
@@ -67,8 +67,8 @@ def load_params(
             kernel = read_kernel(checkpoint, entry.name, quantization, source)
             if kernel.shape[-1] != entry.shape[0]:
                 raise UserError(
-                    f"--model.resize_vocab: {entry.name} is quantised, and its rows cannot be made {entry.shape[0]}: "
-                    f"{checkpoint.folder}; give a checkpoint whose head is not quantised"
+                    f"--model.resize_vocab: {entry.name} is quantized, and its rows cannot be made {entry.shape[0]}: "
+                    f"{checkpoint.folder}; give a checkpoint whose head is not quantized"
                 )
             kernel = _on_mesh(entry.path, kernel, mesh)
             if entry.layer is not None:
@@ -126,7 +126,7 @@ def resized(table: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _whole_paths(config: ModelConfig, quantized: Collection[str]) -> set[Path]:
-    """Return the leaves that are not held quantised: those of which a layer is not."""
+    """Return the leaves that are not held quantized: those of which a layer is not."""
     return {entry.path for entry in name_table(config) if entry.name not in quantized}
 
 

@@ -1,4 +1,4 @@
-"""Which weights of a base model are quantised, and how: as its checkpoint has them, or as the options ask.
+"""Which weights of a base model are quantized, and how: as its checkpoint has them, or as the options ask.
 
 Linear layers are; the embedding, the head, the norms and what `llm_int8_skip_modules` names are not. Names are
 matched as transformers 5 matches them: the start of a name as a regex up to a dot or its end, or its end as text.
@@ -34,11 +34,11 @@ SKIP = "llm_int8_skip_modules"
 def quantization_of(
     options: ModelOptions, checkpoint: Checkpoint, config: ModelConfig, typed: Collection[str]
 ) -> QuantizationConfig | None:
-    """Return how the base is quantised: as the checkpoint is already, else as the options ask; None for not at all.
+    """Return how the base is quantized: as the checkpoint is already, else as the options ask; None for not at all.
 
     `typed` names the options that the user gave, such as model.load_in_4bit. Raises UserError where an option
     contradicts the checkpoint or has no meaning without another, and for an entry of `llm_int8_skip_modules` that
-    matches no module, or entries that leave none to quantise.
+    matches no module, or entries that leave none to quantize.
     """
     given = sorted(name.removeprefix("model.") for name in typed if name.startswith("model."))
     packed = checkpoint.quantization
@@ -54,7 +54,7 @@ def quantization_of(
     if not (options.load_in_4bit or options.load_in_8bit):
         if SKIP in given and options.llm_int8_skip_modules:
             remedy = "add --model.load_in_4bit True or --model.load_in_8bit True, or drop it"
-            raise UserError(f"--model.{SKIP}: is about a quantised model; {remedy}")
+            raise UserError(f"--model.{SKIP}: is about a quantized model; {remedy}")
         return None
     _check_patterns(options.llm_int8_skip_modules, [module.name for module in modules(config)])
     quantization = QuantizationConfig(
@@ -65,14 +65,14 @@ def quantization_of(
     )
     if not quantized_names(config, quantization):
         raise UserError(
-            f"--model.{SKIP} {' '.join(options.llm_int8_skip_modules)}: leaves no linear layer to quantise; skip less, "
+            f"--model.{SKIP} {' '.join(options.llm_int8_skip_modules)}: leaves no linear layer to quantize; skip less, "
             "or drop --model.load_in_4bit and --model.load_in_8bit"
         )
     return quantization
 
 
 def resolved_model_options(options: ModelOptions, quantization: QuantizationConfig | None) -> ModelOptions:
-    """Return the options with what they came to: a checkpoint that is quantised already decides them."""
+    """Return the options with what they came to: a checkpoint that is quantized already decides them."""
     if quantization is None:
         return options
     four = quantization.bits == 4
@@ -86,14 +86,14 @@ def resolved_model_options(options: ModelOptions, quantization: QuantizationConf
 def quantized_weights(
     checkpoint: Checkpoint, config: ModelConfig, quantization: QuantizationConfig | None
 ) -> frozenset[str]:
-    """Return the names of the weights that are quantised: as stored, else `quantized_names`."""
+    """Return the names of the weights that are quantized: as stored, else `quantized_names`."""
     if checkpoint.quantization is not None:
         return checkpoint.packed
     return quantized_names(config, quantization)
 
 
 def quantized_names(config: ModelConfig, quantization: QuantizationConfig | None) -> frozenset[str]:
-    """Return the names of the weights that a model is to have quantised; entries that match nothing skip nothing."""
+    """Return the names of the weights that a model is to have quantized; entries that match nothing skip nothing."""
     if quantization is None:
         return frozenset()
     linear = [module.name for module in modules(config) if module.kind == "linear" and module.path != LM_HEAD]
@@ -115,14 +115,14 @@ def abstract_kernel(
 def read_kernel(
     checkpoint: Checkpoint, name: str, quantization: QuantizationConfig, dtype: str = "auto"
 ) -> Quantized:
-    """Return a quantised weight on the default device: as stored, else quantised from `dtype` (auto: as stored)."""
+    """Return a quantized weight on the default device: as stored, else quantized from `dtype` (auto: as stored)."""
     if checkpoint.quantization is not None:
         return from_bitsandbytes(checkpoint.read(name))
     return quantized_kernel(read_tensor(checkpoint, name, dtype), quantization, name)
 
 
 def read_tensor(checkpoint: Checkpoint, name: str, dtype: str = "auto") -> np.ndarray:
-    """Return a tensor of an unquantised checkpoint in `dtype` (auto: as stored).
+    """Return a tensor of an unquantized checkpoint in `dtype` (auto: as stored).
 
     Raises UserError, which names it, where it is not finite, or is not in that dtype.
     """
@@ -136,7 +136,7 @@ def read_tensor(checkpoint: Checkpoint, name: str, dtype: str = "auto") -> np.nd
 
 
 def quantized_kernel(weight: np.ndarray, quantization: QuantizationConfig, name: str) -> Quantized:
-    """Return a torch Linear's weight [out, in] quantised; raises UserError, which names it, for what is no number."""
+    """Return a torch Linear's weight [out, in] quantized; raises UserError, which names it, for what is no number."""
     if quantization.bits == 8:
         return quantize_int8(weight, name)
     quant_type: Any = quantization.quant_type
@@ -150,9 +150,9 @@ def read_weight(
     dtype: str = "auto",
     decoded: str = "auto",
 ) -> np.ndarray:
-    """Return a checkpoint's tensor in torch's layout; where it is quantised, or is to be, what its codes stand for.
+    """Return a checkpoint's tensor in torch's layout; where it is quantized, or is to be, what its codes stand for.
 
-    `dtype` is what a weight is converted to before it is quantised (auto: as stored), `decoded` what its codes are
+    `dtype` is what a weight is converted to before it is quantized (auto: as stored), `decoded` what its codes are
     decoded to (auto: the same); other tensors stay as stored.
     """
     held = quantization or (checkpoint.quantization if name in checkpoint.packed else None)
@@ -193,8 +193,8 @@ def _check_same(
         asked = getattr(options, name)
         if name in given and asked != found:
             raise UserError(
-                f"--model.{name} {' '.join(asked) if name == SKIP else asked}: {folder} is quantised already "
-                f"({stored.summary()}); drop the option, or give the unquantised checkpoint"
+                f"--model.{name} {' '.join(asked) if name == SKIP else asked}: {folder} is quantized already "
+                f"({stored.summary()}); drop the option, or give the unquantized checkpoint"
             )
 
 

@@ -99,7 +99,7 @@ def tree_tensors(
 def packed_tensors(
     tensors: NamedTensors, names: Collection[str], quantization: QuantizationConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield tensors with those of `names` quantised, each as what stands for it in a bitsandbytes checkpoint."""
+    """Yield tensors with those of `names` quantized, each as what stands for it in a bitsandbytes checkpoint."""
     for name, tensor in tensors:
         if name in names:
             yield from to_bitsandbytes(quantized_kernel(tensor, quantization, name)).tensors(name).items()

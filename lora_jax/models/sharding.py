@@ -1,4 +1,4 @@
-"""Where the leaves of a tree are on the mesh: parameters, quantised kernels, adapters and optimiser state alike."""
+"""Where the leaves of a tree are on the mesh: parameters, quantized kernels, adapters and optimizer state alike."""
 
 from __future__ import annotations
 

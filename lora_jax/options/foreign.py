@@ -79,7 +79,7 @@ RENAMED: dict[str, str] = {
     "data.mixture_weights": "interleave_probs dataset_mixer_weights",
     "data.num_proc": "dataset_num_proc dataset_processes preprocessing_num_workers dataset_num_workers",
     "data.truncation_mode": "excess_length_strategy truncation_strategy",
-    # The optimisation.
+    # The optimization.
     "train.num_train_epochs": "num_epochs epochs n_epochs num_train_epoch max_epochs",
     "train.max_steps": "num_steps max_iters max_train_steps train_steps",
     "train.per_device_train_batch_size": """
@@ -193,7 +193,7 @@ ADVICE: dict[str, str] = {
     """,
     "lora-jax merge writes the merged model": "merge_lora merge_adapter merge_and_unload save_merged export_size",
     "lora-jax report draws the curves": "plot_loss",
-    "lora-jax quantize writes quantised checkpoints": "export_quantization_bit",
+    "lora-jax quantize writes quantized checkpoints": "export_quantization_bit",
     "give `temperature`; 0 always takes the likeliest token": "do_sample greedy",
     "give a folder of the run: `resume` goes on from the last checkpoint of `output_dir`": """
         ckpt checkpoint_path
@@ -334,7 +334,7 @@ MISSING: dict[str, str] = {
         label_smoothing_factor label_smoothing use_dft_loss loss_type router_aux_loss_coef moe_aux_loss_coef
         kd_alpha kd_temperature kd_ce_alpha focal_loss use_eaft_loss use_asft_loss z_loss
     """,
-    "quantised arithmetic or other formats than bitsandbytes'": """
+    "quantized arithmetic or other formats than bitsandbytes'": """
         fp8 fp8_backend gptq quantization_bit qat quantization load_in_16bit load_in_fp8 awq
         llm_int8_threshold fp8_enable_fsdp_float8_all_gather hqq export_quantization_method
     """,

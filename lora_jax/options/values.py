@@ -38,7 +38,7 @@ def kind_of(hint: Any) -> Any:
 
 
 def checked(name: str, hint: Any, values: list[str], label: str) -> list[str]:
-    """Return an option's values spelt as tyro reads them; raises UserError where they do not fit its type.
+    """Return an option's values spelled as tyro reads them; raises UserError where they do not fit its type.
 
     `label` is the option as the user wrote it, a flag or a key of a file.
     """
@@ -94,7 +94,7 @@ def _value(name: str, kind: Any, text: str, label: str) -> str:
 
 
 def _spelt(kind: Any, text: str) -> str | None:
-    """Return a value as it is spelt here, None where it is none of this type."""
+    """Return a value as it is spelled here, None where it is none of this type."""
     word = text.lower()
     if kind is str:
         return text

@@ -20,7 +20,7 @@ class Chip:
     """One JAX device.
 
     memory: bytes that a program may take; flops: peak bf16 operations a second; bandwidth: bytes a second from and to
-    memory; links: bytes a second that it sends to its neighbours, over all links; known: the sizes of topologies that
+    memory; links: bytes a second that it sends to its neighbors, over all links; known: the sizes of topologies that
     the planner names, smallest first; counted: what the number in Google's name of a slice, such as v5p-8, counts of
     each chip.
     """

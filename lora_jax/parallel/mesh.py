@@ -52,7 +52,7 @@ def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
 def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh over `devices` (all of the run's by default), its axes split up by the compiler.
 
-    Neighbours on the fastest links share the axes that come last; slices, or machines with GPUs, those that come
+    Neighbors on the fastest links share the axes that come last; slices, or machines with GPUs, those that come
     first. Raises UserError as `mesh_shape` does.
     """
     devices = jax.devices() if devices is None else devices
@@ -62,7 +62,7 @@ def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mes
 
 
 def laid_out(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
-    """Return devices in a shape with as many places, so that neighbours are near; in order where JAX knows no better.
+    """Return devices in a shape with as many places, so that neighbors are near; in order where JAX knows no better.
 
     `jax.make_mesh` does not split the physical axes of most TPUs, and takes no devices of several slices.
     """

@@ -3,7 +3,7 @@
 A rule is (regex, axes): the regex is searched in the leaf's path, "layers/self_attn/q_proj/kernel", the axes cut the
 leaf's last dimensions. The first match wins. Adapters follow their base, A its input axis and B its output axis, and
 `fsdp` cuts both of them.
-Optimiser state has the paths of what it is about as the ends of its own, and is cut likewise. A dimension that does
+Optimizer state has the paths of what it is about as the ends of its own, and is cut likewise. A dimension that does
 not divide stays whole; a matrix is then shared out over `fsdp` along its other one, if nothing else cuts that.
 """
 

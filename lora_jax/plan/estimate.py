@@ -22,7 +22,7 @@ from lora_jax.plan.topologies import Target
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that a device holds between steps: the base, what is trained, and optimiser state."""
+    """Bytes that a device holds between steps: the base, what is trained, and optimizer state."""
 
     frozen: int
     adapter: int

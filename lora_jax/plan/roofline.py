@@ -1,7 +1,7 @@
 """The least time that a step can take on its devices: the longest of computing, memory and links.
 
 Assumed: all products run at the chip's bf16 peak; each pass reads the weights a device works with once forward, once
-backward and, with gradient checkpointing, once more; optimiser state and adapter are read and written once a step; the
+backward and, with gradient checkpointing, once more; optimizer state and adapter are read and written once a step; the
 rest of what memory does is hidden, as is whatever of the three is not the longest; links send at their full rate.
 A real step takes longer.
 """

@@ -1,4 +1,4 @@
-"""The values that codes stand for: NF4, FP4, and the signed 8-bit map of double quantisation.
+"""The values that codes stand for: NF4, FP4, and the signed 8-bit map of double quantization.
 
 NF4 holds quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314, section 3), FP4 a float of
 2 exponent bits and 1 mantissa bit, both scaled to [-1, 1]; the 8-bit map is the dynamic tree of Dettmers et al.
@@ -61,7 +61,7 @@ def dynamic_map() -> Table:
 def thresholds(table: Table) -> tuple[np.ndarray, np.ndarray]:
     """Return (middles [n - 1] float32, codes [n] uint8): the code of x is codes[number of middles below x].
 
-    A value on a middle takes the lower neighbour. Of FP4's two zeros, values above 0 take the second code.
+    A value on a middle takes the lower neighbor. Of FP4's two zeros, values above 0 take the second code.
     """
     values = np.array(table, np.float32)
     codes = np.argsort(values, kind="stable").astype(np.uint8)
@@ -70,7 +70,7 @@ def thresholds(table: Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def zero_code(table: Table) -> int:
-    """Return the code that 0 is quantised to."""
+    """Return the code that 0 is quantized to."""
     middles, codes = thresholds(table)
     return int(codes[np.searchsorted(middles, np.float32(0), side="left")])
 

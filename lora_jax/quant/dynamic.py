@@ -1,4 +1,4 @@
-"""The 8-bit dynamic map by arithmetic: what optimiser state, written anew at every step, is rounded to.
+"""The 8-bit dynamic map by arithmetic: what optimizer state, written anew at every step, is rounded to.
 
 A code is a place n in a row of decades, decade k holding the middles of 2^k equal parts of [0.1, 1] times a power
 of ten (Dettmers et al. 2022, arXiv:2110.02861, section 1.3):

@@ -2,7 +2,7 @@
 
 A block's weights are multiplied by the reciprocal of its absmax, and the code is the number of middles between the
 table's values that lie below. The device looks at every weight; what there is of one a block (reciprocals, double
-quantisation) is computed on the host, where a division is rounded correctly on every platform.
+quantization) is computed on the host, where a division is rounded correctly on every platform.
 """
 
 import math
@@ -119,7 +119,7 @@ def abstract_int8(shape: tuple[int, int], dtype: Any, layers: int | None = None)
 
 
 def nested_absmax(absmax: Float[np.ndarray, " blocks"]) -> Nested:
-    """Return the absmax of double quantisation: 8-bit codes of absmax - mean, with an own absmax for each 256."""
+    """Return the absmax of double quantization: 8-bit codes of absmax - mean, with an own absmax for each 256."""
     offset = np.float32(absmax.mean(dtype=np.float64))
     codes, scales = _blockwise(absmax - offset, dynamic_map(), NESTED_BLOCK)
     quant_map = np.array(dynamic_map(), np.float32)
@@ -141,13 +141,13 @@ def check_finite(absmax: np.ndarray | np.floating[Any], name: str, how: str = ""
     """Raise UserError, which names `name`, where the absmax of a weight are infinite or not numbers."""
     if not np.isfinite(absmax).all():
         raise UserError(
-            f"weights that are {how}infinite or not numbers: {name}; they cannot be quantised: take another "
+            f"weights that are {how}infinite or not numbers: {name}; they cannot be quantized: take another "
             "checkpoint, or leave the module out with llm_int8_skip_modules"
         )
 
 
 def _packed_flat(weight: np.ndarray, quant_type: QuantType, double_quant: bool, name: str) -> Packed4bit:
-    """Quantise on the host what cannot be grouped; such models are small."""
+    """Quantize on the host what cannot be grouped; such models are small."""
     table = TABLES[quant_type]
     values = weight.astype(np.float32).reshape(-1)
     check_finite(np.abs(values).max(), name)

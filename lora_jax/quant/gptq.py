@@ -6,7 +6,7 @@ one loses is made up for by those that are still to come: with U upper triangula
 
     e = (w_j - q_j) / U_jj        w_k -= e U_jk  for k > j
 
-The blocks of 64 and their absmax stay bitsandbytes', double quantisation included: absmax is chosen before the first
+The blocks of 64 and their absmax stay bitsandbytes', double quantization included: absmax is chosen before the first
 code, and codes are the nearest for the absmax as it is stored. It may be less than the largest weight of its block:
 of `CLIPPED` times that, what costs least by the diagonal of H.
 """
@@ -45,7 +45,7 @@ def calibrated(
     """Return a torch Linear's weight [out, in] as a 4-bit kernel, `in` a multiple of 64, fitted to its inputs.
 
     `moments` are Σ x xᵀ over the inputs x, in any unit. With uncorrelated inputs of one size, absmax as they are and
-    no double quantisation this is `quantize`, bit for bit. Device memory beyond the result: four matrices [in, in]
+    no double quantization this is `quantize`, bit for bit. Device memory beyond the result: four matrices [in, in]
     and about six copies of the weight in float32. Raises UserError, which names `name`, for weights that are
     infinite or not numbers.
     """
@@ -58,7 +58,7 @@ def calibrated(
     scales = absmax if nested is None else _decoded(nested).reshape(absmax.shape)
     factors = np.sign(scales) * reciprocals(
         np.abs(scales)
-    )  # double quantisation makes some tiny scales negative
+    )  # double quantization makes some tiny scales negative
     codes = np.asarray(_codes(on_device, moments, scales, factors, table)).reshape(-1)
     packed = Packed4bit(
         codes=codes[0::2] << 4 | codes[1::2],
@@ -81,7 +81,7 @@ def output_error(
 
 
 def _decoded(nested: Nested) -> np.ndarray:
-    """Return the scales that double-quantised absmax stand for, rounded as `decode.scales` rounds them."""
+    """Return the scales that double-quantized absmax stand for, rounded as `decode.scales` rounds them."""
     blocks = np.repeat(nested.absmax, nested.blocksize)[: nested.codes.size]
     return nested.quant_map[nested.codes] * blocks + nested.offset
 

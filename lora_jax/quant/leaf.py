@@ -1,6 +1,6 @@
-"""Quantised kernels: pytrees that stand in the frozen tree where a kernel [..., in, out] stands.
+"""Quantized kernels: pytrees that stand in the frozen tree where a kernel [..., in, out] stands.
 
-A 4-bit kernel keeps bitsandbytes' codes and absmax bit for bit and only moves them. A block is 64 neighbours of
+A 4-bit kernel keeps bitsandbytes' codes and absmax bit for bit and only moves them. A block is 64 neighbors of
 `in` of one output. Where `in` is a multiple of 64 they are *grouped*: for each group of 128 rows of the kernel,
 byte row r of 64 holds row r in its low nibble and row 64 + r in its high one, so that a tile decodes into two
 whole 64-row blocks, each with one row of scales, and the kernel can be cut along either axis. An `in` of 64 more
@@ -74,11 +74,11 @@ class QuantizedKernel(_Kernel):
 
     Arrays, grouped over G = ceil(in / 128) groups, or flat with n = in * out weights:
         codes           uint8 [..., 64 G, out]; flat [..., ceil(n / 2)], the first of two in the high nibble
-        absmax          [..., 2 G, 1, out]; flat [..., ceil(n / blocksize)]: float32, or uint8 where double-quantised
+        absmax          [..., 2 G, 1, out]; flat [..., ceil(n / blocksize)]: float32, or uint8 where double-quantized
         nested_absmax   float32 [..., blocks of absmax], the blocks running over bitsandbytes' order [out, in / 64]
         nested_offset   float32 [...]; both None where absmax is float32
 
-    Static: sizes (in, out), the dtype the weights had, how they were quantised, and the mesh axes that the two
+    Static: sizes (in, out), the dtype the weights had, how they were quantized, and the mesh axes that the two
     sizes are cut along (`lora_jax.quant.sharded`). The fields are not checked, so that specs and shapes can stand
     for the arrays.
     """
@@ -112,7 +112,7 @@ class QuantizedKernel(_Kernel):
         return (*self.codes.shape[: -2 if self.grouped else -1], *self.sizes)
 
     def __repr__(self) -> str:
-        nested = ", double-quantised" if self.nested else ""
+        nested = ", double-quantized" if self.nested else ""
         return f"QuantizedKernel({self.quant_type}, {_described(self)}{nested})"
 
 
@@ -141,7 +141,7 @@ Quantized = QuantizedKernel | Int8Kernel
 
 
 def is_quantized(leaf: object) -> bool:
-    """Say whether a leaf of the frozen tree is a quantised kernel; also `is_leaf` for `jax.tree.map`."""
+    """Say whether a leaf of the frozen tree is a quantized kernel; also `is_leaf` for `jax.tree.map`."""
     return isinstance(leaf, QuantizedKernel | Int8Kernel)
 
 

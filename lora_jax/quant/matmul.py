@@ -1,4 +1,4 @@
-"""x · W for a quantised kernel W, and dy · Wᵀ from the same codes for the backward pass.
+"""x · W for a quantized kernel W, and dy · Wᵀ from the same codes for the backward pass.
 
 What is kept between the two is the codes alone, which are there already: no weight is saved, and a kernel has no
 gradient. On a TPU and a GPU grouped 4-bit kernels are decoded tile by tile inside a Pallas kernel (`kernels/`).

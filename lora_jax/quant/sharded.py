@@ -1,4 +1,4 @@
-"""Products with a quantised kernel under a mesh, each device on its own shards.
+"""Products with a quantized kernel under a mesh, each device on its own shards.
 
 The compiler cannot split a Pallas call, so it is told how, in a `shard_map`. Rows of x are cut along the mesh axes
 `data` and `fsdp`, positions along `sequence`. A kernel is cut along the axes that it names (`QuantizedKernel.cut`):

@@ -28,12 +28,12 @@ def empty_stack(kernel: Kernel, layers: int) -> Kernel:
 def place(stack: Kernel, kernel: Kernel, layer: int, name: str = "weight") -> Kernel:
     """Return the stack with the kernel in place of a layer's; the stack given is consumed.
 
-    Raises UserError, which names `name`, where the kernel was quantised otherwise than those of the stack.
+    Raises UserError, which names `name`, where the kernel was quantized otherwise than those of the stack.
     """
     if jax.tree.structure(stack) != jax.tree.structure(kernel):
         raise UserError(
-            f"one module quantised in different ways by layer: {name} is {kernel}, others {stack}; quantise the "
-            "unquantised checkpoint instead"
+            f"one module quantized in different ways by layer: {name} is {kernel}, others {stack}; quantize the "
+            "unquantized checkpoint instead"
         )
     cut = [array.sharding for array in jax.tree.leaves(stack)]
     shardings = tuple(cut) if all(isinstance(one, NamedSharding) for one in cut) else None

@@ -1,6 +1,6 @@
 """The figures of the page, as plotly draws them in the browser.
 
-Colours are names of the page's own, var(--…), which its script replaces by those of the theme. A trace's `meta` says
+Colors are names of the page's own, var(--…), which its script replaces by those of the theme. A trace's `meta` says
 what the page's switches do with it: `run` is the number of its run, `tokens` the other x axis, `smooth` whether it is
 the running mean of a curve (True) or a curve that has one (False).
 """
@@ -19,7 +19,7 @@ from lora_jax.report.movement import Moved
 from lora_jax.report.runs import EVAL_LOSS, RunFiles
 
 COLOURS = 6
-"""Colours that tell runs apart, --c1 to --c6; further runs begin anew."""
+"""Colors that tell runs apart, --c1 to --c6; further runs begin anew."""
 SMOOTHED = 60
 """Points from which a curve is shown with its running mean."""
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -32,7 +32,7 @@ TITLES = {
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens a second",
-    "mfu": "Model FLOPs utilisation",
+    "mfu": "Model FLOPs utilization",
 }
 
 
@@ -65,9 +65,9 @@ def eval_labels(run: RunFiles) -> list[str]:
 
 
 def legend(runs: Sequence[RunFiles]) -> list[tuple[str, str, bool]]:
-    """Return what the curves of all figures mean: a name, its colour, and whether it is an evaluation's.
+    """Return what the curves of all figures mean: a name, its color, and whether it is an evaluation's.
 
-    Of several runs the colour is the run's, so that the lines alone tell training from evaluation.
+    Of several runs the color is the run's, so that the lines alone tell training from evaluation.
     """
     if len(runs) > 1:
         evaluated = any(eval_labels(run) for run in runs)

@@ -123,7 +123,7 @@ def _moved(name: str, norm: float, relative: float | None) -> Moved:
 
 
 def _base(named: str | None, revision: str | None) -> tuple[Checkpoint | None, str | None]:
-    """Return the base where it lies on this machine and is not quantised, or why not."""
+    """Return the base where it lies on this machine and is not quantized, or why not."""
     folder = Path(named or "").expanduser()
     if named and not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -134,7 +134,7 @@ def _base(named: str | None, revision: str | None) -> tuple[Checkpoint | None, s
             return None, "the base is not on this machine"
     try:
         if not named or read_json_object(folder / "config.json", "").get("quantization_config"):
-            return None, "the base is quantised" if named else "the adapter names no base"
+            return None, "the base is quantized" if named else "the adapter names no base"
         return Checkpoint.open(folder), None
     except (UserError, OSError):
         return None, "the base cannot be read"

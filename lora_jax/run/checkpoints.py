@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: the trainable tree, optimiser state, step and key; never the frozen base.
+"""Checkpoints by Orbax: the trainable tree, optimizer state, step and key; never the frozen base.
 
 The data position needs no entry: the order of rows is a pure function of seed, epoch and step. A checkpoint is
 written aside and renamed, so that what has a step's name is whole:

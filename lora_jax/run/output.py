@@ -186,7 +186,7 @@ def _whole_template(chosen: str) -> str:
 
 
 def config_yaml(config: RunConfig) -> str:
-    """Return all options as resolved, less those of a quantised base where it is not, as a YAML file for train."""
+    """Return all options as resolved, less those of a quantized base where it is not, as a YAML file for train."""
     options = _plain(asdict(config))
     model = config.model
     idle = [name for name in options["model"] if name.startswith(FOUR_BIT) and not model.load_in_4bit]

@@ -45,7 +45,7 @@ def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> Non
     facts = {
         "device": f"{_devices(run.mesh)}, computing in {run.model.dtype}",
         "base": f"{run.model_config.model_type}, {size_text(tree_bytes(run.frozen or run.trainable))}{_bits(run)}",
-        "trained": f"{trained}, optimiser {optimiser}{_place(opt_state)} ({train.optim})",
+        "trained": f"{trained}, optimizer {optimiser}{_place(opt_state)} ({train.optim})",
         "train": run.train_rows.summary(),
         **_evaluated(run),
         "a step": f"{sizes.rows_per_step} rows (passes: {sizes.accumulation})",
@@ -90,7 +90,7 @@ def _place(opt_state: Any) -> str:
 
 
 def _bits(run: Run) -> str:
-    """Return how the base is quantised, how many bits a weight of a linear layer takes, and which are not quantised."""
+    """Return how the base is quantized, how many bits a weight of a linear layer takes, and which are not quantized."""
     if run.base.quantization is None:
         return ""
     leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(run.frozen["layers"]))
@@ -101,7 +101,7 @@ def _bits(run: Run) -> str:
         / sum(kernel.size for kernel in kernels.values())
     )
     whole = [name for name, kernel in kernels.items() if not is_quantized(kernel)]
-    rest = f"; not quantised in all layers, so held whole: {', '.join(whole)}" if whole else ""
+    rest = f"; not quantized in all layers, so held whole: {', '.join(whole)}" if whole else ""
     return f" ({run.base.quantization.summary()}: {bits:.2f} bits a weight in the linear layers{rest})"
 
 

@@ -120,14 +120,14 @@ def _check_finite(params: Any, base: Pretrained, config: RunConfig) -> None:
 
 
 def _check_memory(config: RunConfig, base: Pretrained, plan: Plan | None) -> None:
-    """Raise UserError where base, adapter and optimiser state do not fit into what is free; nothing is made."""
+    """Raise UserError where base, adapter and optimizer state do not fit into what is free; nothing is made."""
     params = base.abstract_params()
     trained = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
     if plan is not None:
         layers = base.config.num_hidden_layers
         trained, _ = adapter_shapes(jax.random.key(0), plan, params, layers, "true")
     optimiser = jax.eval_shape(make_optimizer(config.train, 1).init, trained)
-    held = {"base": params, "trained": trained, "optimiser": optimiser}
+    held = {"base": params, "trained": trained, "optimizer": optimiser}
     check_fits("the run", {name: _bytes(tree) for name, tree in held.items()})
 
 

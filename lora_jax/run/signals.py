@@ -1,7 +1,7 @@
 """Being told to stop: what SIGINT and SIGTERM do at each stage of a run.
 
     meeting     waiting for the other processes: both end the program at once
-    starting    loading, tokenising, compiling: SIGTERM ends the program at once, there being nothing to save;
+    starting    loading, tokenizing, compiling: SIGTERM ends the program at once, there being nothing to save;
                 SIGINT is Python's KeyboardInterrupt
     stepping    both are noted, and the loop saves once the step under way is done
     finishing   the last checkpoint is written and the adapter exported: SIGTERM changes nothing, SIGINT interrupts

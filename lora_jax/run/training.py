@@ -246,7 +246,7 @@ def _notes_of_start(adapter: Path, run: Run) -> list[str]:
         )
     before = read_notes(adapter).quantization
     if before is not None and run.base.quantization is None:
-        notes.append(f"--lora.init_from was trained on a quantised base ({before.summary()})")
+        notes.append(f"--lora.init_from was trained on a quantized base ({before.summary()})")
     return [note for note in notes if note is not None]
 
 

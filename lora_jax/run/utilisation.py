@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: what training needs in operations, over what the devices could do at their bf16 peak."""
+"""Model FLOPs utilization: what training needs in operations, over what the devices could do at their bf16 peak."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lora_jax.run.setup import Run
 
 
 def utilisation_of_a_token(run: Run) -> float | None:
-    """Return the utilisation that one real token a second is, the data's mean; None where no peak is known.
+    """Return the utilization that one real token a second is, the data's mean; None where no peak is known.
 
     The peak is that of bfloat16 whatever the products are computed in.
     """

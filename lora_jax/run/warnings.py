@@ -130,7 +130,7 @@ class Cautions:
         if entry.get("grad_norm") == 0 and entry["loss"] > 0:  # a batch of padding has neither
             found["no_gradient"] = (
                 f"step {entry['step']} has a gradient of exactly zero at a loss of {entry['loss']:.4f}: nothing is "
-                "learnt from it; check that what is adapted has an effect on the trained tokens"
+                "learned from it; check that what is adapted has an effect on the trained tokens"
             )
         if (ends or entry["step"] >= self.checked_at) and not self._checked and "warmup" not in self._given:
             self._checked = True

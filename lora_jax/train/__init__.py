@@ -1,1 +1,1 @@
-"""What a training step is made of: losses, optimiser, batches, the step. Nothing here knows of files or signals."""
+"""What a training step is made of: losses, optimizer, batches, the step. Nothing here knows of files or signals."""

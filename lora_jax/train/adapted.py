@@ -59,9 +59,9 @@ def adapted(config: RunConfig, model_config: ModelConfig, typed: Collection[str]
 
 
 def check_full(config: RunConfig, quantization: QuantizationConfig | None) -> None:
-    """Raise UserError where every weight of a quantised base is to be trained."""
+    """Raise UserError where every weight of a quantized base is to be trained."""
     if config.method == "full" and quantization is not None:
         raise UserError(
             f"--method full: trains every weight, and the base has {quantization.bits} bits; train an adapter, or "
-            "give the unquantised checkpoint"
+            "give the unquantized checkpoint"
         )

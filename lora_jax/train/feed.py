@@ -43,7 +43,7 @@ class Sizes:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of one optimiser step over all devices, padding aside; where rows are packed, each holds several."""
+        """Rows of one optimizer step over all devices, padding aside; where rows are packed, each holds several."""
         return min(self.batch * self.accumulation, len(self.plan.bins))
 
     @property

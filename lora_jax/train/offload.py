@@ -1,9 +1,9 @@
 """The host's memory as an extension of the device's: what waits there between its uses.
 
-    optimiser state    fetched and put back once a step, as QLoRA's paged optimisers are (arXiv:2305.14314, section 3)
+    optimizer state    fetched and put back once a step, as QLoRA's paged optimizers are (arXiv:2305.14314, section 3)
     layers' inputs     put there by the forward pass, fetched by the backward pass (`models/decoder.py`)
 
-An array is where its sharding says. A step fetches whatever optimiser state is in the host's memory and puts back
+An array is where its sharding says. A step fetches whatever optimizer state is in the host's memory and puts back
 what it fetched, so only `offloaded` knows the options.
 """
 
@@ -20,7 +20,7 @@ HOST = "pinned_host"
 
 
 def offloads_optimizer(train: TrainOptions) -> bool:
-    """Return whether the options keep optimiser state in the host's memory."""
+    """Return whether the options keep optimizer state in the host's memory."""
     return train.offload in ("optimizer", "both") or train.optim.startswith("paged_")
 
 
@@ -35,7 +35,7 @@ def has_host_memory(device: Any) -> bool:
 
 
 def offloaded(shardings: Any, train: TrainOptions) -> Any:
-    """Return the shardings of a TrainState, its optimiser state in the host's memory where the options say so.
+    """Return the shardings of a TrainState, its optimizer state in the host's memory where the options say so.
 
     On a CPU they stay as they are. Elsewhere a sharding on one device becomes one on a mesh of that device: given
     those without a mesh, JAX leaves the moves out of the program, and XLA takes the whole update to the host.
@@ -59,14 +59,14 @@ def nowhere_to_go(train: TrainOptions, device: Any) -> str | None:
 
 
 def fetched(opt_state: Any) -> Any:
-    """Return optimiser state in the device's memory; called inside a step."""
+    """Return optimizer state in the device's memory; called inside a step."""
     return jax.tree.map(
         lambda x: jax.device_put(x, jax.memory.Space.Device) if _in_host_memory(x) else x, opt_state
     )
 
 
 def put_back(opt_state: Any, like: Any) -> Any:
-    """Return new optimiser state where the old one, `like`, came from; called inside a step."""
+    """Return new optimizer state where the old one, `like`, came from; called inside a step."""
     return jax.tree.map(
         lambda x, before: jax.device_put(x, jax.memory.Space.Host) if _in_host_memory(before) else x,
         opt_state,

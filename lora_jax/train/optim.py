@@ -1,4 +1,4 @@
-"""Optimisers and schedules in the words of transformers' TrainingArguments, by optax."""
+"""Optimizers and schedules in the words of transformers' TrainingArguments, by optax."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def decay_mask(tree: Any) -> Any:
 
 
 def make_optimizer(train: TrainOptions, steps: int) -> optax.GradientTransformation:
-    """Return the optimiser over the trainable tree, gradients clipped by their global norm first."""
+    """Return the optimizer over the trainable tree, gradients clipped by their global norm first."""
     rate, decay = schedule(train, steps), train.weight_decay
     b1, b2 = train.adam_beta1, train.adam_beta2
     if train.optim in ("adamw8bit", "paged_adamw_8bit"):

@@ -68,13 +68,13 @@ def init_state(trainable: Tree, optimizer: optax.GradientTransformation, key: ja
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
 
-@stage("making the optimiser's state")
+@stage("making the optimizer's state")
 def sharded_state(
     trainable: Tree, optimizer: optax.GradientTransformation, key: jax.Array, train: TrainOptions, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
     """Return `init_state` on a mesh and its shardings; `trainable` is there already.
 
-    The optimiser's state is made where it is to be, in the host's memory where the options say so.
+    The optimizer's state is made where it is to be, in the host's memory where the options say so.
     """
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), trainable, key=key)
     where = offloaded(shardings(state, mesh), train)

@@ -30,7 +30,7 @@ FILE, CONFIG = "small/model.safetensors", "small/config.json"
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in NF4 with double quantisation."""
+    """A checkpoint in NF4 with double quantization."""
     folder = tmp_path_factory.mktemp("small")
     write_checkpoint(folder / "model", CONFIGS["qwen2-tied"])
     assert main(["quantize", "--model.path", str(folder / "model"), "--output", str(folder / "small")]) == 0
@@ -97,7 +97,7 @@ OPTIONS: dict[str, Case] = {
     "skip without bits": (
         nothing,
         (*TRAIN, "--model.llm_int8_skip_modules", "q_proj"),
-        "is about a quantised model",
+        "is about a quantized model",
     ),
     "skip of nothing": (
         nothing,
@@ -114,11 +114,11 @@ OPTIONS: dict[str, Case] = {
         (*TRAIN, *FOUR, "--method", "full"),
         "--method full: trains every weight, and the base has 4 bits",
     ),
-    "full of quantised": (nothing, (*SMALL, "--method", "full"), "the base has 4 bits"),
+    "full of quantized": (nothing, (*SMALL, "--method", "full"), "the base has 4 bits"),
     "saved": (
         nothing,
         (*TRAIN, *FOUR, "--lora.modules_to_save", "up_proj"),
-        "is quantised, and codes cannot be trained",
+        "is quantized, and codes cannot be trained",
     ),
     "not a number": (
         tensors("model/model.safetensors", **{WEIGHT: np.full((48, 32), np.nan, np.float32)}),
@@ -130,23 +130,23 @@ CHECKPOINTS: dict[str, Case] = {
     "other bits": (
         nothing,
         (*SMALL, *EIGHT),
-        "--model.load_in_8bit True: small is quantised already (nf4, double-quantised)",
+        "--model.load_in_8bit True: small is quantized already (nf4, double-quantized)",
     ),
     "other type": (
         nothing,
         (*SMALL, "--model.bnb_4bit_quant_type", "fp4"),
-        "small is quantised already (nf4",
+        "small is quantized already (nf4",
     ),
     "no double": (
         nothing,
         (*SMALL, *FOUR, "--model.bnb_4bit_use_double_quant", "False"),
-        "is quantised already",
+        "is quantized already",
     ),
-    "other skips": (nothing, (*SMALL, "--model.llm_int8_skip_modules", "q_proj"), "is quantised already"),
+    "other skips": (nothing, (*SMALL, "--model.llm_int8_skip_modules", "q_proj"), "is quantized already"),
     "not 4 bits": (
         nothing,
         (*SMALL, "--model.load_in_4bit", "False"),
-        "--model.load_in_4bit False: small is quantised",
+        "--model.load_in_4bit False: small is quantized",
     ),
     "unknown bits": (
         configured(load_in_4bit=False, load_in_2bit=True),
@@ -167,7 +167,7 @@ CHECKPOINTS: dict[str, Case] = {
     "other method": (
         configured(quant_method="awq"),
         SMALL,
-        "quantised with awq: small/config.json; take the",
+        "quantized with awq: small/config.json; take the",
     ),
     "no config": (
         change(CONFIG, quantization_config=...),
@@ -191,12 +191,12 @@ CHECKPOINTS: dict[str, Case] = {
     "config of bits without codes": (
         change("model/config.json", quantization_config={"load_in_4bit": True}),
         TRAIN,
-        "but none is quantised: model",
+        "but none is quantized: model",
     ),
     "generate": (
         nothing,
         ("generate", "--model.path", "small", *EIGHT, "--prompt", "1+1="),
-        "is quantised already",
+        "is quantized already",
     ),
 }
 COMMANDS: dict[str, Case] = {
@@ -213,14 +213,14 @@ COMMANDS: dict[str, Case] = {
     "quantize nothing in it": (
         nothing,
         (*QUANTIZE, "--model.llm_int8_skip_modules", "proj"),
-        "proj: leaves no linear layer to quantise",
+        "proj: leaves no linear layer to quantize",
     ),
     "quantize double in 8": (
         nothing,
         (*QUANTIZE, *EIGHT, "--model.bnb_4bit_quant_type", "fp4"),
         "is about a 4-bit model",
     ),
-    "quantize quantised, skipping": (
+    "quantize quantized, skipping": (
         nothing,
         (*AGAIN, "--model.llm_int8_skip_modules", "q_proj"),
         "--model.llm_int8_skip_modules q_proj: small is",
@@ -246,7 +246,7 @@ COMMANDS: dict[str, Case] = {
     "merge onto codes that are not there": (
         change("adapter/lora_jax.json", quantization_config={"load_in_4bit": True}, base_is_quantized=True),
         (*MERGE, "--base_precision", "dequantized"),
-        "was trained on a checkpoint that was quantised already, and model is not",
+        "was trained on a checkpoint that was quantized already, and model is not",
     ),
     "quantize nothing": (nothing, ("quantize",), "quantize: needs --model.path and --output"),
     "quantize bits": (
@@ -260,12 +260,12 @@ COMMANDS: dict[str, Case] = {
         (*QUANTIZE[:-1], "model", "--overwrite"),
         "--output model: is or holds model",
     ),
-    "quantize quantised": (
+    "quantize quantized": (
         nothing,
         (*AGAIN, "--model.bnb_4bit_quant_type", "fp4"),
-        "small is quantised already (nf4, double-quantised), and fp4",
+        "small is quantized already (nf4, double-quantized), and fp4",
     ),
-    "quantize quantised in 8": (nothing, (*AGAIN, *EIGHT), "small is quantised already (nf4"),
+    "quantize quantized in 8": (nothing, (*AGAIN, *EIGHT), "small is quantized already (nf4"),
     "quantize size": (nothing, (*QUANTIZE, "--max_shard_size", "x"), "--max_shard_size x: not a size"),
     "calibrate in 8 bits": (
         nothing,
@@ -307,10 +307,10 @@ COMMANDS: dict[str, Case] = {
         (*CALIBRATE, "--calibration.chat_template", "alpacca"),
         "--calibration.chat_template alpacca: neither a file nor a template's name; Perhaps you meant 'alpaca'?",
     ),
-    "calibrate the quantised": (
+    "calibrate the quantized": (
         nothing,
         (*AGAIN, "--calibration.path", "rows.jsonl"),
-        "--calibration.path rows.jsonl: small is quantised already",
+        "--calibration.path rows.jsonl: small is quantized already",
     ),
     "merge onto what": (
         nothing,
@@ -320,7 +320,7 @@ COMMANDS: dict[str, Case] = {
     "merge onto codes": (
         nothing,
         (*MERGE, "--base", "small", "--base_precision", "original"),
-        "small is quantised; give the unquantised base",
+        "small is quantized; give the unquantized base",
     ),
     "merge precision": (
         nothing,
@@ -337,7 +337,7 @@ COMMANDS: dict[str, Case] = {
         MERGE,
         "adapter/lora_jax.json: is damaged (dtype 'int3')",
     ),
-    "merge notes of quantisation": (
+    "merge notes of quantization": (
         change(
             "adapter/lora_jax.json", quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "nf9"}
         ),

@@ -38,7 +38,7 @@ def test_lines_in_a_file_are_whole_and_plain(home: Path) -> None:
         r"trainable params: 2,784 \|\| all params: 29,312 \|\| trainable%: 9.4978",
         r"device   cpu, computing in float32",
         r"base     qwen2, 103.6 KiB",
-        r"trained  10.9 KiB, optimiser 21.8 KiB \(adamw\)",
+        r"trained  10.9 KiB, optimizer 21.8 KiB \(adamw\)",
         r"train    .*rows.jsonl: 8 rows, 56 tokens, 24 trained, longest row 7",
         r"eval     .*rows.jsonl: 20 rows, 140 tokens, 60 trained, longest row 7",
         r"a step   4 rows \(passes: 2\)",

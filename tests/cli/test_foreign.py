@@ -131,7 +131,7 @@ def test_a_flag_of_another_tool_is_answered_with_ours(
 
 
 def test_bits_are_answered_by_their_number() -> None:
-    """`--bits 16`, as QLoRA's scripts have it, asks for no quantisation at all."""
+    """`--bits 16`, as QLoRA's scripts have it, asks for no quantization at all."""
     answers = {bits: answer_to(Unknown("bits", [bits]), OURS).text for bits in ("4", "8", "16")}
     assert answers == {"4": "model.load_in_4bit True", "8": "model.load_in_8bit True", "16": ""}
 

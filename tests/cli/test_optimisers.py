@@ -1,4 +1,4 @@
-"""Every optimiser by its name, on the command line."""
+"""Every optimizer by its name, on the command line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_optimiser_trains(
     printed = capsys.readouterr().out
     held = 3 * (32 + 32) * 128 * {"sgd": 0, "lion": 4}.get(optim, 2 + 8 / 256 if "8bit" in optim else 8)
     if optim != "adafactor":
-        assert f"optimiser {held / 1024:.1f} KiB ({optim})" in printed or not held
+        assert f"optimizer {held / 1024:.1f} KiB ({optim})" in printed or not held
     assert printed.count("nothing is moved") == ("paged" in optim)
 
 
@@ -43,7 +43,7 @@ def test_every_optimiser_trains(
 def test_a_run_in_8_bits_goes_on_from_a_checkpoint_to_the_bit(
     optim: str, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Pain 20: a paged optimiser resumes as any other."""
+    """Pain 20: a paged optimizer resumes as any other."""
     output = tmp_path / "out"
     arguments = train_arguments(
         *inputs,

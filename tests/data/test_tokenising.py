@@ -1,4 +1,4 @@
-"""Rows tokenised in several processes, and read one at a time."""
+"""Rows tokenized in several processes, and read one at a time."""
 
 import io
 import json
@@ -114,4 +114,4 @@ def test_terminal_gets_a_bar_and_a_log_nothing(make_tokenizer, write_lines):
         load_examples(
             DataOptions(cache=False), make_tokenizer("chatml"), path, "train", None, console=console
         )
-        assert ("tokenising" in console.file.getvalue()) == terminal
+        assert ("tokenizing" in console.file.getvalue()) == terminal

@@ -262,7 +262,7 @@ def test_tensor_of_an_unsupported_dtype_is_an_error_when_it_is_asked_for(tmp_pat
     np.testing.assert_array_equal(checkpoint.tensor("w"), matrix())
     for read in (checkpoint.dtype, checkpoint.tensor):
         with pytest.raises(
-            UserError, match=r"^tensor quantised has the dtype I8: .*; weights must be F32, F16, BF16"
+            UserError, match=r"^tensor quantized has the dtype I8: .*; weights must be F32, F16, BF16"
         ):
             read("quantised")
 

@@ -63,7 +63,7 @@ def test_what_was_trained_is_told_and_what_is_unknown_is_not() -> None:
         "| target modules | q_proj, v_proj |",
         "| trainable parameters | 1,234,567 |",
         "| data | rows.jsonl |",
-        "| optimiser steps | 1,200 |",
+        "| optimizer steps | 1,200 |",
         "| learning rate | 0.0002 |",
         "| evaluation loss before | 2.3457 |",
         "| evaluation loss after | 1.2000 |",

@@ -55,7 +55,7 @@ def test_dtype_of_the_file_has_no_say_in_the_model() -> None:
             ["rope_type 'yarn'", "folder/of/model", "linear, dynamic, llama3"],
         ),
         ({"hidden_act": "mish"}, ["hidden_act 'mish'", "folder/of/model", "silu"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["quantised with gptq", "folder/of/model"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantized with gptq", "folder/of/model"]),
         ({"hidden_size": "wide"}, ["folder/of/model", "llama config", "mend"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

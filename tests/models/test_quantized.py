@@ -1,4 +1,4 @@
-"""A base whose linear layers are quantised: while it is loaded, or in its checkpoint already."""
+"""A base whose linear layers are quantized: while it is loaded, or in its checkpoint already."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_head_that_is_quantised_in_the_checkpoint_is_used_so(tmp_path: Path) -> 
     save_file(tensors | to_bitsandbytes(kernel).tensors("lm_head.weight"), file, metadata={"format": "pt"})
     base = open_base(tmp_path / "small")
     assert is_quantized(base.params["lm_head"]["kernel"])
-    with pytest.raises(UserError, match=r"--model\.resize_vocab: lm_head\.weight is quantised"):
+    with pytest.raises(UserError, match=r"--model\.resize_vocab: lm_head\.weight is quantized"):
         load_params(
             base.checkpoint, replace(base.config, vocab_size=99), quantization=base_quantization(base)
         )

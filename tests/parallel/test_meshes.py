@@ -80,7 +80,7 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def is_kernel(shape: str, tensor: int) -> bool:
-    """Say whether a shape, "1,512,1024", is that of a quantised kernel, or of its part on a device of `tensor`."""
+    """Say whether a shape, "1,512,1024", is that of a quantized kernel, or of its part on a device of `tensor`."""
     hidden, heads = CONFIG["hidden_size"], CONFIG["head_dim"] * CONFIG["num_attention_heads"]
     keys, mlp = CONFIG["head_dim"] * CONFIG["num_key_value_heads"], CONFIG["intermediate_size"]
     columns, rows = (heads, keys, mlp), (heads, mlp)

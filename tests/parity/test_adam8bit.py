@@ -51,7 +51,7 @@ def test_fifty_steps_are_those_of_bitsandbytes(name: str) -> None:
     (shape, allowed), rng = CASES[name], np.random.default_rng(0)
     start = rng.standard_normal(shape, np.float32)
     # Gradients with a direction, and sizes that differ by column as a model's do. None is near zero beside its own
-    # mean: where v's code is 0 and m's is not, both optimisers take a step that the rounding decides alone.
+    # mean: where v's code is 0 and m's is not, both optimizers take a step that the rounding decides alone.
     lean = rng.uniform(0.1, 1, shape) * rng.choice([-1, 1], shape) * 10 ** rng.uniform(-4, -1, shape[-1])
     gradients = [(lean * rng.uniform(0.5, 1.5, shape)).astype(np.float32) for _ in range(STEPS)]
 

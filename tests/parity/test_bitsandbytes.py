@@ -86,7 +86,7 @@ def their_packed(packed: torch.Tensor, state: Any) -> Packed4bit:
 
 
 def their_weights(packed: torch.Tensor, state: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Their weights [out, in], dequantised as a single row.
+    """Their weights [out, in], dequantized as a single row.
 
     With AVX-512 the library's CPU code takes wrong scales (0.50.2) where blocks run over the ends of rows.
     """

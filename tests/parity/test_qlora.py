@@ -1,4 +1,4 @@
-"""Quantised bases beside transformers, PEFT and bitsandbytes: checkpoints either wrote, and twenty training steps."""
+"""Quantized bases beside transformers, PEFT and bitsandbytes: checkpoints either wrote, and twenty training steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def their_model(folder: Path, kind: str | None = None) -> Any:
-    """Return transformers' model, quantised while loading where a kind is given, computing in float32."""
+    """Return transformers' model, quantized while loading where a kind is given, computing in float32."""
     loading: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}
     if kind is not None:
         loading["quantization_config"] = BitsAndBytesConfig(

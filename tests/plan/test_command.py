@@ -99,7 +99,7 @@ def test_methods_of_a_checkpoint_that_is_quantised_are_not_compared(
     file = write_config(tmp_path, quantization_config=quantization)
     assert main(["plan", *small(file, "cpu"), "--compare"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: --compare: {file} is quantised already")
+    assert error.startswith(f"error: --compare: {file} is quantized already")
     assert error.count("\n") == 1
 
 

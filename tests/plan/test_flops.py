@@ -40,7 +40,7 @@ def options(file: Path, remat: bool, method: str) -> RunConfig:
 def test_formula_equals_the_compilers_count(tmp_path: Path, method: str, remat: bool) -> None:
     config = options(write_config(tmp_path, **ONE_LAYER), remat, method)
     step, subject = planned_step(config, (), find_target("cpu"))
-    # Of the program as it is traced: optimised, a loop of one layer is none, and what it repeats is done once.
+    # Of the program as it is traced: optimized, a loop of one layer is none, and what it repeats is done once.
     counted = step.lower("cpu").cost_analysis()["flops"]
     products = step_flops(
         subject.model_config, subject.plan, step.batch.tokens.size, 32, again=remat, causal=False

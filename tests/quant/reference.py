@@ -1,4 +1,4 @@
-"""4-bit quantisation written down once more, in plain numpy and float64 look-ups, flat as bitsandbytes has it."""
+"""4-bit quantization written down once more, in plain numpy and float64 look-ups, flat as bitsandbytes has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The product with a quantised kernel and its gradient, beside the dequantised kernel in float64."""
+"""The product with a quantized kernel and its gradient, beside the dequantized kernel in float64."""
 
 from functools import partial
 from typing import Any

@@ -198,15 +198,15 @@ def test_damaged_tensors_are_one_clear_error(tmp_path: Path, damage: str) -> Non
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any] | None, str]] = {
     "another quant_type": (nf4_config(bnb_4bit_quant_type="fp4"), "is nf4, but config.json says fp4"),
-    "no double quantisation": (
+    "no double quantization": (
         nf4_config(bnb_4bit_use_double_quant=False),
-        "is double-quantised, but config.json says without",
+        "is double-quantized, but config.json says without",
     ),
     "8 bits": (nf4_config(load_in_4bit=False, load_in_8bit=True), "not of 8 bits"),
     "both": (nf4_config(load_in_8bit=True), "both of load_in_4bit and load_in_8bit"),
     "neither": (nf4_config(load_in_4bit=False), "neither of load_in_4bit and load_in_8bit"),
     "nothing": (None, "config.json has no quantization_config"),
-    "another method": ({"quant_method": "gptq", "bits": 4}, "quantised with gptq"),
+    "another method": ({"quant_method": "gptq", "bits": 4}, "quantized with gptq"),
     "unknown type": (nf4_config(bnb_4bit_quant_type="nf3"), "bnb_4bit_quant_type is 'nf3'"),
     "text for a boolean": (nf4_config(bnb_4bit_use_double_quant="yes"), "bnb_4bit_use_double_quant is 'yes'"),
     "text for a list": (nf4_config(llm_int8_skip_modules="lm_head"), "llm_int8_skip_modules is 'lm_head'"),
@@ -227,7 +227,7 @@ def test_config_that_contradicts_the_tensors_is_one_clear_error(tmp_path: Path, 
 
 def test_config_of_quantised_weights_without_any_is_one_clear_error(tmp_path: Path) -> None:
     folder = write(tmp_path, {NAME: np.ones((OUT, IN), np.float32)}, nf4_config())
-    with pytest.raises(UserError, match="none is quantised"):
+    with pytest.raises(UserError, match="none is quantized"):
         open_checkpoint(folder)
 
 

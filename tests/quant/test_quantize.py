@@ -85,7 +85,7 @@ def test_no_weight_is_further_off_than_half_the_widest_step(weight: np.ndarray, 
     wide = weight.astype(np.float32)
     found = np.asarray(dequantize(quantize(weight, "nf4", double), jnp.float32).T)
     absmax = np.repeat(flat_codes(weight, "nf4")[1], 64)[: wide.size].reshape(wide.shape)
-    # Double quantisation moves a scale by half a step of its map at most, 0.9/64/2 of the largest difference.
+    # Double quantization moves a scale by half a step of its map at most, 0.9/64/2 of the largest difference.
     slack = 0.0073 * 2 * np.abs(wide).max() if double else 0
     assert (np.abs(found - wide) <= absmax * 0.153 + slack).all()
 

@@ -215,7 +215,7 @@ def test_figure_that_is_new_gets_a_curve_of_its_own(copied: Copy) -> None:
     )
     page = page_of(output)
     assert page.curve("loss", "eval math") == ([1, 2], [1.5, 1.25])
-    assert page.curve("mfu", "model flops utilisation")[1] == [0.4, 0.5]
+    assert page.curve("mfu", "model flops utilization")[1] == [0.4, 0.5]
     assert page.curve("accuracy", "accuracy")[1] == [0.5, 0.75]
     assert page.curve("skipped_steps", "skipped steps")[1] == [0, 1]
 

@@ -29,7 +29,7 @@ SAME = Identity({"train.seed": 1}, {"config.json": "sha256 a"})
 
 
 class Codes(NamedTuple):
-    """A moment in 8 bits, as an optimiser of 8 bits holds it."""
+    """A moment in 8 bits, as an optimizer of 8 bits holds it."""
 
     codes: jax.Array
     scales: jax.Array
@@ -51,7 +51,7 @@ class Paged:
 
 
 def state(step: int = 0, seed: int = 0) -> TrainState:
-    """A state whose optimiser has containers of every kind, all values from the seed."""
+    """A state whose optimizer has containers of every kind, all values from the seed."""
     rng = np.random.default_rng(seed)
     trainable = {"layers": {"lora_A": rng.standard_normal((8, 16), np.float32)}}
     adam = optax.adam(1e-3).init(trainable)

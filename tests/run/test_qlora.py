@@ -1,4 +1,4 @@
-"""Training on a quantised base through the command line: what is left, what repeats it, and the two ways to merge."""
+"""Training on a quantized base through the command line: what is left, what repeats it, and the two ways to merge."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_merged_onto_what_the_codes_stand_for_is_the_model_that_was_trained(
     )
     np.testing.assert_allclose(adapted_logits(exact, {}, {}, *text()), expected, atol=1e-4)
     assert "(dequantized)" in printed
-    # The quantised checkpoint as the base gives the same, with nothing said.
+    # The quantized checkpoint as the base gives the same, with nothing said.
     packed, _ = merged(MergeOptions(**common, output=str(tmp_path / "packed"), base=str(small)))
     assert "quantization_config" not in packed.checkpoint.config
     for name in exact.checkpoint.names:
@@ -167,7 +167,7 @@ def test_quantising_anew_is_asked_for_and_tells_what_is_lost(trained: Path, tmp_
 def test_quantising_anew_takes_what_is_tied_and_what_is_named_elsewhere(
     base: Path, rows: Path, tmp_path: Path, targets: tuple[str, ...]
 ) -> None:
-    """A quantised checkpoint may skip modules of other models; the head is never quantised anew."""
+    """A quantized checkpoint may skip modules of other models; the head is never quantized anew."""
     run("quantize", "--model.path", str(base), "--output", str(tmp_path / "small"))
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "multi_modal_projector"]
@@ -197,7 +197,7 @@ def test_generating_takes_a_quantised_base(
     base = small.parent / "base"
     run(*command, "--adapter", str(trained / "adapter"), "--model.path", str(base))
     assert (
-        "was trained on a quantised base (nf4, double-quantised); --model.load_in_4bit"
+        "was trained on a quantized base (nf4, double-quantized); --model.load_in_4bit"
         in capsys.readouterr().err
     )
     for model in ((str(small),), (str(base), *FOUR)):

@@ -1,4 +1,4 @@
-"""Optimiser state and layers' inputs in the host's memory, as the TPU's compiler places them, with no TPU."""
+"""Optimizer state and layers' inputs in the host's memory, as the TPU's compiler places them, with no TPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 def start(base: Base, train: TrainOptions) -> tuple[Any, Any, TrainState]:
-    """Return optimiser, adapter tree and first state of an adapter on q whose moments are in 8 bits."""
+    """Return optimizer, adapter tree and first state of an adapter on q whose moments are in 8 bits."""
     _, _, trainable, adapter = adapted(base, lora(r=RANK, target_modules=("q_proj",)))
     optimizer = make_optimizer(train, 10)
     return optimizer, adapter, init_state(trainable, optimizer, jax.random.key(0))

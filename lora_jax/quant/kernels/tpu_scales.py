@@ -1,4 +1,4 @@
-"""Values of 8-bit codes on a TPU: the scales of double quantisation, before they are scaled themselves.
+"""Values of 8-bit codes on a TPU: the scales of double quantization, before they are scaled themselves.
 
 XLA gathers a scalar at a time there. A permutation of a register's lanes looks 1024 codes up at once, among the 128
 values that a register's sublane holds; a table of 256 takes two, and the highest bit of a code says which.
