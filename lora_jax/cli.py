@@ -24,13 +24,13 @@ USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
 
   train      fine-tune a Hugging Face checkpoint with LoRA
   merge      merge an adapter into its base, as a Hugging Face folder
-  quantize   write a checkpoint with its linear layers in 4 or 8 bits, as bitsandbytes stores them
-  generate   complete a prompt with a model, and an adapter if given
+  quantize   quantize a checkpoint's linear layers to 4 or 8 bits, in bitsandbytes' format
+  generate   complete prompts with a model, and an adapter if given
   eval       score models on rows without training: a base, adapters, merged and quantized models
-  plan       what a run needs on a TPU, a GPU or this machine, from the compiler (--topology v5e:2x4)
-  export     rewrite an adapter for another program (--for vllm)
-  report     write a page about a run, or several: curves, layers that moved, data, samples, options
-  inspect    show the data as the model is trained on it (inspect data), or an adapter (inspect adapter)
+  plan       report what a run needs on a TPU, a GPU or this machine (--topology v5e:2x4)
+  export     rewrite an adapter for another program (--for vllm), or export a checkpoint's
+  report     write an HTML page about a run, or several: curves, layers that moved, data, samples, options
+  inspect    show the tokens that a model is trained on (inspect data), or an adapter (inspect adapter)
 
 lora-jax COMMAND --help lists the options of a command.
 """

@@ -50,27 +50,27 @@ class ModelOptions:
     """The base model."""
 
     path: str = ""
-    """Folder of a Hugging Face checkpoint, or its id on the Hub."""
+    """Folder of a Hugging Face checkpoint, or its Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     dtype: Dtype = "auto"
-    """Storage dtype of the base weights; auto keeps what the checkpoint has."""
+    """Dtype in which base weights are stored; auto keeps the checkpoint's."""
     compute_dtype: Dtype = "auto"
-    """Dtype of the matrix products; auto is float32 on a CPU or where dtype is float32, else bfloat16."""
+    """Dtype of matrix products; auto is float32 on a CPU or if dtype is float32, else bfloat16."""
     resize_vocab: bool = False
-    """Add embedding rows for tokens the tokenizer has beyond the checkpoint's vocabulary."""
+    """Add embedding rows for tokens that the tokenizer has beyond the checkpoint's vocabulary."""
     load_in_4bit: bool = False
-    """Hold the linear layers in 4 bits (QLoRA); a checkpoint that is quantized already needs no such option."""
+    """Quantize linear layers to 4 bits (QLoRA); not needed for a checkpoint that is already quantized."""
     load_in_8bit: bool = False
-    """Hold the linear layers in 8 bits, one scale an output."""
+    """Quantize linear layers to 8 bits, with one scale per output."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """Codes of 4 bits: nf4 (4-bit NormalFloat) or fp4."""
+    """4-bit data type: nf4 (4-bit NormalFloat) or fp4."""
     bnb_4bit_use_double_quant: bool = True
-    """Hold the scales of 4-bit blocks in 8 bits: 4.13 bits a weight instead of 4.5."""
+    """Quantize the scales of 4-bit blocks to 8 bits: 4.13 bits per weight instead of 4.5."""
     bnb_4bit_compute_dtype: Dtype = "auto"
-    """compute_dtype of a 4-bit model, under its name in transformers."""
+    """transformers' name for compute_dtype of a 4-bit model."""
     llm_int8_skip_modules: tuple[str, ...] = ()
-    """Modules to leave unquantized, in 4 bits too; the embedding, lm_head and norms always are."""
+    """Modules not to quantize, in 4 bits too; the embedding, lm_head and norms never are."""
 
 
 @dataclass(frozen=True)
@@ -82,31 +82,31 @@ class LoraOptions:
     lora_alpha: float = 32
     """Numerator of the scale: alpha/r, or alpha/sqrt(r) with use_rslora."""
     lora_dropout: float = 0.05
-    """Probability of dropping an element of the adapter's input while training."""
+    """Probability of dropping an element of the adapter's input during training."""
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
-    """Module names, one regex (full match), all-linear, or the presets minimal (q, v) and attention (q, k, v, o)."""
+    """Module names, one regex (full match), all-linear, or a preset: minimal (q, v) or attention (q, k, v, o)."""
     exclude_modules: tuple[str, ...] = ()
-    """Module names or one regex (full match) never to adapt; wins over target_modules."""
+    """Module names or one regex (full match) to leave out; takes precedence over target_modules."""
     layers_to_transform: tuple[int, ...] = ()
-    """Indices of the layers to adapt; empty adapts all. Goes with a list of target_modules."""
+    """Indices of the layers to adapt; empty adapts all. Requires a list of target_modules."""
     layers_pattern: tuple[str, ...] = ()
-    """Names of the list of layers that layers_to_transform counts in, where it is not the usual one."""
+    """Name of the list of layers that layers_to_transform indexes, if not the usual one."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks of single modules: name or regex, then r."""
+    """Ranks of individual modules: name or regex, then r."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """lora_alpha of single modules: name or regex, then the value."""
+    """lora_alpha of individual modules: name or regex, then the value."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained in full and saved with the adapter, such as lm_head or embed_tokens."""
     trainable_token_indices: tuple[int, ...] = ()
     """Token ids whose embedding rows are trained and saved with the adapter."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Biases to train: none, all, or those of adapted modules."""
+    """Biases to train: none, all, or those of adapted modules (lora_only)."""
     use_rslora: bool = False
     """Scale by alpha/sqrt(r) instead of alpha/r."""
     init_lora_weights: Literal["true", "gaussian", "orthogonal"] = "true"
-    """How A starts (true: Kaiming-uniform as in PEFT); the update starts at zero in each case."""
+    """Initialization of A (true: Kaiming-uniform, as in PEFT); the update always starts at zero."""
     init_from: str | None = None
-    """Folder of an adapter to go on training; its r, alpha, targets, patterns, rsLoRA and bias hold."""
+    """Folder of an adapter to continue training; its r, alpha, targets, patterns, rsLoRA and bias are kept."""
 
 
 @dataclass(frozen=True)
@@ -114,53 +114,53 @@ class DataOptions:
     """The rows and how they become tokens."""
 
     path: tuple[str, ...] = ()
-    """Files of rows, folders or quoted patterns ("d/*.jsonl") of them, or ids on the Hub; several are mixed."""
+    """Data files, folders, quoted patterns ("d/*.jsonl"), or Hub ids; several are mixed."""
     split: str = "train"
-    """Split to read, of each path; slices included: train[:200]."""
+    """Split to read from each path; may be a slice: train[:200]."""
     format: DataFormat = "auto"
-    """Form of a row; auto recognizes it by the columns, in each path anew."""
+    """Format of a row; auto detects it from the columns, for each path."""
     mixture_weights: tuple[float, ...] = ()
-    """Shares of the paths in an epoch, one number each; none takes every row of each path once."""
+    """Share of each path in an epoch, one number per path; without weights every row is used once."""
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
-    """With mixture_weights an epoch ends when the first path would repeat a row, or when each has given all."""
+    """With mixture_weights, end an epoch before any path repeats a row, or once each has given all its rows."""
     eval_path: str | None = None
-    """Rows to evaluate on: a file, a folder, a pattern or a Hub id, like path."""
+    """Evaluation data: a file, a folder, a pattern or a Hub id, like path."""
     eval_paths: dict[str, str] = field(default_factory=dict)
-    """Several sets to evaluate on: a name, then its file or Hub id; each has figures of its own: eval_NAME_loss."""
+    """Several evaluation sets: a name, then its file or Hub id; each has its own metrics, eval_NAME_loss."""
     eval_split: str | None = None
-    """Split of eval_path or eval_paths; unset means data.split for a Hub id and all rows of a file."""
+    """Split of eval_path or eval_paths; the default is data.split for a Hub id and all rows of a file."""
     eval_fraction: float = 0.0
-    """Share of the rows of path held out for evaluation where eval_path is not given."""
+    """Share of the rows of path to hold out for evaluation if eval_path is not given."""
     max_length: int = 1024
-    """Longest sequence in tokens; truncation_mode says what becomes of longer rows."""
+    """Maximum sequence length in tokens; truncation_mode decides about longer rows."""
     truncation_mode: Literal["keep_start", "windows", "drop"] = "keep_start"
-    """Longer rows are cut at the end, cut into full windows that are all trained on, or left out."""
+    """Longer rows: truncate at the end, split into full windows that are all trained, or drop."""
     packing: Packing = "none"
-    """Rows that share max_length tokens: none, whole rows that fit best (bfd), or rows cut anywhere (wrapped)."""
+    """Pack rows into sequences of max_length: none, whole rows by best fit (bfd), or rows cut anywhere (wrapped)."""
     eval_packing: Packing | None = None
-    """Packing of the rows of evaluation; None is that of training."""
+    """Packing of evaluation rows; None uses packing."""
     length_buckets: int = 4
-    """Lengths that steps are padded to, at most, where rows are not packed; each is compiled once."""
+    """Maximum number of lengths that steps are padded to without packing; each is compiled once."""
     pad_to_multiple_of: int | None = None
-    """What those lengths are multiples of; None is 128 on TPUs, 64 elsewhere."""
+    """Those lengths are multiples of this; None is 128 on TPUs, 64 elsewhere."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Column names: our name, then the file's name for it, or none to leave the column out."""
+    """Column names: our name, then the file's, or none to ignore the column."""
     text_field: str = "text"
-    """Column that holds the text in the format text."""
+    """Column of the text in format text."""
     chat_template: str | None = None
-    """Chat template in place of the tokenizer's: a jinja file or a name: alpaca, chatml, gemma, llama3, vicuna, …"""
+    """Chat template instead of the tokenizer's: a jinja file or a name: alpaca, chatml, gemma, llama3, vicuna, …"""
     completion_only_loss: bool | None = None
-    """Train on completions, outputs and answers alone (unset does so), or with False on prompts as well."""
+    """Train only on completions, outputs and answers (the default), or, with False, on prompts too."""
     assistant_only_loss: bool | None = None
-    """Train on the assistant's turns alone (unset does so), or with False on whole conversations."""
+    """Train only on the assistant's turns (the default), or, with False, on whole conversations."""
     train_on_eos: Literal["turn", "last", "none"] = "turn"
-    """End tokens that are trained: that of each trained turn, of the row's last one, or none."""
+    """End tokens to train on: of each trained turn, of the row's last turn, or none."""
     weight_field: str | None = None
-    """Column of numbers by which each row's trained tokens are weighted in the loss."""
+    """Column of numbers that weight each row's trained tokens in the loss."""
     num_proc: int | None = None
-    """Processes that tokenize; unset is up to 8 for large files and one for small ones."""
+    """Tokenizer processes; the default is up to 8 for large files and one for small ones."""
     cache: bool = True
-    """Keep tokens in ~/.cache/lora_jax/tokens (LORA_JAX_CACHE names another folder) for the next run."""
+    """Cache tokens in ~/.cache/lora_jax/tokens (or the folder LORA_JAX_CACHE) for later runs."""
 
 
 @dataclass(frozen=True)
@@ -172,111 +172,111 @@ class TrainOptions:
     max_steps: int = -1
     """Optimizer steps; a positive number overrides num_train_epochs."""
     per_device_train_batch_size: int = 4
-    """Rows a device in one forward and backward pass."""
+    """Rows per device in one forward and backward pass."""
     per_device_eval_batch_size: int | None = None
-    """Rows a device in evaluation; unset is the training batch size."""
+    """Rows per device in evaluation; the default is the training batch size."""
     gradient_accumulation_steps: int = 4
-    """Passes whose gradients are added before one optimizer step."""
+    """Micro-batches whose gradients are accumulated before an optimizer step."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    """Learning rate schedule after the warmup."""
     min_lr_ratio: float = 0.0
-    """Floor of a decaying schedule, as a share of learning_rate."""
+    """Lowest learning rate of a decaying schedule, as a fraction of learning_rate."""
     warmup_ratio: float = 0.03
-    """Share of the steps that warm up linearly; constant has no warm-up."""
+    """Fraction of the steps for linear warmup; constant has no warmup."""
     warmup_steps: int = 0
-    """Warm-up steps; a positive number overrides warmup_ratio."""
+    """Warmup steps; a positive number overrides warmup_ratio."""
     weight_decay: float = 0.0
     """Decoupled weight decay; biases and norms are never decayed."""
     adam_beta1: float = 0.9
-    """First moment's decay (adamw and lion)."""
+    """Decay of the first moment (adamw and lion)."""
     adam_beta2: float = 0.999
-    """Second moment's decay (adamw; lion uses it for its update)."""
+    """Decay of the second moment (adamw; lion uses it for its update)."""
     adam_epsilon: float = 1e-8
-    """Term in AdamW's denominator."""
+    """Epsilon in AdamW's denominator."""
     max_grad_norm: float = 0.3
-    """Global norm that gradients are clipped to; 0 does not clip."""
+    """Global norm at which gradients are clipped; 0 disables clipping."""
     optim: Literal[
         "adamw", "sgd", "lion", "adafactor", "adamw8bit", "paged_adamw_8bit", "paged_adamw_32bit"
     ] = "adamw"
-    """Optimizer; 8bit holds AdamW's moments in 8 bits, paged in the host's memory."""
+    """Optimizer; 8bit keeps AdamW's moments in 8 bits, paged keeps them in host memory."""
     offload: Literal["none", "optimizer", "activations", "both"] = "none"
-    """What is kept in the host's memory between its uses: optimizer state, layer inputs, or both (TPU and GPU)."""
+    """What to keep in host memory between uses: optimizer state, layer inputs, or both (TPU and GPU)."""
     neftune_noise_alpha: float = 0.0
-    """Noise on the embeddings while training, uniform in ± this / sqrt(tokens of the row · embed); 0 for none."""
+    """Noise on the embeddings during training, uniform in ± alpha / sqrt(tokens of the row · embed); 0 for none."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass to save memory."""
     logging_steps: int = 10
-    """Steps between lines of metrics.jsonl; the first and the last step are always logged."""
+    """Steps between lines of metrics.jsonl; the first and last step are always logged."""
     eval_steps: int = 0
-    """Steps between evaluations; 0 evaluates before the first step and after the last one only."""
+    """Steps between evaluations; 0 evaluates only before the first step and after the last one."""
     eval_on_start: bool = True
-    """Evaluate before the first step too; False saves the time, and the run cannot say what it started from."""
+    """Evaluate before the first step; False saves the time, but leaves nothing to compare with."""
     metric_for_best_model: str | None = None
-    """Figure that tells the best checkpoint, such as eval_token_accuracy; unset is the first set's loss."""
+    """Metric that selects the best checkpoint, such as eval_token_accuracy; the default is the first set's loss."""
     load_best_model_at_end: bool = False
-    """Export what the best checkpoint holds, not the last; save_steps has to be a multiple of eval_steps."""
+    """Export the best checkpoint instead of the last; save_steps must be a multiple of eval_steps."""
     early_stopping_patience: int = 0
-    """Evaluations in a row without a better figure after which the run ends; 0 never stops it."""
+    """Stop after this many evaluations in a row without improvement; 0 never stops."""
     early_stopping_threshold: float = 0.0
-    """How much better than the best so far a figure has to be for early_stopping_patience."""
+    """Minimum improvement that counts for early_stopping_patience."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts to complete at each evaluation; completions go to samples.jsonl."""
+    """Prompts to complete at each evaluation, written to samples.jsonl."""
     sample_max_new_tokens: int = 64
-    """Greatest number of tokens in a sample."""
+    """Maximum number of tokens in a sample."""
     generation_metrics: tuple[GenerationMetric, ...] = ()
-    """Scores of greedy completions against the answers of the evaluation rows: exact_match, bleu, rouge."""
+    """Scores of greedy completions against the evaluation answers: exact_match, bleu, rouge."""
     generation_rows: int = 64
-    """Rows of each evaluation set that generation_metrics completes, from the first on."""
+    """Number of rows of each evaluation set, from the first on, that generation_metrics completes."""
     generation_max_new_tokens: int = 128
-    """Greatest number of tokens in a completion that is scored."""
+    """Maximum number of tokens in a scored completion."""
     max_nonfinite_steps: int = 5
-    """Steps in a row, skipped for a loss or gradient that is not finite, that end the run; 0 is as 1."""
+    """Stop after this many steps in a row with a loss or gradient that is not finite; 0 acts like 1."""
     save_strategy: Literal["no", "steps", "epoch"] = "steps"
-    """When checkpoints are written; steps and epoch also keep the last step."""
+    """When to write checkpoints; steps and epoch also save the last step."""
     save_steps: int = 500
     """Steps between checkpoints."""
     save_total_limit: int | None = 2
-    """Checkpoints kept; None keeps all."""
+    """Number of checkpoints to keep; None keeps all."""
     seed: int = 42
     """Seed of initialization, data order and dropout."""
     report_to: tuple[Tracker, ...] = ()
-    """Trackers to send what is logged to: tensorboard, wandb, mlflow, trackio; metrics.jsonl is written always."""
+    """Trackers to log to: tensorboard, wandb, mlflow, trackio; metrics.jsonl is always written."""
     run_name: str | None = None
-    """Name of the run in trackers; unset is the name of output_dir."""
+    """Name of the run in trackers; the default is the name of output_dir."""
     profile_steps: tuple[int, ...] = ()
-    """First and last step of a profiler trace, written to output_dir/profile; one number traces one step."""
+    """First and last step to profile, written to output_dir/profile; one number profiles one step."""
 
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """How many devices each way of sharing the work takes; they multiply out to all devices, -1 is what is left."""
+    """How devices share the work; the sizes multiply to the number of devices, and -1 stands for the remaining ones."""
 
     data: int = 1
-    """Devices that hold the same parameters and take different rows."""
+    """Devices that hold the same parameters and process different rows."""
     fsdp: int = -1
-    """Devices that take different rows and a share of the parameters each, gathered layer by layer."""
+    """Devices that process different rows and each hold a shard of the parameters, gathered layer by layer."""
     tensor: int = 1
-    """Devices that share out heads and features of each layer."""
+    """Devices that shard the heads and features of each layer."""
     sequence: int = 1
-    """Devices that share out the tokens of a row."""
+    """Devices that shard the tokens of a row."""
 
 
 @dataclass(frozen=True)
 class DistributedOptions:
-    """A run over several processes; found out by itself on TPU VMs, under SLURM and Open MPI."""
+    """A run over several processes; detected automatically on TPU VMs, under SLURM and under Open MPI."""
 
     coordinator_address: str | None = None
-    """host:port of process 0; gives the run more than one process where the environment does not."""
+    """host:port of process 0; starts a multi-process run where the environment does not."""
     num_processes: int | None = None
-    """Processes of the run; 1 alone trains in this process only, whatever the environment says."""
+    """Number of processes; 1 trains in this process only, whatever the environment says."""
     process_id: int | None = None
-    """Number of this process, from 0."""
+    """Index of this process, from 0."""
     coordinator_port: int | None = None
-    """Port of process 0 where the environment gives its address alone; JAX takes 8482 on TPU slices."""
+    """Port of process 0 if the environment gives only its address; the default on TPU slices is 8482."""
     timeout: int = 300
-    """Seconds to wait for the other processes at the start."""
+    """Seconds to wait for the other processes at startup."""
 
 
 @dataclass(frozen=True)
@@ -294,15 +294,15 @@ class RunConfig:
     method: Literal["lora", "full"] = "lora"
     """lora trains an adapter; full trains every parameter and writes a whole checkpoint."""
     resume: bool = False
-    """Go on from the last checkpoint of output_dir."""
+    """Resume from the last checkpoint in output_dir."""
     overwrite: bool = False
-    """Replace the run that output_dir holds."""
+    """Replace the run in output_dir."""
     push_to_hub: str | None = None
-    """Id on the Hub, owner/name, to upload the adapter or model to when the run is done."""
+    """Hub id, owner/name, to upload the adapter or model to after the run."""
     hub_private_repo: bool = False
-    """Make the repository private, where push_to_hub makes it."""
+    """Make the repository private if push_to_hub creates it."""
     hub_revision: str | None = None
-    """Branch of push_to_hub to upload to, made where it is not there; unset is main."""
+    """Branch of push_to_hub to upload to, created if missing; the default is main."""
 
 
 def check(config: RunConfig) -> None:

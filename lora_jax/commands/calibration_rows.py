@@ -29,24 +29,24 @@ PADDED_TO = 64
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Rows that 4-bit weights are fitted to by GPTQ; without them each weight is rounded to the nearest value."""
+    """Rows to fit 4-bit codes to, with GPTQ; without them each weight is rounded to the nearest value."""
 
     path: str = ""
-    """File, folder or pattern, or a data set's id on the Hub, like data.path; rows like those to be trained on."""
+    """File, folder, pattern or Hub id, like data.path; use rows like your training data."""
     split: str = "train"
-    """Split to read, slices included: train[:200]."""
+    """Split to read; may be a slice: train[:200]."""
     rows: int = 128
-    """Rows that are used, the first of the split."""
+    """Number of rows to use, from the first of the split."""
     format: DataFormat = "auto"
-    """Form of a row; auto recognizes it by the columns."""
+    """Format of a row; auto detects it from the columns."""
     max_length: int = 1024
-    """Longest sequence in tokens; longer rows are cut at the end."""
+    """Maximum sequence length in tokens; longer rows are truncated at the end."""
     text_field: str = "text"
-    """Column that holds the text in the format text."""
+    """Column of the text in format text."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Column names: our name, then the file's name for it, or none to leave the column out."""
+    """Column names: our name, then the file's, or none to ignore the column."""
     chat_template: str | None = None
-    """Chat template in place of the tokenizer's, like data.chat_template; give the one that is to be trained with."""
+    """Chat template instead of the tokenizer's, like data.chat_template; use the one you will train with."""
 
 
 def check_calibration(options: CalibrationOptions, model: ModelOptions, typed: Collection[str]) -> None:

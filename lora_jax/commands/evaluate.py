@@ -68,37 +68,36 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Score models on rows: a base, adapters, merged and quantized models. Takes the YAML file of a run too.
+    """Score models on rows: a base, adapters, merged and quantized models. Also takes the YAML file of a run.
 
-    Measures data.eval_path or data.eval_paths; without them data.path, or the share of it that data.eval_fraction
-    holds out.
+    Evaluates data.eval_path or data.eval_paths, else data.path, or the share of it that data.eval_fraction holds out.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
     adapter: tuple[str, ...] = ()
-    """Adapters to measure: folders or Hub ids; without model.path each on the base that it names."""
+    """Adapters to score, folders or Hub ids; without model.path, each on the base that it names."""
     base: bool = False
-    """Measure the base of the adapters too, without an adapter."""
+    """Also score the base of the adapters alone."""
     models: tuple[str, ...] = ()
-    """More models to measure as they are stored, such as merged or quantized ones: folders or Hub ids."""
+    """More models to score as stored, such as merged or quantized ones: folders or Hub ids."""
     per_device_eval_batch_size: int = TrainOptions.per_device_train_batch_size
-    """Rows a device in one pass."""
+    """Rows per device in one batch."""
     generation_metrics: tuple[GenerationMetric, ...] = ()
-    """Scores of greedy completions against the answers of the rows: exact_match, bleu, rouge."""
+    """Scores of greedy completions against the answers: exact_match, bleu, rouge."""
     generation_rows: int = TrainOptions.generation_rows
-    """Rows of each set that generation_metrics completes, from the first on."""
+    """Number of rows of each set, from the first on, that generation_metrics completes."""
     generation_max_new_tokens: int = TrainOptions.generation_max_new_tokens
-    """Greatest number of tokens in a completion that is scored."""
+    """Maximum number of tokens in a scored completion."""
     seed: int = TrainOptions.seed
-    """Seed by which data.eval_fraction draws its rows; that of the run whose rows they are."""
+    """Seed with which data.eval_fraction draws its rows; use the run's to get the same rows."""
     json: bool = False
-    """Print a line of JSON for each model, as soon as it is measured, instead of a table."""
+    """Print one line of JSON per model as soon as it is measured, instead of a table."""
     output: str = ""
     """File to write those lines to."""
     overwrite: bool = False
-    """Replace the file that output names."""
+    """Replace the output file."""
 
     @property
     def scoring(self) -> TrainOptions:

@@ -33,27 +33,27 @@ from lora_jax.pretrained import open_folder
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Rewrite an adapter for another program, or write the one that a checkpoint holds."""
+    """Rewrite an adapter for another program, or write the adapter of a checkpoint."""
 
     adapter: str = ""
-    """Folder of the adapter; this or checkpoint is needed."""
+    """Folder of the adapter; give this or checkpoint."""
     checkpoint: str = ""
-    """Instead of an adapter the output_dir of a run, its last checkpoint; OUT:STEP or OUT:best for another."""
+    """output_dir of a run, for its last checkpoint; OUT:STEP or OUT:best for another one."""
     output: str = ""
     """Folder to write to."""
     for_: Annotated[Literal["vllm"] | None, tyro.conf.arg(name="for")] = None
-    """Program that will serve the adapter: vllm, also where it is unset, reads one rank and one alpha for all modules;
-    a checkpoint's adapter is written as it was trained."""
+    """Program that will serve the adapter. vllm (the default) reads one rank and one alpha for all modules; the adapter
+    of a checkpoint is written as it was trained unless this is given."""
     base: str | None = None
-    """Base model of the adapter: a folder or a Hub id; unset is the one that it names."""
+    """Base model of the adapter, a folder or a Hub id; the default is the one that it names."""
     overwrite: bool = False
-    """Replace what output holds."""
+    """Replace the contents of output."""
     push_to_hub: str | None = None
-    """Id on the Hub, owner/name, to upload what was written to."""
+    """Hub id, owner/name, to upload the adapter to."""
     hub_private_repo: bool = False
-    """Make the repository private, where push_to_hub makes it."""
+    """Make the repository private if push_to_hub creates it."""
     hub_revision: str | None = None
-    """Branch of push_to_hub to upload to, made where it is not there; unset is main."""
+    """Branch of push_to_hub to upload to, created if missing; the default is main."""
 
 
 def export(options: ExportOptions, console: Console | None = None) -> int:

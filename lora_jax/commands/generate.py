@@ -28,25 +28,25 @@ class GenerateOptions:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     adapter: str | None = None
-    """Folder of an adapter, or its id on the Hub; without model.path its base is the one that it names."""
+    """Adapter, a folder or a Hub id; without model.path, the base is the one that it names."""
     prompt: tuple[str, ...] = ()
-    """What to complete; several are completed together. Each is a user's turn where there is a chat template."""
+    """Prompts to complete, as a batch; each is a user's turn if there is a chat template."""
     raw: bool = False
-    """Take the prompt as it is, without the chat template."""
+    """Use the prompt as it is, without the chat template."""
     system: str | None = None
-    """System message that goes before the prompt."""
+    """System message before the prompt."""
     max_new_tokens: int = 256
-    """Greatest number of tokens to write; an end token stops earlier."""
+    """Maximum number of tokens to generate; an end token stops earlier."""
     temperature: float = 0.0
-    """0 always takes the likeliest token; above it tokens are drawn, the more evenly the higher it is."""
+    """0 is greedy; higher values sample more evenly."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens whose probabilities add up to this."""
     top_k: int = 0
-    """Draw from this many likeliest tokens; 0 draws from all."""
+    """Sample from this many most likely tokens; 0 samples from all."""
     repetition_penalty: float | None = None
-    """Above 1 makes tokens that have occurred less likely; unset takes generation_config.json's, else 1."""
+    """Above 1 makes repeated tokens less likely; the default is generation_config.json's, else 1."""
     seed: int = 42
-    """Seed of the draws."""
+    """Seed for sampling."""
 
 
 def generate(options: GenerateOptions, typed: Collection[str] = ()) -> int:

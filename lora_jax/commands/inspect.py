@@ -22,7 +22,7 @@ WIDEST = 10_000
 
 @dataclass(frozen=True)
 class InspectDataOptions:
-    """Show rows as tokens, the trained ones in color; takes train's YAML file and its model and data options."""
+    """Show rows as tokens, with the trained ones in color; takes train's YAML file and its model and data options."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)

@@ -35,34 +35,34 @@ from lora_jax.pretrained import open_folder
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """Merge an adapter into its base, and write a plain Hugging Face folder."""
+    """Merge an adapter into its base and write a plain Hugging Face folder."""
 
     adapter: str = ""
     """Folder of the adapter."""
     output: str = ""
     """Folder to write the merged model to."""
     base: str | None = None
-    """Base model: a folder or a Hub id; unset is the one that the adapter names."""
+    """Base model, a folder or a Hub id; the default is the one that the adapter names."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype to write; auto is the base's."""
+    """Dtype of the merged model; auto is the base's."""
     base_precision: Literal["auto", "original", "dequantized"] = "auto"
-    """Merge onto the base's own weights, or onto what its codes stood for in training; auto: its own, if given."""
+    """Merge into the original base weights, or into the dequantized ones used in training; auto prefers original."""
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
-    """Write the merged linear layers quantized, as bitsandbytes stores them; prints what it loses."""
+    """Quantize the merged linear layers in bitsandbytes' format, and print the loss that this adds."""
     prompts: Annotated[
         tuple[str, ...], tyro.conf.arg(help_behavior_hint=f"(default: {len(PROMPTS)} texts of its own)")
     ] = PROMPTS
-    """Texts whose first 128 tokens the choices are compared on where the base was quantized; None: weights alone."""
+    """Texts (first 128 tokens) to compare the choices on if the base was quantized; None compares weights only."""
     max_shard_size: str = "5GB"
-    """Greatest size of one safetensors file."""
+    """Maximum size of a safetensors file."""
     overwrite: bool = False
-    """Replace what output holds."""
+    """Replace the contents of output."""
     push_to_hub: str | None = None
-    """Id on the Hub, owner/name, to upload what was written to."""
+    """Hub id, owner/name, to upload the model to."""
     hub_private_repo: bool = False
-    """Make the repository private, where push_to_hub makes it."""
+    """Make the repository private if push_to_hub creates it."""
     hub_revision: str | None = None
-    """Branch of push_to_hub to upload to, made where it is not there; unset is main."""
+    """Branch of push_to_hub to upload to, created if missing; the default is main."""
 
 
 def base_folder(adapter: Path, config: AdapterConfig, given: str | None) -> Path:

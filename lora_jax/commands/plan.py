@@ -29,18 +29,18 @@ def _no_data() -> DataOptions:
 
 @dataclass(frozen=True)
 class PlanOptions(RunConfig):
-    """Show what a training run needs in memory and time on a TPU, a GPU or this machine, before it is started.
+    """Report the memory and time that a training run needs on a TPU, a GPU or this machine, before you start it.
 
-    Takes the options of train. No rows are read: each is taken to have data.max_length tokens.
+    Takes the options of train. No data is read: every row is assumed to have data.max_length tokens.
     """
 
     data: DataOptions = field(default_factory=_no_data)
     output_dir: str = "none"
-    """Not needed: nothing is written."""
+    """Ignored: plan writes nothing."""
     topology: str = ""
-    """What to plan for: a TPU topology such as v5e:2x4, h100, a100, or cpu for this machine."""
+    """Hardware to plan for: a TPU topology such as v5e:2x4, h100, a100, or cpu for this machine."""
     search: bool = False
-    """Find the largest batch, and the cheapest mesh and gradient checkpointing, that fit."""
+    """Find the largest batch that fits, with the cheapest mesh and gradient checkpointing."""
     compare: bool = False
     """Show full fine-tuning, LoRA and QLoRA side by side."""
     json: bool = False

@@ -28,16 +28,16 @@ from lora_jax.quant.repack import to_bitsandbytes
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """Write a checkpoint with its linear layers in 4 bits, or with model.load_in_8bit in 8, as bitsandbytes does."""
+    """Quantize the linear layers of a checkpoint to 4 bits (8 with model.load_in_8bit), in bitsandbytes' format."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     output: str = ""
     """Folder to write to."""
     max_shard_size: str = "5GB"
-    """Greatest size of one safetensors file."""
+    """Maximum size of a safetensors file."""
     overwrite: bool = False
-    """Replace what output holds."""
+    """Replace the contents of output."""
 
 
 def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Console | None = None) -> int:

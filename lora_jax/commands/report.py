@@ -18,10 +18,10 @@ FOLDERS = "OUT [OUT2 …]"
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Write an HTML page about a run, or about several laid over each other: OUT is the output_dir of a run."""
+    """Write an HTML page about a run, or several runs overlaid: OUT is the output_dir of a run."""
 
     output: str | None = None
-    """File to write; unset is report.html in the first folder."""
+    """File to write; the default is report.html in the first folder."""
 
 
 def report(arguments: Sequence[str], program: str, console: Console | None = None) -> int:

@@ -26,9 +26,7 @@ Options = TypeVar("Options")
 Flags = dict[str, list[str]]
 
 CONFIG_FILE = "[CONFIG.yaml]"
-SWITCHES = (
-    "A switch, {True,False}, may stand bare for True; yes and no, on and off, 1 and 0 are understood too."
-)
+SWITCHES = "A switch, {True,False}, may be given without a value for True; yes/no, on/off and 1/0 work too."
 
 
 def parse(
