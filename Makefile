@@ -21,7 +21,7 @@ export JAX_PLATFORMS ?= cpu
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-exhaustive soak parity check check-report docs format memory aot aot-cuda clean
+.PHONY: help demo test test-slow test-exhaustive soak parity check check-report docs gpu-dry-run format memory aot aot-cuda clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -66,6 +66,9 @@ docs: $(VENV)/.installed-docs ## Build the documentation into build/site; a brok
 format: $(VENV)/.installed-dev ## Mend what ruff can mend.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+gpu-dry-run: $(VENV)/.installed-parity ## Try scripts/gpu_check.py on the CPU, with tiny shapes; some minutes.
+	$(BIN)/python scripts/gpu_check.py --dry-run $(ARGS)
 
 memory: $(VENV)/.installed-test ## Compile the steps of docs/memory.md for TPUs and print its table: half an hour or more.
 	$(BIN)/python benchmarks/memory.py $(ARGS)

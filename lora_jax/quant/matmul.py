@@ -43,7 +43,7 @@ def matmul(
     `kernel` has no leading axes; or it is a stack over layers, of which `layer` is read in place. Under a mesh
     (`jax.set_mesh`) each device multiplies its own shards.
     """
-    return on_shards(_forward, x, _scaled(kernel, layer), layer)
+    return on_shards(_forward, x, scaled(kernel, layer), layer)
 
 
 def _matmul_forward(x: Array, kernel: Quantized, layer: Layer) -> tuple[Array, tuple[Quantized, Layer]]:
@@ -52,13 +52,13 @@ def _matmul_forward(x: Array, kernel: Quantized, layer: Layer) -> tuple[Array, t
 
 def _matmul_backward(kept: tuple[Quantized, Layer], dy: Array) -> tuple[Array, None, None]:
     kernel, layer = kept
-    return on_shards(_backward, dy, _scaled(kernel, layer), layer, transposed=True), None, None
+    return on_shards(_backward, dy, scaled(kernel, layer), layer, transposed=True), None, None
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _scaled(kernel: Quantized, layer: Layer) -> Quantized:
+def scaled(kernel: Quantized, layer: Layer) -> Quantized:
     """Return a layer of a stack with its float32 scales formed; the codes of a 4-bit one stay in the stack."""
     if isinstance(kernel, Int8Kernel):
         return kernel if layer is None else at(kernel, layer)
@@ -133,8 +133,8 @@ def xla_backward(
 ) -> Float[Array, "*batch in"]:
     """Return dy · Wᵀ by XLA alone; the kernel is as in `pallas_forward`."""
     if isinstance(kernel, Int8Kernel):
-        scaled = (dy.astype(jnp.float32) * (kernel.absmax * INT8_STEP)).astype(dy.dtype)
-        return _product(scaled, int8_units(kernel, dy), transposed=True).astype(dy.dtype)
+        units = (dy.astype(jnp.float32) * (kernel.absmax * INT8_STEP)).astype(dy.dtype)
+        return _product(units, int8_units(kernel, dy), transposed=True).astype(dy.dtype)
     kernel, table = _alone(kernel, layer), ordered_after(dy, kernel.table)
     if kernel.grouped:
         pair = [_product(dy, half, transposed=True) for half in halves(kernel, dy.dtype, table)]
