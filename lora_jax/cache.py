@@ -9,12 +9,13 @@ nothing, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says what a program has to t
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 FOLDER = Path(".cache", "lora_jax", "compiled")
 """In the home of the user."""
 SIZE = 5 * 2**30
-"""Bytes that the folder may take; what was used longest ago goes first."""
+"""Bytes that the folder may take before a command starts; the least recently used programs go first."""
 SHORTEST = 0.02
 """Seconds from which on compiling takes longer than reading the program back."""
 
@@ -42,4 +43,26 @@ def keep_compiled() -> None:
         return
     if os.access(folder, os.W_OK | os.X_OK):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(SIZE))
+        if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+            trim(folder, SIZE)
+
+
+def trim(folder: Path, size: int) -> None:
+    """Remove the programs of a folder that were used longest ago, until the rest takes no more than `size` bytes.
+
+    JAX has an option for that, but then lists the whole folder, under a lock, for every program that it writes.
+    """
+    found: list[tuple[float, int, str]] = []
+    with os.scandir(folder) as files:
+        for file in files:
+            with suppress(OSError):  # another process removed it just now
+                stat = file.stat()
+                if file.is_file():
+                    found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, file.path))
+    taken = sum(each for _, each, _ in found)
+    for _, bytes_freed, path in sorted(found):
+        if taken <= size:
+            return
+        with suppress(OSError):
+            os.unlink(path)
+        taken -= bytes_freed

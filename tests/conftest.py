@@ -23,7 +23,6 @@ _ENVIRONMENT = {
     # first take a fifth. tests/parity and what users run have them; TPU programs are the same to the letter.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
-    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "HF_HOME": _hub_home.name,  # neither the user's token nor their cached files

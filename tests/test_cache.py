@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax.cache import keep_compiled
+from lora_jax.cache import keep_compiled, trim
 
 NAME = "JAX_COMPILATION_CACHE_DIR"
 
@@ -35,3 +35,23 @@ def test_a_home_that_takes_no_folder_is_no_error(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path))
     keep_compiled()
     assert NAME not in os.environ
+
+
+def test_the_least_recently_used_programs_go_first(tmp_path: Path) -> None:
+    for number, name in enumerate(("newest", "oldest", "middle")):
+        (tmp_path / name).write_bytes(b"x" * 10)
+        os.utime(tmp_path / name, (time := (3, 1, 2)[number], time))
+    trim(tmp_path, 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["middle", "newest"]
+    trim(tmp_path, 20)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_jax_is_not_told_to_list_the_folder_for_every_program_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With thousands of small programs that took most of a second each."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE", raising=False)
+    keep_compiled()
+    assert "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ
