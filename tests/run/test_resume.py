@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tests.run.test_checkpoints import UNREAD, damaged_somewhere
 
 from lora_jax.cli import main
 from lora_jax.hub.adapter_files import read_adapter
@@ -249,6 +250,30 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_or_named(
     assert "resuming after step 1" in said
     assert timeless(output) == timeless(finished[1])
     assert tree(output / "adapter") == tree(finished[1] / "adapter")
+
+
+@pytest.mark.exhaustive
+def test_a_bit_flipped_anywhere_in_the_newest_checkpoint_changes_no_result(
+    stopped: tuple[list[str], Path], finished: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    """100 bits in turn, over all its files: a run resumes from the checkpoint before, and an export takes that one."""
+    arguments, output = stopped
+    copy, exported = tmp_path / "copy", tmp_path / "exported"
+    wanted = []
+    for step in (1, 2):
+        run("export", "--checkpoint", f"{finished[1]}:{step}", "--output", str(exported), "--overwrite")
+        wanted.append(read_adapter(exported)[1])
+    given = [str(copy) if word == str(output) else word for word in arguments]
+    for where in damaged_somewhere(output / "checkpoints" / "2", 100):
+        shutil.copytree(output, copy)
+        run("export", "--checkpoint", str(copy), "--output", str(exported), "--overwrite")
+        found = read_adapter(exported)[1]
+        same = [all(np.array_equal(found[name], tensor) for name, tensor in of.items()) for of in wanted]
+        assert same[0] or (where.startswith(UNREAD) and same[1]), where
+        run(*given, "--resume")
+        assert timeless(copy) == timeless(finished[1]), where
+        assert tree(copy / "adapter") == tree(finished[1] / "adapter"), where
+        shutil.rmtree(copy)
 
 
 def test_where_every_checkpoint_is_damaged_that_is_one_clear_error(
