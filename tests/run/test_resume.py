@@ -14,13 +14,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tests.run.test_checkpoints import UNREAD, damaged_somewhere
 
 from lora_jax.cli import main
 from lora_jax.hub.adapter_files import read_adapter
 from lora_jax.run.output import MetricsLog
 from scripts.soak import soak
 from tests.conftest import ROOT
+from tests.run.test_checkpoints import UNREAD, damaged_somewhere
 from tests.runs import metrics, run, timeless, train_arguments, tree, without_progress, write_rows
 from tests.tiny import CONFIGS, write_checkpoint
 
