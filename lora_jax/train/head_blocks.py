@@ -12,7 +12,7 @@ compiler gives a step with blocks more memory (0.6 GiB of Qwen2-7B's), not less.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.layers import product
 from lora_jax.quant.leaf import is_quantized
+from lora_jax.trees import Collections, Trained
 
 BLOCK = 16384
 """Tokens of the vocabulary whose logits exist at once; a smaller vocabulary is not cut."""
@@ -45,6 +46,10 @@ class Table(NamedTuple):
         return self.kernel[tokens] if self.tied else self.kernel[:, tokens].T
 
 
+Carry: TypeAlias = tuple[Array, Array, Array, Array | None]
+"""Of each token so far: the largest logit, the sum, the target's logit, and the mixture if asked for."""
+
+
 class Losses(NamedTuple):
     """Of each token: -log softmax(logits)[target] in nats, whether no logit is above it, and the loss's gradient."""
 
@@ -53,7 +58,7 @@ class Losses(NamedTuple):
     gradient: Float[Array, "tokens embed"] | None
 
 
-def wide_table(trainable: Any, constant: Any, tied: bool) -> Table | None:
+def wide_table(trainable: Trained, constant: Collections, tied: bool) -> Table | None:
     """Return the table of a head to be taken in blocks, None where something in it is trained or it is no wider."""
     if jax.tree.leaves(trainable):
         return None
@@ -71,7 +76,7 @@ def losses_in_blocks(
     """Return the losses of hidden states; the logits are rounded to x's dtype, as the head's are."""
     count, vocab = x.shape[0], table.vocab
 
-    def body(number: Array, carry: Any) -> Any:
+    def body(number: Array, carry: Carry) -> Carry:
         largest, total, picked, mixed = carry
         start = jnp.minimum(number * BLOCK, vocab - BLOCK)  # the last block reaches back into the one before
         kernel = table.block(start)
