@@ -44,7 +44,7 @@ from lora_jax.parallel.mesh import make_mesh
 from lora_jax.paths import output_on_disk
 from lora_jax.run.evaluation import Evaluator, asked
 from lora_jax.run.in_memory import InMemory
-from lora_jax.run.loop import number
+from lora_jax.run.journal import number
 from lora_jax.run.scores import check_installed, score_names
 from lora_jax.run.setup import evaluation_rows
 from lora_jax.run.stopping import FIGURES

@@ -117,40 +117,49 @@ def to_example(
         messages = _preceded(row, _messages(_column(row, column, where), column, where), where)
         return _chat(row, messages, 0, whole, where)
     if form == "prompt_completion":
-        prompt, completion = _column(row, "prompt", where), _column(row, "completion", where)
-        if isinstance(prompt, str) and isinstance(completion, str):
-            texts = _text(row, "prompt", where), _text(row, "completion", where)
-            _check_plain(
-                row,
-                where,
-                "prompt and completion are strings; give both as lists of messages, or take them as a question and "
-                "its answer: --data.columns question prompt answer completion",
-            )
-            return CompletionExample(*texts, whole=completion_only is False)
-        if isinstance(prompt, str) or isinstance(completion, str):
-            raise UserError(
-                f"{where}: prompt is {kind(prompt)} and completion is {kind(completion)}; "
-                "give both as strings, or both as lists of messages"
-            )
-        head = _preceded(row, _messages(prompt, "prompt", where), where)
-        tail = _messages(completion, "completion", where)
-        return _chat(row, head + tail, 0 if completion_only is False else len(head), whole, where)
-    if form == "instruction":
-        instruction, response = _text(row, "instruction", where), _text(row, "output", where)
-        extra = _text(row, "input", where) if row.get("input") is not None else ""
-    elif form == "question_answer":
-        instruction, response = _text(row, "question", where), _text(row, "answer", where)
-        extra = ""
-    else:
-        raise ValueError(f"{form!r} is no format of a row")
+        return _completed(row, completion_only is False, whole, where)
+    if form in ("instruction", "question_answer"):
+        return _answered(row, form, chat, completion_only is False, whole, where)
+    raise ValueError(f"{form!r} is no format of a row")
+
+
+def _completed(row: Mapping[str, Any], prompts_too: bool, whole: bool, where: str) -> Example:
+    """Return a prompt and its completion, both strings or both messages; `prompts_too` trains on the prompt as well."""
+    prompt, completion = _column(row, "prompt", where), _column(row, "completion", where)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        texts = _text(row, "prompt", where), _text(row, "completion", where)
+        _check_plain(
+            row,
+            where,
+            "prompt and completion are strings; give both as lists of messages, or take them as a question and "
+            "its answer: --data.columns question prompt answer completion",
+        )
+        return CompletionExample(*texts, whole=prompts_too)
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise UserError(
+            f"{where}: prompt is {kind(prompt)} and completion is {kind(completion)}; "
+            "give both as strings, or both as lists of messages"
+        )
+    head = _preceded(row, _messages(prompt, "prompt", where), where)
+    tail = _messages(completion, "completion", where)
+    return _chat(row, head + tail, 0 if prompts_too else len(head), whole, where)
+
+
+def _answered(
+    row: Mapping[str, Any], form: DataFormat, chat: bool, prompts_too: bool, whole: bool, where: str
+) -> Example:
+    """Return an instruction or a question with its answer: a conversation where there is a template, else Alpaca's."""
+    asked, answer = ("instruction", "output") if form == "instruction" else ("question", "answer")
+    instruction, response = _text(row, asked, where), _text(row, answer, where)
+    extra = _text(row, "input", where) if form == "instruction" and row.get("input") is not None else ""
     if not chat:
         _check_plain(
             row,
             where,
             "the tokenizer has no chat template; put a chat_template.jinja into the model's folder, or write it "
-            f"into the {'instruction' if form == 'instruction' else 'question'}",
+            f"into the {asked}",
         )
-        return CompletionExample(alpaca_prompt(instruction, extra), response, completion_only is False)
+        return CompletionExample(alpaca_prompt(instruction, extra), response, prompts_too)
     request = f"{instruction}\n\n{extra}" if extra.strip() else instruction
     messages = _preceded(row, _turns(request, response), where)
     return _chat(row, messages, 0, whole, where)

@@ -41,6 +41,8 @@ from lora_jax.run.checksums import (
     has_checksums,
     write_checksums,
 )
+from lora_jax.run.stopping import Goal
+from lora_jax.run_folder import figure_name
 from lora_jax.train.step import TrainState
 
 FREE = frozenset(
@@ -77,7 +79,7 @@ Passes draw dropout each for itself, so that with it another number of them drop
 LENGTH = frozenset({"train.max_steps", "train.num_train_epochs"})
 """Options that may differ on resuming, so that a run can be made longer: the schedule is that of the new length."""
 LENGTHS_OF_STEPS = "lengths of steps"
-EVAL_LOSS = "eval_loss"
+EVAL_LOSS = Goal(figure_name("", "loss"), greater_is_better=False)
 
 
 @dataclass(frozen=True)
@@ -149,15 +151,14 @@ class Checkpoints:
         folder: Path | epath.Path,
         keep: int | None,
         identity: Identity,
-        metric: str = EVAL_LOSS,
-        greater_is_better: bool = False,
+        goal: Goal = EVAL_LOSS,
     ) -> None:
-        """Open the folder, made if need be; `metric` is the figure to go by. Raises UserError where it is of no use."""
+        """Open the folder, made if need be; `goal` is the figure to go by. Raises UserError where it is of no use."""
         for name in ("absl", "concurrent.futures"):  # what they report is raised here, in one line
             logging.getLogger(name).setLevel(logging.CRITICAL)
         whole = folder if "://" in str(folder) else Path(folder).absolute()  # Orbax takes no relative path
         self._place, self.folder, self.identity = whole, epath.Path(whole), identity
-        self.metric, self.greater_is_better = metric, greater_is_better
+        self.goal = goal
         self._failed = self._cleaned = self._writing = False
         self.notes: list[str] = []
         """What was found of the checkpoints that were there: damage, and that one has no checksums."""
@@ -166,14 +167,14 @@ class Checkpoints:
         if keep is not None:
             best = policies.BestN(
                 get_metric_fn=self._figure,
-                reverse=not greater_is_better,
+                reverse=not goal.greater_is_better,
                 n=1,
                 keep_checkpoints_without_metrics=False,
             )
             kept.append(best)
         options = ocp.CheckpointManagerOptions(
             best_fn=self._figure,
-            best_mode="max" if greater_is_better else "min",
+            best_mode="max" if goal.greater_is_better else "min",
             preservation_policy=policies.AnyPreservationPolicy(kept),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
@@ -213,7 +214,7 @@ class Checkpoints:
                     options=ocp.args.JsonSave(self.identity.plain()),
                     progress=ocp.args.JsonSave(progress._asdict()),
                 ),
-                metrics=None if value is None else {self.metric: value},
+                metrics=None if value is None else {self.goal.metric: value},
                 custom_metadata=self._best_noted(),
             )
             self._writing = True
@@ -236,7 +237,7 @@ class Checkpoints:
             metadata = json.loads((place / METADATA).read_text())
             metadata["custom_metadata"] = self._best_noted()
             write_text(place / METADATA, json.dumps(metadata))
-            write_text(place / "metrics" / "metrics", json.dumps({self.metric: value}))
+            write_text(place / "metrics" / "metrics", json.dumps({self.goal.metric: value}))
             if known and isinstance(place, Path):
                 write_checksums(place, known)
         wait_for_all("figure of a checkpoint")
@@ -246,7 +247,7 @@ class Checkpoints:
         """Return the figure of a step, None where it is no number; note whether it is the best."""
         if value is None or not math.isfinite(value):
             return None
-        if self.best is None or not self._better(self.best.value, value):
+        if self.best is None or not self.goal.better(self.best.value, than=value):
             self.best = Best(step, value)
         return value
 
@@ -344,16 +345,13 @@ class Checkpoints:
     def _stored_best(self) -> Best | None:
         step = self.manager.best_step()
         metrics = None if step is None else self.manager.metrics(step)
-        if step is None or metrics is None or self.metric not in metrics:
+        if step is None or metrics is None or self.goal.metric not in metrics:
             return None
         return Best(step, self._figure(metrics))
 
     def _figure(self, metrics: Mapping[str, float]) -> float:
         # A run with another figure to go by left none of this name, and is refused for that when it is resumed.
-        return metrics.get(self.metric, -math.inf if self.greater_is_better else math.inf)
-
-    def _better(self, value: float, than: float) -> bool:
-        return value > than if self.greater_is_better else value < than
+        return metrics.get(self.goal.metric, -math.inf if self.goal.greater_is_better else math.inf)
 
     def _remove_partial(self) -> None:
         """Remove, once, what a run that was killed or found the disk full left of the checkpoint it was writing."""

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from lora_jax.config import TrainOptions
 from lora_jax.errors import UserError
 from lora_jax.hub.tokenizer import padding_token_id
-from lora_jax.parallel.mesh import row_shards
 from lora_jax.parallel.processes import same_in_all, writes
 from lora_jax.progress import at, stage
 from lora_jax.run.checkpoints import Checkpoints, Progress
 from lora_jax.run.evaluation import Evaluation, Evaluator
-from lora_jax.run.output import Logs
+from lora_jax.run.journal import Journal
 from lora_jax.run.profile import Profiler
-from lora_jax.run.reporter import TRAINING, Reporter
+from lora_jax.run.reporter import TRAINING
 from lora_jax.run.setup import Run
 from lora_jax.run.signals import Interrupted, Signals
 from lora_jax.run.stopping import Goal, Patience
-from lora_jax.run.utilisation import utilisation_of_a_token
-from lora_jax.run.warnings import Cautions, broken_base
+from lora_jax.run.warnings import broken_base
 from lora_jax.run.window import Window
-from lora_jax.run_folder import BASE_LOSS, EVALUATED, WARNINGS
-from lora_jax.train.feed import Feed, Sizes, eval_sizes, shaping
-from lora_jax.train.optim import make_optimizer, schedule
+from lora_jax.train.feed import Feed, Sizes
 from lora_jax.train.programs import Programs
 from lora_jax.train.skipped import Skipped, places
-from lora_jax.train.step import TrainState, make_train_step
+from lora_jax.train.step import TrainState
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the loop goes through: a run, the sizes of its steps, its step, and how it is measured and judged."""
+
+    run: Run
+    sizes: Sizes
+    step: Programs
+    evaluator: Evaluator
+    goal: Goal
 
 
 @dataclass(frozen=True)
@@ -59,39 +65,12 @@ class Outcome:
         """The first set's loss of the exported state, None where it was not measured."""
         return _loss(self.after)
 
-
-def run_sizes(run: Run, lengths: Sequence[int] | None = None) -> Sizes:
-    """Return which rows each step takes, rows a pass and the number of steps of a run.
-
-    `lengths` are those of the steps of the run that is gone on with: which are best depends on the number of steps.
-    """
-    train, data, mesh = run.config.train, run.config.data, run.mesh
-    passes, shards = train.gradient_accumulation_steps, row_shards(mesh.shape)
-    batch = train.per_device_train_batch_size * shards
-    per_device = train.per_device_eval_batch_size or train.per_device_train_batch_size
-    plan = shaping(data, mesh).plan(
-        run.train_rows.lengths,
-        batch * passes,
-        train.seed,
-        steps=train.max_steps,
-        epochs=train.num_train_epochs,
-    )
-    if lengths and lengths[-1] == plan.buckets[-1]:
-        plan = replace(plan, buckets=tuple(lengths))
-    # Rows and passes that an epoch cannot fill would be computed in vain.
-    batch = min(batch, -(-len(plan.bins) // shards) * shards)
-    passes = min(passes, -(-len(plan.bins) // batch))
-    plan = replace(plan, per_step=batch * passes)
-    steps = train.max_steps
-    if steps <= 0:
-        steps = math.ceil(train.num_train_epochs * plan.steps_per_epoch)
-    return Sizes(
-        plan=plan,
-        batch=batch,
-        accumulation=passes,
-        evaluation=eval_sizes(data, per_device, mesh),
-        steps=steps,
-    )
+    @property
+    def results(self) -> dict[str, float]:
+        """Final figures: those of the exported state, and before the first step by NAME_before."""
+        before = {f"{name}_before": value for name, value in self.before.items()}
+        found = {"num_tokens": self.num_tokens, **before, **self.after}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 class Loop:
@@ -99,31 +78,17 @@ class Loop:
 
     def __init__(
         self,
-        run: Run,
-        sizes: Sizes,
-        state_shardings: TrainState,
-        logs: Logs,
+        training: Training,
+        journal: Journal,
         checkpoints: Checkpoints,
-        reporter: Reporter,
         signals: Signals,
         profiler: Profiler,
-        evaluator: Evaluator,
-        goal: Goal,
     ) -> None:
-        self.run, self.sizes, self.logs, self.reporter = run, sizes, logs, reporter
-        self.profiler, self.utilisation = profiler, utilisation_of_a_token(run)
-        self.checkpoints, self.signals = checkpoints, signals
-        self.options: TrainOptions = run.config.train
-        optimizer = make_optimizer(self.options, sizes.steps)
-        self.train_step = Programs(make_train_step(run.model, optimizer, state_shardings), "the step")
-        self.evaluator, self.goal = evaluator, goal
-        self.rate = jax.jit(schedule(self.options, sizes.steps))  # one program, not one for each operation
-        padding_id = padding_token_id(run.tokenizer, run.model_config.vocab_size)
-        self.feed = Feed(run.train_rows, sizes, run.mesh, padding_id)
-        kept = logs.metrics.kept
-        self.cautions = Cautions(run, [text for line in kept for text in line.get(WARNINGS, [])])
-        self.evaluations = {line["step"]: found for line in kept if (found := evaluated_figures(line))}
-        self.warnings: list[str] = []
+        self.run, self.sizes, self.options = training.run, training.sizes, training.run.config.train
+        self.train_step, self.evaluator, self.goal = training.step, training.evaluator, training.goal
+        self.journal, self.checkpoints, self.signals, self.profiler = journal, checkpoints, signals, profiler
+        padding_id = padding_token_id(self.run.tokenizer, self.run.model_config.vocab_size)
+        self.feed = Feed(self.run.train_rows, self.sizes, self.run.mesh, padding_id)
         self.state: TrainState | None = None
         """That of the last step, where one was done."""
 
@@ -134,113 +99,114 @@ class Loop:
         Saves what is asked for. `progress` is what the checkpoint held beside the state. Raises UserError where a
         checkpoint cannot be written, and where too many steps in a row were not finite.
         """
-        first, sizes = int(state.step), self.sizes
-        progress = progress or Progress([])
-        self.skipped = Skipped(self.options.max_nonfinite_steps, progress.skipped, progress.skipped_in_a_row)
-        options, goal, stand = self.options, self.goal, (progress.best, progress.worse)
-        self.patience = Patience(
-            goal, options.early_stopping_patience, options.early_stopping_threshold, *stand
-        )
-        self._warn(self.cautions.before_training(sizes))
-        self.cautions.compile(state.trainable)
-        if first == 0 and options.eval_on_start:
-            self._before_training(state)
-        elif progress.unlogged is not None:
-            evaluation = self._evaluate(state)
-            self._write(progress.unlogged, state, evaluation)
-            progress = progress._replace(window=[])
-            if self._saves(first) or (first == sizes.steps and options.save_strategy != "no"):
-                # By it the checkpoint may be the best, as if the run had never been stopped.
-                self.checkpoints.measured(first, evaluation.figures.get(goal.metric))
-        elif first < sizes.steps and not self.patience.over:
-            self.evaluator.compile(state.trainable)  # which an evaluation at the start would have done
-        if first < sizes.steps and not self.patience.over:
-            shapes = self.feed.shapes(first + 1)
-            self.train_step.compile(state, self.run.frozen, self.run.adapter, batches=shapes)
-        window = Window(self.feed.tokens_before(first + 1), progress.window)
-        stopped: int | None = None
+        first = int(state.step)
+        self._before_steps(first, state, progress or Progress([]))
         self.signals.compiling()
-        for step in range(first + 1, sizes.steps + 1):
+        stopped: int | None = None
+        for step in range(first + 1, self.sizes.steps + 1):
             if self.patience.over:
                 break
-            self.profiler.before(step)
-            at(f"step {step}/{sizes.steps}")
-            batch = self.feed.batch(step)
-            state, metrics = self.train_step(state, self.run.frozen, self.run.adapter, batch)
-            self.state = state
-            self.signals.stepping()
-            window.add(self.feed.tokens(step), metrics)
-            self.skipped.add(step, metrics)
-            last = step == sizes.steps
-            self.profiler.after(step, metrics)
-            self.reporter.at(step)
-            evaluates, value, unlogged = self._evaluates(step), None, None
-            if evaluates or self._logs(step):
-                self.skipped.read()
-                entry = self._entry(step, window)  # before the evaluation, whose time is not a step's
-                if evaluates and self.skipped.too_many:
-                    unlogged = entry
-                else:
-                    try:
-                        evaluation = self._evaluate(state) if evaluates else Evaluation()
-                    except Interrupted as stop:
-                        self._save(state, window, entry)
-                        stopped = stop.number
-                        break
-                    self._write(entry, state, evaluation)
-                    value = evaluation.figures.get(goal.metric)
-                    window.restart()
-            if self.skipped.too_many:
-                self._save(state, window, unlogged)
-                raise self._broken(self.skipped.too_many, step)
-            ends = last or self.patience.over
+            state = self._take(step, state)
+            try:
+                value = self._log(step, state)
+            except Interrupted as told:
+                stopped = told.number
+                break
+            self._check_finite(step, state)
             received = self.signals.received()
-            if received or self._saves(step) or (ends and self.options.save_strategy != "no"):
-                self._save(state, window, value=value)
-            if received and not ends:
+            self._save_if_due(step, state, value, told=received is not None)
+            if received is not None and not self._ends(step):
                 stopped = received
                 break
             self.checkpoints.check()
-        if stopped is None and 0 < sizes.steps == self.skipped.total:
-            self._save(state, window)
-            raise self._broken(range(1, sizes.steps + 1), sizes.steps)
-        self.signals.finishing()
-        jax.block_until_ready(state)
-        steps = int(state.step)
-        if stopped is None:
-            state = self._exported(state)
-        step = int(state.step)
-        before, after = (self.evaluations.get(number, {}) for number in (0, step))
-        return Outcome(state, before, after, self.feed.tokens_before(step + 1), stopped, steps)
+        if stopped is None and 0 < self.sizes.steps == self.skipped.total:
+            self._save(state)
+            raise self._broken(range(1, self.sizes.steps + 1), self.sizes.steps)
+        return self._ended(state, stopped)
 
-    def _before_training(self, state: TrainState) -> None:
-        """Evaluate the start; a line of step 0 is written where there is a figure."""
-        evaluation = self._evaluate(state)
+    def _before_steps(self, first: int, state: TrainState, progress: Progress) -> None:
+        """Take up the counts of the checkpoint, warn, evaluate where that is due, and compile all that steps run."""
+        options, window = self.options, progress.window
+        self.skipped = Skipped(options.max_nonfinite_steps, progress.skipped, progress.skipped_in_a_row)
+        patience, threshold = options.early_stopping_patience, options.early_stopping_threshold
+        self.patience = Patience(self.goal, patience, threshold, progress.best, progress.worse)
+        self.journal.warn(self.journal.warnings.before_training(self.sizes))
+        self.journal.warnings.compile(state.trainable)
+        if first == 0 and options.eval_on_start:
+            self._evaluate_start(state)
+        elif progress.unlogged is not None:
+            self._make_up_for(progress.unlogged, state)
+            window = []
+        elif first < self.sizes.steps and not self.patience.over:
+            self.evaluator.compile(state.trainable)  # which an evaluation at the start would have done
+        if first < self.sizes.steps and not self.patience.over:
+            shapes = self.feed.shapes(first + 1)
+            self.train_step.compile(state, self.run.frozen, self.run.adapter, batches=shapes)
+        self.window = Window(self.feed.tokens_before(first + 1), window)
+
+    def _evaluate_start(self, state: TrainState) -> None:
+        evaluation = self.evaluator(state.trainable)
         base_loss = None
         if evaluation.figures and self.run.config.lora.init_from is not None:
             base_loss = self.evaluator.base_loss()
-        entry = {"step": 0, "epoch": 0.0, "num_tokens": 0}
-        if base_loss is not None:
-            entry[BASE_LOSS] = base_loss
-        self._warn(self.cautions.about_start(evaluation.figures, base_loss))
-        self._write(entry, state, evaluation)
+        self._judge(evaluation)
+        self.journal.start(evaluation, base_loss)
 
-    def _evaluate(self, state: TrainState) -> Evaluation:
-        """Return what an evaluation finds; raises Interrupted on a signal."""
-        return self.evaluator(state.trainable)
+    def _make_up_for(self, entry: dict[str, Any], state: TrainState) -> None:
+        """Make the evaluation in which the run was stopped, and write its line."""
+        step, evaluation = int(state.step), self.evaluator(state.trainable)
+        self._judge(evaluation)
+        self.journal.write(entry, state.trainable, evaluation, self._ends(step))
+        if self._saves(step) or (step == self.sizes.steps and self.options.save_strategy != "no"):
+            # By it the checkpoint may be the best, as if the run had never been stopped.
+            self.checkpoints.measured(step, evaluation.figures.get(self.goal.metric))
 
-    def _exported(self, state: TrainState) -> TrainState:
-        """Return the best checkpoint's state where that is asked for and another one, else the last."""
-        best = self.checkpoints.best
-        if not self.options.load_best_model_at_end or best is None or best.step == int(state.step):
-            return state
-        damaged = self.checkpoints.damage(best.step) if writes() else None
-        if not same_in_all(str(damaged)) or damaged is not None:  # all have to restore it, or none
-            self.reporter.warned(
-                f"the best checkpoint, that of step {best.step}, is damaged ({damaged}): the last step is exported"
-            )
-            return state
-        return self.checkpoints.restore(state, best.step)[0]
+    def _take(self, step: int, state: TrainState) -> TrainState:
+        """Queue a step, and return the state that it will leave."""
+        self.profiler.before(step)
+        at(f"step {step}/{self.sizes.steps}")
+        batch = self.feed.batch(step)
+        state, metrics = self.train_step(state, self.run.frozen, self.run.adapter, batch)
+        self.state = state
+        self.signals.stepping()
+        self.window.add(self.feed.tokens(step), metrics)
+        self.skipped.add(step, metrics)
+        self.profiler.after(step, metrics)
+        self.journal.reporter.at(step)
+        return state
+
+    def _log(self, step: int, state: TrainState) -> float | None:
+        """Log and evaluate a step where that is due; return the figure to go by, if it was measured.
+
+        Raises Interrupted, once the state is saved, where a signal breaks the evaluation off.
+        """
+        evaluates = self._evaluates(step)
+        if not evaluates and not self._logs(step):
+            return None
+        self.skipped.read()
+        # Before the evaluation, whose time is not a step's.
+        entry = self.journal.entry(step, self.window, self.skipped, self.feed.padding(step))
+        if evaluates:
+            self._check_finite(step, state, unlogged=entry)
+        try:
+            evaluation = self.evaluator(state.trainable) if evaluates else Evaluation()
+        except Interrupted:
+            self._save(state, entry)
+            raise
+        self._judge(evaluation)
+        self.journal.write(entry, state.trainable, evaluation, self._ends(step))
+        self.window.restart()
+        return evaluation.figures.get(self.goal.metric)
+
+    def _judge(self, evaluation: Evaluation) -> None:
+        if evaluation.figures:
+            self.patience = self.patience.after(evaluation.figures)
+
+    def _check_finite(self, step: int, state: TrainState, unlogged: dict[str, Any] | None = None) -> None:
+        """Save, and raise UserError, where too many steps in a row were not finite."""
+        if self.skipped.too_many:
+            self._save(state, unlogged)
+            raise self._broken(self.skipped.too_many, step)
 
     def _broken(self, steps: range, saved: int) -> UserError:
         """Return what to say of steps in a row that were not finite, once the state is saved."""
@@ -255,60 +221,46 @@ class Loop:
             f"loss or gradient not finite in {which}, on {places(self.run.train_rows, rows)}; {cause}{behind}"
         )
 
+    def _save_if_due(self, step: int, state: TrainState, value: float | None, told: bool) -> None:
+        """Save where a signal, the options or the end of the run ask for it; `value` is the figure of this step."""
+        at_end = self._ends(step) and self.options.save_strategy != "no"
+        if told or self._saves(step) or at_end:
+            self._save(state, value=value)
+
     def _save(
-        self,
-        state: TrainState,
-        window: Window,
-        unlogged: dict[str, Any] | None = None,
-        value: float | None = None,
+        self, state: TrainState, unlogged: dict[str, Any] | None = None, value: float | None = None
     ) -> None:
-        self.logs.sync()  # a resumption needs all lines up to its checkpoint
+        self.journal.logs.sync()  # a resumption needs all lines up to its checkpoint
         self.skipped.read()
         counts = (self.patience.best, self.patience.worse, self.skipped.total, self.skipped.in_a_row)
-        self.checkpoints.save(state, Progress(window.sums(), unlogged, *counts), value)
+        self.checkpoints.save(state, Progress(self.window.sums(), unlogged, *counts), value)
 
-    def _entry(self, step: int, window: Window) -> dict[str, Any]:
-        loss, figures = window.figures()
-        if self.utilisation is not None:
-            figures["mfu"] = self.utilisation * figures["tokens_per_second"]
-        # A step that is skipped does not take the schedule on.
-        updates = step - self.skipped.total
-        rate = float(self.rate(max(0, updates - (self.skipped.in_a_row == 0))))
-        return {
-            "step": step,
-            "epoch": round(step / self.sizes.steps_per_epoch, 4),
-            "loss": loss,
-            "learning_rate": float(f"{rate:.7g}"),  # 0.0002, as float32 can tell
-            **figures,
-            "padding": round(self.feed.padding(step), 4),
-            "skipped_steps": self.skipped.total,
-        }
+    def _ended(self, state: TrainState, stopped: int | None) -> Outcome:
+        """Return the outcome, with the state to export where the run was not stopped."""
+        self.signals.finishing()
+        jax.block_until_ready(state)
+        steps = int(state.step)
+        if stopped is None:
+            state = self._exported(state)
+        step = int(state.step)
+        before, after = (self.journal.evaluations.get(number, {}) for number in (0, step))
+        return Outcome(state, before, after, self.feed.tokens_before(step + 1), stopped, steps)
 
-    def _write(self, entry: dict[str, Any], state: TrainState, evaluation: Evaluation) -> None:
-        """Write and show a line, with what the evaluation found and the warnings that it gives reason for."""
-        step = entry["step"]
-        if evaluation.figures:
-            self.evaluations[step] = evaluation.figures
-            self.patience = self.patience.after(evaluation.figures)
-        if step > 0:
-            ends = step == self.sizes.steps or self.patience.over
-            self._warn(self.cautions.about_step(entry, state.trainable, ends))
-        if step == 1 and 0 not in self.evaluations:
-            self._warn(self.cautions.about_start(entry))
-        entry = {name: number(value) for name, value in (entry | evaluation.figures).items()}
-        if step > 0 or evaluation.figures:
-            if self.warnings:
-                entry, self.warnings = entry | {WARNINGS: self.warnings}, []
-            self.logs.metrics.write(entry)
-            self.reporter.logged(entry)
-        self.logs.write_samples({"step": step, **sample} for sample in evaluation.samples)
-        for sample in evaluation.samples:
-            self.reporter.sampled(sample)
+    def _exported(self, state: TrainState) -> TrainState:
+        """Return the best checkpoint's state where that is asked for and another one, else the last."""
+        best = self.checkpoints.best
+        if not self.options.load_best_model_at_end or best is None or best.step == int(state.step):
+            return state
+        damaged = self.checkpoints.damage(best.step) if writes() else None
+        if not same_in_all(str(damaged)) or damaged is not None:  # all have to restore it, or none
+            self.journal.reporter.warned(
+                f"the best checkpoint, that of step {best.step}, is damaged ({damaged}): the last step is exported"
+            )
+            return state
+        return self.checkpoints.restore(state, best.step)[0]
 
-    def _warn(self, texts: list[str]) -> None:
-        for text in texts:
-            self.reporter.warned(text)
-        self.warnings += texts
+    def _ends(self, step: int) -> bool:
+        return step == self.sizes.steps or self.patience.over
 
     def _logs(self, step: int) -> bool:
         return step % self.options.logging_steps == 0 or step in (1, self.sizes.steps)
@@ -324,16 +276,5 @@ class Loop:
         return every > 0 and step % every == 0
 
 
-def evaluated_figures(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return what a line of metrics.jsonl holds of an evaluation; NaN for what is no number."""
-    found = {name: value for name, value in line.items() if name.startswith(EVALUATED)}
-    return {name: math.nan if value is None else value for name, value in found.items()}
-
-
 def _loss(figures: Mapping[str, float]) -> float | None:
     return next((value for name, value in figures.items() if name.endswith("loss")), None)
-
-
-def number(value: Any) -> Any:
-    """Return a value as JSON has it: null for what is no finite number."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""What a run tells the user: the facts before the first step, a progress bar or lines, what was written."""
+"""What a run shows while it goes: a progress bar or a line a logged step, samples and warnings."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import json
 from contextlib import ExitStack
 from typing import Any
 
-import jax
-from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,92 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
-from rich.text import Text
 
-from lora_jax.adapters.count import trainable_line
-from lora_jax.errors import listing
-from lora_jax.models.sharding import left_whole
-from lora_jax.parallel.memory import size_text
 from lora_jax.progress import shown_by, spoke
-from lora_jax.quant.leaf import is_quantized
-from lora_jax.run.setup import Run
-from lora_jax.train.feed import Sizes
-from lora_jax.train.offload import HOST
-
-
-def tree_bytes(tree: Any) -> int:
-    """Return the bytes of a tree's arrays."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> None:
-    """Print PEFT's line of parameters, then devices, bytes, tokens a step, steps and where the output goes."""
-    train, packing, steps, plan = run.config.train, run.config.data.packing, sizes.steps, sizes.plan
-    console.print(trainable_line(*run.parameters))
-    trained, optimiser = size_text(tree_bytes(run.trainable)), size_text(tree_bytes(opt_state))
-    facts = {
-        "device": f"{_devices(run.mesh)}, computing in {run.model.dtype}",
-        "base": f"{run.model_config.model_type}, {size_text(tree_bytes(run.frozen or run.trainable))}{_bits(run)}",
-        "trained": f"{trained}, optimizer {optimiser}{_place(opt_state)} ({train.optim})",
-        "train": run.train_rows.summary(),
-        **_evaluated(run),
-        "a step": f"{sizes.rows_per_step} rows (passes: {sizes.accumulation})",
-        **({} if packing == "none" else {"packing": plan.bins.summary(packing, run.train_rows)}),
-        "buckets": plan.summary(),
-        "steps": f"{steps:,} ({steps / sizes.steps_per_epoch:.2f} epochs)",
-        "output": run.config.output_dir,
-    }
-    if whole := left_whole(run.mesh.shape, run.frozen, run.trainable):
-        facts["uncut"] = f"whole along an axis: {listing(whole, 3)}"
-    if not console.is_terminal:  # a log is read and searched by line: none is wrapped
-        spoke()
-        for name, fact in facts.items():
-            console.print(f"{name:<8} {fact}")
-        return
-    table = Table.grid(padding=(0, 2))
-    for name, fact in facts.items():
-        table.add_row(Text(name, "dim"), Text(fact))
-    console.print(table)
-
-
-def _evaluated(run: Run) -> dict[str, str]:
-    """Return a line for each set to evaluate on."""
-    if not run.eval_rows:
-        return {"eval": "none (data.eval_path or data.eval_fraction)"}
-    return {f"eval {name}".rstrip(): rows.summary() for name, rows in run.eval_rows.items()}
-
-
-def _devices(mesh: Mesh) -> str:
-    """Return the kind of the devices and, where there are several, how they share the work."""
-    kind = mesh.devices.flat[0].device_kind
-    if mesh.size == 1:
-        return kind
-    shares = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return f"{mesh.size} x {kind}{processes} ({shares})"
-
-
-def _place(opt_state: Any) -> str:
-    hosted = any(leaf.sharding.memory_kind == HOST for leaf in jax.tree.leaves(opt_state))
-    return " in the host's memory" if hosted else ""
-
-
-def _bits(run: Run) -> str:
-    """Return how the base is quantized, how many bits a weight of a linear layer takes, and which are not quantized."""
-    if run.base.quantization is None:
-        return ""
-    leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(run.frozen["layers"]))
-    kernels = {path[-2]: leaf for path, leaf in leaves.items() if path[-1] == "kernel"}
-    bits = (
-        8
-        * sum(kernel.nbytes for kernel in kernels.values())
-        / sum(kernel.size for kernel in kernels.values())
-    )
-    whole = [name for name, kernel in kernels.items() if not is_quantized(kernel)]
-    rest = f"; not quantized in all layers, so held whole: {', '.join(whole)}" if whole else ""
-    return f" ({run.base.quantization.summary()}: {bits:.2f} bits a weight in the linear layers{rest})"
-
 
 TRAINING = "training"
 

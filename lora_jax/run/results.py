@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -27,9 +26,16 @@ from lora_jax.parallel.processes import writes
 from lora_jax.run.loop import Outcome
 from lora_jax.run.setup import Run
 from lora_jax.run_folder import ADAPTER, MODEL
+from lora_jax.trees import Trained
 
 
-def export_adapter(run: Run, trainable: Any, folder: Place, facts: TrainingFacts) -> Place:
+def export(run: Run, trainable: Trained, folder: Place, facts: TrainingFacts) -> Place:
+    """Write what a run has trained into its folder, an adapter or the whole model; return the folder written."""
+    written = export_model if run.plan is None else export_adapter
+    return written(run, trainable, folder, facts)
+
+
+def export_adapter(run: Run, trainable: Trained, folder: Place, facts: TrainingFacts) -> Place:
     """Write adapter_config.json, adapter_model.safetensors, README.md and the tokenizer; return the folder.
 
     All processes of a run gather the tensors, one writes them.
@@ -91,7 +97,7 @@ def _on_hub(path: str) -> tuple[str, str | None] | None:
     return identifier, configuration or None
 
 
-def export_model(run: Run, trainable: Any, folder: Place, facts: TrainingFacts) -> Place:
+def export_model(run: Run, trainable: Trained, folder: Place, facts: TrainingFacts) -> Place:
     """Write the fully trained model as a Hugging Face folder in the base's storage dtype; return the folder."""
     dtype = run.base.storage_dtype
     target = folder / MODEL

@@ -3,16 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import NamedTuple
 
 from flax.traverse_util import flatten_dict
+from rich.console import Console
 
 from lora_jax.errors import UserError
 from lora_jax.hub.bucket import Place
-from lora_jax.run.checkpoints import LENGTHS_OF_STEPS, Identity, Progress
+from lora_jax.run.checkpoints import LENGTHS_OF_STEPS, Checkpoints, Identity, Progress
 from lora_jax.run.record import Record, jax_settings
 from lora_jax.run.setup import Run
 from lora_jax.run_folder import ADAPTER, MODEL
 from lora_jax.train.feed import Sizes, padding_multiple
+from lora_jax.train.step import TrainState
+
+
+class Start(NamedTuple):
+    """Where the loop begins: the state, what a checkpoint held beside it, and the step of that checkpoint."""
+
+    state: TrainState
+    progress: Progress | None = None
+    resumed_at: int | None = None
+
+
+def resumed(
+    run: Run, sizes: Sizes, state: TrainState, checkpoints: Checkpoints, folder: Place, console: Console
+) -> Start | None:
+    """Return where the loop begins, and say so: at the last checkpoint where the options ask for it, else at `state`.
+
+    None where the run to resume is finished. Raises UserError where it cannot be resumed.
+    """
+    latest = checkpoints.latest()
+    if not run.config.resume:
+        return Start(state)
+    if latest is None:
+        check_unfinished(folder)
+        console.print("no checkpoint to resume from: starting afresh")
+        return Start(state)
+    before = Record(folder, latest)
+    check_length(latest, sizes.steps)
+    state, progress = checkpoints.restore(state)
+    if is_done(run, folder, before, latest, sizes, progress):
+        console.print(
+            f"nothing to do: the run is finished after step {latest} and {folder / result_name(run)} is written; to "
+            "train further, give more --train.max_steps or --train.num_train_epochs",
+        )
+        return None
+    console.print(f"resuming after step {latest}")
+    planned = before.content.get("steps")
+    if isinstance(planned, int) and planned != sizes.steps:
+        console.print(
+            f"note: the run had {planned} steps and now has {sizes.steps}: from step {latest + 1} on the "
+            f"learning rate is that of a schedule of {sizes.steps} steps",
+        )
+    return Start(state, progress, latest)
 
 
 def result_name(run: Run) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +16,8 @@ from rich.console import Console
 
 from lora_jax.adapters.count import trainable_parameters
 from lora_jax.adapters.init import adapter_shapes, start_adapter
-from lora_jax.adapters.read import adapter_trees
+from lora_jax.adapters.notes import read_notes
+from lora_jax.adapters.read import adapter_trees, note_of_base
 from lora_jax.adapters.targets import Plan
 from lora_jax.config import DataOptions, RunConfig
 from lora_jax.console import plain_console
@@ -24,15 +27,18 @@ from lora_jax.data.mixture import hold_out, mixed
 from lora_jax.data.packing import packs
 from lora_jax.errors import UserError
 from lora_jax.generate.stops import generation_settings
-from lora_jax.hub.adapter_files import AdapterConfig
+from lora_jax.hub.adapter_files import AdapterConfig, read_adapter_config
 from lora_jax.hub.chat_templates import set_chat_template
+from lora_jax.hub.tokenizer import chat_template
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.finite import broken_weights
 from lora_jax.parallel.memory import check_fits
+from lora_jax.parallel.mesh import row_shards
 from lora_jax.parallel.processes import writes
 from lora_jax.pretrained import Pretrained, open_pretrained
 from lora_jax.run.in_memory import InMemory
 from lora_jax.train.adapted import adapted, check_full
+from lora_jax.train.feed import Sizes, eval_sizes, shaping
 from lora_jax.train.offload import has_host_memory, offloads_activations
 from lora_jax.train.optim import make_optimizer
 
@@ -110,6 +116,60 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
     )  # fmt: skip
 
 
+def run_sizes(run: Run, lengths: Sequence[int] | None = None) -> Sizes:
+    """Return which rows each step takes, rows a pass and the number of steps of a run.
+
+    `lengths` are those of the steps of the run that is gone on with: which are best depends on the number of steps.
+    """
+    train, data, mesh = run.config.train, run.config.data, run.mesh
+    passes, shards = train.gradient_accumulation_steps, row_shards(mesh.shape)
+    batch = train.per_device_train_batch_size * shards
+    per_device = train.per_device_eval_batch_size or train.per_device_train_batch_size
+    plan = shaping(data, mesh).plan(
+        run.train_rows.lengths,
+        batch * passes,
+        train.seed,
+        steps=train.max_steps,
+        epochs=train.num_train_epochs,
+    )
+    if lengths and lengths[-1] == plan.buckets[-1]:
+        plan = replace(plan, buckets=tuple(lengths))
+    # Rows and passes that an epoch cannot fill would be computed in vain.
+    batch = min(batch, -(-len(plan.bins) // shards) * shards)
+    passes = min(passes, -(-len(plan.bins) // batch))
+    plan = replace(plan, per_step=batch * passes)
+    steps = train.max_steps
+    if steps <= 0:
+        steps = math.ceil(train.num_train_epochs * plan.steps_per_epoch)
+    return Sizes(
+        plan=plan,
+        batch=batch,
+        accumulation=passes,
+        evaluation=eval_sizes(data, per_device, mesh),
+        steps=steps,
+    )
+
+
+def notes_of_start(run: Run) -> list[str]:
+    """Return what to say of an adapter to go on with that was trained on something else than the run's base."""
+    if run.config.lora.init_from is None:
+        return []
+    adapter = Path(run.config.lora.init_from).expanduser()
+    named = read_adapter_config(adapter).base_model_name_or_path
+    notes = [note_of_base(adapter, named, run.checkpoint, run.config.model.path, "--model.path")]
+    template = chat_template(adapter)
+    if template is not None and template.decode(errors="replace") != run.tokenizer.chat_template:
+        whose = "base's" if run.config.data.chat_template is None else "one of --data.chat_template"
+        notes.append(
+            f"the adapter of --lora.init_from brings another chat template, and the run takes the {whose}; to "
+            "train with it, give its file as --data.chat_template"
+        )
+    before = read_notes(adapter).quantization
+    if before is not None and run.base.quantization is None:
+        notes.append(f"--lora.init_from was trained on a quantized base ({before.summary()})")
+    return [note for note in notes if note is not None]
+
+
 def _check_finite(params: Any, base: Pretrained, config: RunConfig) -> None:
     """Raise UserError where weights that are all trained, and written at the end, are not finite."""
     finite = jax.jit(
@@ -126,8 +186,8 @@ def _check_memory(config: RunConfig, base: Pretrained, plan: Plan | None) -> Non
     if plan is not None:
         layers = base.config.num_hidden_layers
         trained, _ = adapter_shapes(jax.random.key(0), plan, params, layers, "true")
-    optimiser = jax.eval_shape(make_optimizer(config.train, 1).init, trained)
-    held = {"base": params, "trained": trained, "optimizer": optimiser}
+    optimizer = jax.eval_shape(make_optimizer(config.train, 1).init, trained)
+    held = {"base": params, "trained": trained, "optimizer": optimizer}
     check_fits("the run", {name: _bytes(tree) for name, tree in held.items()})
 
 

@@ -1,33 +1,36 @@
-"""A training run from options to files, as a list of its stages."""
+"""A training run from options to files, as a list of its stages.
+
+    train        options checked, processes met, the output folder locked
+    train_run    the step made, a checkpoint resumed from, the loop run, the result written and shown
+
+The loop is in `loop.py`; what a step computes, in `lora_jax/train/step.py`.
+"""
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Collection
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh
 from rich.console import Console
 
-from lora_jax.adapters.notes import read_notes
-from lora_jax.adapters.read import note_of_base
 from lora_jax.config import RunConfig, check
 from lora_jax.console import plain_console
 from lora_jax.errors import INTERRUPTED, UserError
-from lora_jax.hub.adapter_files import read_adapter_config
 from lora_jax.hub.bucket import Place
 from lora_jax.hub.push import check_push, push_output
-from lora_jax.hub.tokenizer import chat_template
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.processes import Departure, lost, same_in_all, start, writes
 from lora_jax.progress import hush, stage
 from lora_jax.run.checkpoints import Checkpoints, SavingError, lengths_of_steps
 from lora_jax.run.evaluation import Evaluator
-from lora_jax.run.loop import Loop, Outcome, run_sizes
+from lora_jax.run.facts import print_end, print_facts
+from lora_jax.run.journal import Journal
+from lora_jax.run.loop import Loop, Outcome, Training
 from lora_jax.run.output import (
     Logs,
     check_output,
@@ -39,26 +42,19 @@ from lora_jax.run.output import (
 )
 from lora_jax.run.profile import Profiler, check_profile
 from lora_jax.run.record import Record, run_facts
-from lora_jax.run.reporter import Reporter, print_facts
-from lora_jax.run.results import export_adapter, export_model, training_facts
-from lora_jax.run.resume import (
-    check_length,
-    check_unfinished,
-    identity_of,
-    is_done,
-    kept_until,
-    result_name,
-    row_checksums,
-)
+from lora_jax.run.reporter import Reporter
+from lora_jax.run.results import export, training_facts
+from lora_jax.run.resume import Start, check_unfinished, identity_of, kept_until, resumed, row_checksums
 from lora_jax.run.scores import check_installed
-from lora_jax.run.setup import Run, prepare
+from lora_jax.run.setup import Run, notes_of_start, prepare, run_sizes
 from lora_jax.run.signals import Signals
 from lora_jax.run.stopping import check_saves, goal
 from lora_jax.run.tracking import Tracking, check_tracking, tracked
 from lora_jax.run_folder import CHECKPOINTS
 from lora_jax.train.offload import nowhere_to_go
 from lora_jax.train.optim import make_optimizer
-from lora_jax.train.step import sharded_state
+from lora_jax.train.programs import Programs
+from lora_jax.train.step import TrainState, make_train_step, sharded_state
 
 
 def train(config: RunConfig, typed: Collection[str] = (), console: Console | None = None) -> int:
@@ -102,15 +98,43 @@ def _checked(config: RunConfig, typed: Collection[str], console: Console, signal
                 "line, but for --distributed.process_id"
             )
         with jax.set_mesh(mesh):
-            return _train(config, typed, mesh, console, signals)
+            return train_run(prepare(config, typed, mesh), typed, console, signals)
 
 
-def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Console, signals: Signals) -> int:
-    run = prepare(config, typed, mesh)
-    if config.lora.init_from is not None:
-        for note in _notes_of_start(Path(config.lora.init_from).expanduser(), run):
+def train_run(run: Run, typed: Collection[str], console: Console, signals: Signals) -> int:
+    """Train what `prepare` has read, or go on with it, and write and show the result; return the exit code."""
+    config, folder = run.config, output_folder(run.config)
+    for note in notes_of_start(run):
+        console.print(f"note: {note}")
+    training, state = _made(run, folder, signals)
+    if (note := nowhere_to_go(config.train, run.mesh.devices.flat[0])) is not None:
+        console.print(note)
+    goes_on = _opened(config, folder)
+    identity = identity_of(run, training.sizes)
+    place, keep = folder / CHECKPOINTS, config.train.save_total_limit
+    with closing(Checkpoints(place, keep, identity, training.goal)) as checkpoints:
+        for note in checkpoints.notes:
             console.print(f"note: {note}")
-    folder = output_folder(config)
+        begun = resumed(run, training.sizes, state, checkpoints, folder, console)
+        if begun is None:
+            return 0
+        signals.resumed_at = begun.resumed_at
+        if goes_on:
+            open_output(config)  # only now: a resumption that is refused leaves the folder as it was
+        print_facts(console, run, begun.state.opt_state, training.sizes)
+        result = _trained(training, begun, checkpoints, typed, console, signals)
+    if (number := result.outcome.stopped_by) is not None:
+        return INTERRUPTED if number == signal.SIGINT else 0
+    print_end(console, training, result.outcome, checkpoints.best, result.written)
+    if config.push_to_hub is not None and writes():
+        assert isinstance(result.written, Path)
+        push_output(result.written, config, console)
+    return 0
+
+
+def _made(run: Run, folder: Place, signals: Signals) -> tuple[Training, TrainState]:
+    """Make optimizer, step, state and evaluation; nothing is written. Raises UserError for what cannot be done."""
+    config = run.config
     sizes = run_sizes(run, lengths_of_steps(folder / CHECKPOINTS) if config.resume else None)
     if not same_in_all(row_checksums(run)):  # else each would wait for the others in another step
         raise UserError(
@@ -118,136 +142,83 @@ def _train(config: RunConfig, typed: Collection[str], mesh: Mesh, console: Conso
         )
     check_profile(config.train.profile_steps, sizes.steps)
     aim = goal(config.train, list(run.eval_rows))
-    # Before anything is written: what cannot be measured is refused.
     evaluator = Evaluator(run, run.eval_rows, sizes.evaluation, config.train, signals.interrupted)
     check_saves(config.train, sizes.steps_per_epoch)
     optimizer = make_optimizer(config.train, sizes.steps)
-    state, state_shardings = sharded_state(run.trainable, optimizer, run.key, config.train, mesh)
-    if (note := nowhere_to_go(config.train, mesh.devices.flat[0])) is not None:
-        console.print(note)
-    config = run.config  # with the options that an adapter to go on with decides
-    progress = None
-    goes_on = config.resume and (folder / CHECKPOINTS).is_dir()
-    if not goes_on:
-        if config.resume:
-            check_unfinished(folder)
-        open_output(config)
-    limit, identity = config.train.save_total_limit, identity_of(run, sizes)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, limit, identity, aim.metric, aim.greater_is_better)
-    try:
-        for note in checkpoints.notes:
-            console.print(f"note: {note}")
-        latest = checkpoints.latest()
-        if config.resume and latest is not None:
-            before = Record(folder, latest)
-            check_length(latest, sizes.steps)
-            state, progress = checkpoints.restore(state)
-            if is_done(run, folder, before, latest, sizes, progress):
-                written = folder / result_name(run)
-                console.print(
-                    f"nothing to do: the run is finished after step {latest} and {written} is written; to train "
-                    "further, give more --train.max_steps or --train.num_train_epochs",
-                )
-                return 0
-            signals.resumed_at = latest
-            console.print(f"resuming after step {latest}")
-            planned = before.content.get("steps")
-            if isinstance(planned, int) and planned != sizes.steps:
-                console.print(
-                    f"note: the run had {planned} steps and now has {sizes.steps}: from step {latest + 1} on the "
-                    f"learning rate is that of a schedule of {sizes.steps} steps",
-                )
-        elif config.resume:
-            check_unfinished(folder)
-            console.print("no checkpoint to resume from: starting afresh")
-        if goes_on:
-            open_output(config)  # only now: a resumption that is refused leaves the folder as it was
-        print_facts(console, run, state.opt_state, sizes)
-        record = Record(folder, signals.resumed_at)
-        with signals.changing:
-            record.note(**run_facts(run, sizes, typed))
-            signals.on_leaving = partial(record.end, "stopped")
-        with tracked(config, folder, record, signals.resumed_at, console) as tracking:
-            signals.on_leaving = partial(_stopped, tracking)
-            with (
-                closing(Profiler(folder, config.train.profile_steps)) as profiler,
-                closing(
-                    Logs(
-                        folder,
-                        kept_until(signals.resumed_at, progress),
-                        bool(config.train.sample_prompts),
-                        tracking.log,
-                    )
-                ) as logs,
-                Reporter(console, sizes.steps, int(state.step)) as reporter,
-            ):
-                loop = Loop(
-                    run,
-                    sizes,
-                    state_shardings,
-                    logs,
-                    checkpoints,
-                    reporter,
-                    signals,
-                    profiler,
-                    evaluator,
-                    aim,
-                )
-                try:
-                    outcome = loop.train(state, progress)
-                    with stage("finishing the checkpoint"):
-                        checkpoints.wait()
-                except SavingError as error:
-                    raise _exported_at_least(run, loop, folder, error) from error
-            if (number := outcome.stopped_by) is not None:
-                console.print(f"stopped; step {int(outcome.state.step)} is saved, go on with --resume")
-                tracking.done(whole=False, results=results(outcome))
-                return INTERRUPTED if number == signal.SIGINT else 0
-            facts = training_facts(run, outcome)
-            export = export_model if run.plan is None else export_adapter
-            with stage("exporting"):
-                written = export(run, outcome.state.trainable, folder, facts)
-            tracking.done(whole=True, results=results(outcome))
-    finally:
-        checkpoints.close()
-    if outcome.steps < sizes.steps:
-        count = f"{config.train.early_stopping_patience} evaluations in a row without a better {aim.metric}"
-        console.print(f"stopped early after step {outcome.steps}: {count}")
-    before, after = outcome.eval_before, outcome.eval_after
-    if after is not None:
-        name = next(iter(run.eval_rows))
-        start = "" if before is None else f"{before:.4f} -> "
-        worse = (
-            "; what is written is worse than the start" if before is not None and not after <= before else ""
-        )
-        line = f"eval loss {f'of {name} ' if name else ''}{start}{after:.4f}{worse}"
-        console.print(line)
-    if (found := checkpoints.best) is not None and found.step < sizes.steps:
-        whose = " (exported)" if found.step == int(outcome.state.step) else ""
-        shown = f"step {found.step}, {checkpoints.metric} {found.value:.4f}{whose}"
-        console.print(f"best checkpoint: {shown}")
-    console.print(f"wrote {written}")
-    if config.push_to_hub is not None and writes():
-        assert isinstance(written, Path)
-        push_output(written, config, console)
-    return 0
+    state, shardings = sharded_state(run.trainable, optimizer, run.key, config.train, run.mesh)
+    step = Programs(make_train_step(run.model, optimizer, shardings), "the step")
+    return Training(run, sizes, step, evaluator, aim), state
 
 
-def _notes_of_start(adapter: Path, run: Run) -> list[str]:
-    """Return what to say of an adapter to go on with that was trained on something else than the run's base."""
-    named = read_adapter_config(adapter).base_model_name_or_path
-    notes = [note_of_base(adapter, named, run.checkpoint, run.config.model.path, "--model.path")]
-    template = chat_template(adapter)
-    if template is not None and template.decode(errors="replace") != run.tokenizer.chat_template:
-        whose = "base's" if run.config.data.chat_template is None else "one of --data.chat_template"
-        notes.append(
-            f"the adapter of --lora.init_from brings another chat template, and the run takes the {whose}; to "
-            "train with it, give its file as --data.chat_template"
-        )
-    before = read_notes(adapter).quantization
-    if before is not None and run.base.quantization is None:
-        notes.append(f"--lora.init_from was trained on a quantized base ({before.summary()})")
-    return [note for note in notes if note is not None]
+def _opened(config: RunConfig, folder: Place) -> bool:
+    """Open the output folder, unless checkpoints in it are to be gone on with; return whether they are."""
+    if config.resume and (folder / CHECKPOINTS).is_dir():
+        return True
+    if config.resume:
+        check_unfinished(folder)
+    open_output(config)
+    return False
+
+
+class Result(NamedTuple):
+    """How the loop ended, and the folder that was written; None where a signal stopped it."""
+
+    outcome: Outcome
+    written: Place | None
+
+
+def _trained(
+    training: Training,
+    begun: Start,
+    checkpoints: Checkpoints,
+    typed: Collection[str],
+    console: Console,
+    signals: Signals,
+) -> Result:
+    """Run the loop and export, while trackers and the record are open."""
+    run, folder = training.run, output_folder(training.run.config)
+    record = Record(folder, begun.resumed_at)
+    with signals.changing:
+        record.note(**run_facts(run, training.sizes, typed))
+        signals.on_leaving = partial(record.end, "stopped")
+    with tracked(run.config, folder, record, begun.resumed_at, console) as tracking:
+        signals.on_leaving = partial(_stopped, tracking)
+        outcome = _looped(training, begun, checkpoints, tracking, console, signals)
+        if outcome.stopped_by is not None:
+            console.print(f"stopped; step {int(outcome.state.step)} is saved, go on with --resume")
+            tracking.done(whole=False, results=outcome.results)
+            return Result(outcome, None)
+        with stage("exporting"):
+            written = export(run, outcome.state.trainable, folder, training_facts(run, outcome))
+        tracking.done(whole=True, results=outcome.results)
+    return Result(outcome, written)
+
+
+def _looped(
+    training: Training,
+    begun: Start,
+    checkpoints: Checkpoints,
+    tracking: Tracking,
+    console: Console,
+    signals: Signals,
+) -> Outcome:
+    """Run the loop, while the logs are open; return once its last checkpoint is whole."""
+    run, options = training.run, training.run.config.train
+    folder, keep_to = output_folder(run.config), kept_until(begun.resumed_at, begun.progress)
+    with (
+        closing(Profiler(folder, options.profile_steps)) as profiler,
+        closing(Logs(folder, keep_to, bool(options.sample_prompts), tracking.log)) as logs,
+        Reporter(console, training.sizes.steps, int(begun.state.step)) as reporter,
+    ):
+        journal = Journal(run, training.sizes, logs, reporter)
+        loop = Loop(training, journal, checkpoints, signals, profiler)
+        try:
+            outcome = loop.train(begun.state, begun.progress)
+            with stage("finishing the checkpoint"):
+                checkpoints.wait()
+        except SavingError as error:
+            raise _exported_at_least(run, loop, folder, error) from error
+    return outcome
 
 
 def _stopped(tracking: Tracking) -> None:
@@ -256,20 +227,12 @@ def _stopped(tracking: Tracking) -> None:
     tracking.leave()
 
 
-def results(outcome: Outcome) -> dict[str, float]:
-    """Return the final figures of a run: those of the exported state, and before the first step by NAME_before."""
-    before = {f"{name}_before": value for name, value in outcome.before.items()}
-    found = {"num_tokens": outcome.num_tokens, **before, **outcome.after}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
-
-
 def _exported_at_least(run: Run, loop: Loop, folder: Place, error: SavingError) -> UserError:
     """Write the adapter of the last step where no checkpoint of it can be; return what to say."""
     if loop.state is None or jax.process_count() > 1:  # of several processes some may not know of the failure
         return error
     step = int(loop.state.step)
     outcome = Outcome(loop.state, {}, {}, loop.feed.tokens_before(step + 1), None, step)
-    export = export_model if run.plan is None else export_adapter
     try:
         written = export(run, loop.state.trainable, folder, training_facts(run, outcome))
     except UserError:

@@ -81,7 +81,7 @@ _REMARKED = {
 ADAM_LIKE = ("adamw", "adamw8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor")
 
 
-class Cautions:
+class RunWarnings:
     """The warnings of one run."""
 
     def __init__(self, run: Run, given: Collection[str] = ()) -> None:

@@ -1,0 +1,108 @@
+"""What a run writes as it goes: lines of metrics.jsonl and samples.jsonl, warnings among them, also on the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lora_jax.run.evaluation import Evaluation
+from lora_jax.run.output import Logs
+from lora_jax.run.reporter import Reporter
+from lora_jax.run.setup import Run
+from lora_jax.run.utilisation import utilisation_of_a_token
+from lora_jax.run.warnings import RunWarnings
+from lora_jax.run.window import Window
+from lora_jax.run_folder import BASE_LOSS, EVALUATED, WARNINGS
+from lora_jax.train.feed import Sizes
+from lora_jax.train.optim import schedule
+from lora_jax.train.skipped import Skipped
+from lora_jax.trees import Trained
+
+
+class Journal:
+    """The log of one run."""
+
+    def __init__(self, run: Run, sizes: Sizes, logs: Logs, reporter: Reporter) -> None:
+        self.sizes, self.logs, self.reporter = sizes, logs, reporter
+        kept = logs.metrics.kept
+        self.warnings = RunWarnings(run, [text for line in kept for text in line.get(WARNINGS, [])])
+        self.evaluations = {line["step"]: found for line in kept if (found := evaluated_figures(line))}
+        """Figures of all evaluations so far, by their steps."""
+        self._utilisation = utilisation_of_a_token(run)
+        # One program, not one for each operation.
+        self._rate = jax.jit(schedule(run.config.train, sizes.steps))
+        self._unwritten: list[str] = []
+        """Warnings that belong to the next line."""
+
+    def warn(self, texts: list[str]) -> None:
+        """Show warnings now, and write them into the next line."""
+        for text in texts:
+            self.reporter.warned(text)
+        self._unwritten += texts
+
+    def start(self, evaluation: Evaluation, base_loss: float | None) -> None:
+        """Write what was measured before the first step, where there is a figure; `base_loss` is the base's own."""
+        entry = {"step": 0, "epoch": 0.0, "num_tokens": 0}
+        if base_loss is not None:
+            entry[BASE_LOSS] = base_loss
+        self.warn(self.warnings.about_start(evaluation.figures, base_loss))
+        self._note(entry, evaluation)
+        if evaluation.figures:
+            self._write(entry | evaluation.figures)
+        self._write_samples(0, evaluation)
+
+    def entry(self, step: int, window: Window, skipped: Skipped, padding: float) -> dict[str, Any]:
+        """Return the line of a step, its evaluation aside; waits for the steps that it is about."""
+        loss, figures = window.figures()
+        if self._utilisation is not None:
+            figures["mfu"] = self._utilisation * figures["tokens_per_second"]
+        # A step that is skipped does not take the schedule on.
+        rate = float(self._rate(max(0, step - skipped.total - (skipped.in_a_row == 0))))
+        return {
+            "step": step,
+            "epoch": round(step / self.sizes.steps_per_epoch, 4),
+            "loss": loss,
+            "learning_rate": float(f"{rate:.7g}"),  # 0.0002, as float32 can tell
+            **figures,
+            "padding": round(padding, 4),
+            "skipped_steps": skipped.total,
+        }
+
+    def write(self, entry: dict[str, Any], trainable: Trained, evaluation: Evaluation, ends: bool) -> None:
+        """Write a step's line, with its evaluation and warnings; `ends` says that the run ends with this step."""
+        self._note(entry, evaluation)
+        self.warn(self.warnings.about_step(entry, trainable, ends))
+        if entry["step"] == 1 and 0 not in self.evaluations:
+            self.warn(self.warnings.about_start(entry))
+        self._write(entry | evaluation.figures)
+        self._write_samples(entry["step"], evaluation)
+
+    def _note(self, entry: Mapping[str, Any], evaluation: Evaluation) -> None:
+        if evaluation.figures:
+            self.evaluations[entry["step"]] = evaluation.figures
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        line = {name: number(value) for name, value in entry.items()}
+        if self._unwritten:
+            line, self._unwritten = line | {WARNINGS: self._unwritten}, []
+        self.logs.metrics.write(line)
+        self.reporter.logged(line)
+
+    def _write_samples(self, step: int, evaluation: Evaluation) -> None:
+        self.logs.write_samples({"step": step, **sample} for sample in evaluation.samples)
+        for sample in evaluation.samples:
+            self.reporter.sampled(sample)
+
+
+def evaluated_figures(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a line of metrics.jsonl holds of an evaluation; NaN for what is no number."""
+    found = {name: value for name, value in line.items() if name.startswith(EVALUATED)}
+    return {name: math.nan if value is None else value for name, value in found.items()}
+
+
+def number(value: Any) -> Any:
+    """Return a value as JSON has it: null for what is no finite number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
