@@ -1,4 +1,4 @@
-"""A fine-tune on chat rows beside TRL's: tokens a second, peak memory, and the loss that both end with.
+"""A fine-tune on chat rows beside TRL's: tokens per second, peak memory, and the loss that both end with.
 
     python benchmarks/vs_trl.py --model DIR --rows gsm8k/train.jsonl [--eval_rows gsm8k/test.jsonl] [--steps 20]
 

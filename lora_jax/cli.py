@@ -104,7 +104,9 @@ def _print_all() -> None:
 
 
 def _mendable(error: Exception, command: str) -> UserError | None:
-    return mendable(error, MORE_MEMORY.get(command, "end other programs, or take a machine that has more"))
+    return mendable(
+        error, MORE_MEMORY.get(command, "close other programs, or use a machine with more memory")
+    )
 
 
 def run(arguments: Sequence[str] | None = None, program: str | None = None) -> NoReturn:

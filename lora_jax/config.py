@@ -260,7 +260,7 @@ class MeshOptions:
     tensor: int = 1
     """Devices that shard the heads and features of each layer."""
     sequence: int = 1
-    """Devices that shard the tokens of a row."""
+    """Devices that shard the tokens per row."""
 
 
 @dataclass(frozen=True)
@@ -313,18 +313,18 @@ def check(config: RunConfig) -> None:
         ("--data.path", all(data.path) and data.path, "give a file of rows or the Hub id of a data set"),
         ("--output_dir", config.output_dir, "give the folder to write to"),
     ):
-        _require(bool(value), name, "", f"needed; {remedy}")
+        _require(bool(value), name, "", f"required;  {remedy}")
     _require(
         not (config.resume and config.overwrite),
         "--resume",
         True,
-        "excludes --overwrite; give one of the two",
+        "cannot be combined with --overwrite; drop one of the two",
     )
     _require(
         not (config.method == "full" and lora.init_from),
         "--lora.init_from",
         lora.init_from,
-        "goes with --method lora; merge the adapter first and give the merged folder as --model.path",
+        "requires --method lora; to train in full, merge the adapter and give the merged folder as --model.path",
     )
     _require(lora.r > 0, "--lora.r", lora.r, "the rank must be a positive integer, such as 16")
     _require(lora.lora_alpha > 0, "--lora.lora_alpha", lora.lora_alpha, "must be positive, such as 2 * r")
@@ -377,7 +377,10 @@ def _check_number(value: object, shown: str, option: str) -> None:
     _require(not value > greatest, shown, value, f"must be at most {limit}")
     _require(not value < -greatest, shown, value, f"must be at least -{limit}")
     _require(
-        value == 0 or not abs(value) < least, shown, value, f"is 0 in float32; give at least {least:.10g}"
+        value == 0 or not abs(value) < least,
+        shown,
+        value,
+        f"rounds to 0 in float32; give at least {least:.10g}",
     )
 
 
@@ -389,7 +392,7 @@ def check_data(data: DataOptions) -> None:
         len(data.mixture_weights) in (0, len(data.path)),
         "--data.mixture_weights",
         shares,
-        f"give as many numbers as paths: {len(data.path)}",
+        f"give one number per path: {len(data.path)}",
     )
     _require(
         all(share > 0 for share in data.mixture_weights), "--data.mixture_weights", shares, "must be positive"
@@ -418,21 +421,21 @@ def check_evaluation_data(data: DataOptions) -> None:
         not (data.eval_path and data.eval_fraction),
         "--data.eval_fraction",
         data.eval_fraction,
-        "excludes --data.eval_path; give one of the two",
+        "cannot be combined with --data.eval_path; drop one of the two",
     )
     for name in data.eval_paths:
         _require(
             re.fullmatch(r"[\w.-]+", name) is not None,
             "--data.eval_paths",
             name,
-            "a name is part of a figure's, eval_NAME_loss; use letters, digits, and the signs _ . -",
+            "the name becomes part of metric names (eval_NAME_loss); use letters, digits, _ . and -",
         )
     others = [name for name in ("eval_path", "eval_fraction") if getattr(data, name)]
     _require(
         not (data.eval_paths and others),
         "--data.eval_paths",
         "",
-        f"excludes {' and '.join(f'--data.{name}' for name in others)}; give one of them",
+        f"cannot be combined with {' and '.join(f'--data.{name}' for name in others)}; give one of them",
     )
 
 
@@ -442,7 +445,7 @@ def check_model(model: ModelOptions) -> None:
         not (model.load_in_4bit and model.load_in_8bit),
         "--model.load_in_8bit",
         True,
-        "excludes --model.load_in_4bit; give one of the two",
+        "cannot be combined with --model.load_in_4bit; drop one of the two",
     )
     dtypes = (model.compute_dtype, model.bnb_4bit_compute_dtype)
     _require(
@@ -466,7 +469,7 @@ def _check_regexes(lora: LoraOptions) -> None:
             re.compile(regex)
         except re.error as error:
             raise UserError(
-                f"--lora.{option} {regex}: is no regular expression ({error}); mend it"
+                f"--lora.{option} {regex}: is not a regular expression ({error}); fix it"
             ) from error
 
 
@@ -491,20 +494,20 @@ def _check_train(train: TrainOptions) -> None:
         train.max_steps > 0 or train.num_train_epochs > 0,
         "--train.num_train_epochs",
         train.num_train_epochs,
-        "must be positive where --train.max_steps is not given",
+        "must be positive if --train.max_steps is not given",
     )
     _require(
         train.gradient_checkpointing or train.offload not in ("activations", "both"),
         "--train.offload",
         train.offload,
-        "moves the layers' inputs that --train.gradient_checkpointing keeps; switch that on, or give optimizer",
+        "offloads the layer inputs that --train.gradient_checkpointing keeps; turn that on, or give optimizer",
     )
     traced = list(train.profile_steps)
     _require(
         not traced or (len(traced) <= 2 and 0 < traced[0] <= traced[-1]),
         "--train.profile_steps",
         " ".join(map(str, traced)),
-        "takes the first and the last step to trace, such as 3 5",
+        "must be the first and last step to profile, such as 3 5",
     )
     for name in ("per_device_eval_batch_size", "save_total_limit"):
         value = getattr(train, name)
@@ -526,21 +529,21 @@ def _check_evaluation(data: DataOptions, train: TrainOptions) -> None:
             not value or bool(sources),
             f"--train.{name}",
             value,
-            "needs rows to evaluate on; give --data.eval_path or --data.eval_fraction",
+            "requires evaluation rows; give --data.eval_path or --data.eval_fraction",
         )
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         _require(
             not getattr(train, name) or train.eval_steps > 0,
             f"--train.{name}",
             getattr(train, name),
-            "needs evaluations between the steps; give --train.eval_steps",
+            "requires evaluations during training; give --train.eval_steps",
         )
     if train.load_best_model_at_end:
         _require(
             train.save_strategy != "no",
             "--train.load_best_model_at_end",
             True,
-            "needs checkpoints; leave out --train.save_strategy no",
+            "requires checkpoints; drop --train.save_strategy no",
         )
         _require(
             train.save_strategy != "steps" or train.save_steps % train.eval_steps == 0,

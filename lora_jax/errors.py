@@ -12,9 +12,9 @@ INTERRUPTED = 130
 """Exit code of what Ctrl-C has ended, as a shell gives it: 128 + SIGINT."""
 
 A_STEP = (
-    "give --train.per_device_train_batch_size 1 and as many times more --train.gradient_accumulation_steps, "
+    "give --train.per_device_train_batch_size 1 with --train.gradient_accumulation_steps as many times larger, "
     "--train.gradient_checkpointing True, a smaller --data.max_length or --lora.r, or "
-    "--model.load_in_4bit True; lora-jax plan says what a run needs"
+    "--model.load_in_4bit True; lora-jax plan reports what a run needs"
 )
 """Remedies where a training step lacks memory, the cheapest first."""
 

@@ -28,9 +28,7 @@ def expanded(text: str, option: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         user = text.partition("/")[0]
-        raise UserError(
-            f"{option} {text}: the home folder {user} is not known; write the path in full"
-        ) from error
+        raise UserError(f"{option} {text}: the home folder {user} is unknown; write the full path") from error
 
 
 def on_disk(text: str, option: str) -> Path:
@@ -39,15 +37,13 @@ def on_disk(text: str, option: str) -> Path:
     if (kind := scheme(text)) is None or path.exists():
         return path
     copy = f" (gcloud storage cp -r {_spelt(text)} .)" if kind == "gs" else ""
-    raise UserError(
-        f"{option} {text}: inputs are read from the disk; copy it there first{copy} and give the copy"
-    )
+    raise UserError(f"{option} {text}: inputs must be on a disk; copy it there first{copy} and give the copy")
 
 
 def output_on_disk(text: str, option: str = "--output") -> Path:
     """Return the path of an output that is written to the disk alone; raises UserError for an address."""
     if scheme(text) is not None:
-        raise UserError(f"{option} {text}: is written to the disk; give a folder, and copy it from there")
+        raise UserError(f"{option} {text}: output must be on a disk; give a folder, and copy it from there")
     return expanded(text, option)
 
 

@@ -143,7 +143,9 @@ def _one(
         a = jax.random.normal(key_a, (inputs, r)) / r
     elif init_lora_weights == "orthogonal":
         if r % 2:
-            raise UserError(f"init_lora_weights orthogonal: needs an even rank, and {module.name} has r {r}")
+            raise UserError(
+                f"init_lora_weights orthogonal: requires an even rank, but {module.name} has r {r}"
+            )
         rows = jnp.linalg.qr(jax.random.normal(key_q, (r, r)))[0]
         a = jax.random.normal(key_a, (inputs, r // 2)) @ rows[0::2] / 10
         b = rows[1::2].T @ jax.random.normal(key_b, (r // 2, outputs)) / 10

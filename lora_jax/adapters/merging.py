@@ -101,7 +101,7 @@ def _converted(
         )
     raise UserError(
         f"{name} overflows float32 once the adapter is added: its values times its scale are too large; train it again "
-        "at a lower learning rate, or mend its lora_alpha"
+        "at a lower learning rate, or fix its lora_alpha"
     )
 
 

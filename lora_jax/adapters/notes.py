@@ -21,7 +21,7 @@ class Notes:
     """Rows of the vocabulary (0: not noted), the base's dtype as it was asked for, and how it was quantized.
 
     The compute_dtype of the quantization is the one that the adapter was trained with. `from_codes` says that the
-    base's checkpoint was quantized already: its codes are then known from it alone. `base` is its fingerprint.
+    base's checkpoint was already quantized: its codes are then known from it alone. `base` is its fingerprint.
     """
 
     vocab_size: int = 0

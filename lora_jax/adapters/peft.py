@@ -141,7 +141,7 @@ def check_tensors(tensors: Mapping[str, np.ndarray], plan: Plan, where: object) 
     if problems:
         raise UserError(
             f"adapter does not fit the base model: {where}: {'; '.join(problems)}; "
-            "give the base that the adapter was trained on, or mend its adapter_config.json"
+            "give the base that the adapter was trained on, or fix its adapter_config.json"
         )
 
 
@@ -165,7 +165,7 @@ def fold_for_vllm(
     for what, present in unserved:
         if present:
             raise UserError(
-                f"--for vllm: the adapter uses {what}, which vLLM does not serve; merge it into the base instead"
+                f"--for vllm: the adapter uses {what}, which vLLM does not support; merge it into the base instead"
             )
     width = max(target.r for target in plan.targets)
     folded: Tensors = {}

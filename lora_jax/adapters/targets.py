@@ -50,7 +50,7 @@ def make_plan(config: AdapterConfig, modules: Sequence[Module], *, strict: bool 
         return _plan(config, modules, strict)
     except re.error as error:
         raise UserError(
-            f"adapter config: {error.pattern!r} is not a regex ({error}); mend the pattern"
+            f"adapter config: {error.pattern!r} is not a regex ({error}); fix the pattern"
         ) from error
 
 
@@ -79,7 +79,7 @@ def check_unquantized(plan: Plan, quantized: Collection[str]) -> None:
             name = module.name.rpartition(".")[2]
             raise UserError(
                 f"modules_to_save: {module.name} is quantized, and codes cannot be trained; adapt it with "
-                f"--lora.target_modules, or, of an unquantized checkpoint, add --model.llm_int8_skip_modules {name}"
+                f"--lora.target_modules, or, with an unquantized checkpoint, add --model.llm_int8_skip_modules {name}"
             )
 
 
@@ -135,7 +135,7 @@ def _target(module: Module, config: AdapterConfig) -> Target:
     if module.kind == "norm":
         raise UserError(
             f"target_modules: {module.name} is a norm, which has no low-rank form; "
-            "train it whole with --lora.modules_to_save"
+            "train it in full with --lora.modules_to_save"
         )
     return Target(module, *scaled(module.name, config))
 
@@ -187,7 +187,7 @@ def _check_tied(config: AdapterConfig, modules: Sequence[Module], trained: Mappi
     if config.ensure_weight_tying and {head.name, modules[0].name} & set(trained):
         raise UserError(
             "ensure_weight_tying: an adapter that ties embedding and head is not supported; "
-            "train it without, which gives two that differ"
+            "train without it, which gives two separate ones"
         )
 
 
@@ -226,7 +226,7 @@ def _check_matches(
         and config.target_modules != ALL_LINEAR
     ):
         raise UserError(
-            "layers_to_transform: goes with a list of target_modules, not with a regex; "
+            "layers_to_transform: requires a list of target_modules, not a regex; "
             "put the layers into the regex, or list the modules"
         )
     if config.layers_pattern and not config.layers_to_transform:

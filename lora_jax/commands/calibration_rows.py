@@ -53,7 +53,7 @@ def check_calibration(options: CalibrationOptions, model: ModelOptions, typed: C
     """Raise UserError for options of calibration that are wrong whatever the model and the rows."""
     given = sorted(name for name in typed if name.startswith("calibration."))
     if given and not options.path:
-        raise UserError(f"--{given[0]}: is about rows to calibrate on; give --calibration.path, or drop it")
+        raise UserError(f"--{given[0]}: applies only to calibration; give --calibration.path, or drop it")
     if options.path and model.load_in_8bit:
         raise UserError(
             f"--calibration.path {options.path}: fits 4-bit codes; drop it, or drop --model.load_in_8bit"
@@ -107,19 +107,19 @@ class Calibration:
         if self._gain.plain:
             plain, fitted = np.mean(self._gain.plain), np.mean(self._gain.calibrated)
             lines.append(
-                f"{rows}: outputs of linear layers are off by {fitted:.2%}, rounded to the nearest value by "
+                f"{rows}: the error of linear layers' outputs is {fitted:.2%}; rounded to the nearest value, it is "
                 f"{plain:.2%} (root mean square, mean of {len(self._gain.plain)} layers)"
             )
         if (longest := int(self._rows.lengths.max())) > self._positions:
             lines.append(
-                f"note: the longest row has {longest:,} tokens, and the model was made for {self._positions:,} "
+                f"note: the longest row has {longest:,} tokens, but the model has {self._positions:,} "
                 f"positions (max_position_embeddings); give --calibration.max_length {self._positions}"
             )
         if self._gain.left_plain:
             modules = sorted({name.split(".")[-2] for name in self._gain.left_plain})
             lines.append(
                 f"note: {len(self._gain.left_plain)} linear layers ({listing(modules)}) are rounded to the nearest "
-                "value, as their in is no multiple of 64"
+                "value, since their input size is not a multiple of 64"
             )
         if self._rows.tokens < self._widest:
             lines.append(

@@ -41,9 +41,9 @@ def candidates(
     wrong with the files, and for what is named twice.
     """
     if base and not adapters:
-        raise UserError("--base: is measured beside adapters; give --adapter, or leave it out")
+        raise UserError("--base: requires --adapter; give one, or drop it")
     if not (model.path or adapters or models):
-        raise UserError("--model.path: needed without --adapter or --models; give a folder or a Hub id")
+        raise UserError("--model.path: required without --adapter or --models; give a folder or a Hub id")
     found: list[Candidate] = []
     if model.path and (base or not adapters):
         found.append(_opened(model, None, "--model.path", found, typed))
@@ -75,7 +75,7 @@ def _opened(
     notes = tuple(opened.notes(model))
     one = Candidate(model.path, adapter, folder, replace(opened, adapter=None), notes)
     if any(_identity(one) == _identity(other) for other in found):
-        raise UserError(f"{option} {adapter or model.path}: is named twice; leave one of the two out")
+        raise UserError(f"{option} {adapter or model.path}: is given twice; drop one of the two")
     return one
 
 

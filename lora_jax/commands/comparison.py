@@ -109,7 +109,7 @@ class Comparison:
         else:
             title = (
                 f"On {len(rows)} texts of {sum(map(len, rows))} tokens: loss and divergence (KL) from base + adapter, "
-                "nats a token, and how often the likeliest next token is the same:"
+                "nats per token, and how often the most likely next token is the same:"
             )
             console.print(title)
             console.print(self._costs(rows))

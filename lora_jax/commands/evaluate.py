@@ -158,7 +158,7 @@ def evaluate(options: EvalOptions, typed: Collection[str] = (), console: Console
 def _check(options: EvalOptions) -> None:
     data = options.data
     if not (data.eval_path or data.eval_paths or (data.path and all(data.path))):
-        raise UserError("--data.path: needed; give a file of rows or the Hub id of a data set")
+        raise UserError("--data.path: required; give a file of rows or the Hub id of a data set")
     check_data(data)
     check_evaluation_data(data)
     for name in ("per_device_eval_batch_size", "generation_rows", "generation_max_new_tokens"):

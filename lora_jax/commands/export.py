@@ -74,7 +74,8 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
     adapter = open_adapter(folder, model_config)
     if brought := adapter.changed(base):
         raise UserError(
-            f"--for vllm: {folder} brings weights of the base beside the adapter ({listing(brought)}), which vLLM does "
+            f"--for vllm: {folder} contains weights of the base next to the adapter ({listing(brought)}), "
+            "which vLLM does "
             "not serve; merge it into the base instead"
         )
     folded, tensors = fold_for_vllm(saved_config(config, adapter.plan), adapter.tensors, adapter.plan)
@@ -107,11 +108,11 @@ def _copy_tokenizer(base: Checkpoint, source: Path, target: Path, rows: int) -> 
 def _from_checkpoint(options: ExportOptions, console: Console) -> int:
     """Write a checkpoint's adapter as it is, for PEFT and for lora_jax."""
     if options.adapter:
-        raise UserError("--checkpoint: excludes --adapter; give one of the two")
+        raise UserError("--checkpoint: cannot be combined with --adapter; drop one of the two")
     for name, value in (("for", options.for_), ("base", options.base)):
         if value is not None:
             raise UserError(
-                f"--{name} {value}: goes with --adapter; export the checkpoint without it, and its folder with it"
+                f"--{name} {value}: requires --adapter; export the checkpoint without it, and its folder with it"
             )
     if not options.output:
         raise UserError("export: needs --output; give the folder to write to")

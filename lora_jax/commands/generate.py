@@ -62,7 +62,7 @@ def generate(options: GenerateOptions, typed: Collection[str] = ()) -> int:
     chat = bool(loaded.tokenizer.chat_template) and not options.raw
     if options.system is not None and not chat:
         raise UserError(
-            "--system: goes with a chat template, which --raw or this tokenizer leaves out; drop it"
+            "--system: requires a chat template, which --raw or this tokenizer does not use; drop it"
         )
     prompts = [
         encode_prompt(prompt, loaded.tokenizer, chat=chat, system=options.system) for prompt in options.prompt
@@ -116,7 +116,11 @@ def _not_finite(options: GenerateOptions, loaded: Loaded) -> UserError:
         what += f", and the adapter's values, of up to {largest:.3g}, too"
     remedy = "give --model.compute_dtype float32"
     if compute == "float32":
-        remedy = "take another model" if loaded.adapter is None else "train the adapter again at a lower rate"
+        remedy = (
+            "use another model"
+            if loaded.adapter is None
+            else "train the adapter again at a lower learning rate"
+        )
     return UserError(f"{what}: the products overflow in {compute}; {remedy}")
 
 
@@ -140,11 +144,11 @@ def _sampling(options: GenerateOptions, loaded: Loaded) -> Sampling:
 def _check(options: GenerateOptions) -> None:
     penalty = options.repetition_penalty
     checks = (
-        ("prompt", bool(options.prompt), "needed: write what to complete, in quotes"),
+        ("prompt", bool(options.prompt), "required: write what to complete, in quotes"),
         ("max_new_tokens", options.max_new_tokens > 0, "must be positive"),
         ("temperature", options.temperature >= 0, "must not be negative; 0 is greedy"),
         ("top_p", 0 < options.top_p <= 1, "must be in (0, 1]"),
-        ("top_k", options.top_k >= 0, "must not be negative; 0 draws from all tokens"),
+        ("top_k", options.top_k >= 0, "must not be negative; 0 samples from all tokens"),
         ("repetition_penalty", penalty is None or penalty > 0, "must be positive; 1 changes nothing"),
     )
     for name, holds, remedy in checks:

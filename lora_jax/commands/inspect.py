@@ -103,7 +103,7 @@ def inspect_adapter(options: InspectAdapterOptions, console: Console | None = No
     untold = [name for name in whole if not is_saved(name.rpartition(".")[0], config.modules_to_save)]
     if untold:
         console.print(
-            f"note: holds weights of the base that {ADAPTER_CONFIG_FILE} does not name, which are used in its place: "
+            f"note: contains weights of the base that {ADAPTER_CONFIG_FILE} does not list; they replace the base's: "
             f"{listing(untold)}",
         )
     kinds: dict[str, dict[str, list[Any]]] = {}

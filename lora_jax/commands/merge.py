@@ -94,7 +94,7 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
     notes = [f"note: {remark}" for remark in opened.remarks]
     adapter = open_adapter(folder, model_config)
     if brought := adapter.changed(base):
-        notes.append(f"note: the adapter brings weights of the base, which are used: {listing(brought)}")
+        notes.append(f"note: the adapter contains weights of the base, which are used: {listing(brought)}")
     if (rows := adapter.model_config.vocab_size) < model_config.vocab_size:
         notes.append(
             f"note: the adapter's vocabulary has {rows} rows, the base's {model_config.vocab_size}: cut to {rows}"
@@ -157,13 +157,11 @@ def _settle(merged: Path, base: Checkpoint, adapter: Path, rows: int) -> list[st
     tokenizer: Any = load_tokenizer(merged)
     notes: list[str] = []
     if added := write_stops(merged, base, tokenizer, rows, adapter):
-        notes.append(
-            f"generation_config.json and config.json stop at {listing(added)} too, as training taught"
-        )
+        notes.append(f"generation_config.json and config.json also stop at {listing(added)}, as in training")
     beyond = [f"{token} ({i})" for token, i in tokenizer.get_added_vocab().items() if i >= rows]
     if beyond:
         notes.append(
-            f"the tokenizer has {listing(beyond)}, beyond the model's {rows:,} rows: no text may hold it; copy the "
+            f"the tokenizer has {listing(beyond)}, beyond the model's {rows:,} rows: no text may contain it; copy the "
             "tokenizer.json that the adapter was trained with into its folder"
         )
     return notes
@@ -179,11 +177,11 @@ def _precision(asked: str, base: Checkpoint, trained: Notes, folder: Path) -> Pr
     if asked == "dequantized" and trained.quantization is None:
         raise UserError(
             f"--base_precision dequantized: neither {folder / NOTES_FILE} nor the base says how it was quantized; "
-            "give the quantized base with --base, or leave the option out"
+            "give the quantized base with --base, or drop the option"
         )
     if asked == "dequantized" and trained.from_codes and not quantized:
         raise UserError(
-            f"--base_precision dequantized: the adapter was trained on a checkpoint that was quantized already, and "
+            f"--base_precision dequantized: the adapter was trained on a checkpoint that was already quantized, and "
             f"{base.folder} is not; give that one with --base"
         )
     return "dequantized" if quantized or asked == "dequantized" else "original"

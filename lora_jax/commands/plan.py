@@ -53,9 +53,9 @@ def plan(options: PlanOptions, typed: Collection[str], console: Console | None =
     Raises UserError for a topology that is not known, and for options that training would refuse.
     """
     if not options.topology:
-        raise UserError(f"--topology: needed; give one of {shown_targets()}")
+        raise UserError(f"--topology: required; give one of {shown_targets()}")
     if options.search and options.compare:
-        raise UserError("--search: excludes --compare; give one of the two")
+        raise UserError("--search: cannot be combined with --compare; drop one of the two")
     check(options)
     console = console or plain_console(stderr=options.json)
     target = find_target(options.topology)
@@ -73,7 +73,7 @@ def _plan(
 ) -> tuple[dict[str, Any], bool]:
     if options.compare and read_subject(options, typed, target.platform).base.stored_quantized:
         raise UserError(
-            f"--compare: {options.model.path} is quantized already, and the other methods start from the "
+            f"--compare: {options.model.path} is already quantized, and the other methods start from the "
             "weights as they were; give the unquantized checkpoint, or its config.json"
         )
     found = estimate(options, typed, target)
@@ -89,7 +89,7 @@ def _plan(
         return record, True
     remedy = what_fits(options, typed, found)
     if remedy is None:
-        console.print("does not fit, nor with anything that was tried")
+        console.print("does not fit, and neither does anything else that was tried")
     else:
         flags, fitting = remedy
         peak = size_text(fitting.figures.peak)
@@ -137,10 +137,10 @@ def _rows(found: Estimate) -> list[tuple[str, str]]:
         ("trained", size_text(found.held.adapter)),
         ("optimizer", size_text(found.held.optimizer)),
         ("activations and the rest", size_text(found.activations)),
-        ("peak", f"{size_text(figures.peak)} of {size_text(figures.limit)}{'' if figures.fits else ': too much'}"),
-        ("sends a step", sent),
-        ("tokens a step, all devices", f"{found.tokens:,}"),
-        ("FLOPs a step, all devices", f"{found.flops:.3g}"),
+        ("peak", f"{size_text(figures.peak)} of {size_text(figures.limit)}{'' if figures.fits else ': does not fit'}"),
+        ("sent per step", sent),
+        ("tokens per step, all devices", f"{found.tokens:,}"),
+        ("FLOPs per step, all devices", f"{found.flops:.3g}"),
         ("a step takes at least", f"{least.seconds:.3g} s ({least.bound})" if least else "not known"),
     ]  # fmt: skip
 

@@ -43,7 +43,7 @@ class QuantizeOptions:
 def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Console | None = None) -> int:
     """Quantize as the options say; return the exit code. `typed` names the options that the user gave.
 
-    A checkpoint that is quantized already, as the options say, is written again as it is. Raises UserError for
+    A checkpoint that is already quantized, as the options say, is written again as it is. Raises UserError for
     whatever is wrong, and leaves nothing then.
     """
     console = console or plain_console()
@@ -52,7 +52,7 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
     output_on_disk(options.output)
     parse_size(options.max_shard_size)
     if "model.resize_vocab" in typed:
-        raise UserError("--model.resize_vocab: quantize adds no rows; drop it")
+        raise UserError("--model.resize_vocab: quantize does not add rows; drop it")
     bits = "model.load_in_8bit" if options.model.load_in_8bit else "model.load_in_4bit"
     if not (options.model.load_in_4bit or options.model.load_in_8bit) and bits in typed:
         raise UserError(
@@ -68,7 +68,7 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
         _check_as_it_is(model, opened)
         if options.calibration.path:
             raise UserError(
-                f"--calibration.path {options.calibration.path}: {folder} is quantized already; give the unquantized "
+                f"--calibration.path {options.calibration.path}: {folder} is already quantized; give the unquantized "
                 "checkpoint, or drop it"
             )
     base = opened.with_options(model, {*typed, bits})
@@ -92,12 +92,15 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
         also=None if calibration is None else calibration.write_notes,
     )
     if base.stored_quantized:
-        console.print(f"note: {folder} is quantized already; its codes are written as they are")
+        console.print(f"note: {folder} is already quantized; its codes are written as they are")
     for remark in opened.remarks:
         console.print(f"note: {remark}")
     bits = 8 * counts.nbytes / max(1, counts.weights)
     console.print(
-        f"wrote {options.output}: {quantization.summary()}, {bits:.2f} bits a weight in {counts.modules} linear layers",
+        (
+            f"wrote {options.output}: {quantization.summary()}, {bits:.2f} bits per weight in {counts.modules} "
+            "linear layers"
+        ),
     )
     for line in () if calibration is None else calibration.lines():
         console.print(line)
@@ -111,7 +114,7 @@ def _check_as_it_is(model: ModelOptions, base: Pretrained) -> None:
     asked = QuantizationConfig(4 if model.load_in_4bit else 8, model.bnb_4bit_quant_type, double)
     if asked.summary() != stored.summary():
         raise UserError(
-            f"quantize: {base.folder} is quantized already ({stored.summary()}), and {asked.summary()} is asked "
+            f"quantize: {base.folder} is already quantized ({stored.summary()}), and {asked.summary()} is asked "
             "for; give the unquantized checkpoint"
         )
 

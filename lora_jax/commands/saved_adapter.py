@@ -63,7 +63,7 @@ def saved_adapter(given: str) -> Saved:
     config, typed = parse(RunConfig, [str(folder / CONFIG)], program="lora-jax export")
     if config.method != "lora":
         raise UserError(
-            f"--checkpoint {given}: holds no adapter but a whole model; go on with --resume to export it"
+            f"--checkpoint {given}: contains a whole model, not an adapter; use --resume to export it"
         )
     base = open_pretrained(config.model, typed)
     found = adapted(config, base.config, typed)
@@ -124,7 +124,7 @@ def _read(folder: Path, which: str, given: str, base: Pretrained) -> tuple[int, 
         stored = json.loads((folder / str(step) / "options" / "metadata").read_bytes())
         if stored["base"] != base.fingerprint:
             raise UserError(
-                f"--checkpoint {given}: was made on another base model than {base.folder} holds now; restore that"
+                f"--checkpoint {given}: belongs to another base model than {base.folder} now contains; restore that"
             )
         trained = _trained(folder.absolute() / str(step) / "state")
         heard()
@@ -166,7 +166,9 @@ def _step(folder: Path, which: str, steps: list[int], given: str) -> tuple[int, 
             if (damaged := damage(folder / str(step))) is None:
                 return step, (*found, *_unchecked(folder, step))
             found.append(f"the checkpoint of step {step} is damaged: {damaged}")
-        raise UserError(f"--checkpoint {given}: {found[0]}; no other one is whole, so restore it from a copy")
+        raise UserError(
+            f"--checkpoint {given}: {found[0]}; no other one is intact, so restore it from a copy"
+        )
     if which == BEST:
         newest = next(
             (step for step in reversed(steps) if damage(folder / str(step), arrays=False) is None), None
@@ -175,7 +177,7 @@ def _step(folder: Path, which: str, steps: list[int], given: str) -> tuple[int, 
         best = (metadata.get("custom_metadata") or {}).get("best")
         if best is None or best["step"] not in steps:
             raise UserError(
-                f"--checkpoint {given}: no checkpoint was made at an evaluation; steps: {listing(steps)}"
+                f"--checkpoint {given}: no checkpoint was saved at an evaluation; steps: {listing(steps)}"
             )
         step = int(best["step"])
     elif which.isdecimal() and int(which) in steps:
@@ -194,4 +196,4 @@ def _step(folder: Path, which: str, steps: list[int], given: str) -> tuple[int, 
 def _unchecked(folder: Path, step: int) -> tuple[str, ...]:
     if has_checksums(folder / str(step)):
         return ()
-    return (f"the checkpoint of step {step} has no checksums: damage would not be found",)
+    return (f"the checkpoint of step {step} has no checksums, so damage cannot be detected",)

@@ -54,29 +54,29 @@ _REFUSED: dict[str, str] = {
         (
             MEDIA,
             (
-                "is not text, and only text can be trained on; remove the rows that have it, or train on their text "
-                "alone with --data.columns {0} none"
+                "is not text, and only text can be trained on; remove these rows, or ignore the "
+                "column with --data.columns {0} none"
             ),
         ),
         (
             _PREFERENCE,
             (
-                "belongs to a preference pair (DPO), and training is on answers alone; name the column of the answers, "
-                "as in --data.columns completion chosen, or leave it out with --data.columns {0} none"
+                "belongs to a preference pair (DPO), which is not supported; map the column of the answers, "
+                "as in --data.columns completion chosen, or ignore it with --data.columns {0} none"
             ),
         ),
         (
             _VERDICT,
             (
-                "says whether the answer is a good one (KTO), and all answers would be trained on alike; remove the "
+                "marks answers as good or bad (KTO), and all of them would be trained on alike; remove the "
                 "rows with false, then give --data.columns {0} none"
             ),
         ),
         (
             _REASONING,
             (
-                "holds reasoning, which would not be trained on; write it into the answer, between <think> and "
-                "</think>, or leave it out with --data.columns {0} none"
+                "contains reasoning, which would not be trained on; put it into the answer, between <think> and "
+                "</think>, or ignore it with --data.columns {0} none"
             ),
         ),
     )
@@ -109,7 +109,7 @@ class Columns:
             option = f"--data.columns {ours} {theirs}"
             if ours not in read and ours not in _REFUSED:
                 raise UserError(
-                    f"{option}: {ours} is not a column that is read; give our name, then the file's."
+                    f"{option}: {ours} is not a known column; give our name, then the file's."
                     f"{nearest(ours, read)} Ours: {listing(read, 20)}"
                 )
             if ours in _REFUSED and theirs != NONE:
@@ -117,7 +117,8 @@ class Columns:
         text = self.names.get("text")
         if text is not None and self.text_field != DataOptions.text_field:
             raise UserError(
-                f"--data.columns text {text}: excludes --data.text_field {self.text_field}; give one of the two"
+                f"--data.columns text {text}: cannot be combined with --data.text_field {self.text_field}; "
+                "give one of the two"
             )
 
     def named(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -170,7 +171,8 @@ class Columns:
                 return f"{where}: column {name} {_REFUSED[name].format(name)}"
         known = "; ".join(" and ".join(needed) for needed in COLUMNS.values())
         return (
-            f"{where}: the columns {listing(have) or '(none)'} fit no format; {_suggested(have)}or rename them to one "
+            f"{where}: the columns {listing(have) or '(none)'} match no format; {_suggested(have)}or rename "
+            "them to one "
             f"of: {known}"
         )
 
@@ -241,7 +243,7 @@ class Columns:
         if form == "text" and self.text_field != DataOptions.text_field:
             option = " (--data.text_field)"
         raise UserError(
-            f"{where}: no column {name!r}{option}, only {listing(have) or 'none'}; add it, name another with "
+            f"{where}: no column {name!r}{option}, only {listing(have) or 'none'}; add it, map another one with "
             f"--data.columns {'text' if form == 'text' else column} NAME, or set --data.format.{nearest(name, have)}"
         )
 
@@ -259,7 +261,7 @@ def _heeded(name: str, value: object, form: DataFormat) -> bool:
 
 
 def _or_rename(name: str, have: list[str]) -> str:
-    return nearest(name, have) or " name one that it has"
+    return nearest(name, have) or " give one that it has"
 
 
 def _suggested(have: list[str]) -> str:
@@ -274,4 +276,4 @@ def _suggested(have: list[str]) -> str:
         return f"give --data.columns {' '.join(f'{ours} {name}' for ours, name in pairs if ours != name)}, "
     if talk := first(_TALKED):
         return f"give --data.columns messages {talk}, "
-    return f"name the column of plain text with --data.text_field {first(_WRITTEN) or 'NAME'}, "
+    return f"give the column of plain text with --data.text_field {first(_WRITTEN) or 'NAME'}, "

@@ -183,10 +183,10 @@ class TokenDataset(Sequence[Tokens]):
             names = paths if len(paths) > 1 else [part.name for part in self.parts]
             rows = np.bincount(numbers, minlength=len(names))
             each = (f"{name} {count:,}" for name, count in zip(names, rows, strict=True))
-            line += f"; rows of each: {listing(each)}"
+            line += f"; rows of each source: {listing(each)}"
         windows = int((self.column("window") > 0).sum())
         if windows:
-            line += f"; {windows:,} of the rows are windows of longer ones"
+            line += f"; {windows:,} of the rows are windows of longer rows"
         if self.truncated:
             line += (
                 f"; {self.truncated:,} cut at {self.max_length:,} tokens, "
@@ -198,9 +198,9 @@ class TokenDataset(Sequence[Tokens]):
         if self.counts.long:
             line += f"; {self.counts.long:,} dropped, longer than {self.max_length:,} tokens"
         if self.dropped:
-            line += f"; {self.dropped:,} dropped, nothing in them to train on"
+            line += f"; {self.dropped:,} dropped, with nothing to train on"
         if self.counts.windows:
-            line += f"; {_count(self.counts.windows, 'window')} dropped, nothing in them to train on"
+            line += f"; {_count(self.counts.windows, 'window')} dropped, with nothing to train on"
         if self.counts.unread:
             line += f"; columns not used: {listing(self.counts.unread)}"
         return line + "".join(f"; {self.remarked(remark)}" for remark in self.remarks)
@@ -359,7 +359,8 @@ def _nothing_left(source: Source, form: str, recipe: Recipe, counts: Counts) -> 
     if cut := counts.cut_empty + counts.long:
         return (
             f"{source.option} {source.name}: nothing is left to train on, as {section}.max_length {recipe.max_length} "
-            f"cuts off all that would be trained ({cut:,} of {_count(counts.empty + counts.long, 'row')}); raise it"
+            f"cuts off everything that would be trained ({cut:,} of "
+            f"{_count(counts.empty + counts.long, 'row')}); raise it"
         )
     remedy = "give conversations with a turn of role assistant"
     if form != "messages":

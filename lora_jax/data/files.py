@@ -61,16 +61,18 @@ def read_json(file: Path) -> RowSource:
         if error.msg == "Extra data":  # a second document after the first: JSON Lines by another name
             return read_json_lines(file)
         raise UserError(
-            f"{file} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}); mend the line"
+            f"{file} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}); fix the line"
         ) from error
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{file}: {unreadable(error)}; mend the file") from error
+        raise UserError(f"{file}: {unreadable(error)}; fix the file") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     elif isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):
-        raise UserError(f'{file}: {kind(content)} at the top; write a list of objects, or {{"data": [...]}}')
+        raise UserError(
+            f'{file}: {kind(content)} at the top level; write a list of objects, or {{"data": [...]}}'
+        )
     for number, row in enumerate(content, start=1):
         if not isinstance(row, dict):
             raise UserError(f"{file} row {number}: {kind(row)}, not an object; write a list of objects")

@@ -131,8 +131,8 @@ def _completed(row: Mapping[str, Any], prompts_too: bool, whole: bool, where: st
         _check_plain(
             row,
             where,
-            "prompt and completion are strings; give both as lists of messages, or take them as a question and "
-            "its answer: --data.columns question prompt answer completion",
+            "prompt and completion are strings; give both as lists of messages, or map them to question and "
+            "answer: --data.columns question prompt answer completion",
         )
         return CompletionExample(*texts, whole=prompts_too)
     if isinstance(prompt, str) or isinstance(completion, str):
@@ -253,14 +253,14 @@ def _chat(row: Mapping[str, Any], messages: list[Message], head: int, whole: boo
             continue
         if whole:
             raise UserError(
-                f"{place} says whether it is trained, which goes with the assistant's turns alone; "
+                f"{place} sets train or weight, which applies only to the assistant's turns; "
                 "set --data.assistant_only_loss True, or remove train and weight"
             )
         if message["role"] == "assistant":
             silent |= set() if trained else {index}
         elif trained:
             raise UserError(
-                f"{place} is to be trained but of role {message['role']}; only the assistant's can be"
+                f"{place} is marked for training but has role {message['role']}; only the assistant's can be"
             )
     plain = [{key: message[key] for key in message if key not in ("train", "weight")} for message in messages]
     return ChatExample(plain, head, _tools(row, where), whole, frozenset(silent), _words(row, where))
@@ -274,7 +274,7 @@ def _is_trained(message: Message, where: str) -> bool | None:
             shown = repr(value)[:40]
             raise UserError(f"{where}: its {key} is {shown}; give true or false (train), or 1 or 0 (weight)")
     if len({bool(value) for value in said.values()}) > 1:
-        raise UserError(f"{where}: its train and weight contradict each other; give one")
+        raise UserError(f"{where}: its train and weight conflict; give one")
     return next((bool(value) for value in said.values()), None)
 
 
@@ -286,7 +286,7 @@ def _words(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: column chat_template_kwargs is {kind(words)}; give an object")
     for word in words:
         if word in RESERVED:
-            raise UserError(f"{where}: chat_template_kwargs may not set {word}; remove it")
+            raise UserError(f"{where}: chat_template_kwargs cannot set {word}; remove it")
     return _encodable(words, f"{where}: column chat_template_kwargs")
 
 
@@ -380,7 +380,7 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
 def _encodable(value: Any, where: str) -> Any:
     """Return a value whose every text can be written as UTF-8; raises UserError for half a surrogate pair."""
     if isinstance(value, str):
-        _checked(value, where, "mend the text")
+        _checked(value, where, "fix the text")
     for item in (
         value.items() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     ):
@@ -419,7 +419,7 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str:
 
 def _checked(value: Any, what: str, remedy: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{what} is {kind(value)} where a string is needed; {remedy}")
+        raise UserError(f"{what} is {kind(value)} instead of a string; {remedy}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, and no tokenizer takes it

@@ -100,14 +100,14 @@ def parse_json_line(raw: bytes, where: str) -> dict[str, Any]:
         row = json.loads(decoded(raw, where))
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{where}: not valid JSON ({error.msg} at column {error.colno}); write one JSON object a line"
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}); write one JSON object per line"
             f"{_of_several_lines(raw)}"
         ) from error
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{where}: {unreadable(error)}; mend the line") from error
+        raise UserError(f"{where}: {unreadable(error)}; fix the line") from error
     if not isinstance(row, dict):
-        hint = "; a file that is one list is named .json" if isinstance(row, list) else ""
-        raise UserError(f"{where}: {kind(row)} where an object is needed; write one JSON object a line{hint}")
+        hint = "; a file that is one list must be named .json" if isinstance(row, list) else ""
+        raise UserError(f"{where}: {kind(row)} instead of an object; write one JSON object per line{hint}")
     return row
 
 
@@ -115,17 +115,13 @@ def _of_several_lines(raw: bytes) -> str:
     """Return what to do where a line is only the beginning of a value."""
     start = raw.strip()
     if start.startswith(b"["):
-        return "; a file that is one list is named .json"
-    return ", as jq -c . does; this one goes on in the next line" if start == b"{" else ""
+        return "; a file that is one list must be named .json"
+    return ", as jq -c . does; this one continues on the next line" if start == b"{" else ""
 
 
 def unreadable(error: Exception) -> str:
     """Return why Python refuses JSON that is valid: its depth, or a number of thousands of digits."""
-    return (
-        "nested too deeply to be read"
-        if isinstance(error, RecursionError)
-        else "a number is too long to be read"
-    )
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
 
 
 @dataclass(frozen=True)
@@ -140,7 +136,7 @@ class CsvRecord:
         try:
             fields = next(_records(io.StringIO(decoded(raw, where), newline=""), self.delimiter), [])
         except csv.Error as error:
-            raise UserError(f"{where}: cannot be read as CSV ({error}); mend the file") from error
+            raise UserError(f"{where}: cannot be read as CSV ({error}); fix the file") from error
         if len(fields) != len(self.header):
             raise UserError(
                 f"{where}: {len(fields)} field{'s' * (len(fields) != 1)} where the header has {len(self.header)}; "
@@ -165,7 +161,7 @@ def read_csv(file: Path, delimiter: str = ",") -> CutFile:
                 start = lines.read
         except csv.Error as error:
             raise UserError(
-                f"{file} line {lines.number}: cannot be read as CSV ({error}); mend the file"
+                f"{file} line {lines.number}: cannot be read as CSV ({error}); fix the file"
             ) from error
     header = header or ()
     for name in header:

@@ -41,7 +41,7 @@ def data_files(path: str, option: str) -> list[Path]:
         UserError: there is no such path, it stands for no file, or for one that cannot be data.
     """
     if not path:
-        raise UserError(f"{option}: needed; give a file, a folder, a pattern or a Hub id")
+        raise UserError(f"{option}: required; give a file, a folder, a pattern or a Hub id")
     file = on_disk(path, option)
     if is_pattern(path):
         found = [
@@ -65,7 +65,7 @@ def data_files(path: str, option: str) -> list[Path]:
 def _check_file(file: Path, option: str) -> None:
     if not file.exists():
         raise UserError(
-            f"{option} {file}: is a link to a file that is not there; remove it, or fetch the file"
+            f"{option} {file}: is a link to a file that does not exist; remove it, or download the file"
         )
     if not file.is_file():
         raise UserError(
@@ -74,9 +74,9 @@ def _check_file(file: Path, option: str) -> None:
     if not kind_of(file):
         hint = ""
         if file.suffix.lower() in PACKED:
-            hint = f"; name it by what it holds, such as {file.stem}.jsonl{file.suffix}"
+            hint = f"; name it after its contents, such as {file.stem}.jsonl{file.suffix}"
             if Path(file.stem).suffix.lower() in READERS:
-                hint = "; unpack it"
+                hint = "; decompress it"
         raise UserError(f"{option} {file}: unknown extension {file.suffix!r}; give a file of {KINDS}{hint}")
 
 
@@ -85,7 +85,7 @@ def _of_folder(folder: Path, option: str) -> list[Path]:
     names = sorted(child.name for child in folder.iterdir())
     if "state.json" in names or "dataset_dict.json" in names:
         raise UserError(
-            f"{option} {folder}: is a data set that save_to_disk wrote; write it with to_parquet, and give that file"
+            f"{option} {folder}: was written by save_to_disk; write it with to_parquet, and give that file"
         )
     files = [
         folder / name
@@ -100,20 +100,20 @@ def _of_folder(folder: Path, option: str) -> list[Path]:
     kinds = {kind_of(file): file.name for file in reversed(files)}
     if ".txt" in kinds and len(kinds) > 1:  # a license or a note, whose lines would be trained on
         raise UserError(
-            f"{option} {folder}: holds text beside other data ({listing(kinds.values())}); give those to read, by a "
+            f"{option} {folder}: contains text besides other data ({listing(kinds.values())}); select files with a "
             f"pattern such as '{folder / '*'}{next(kind for kind in kinds if kind != '.txt')}*'"
         )
     plain = {file.name for file in files}
     for file in files:
         if file.suffix.lower() in PACKED and file.stem in plain:
             raise UserError(
-                f"{option} {folder}: holds {file.stem} and {file.name}, the same rows twice; give one of them"
+                f"{option} {folder}: contains {file.stem} and {file.name}, which have the same rows; give one of them"
             )
     splits = {_split_of(file.name): file.name for file in reversed(files)}
     if len(splits) > 1:
         raise UserError(
-            f"{option} {folder}: holds files of several splits ({listing(splits.values())}); give those to read, "
-            f"by a pattern such as '{folder / 'train*'}'"
+            f"{option} {folder}: contains files of several splits ({listing(splits.values())}); select files "
+            f"with a pattern such as '{folder / 'train*'}'"
         )
     return files
 

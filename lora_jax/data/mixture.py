@@ -92,7 +92,7 @@ def mixed(
     total = pick((rows / np.maximum(shares, 1e-300)).tolist())
     if total > LONGEST_EPOCH:
         raise UserError(
-            f"--data.mixture_weights: an epoch would have {total:.2g} rows; give weights nearer to each other, or "
+            f"--data.mixture_weights: an epoch would have {total:.2g} rows; give weights closer to each other, or "
             "--data.stopping_strategy first_exhausted"
         )
     chosen = []

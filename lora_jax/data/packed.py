@@ -80,7 +80,7 @@ class _Unpacked(io.RawIOBase):
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise UserError(
-                f"{self._file}: is damaged or cut short, or is no {self._file.suffix} file ({error}); fetch or "
+                f"{self._file}: is damaged or truncated, or is not a {self._file.suffix} file ({error}); fetch or "
                 "write it again"
             ) from error
         self._at += len(piece)
@@ -88,8 +88,8 @@ class _Unpacked(io.RawIOBase):
         self._line = self._line + len(piece) if end < 0 else len(piece) - end - 1
         if self._line > LONGEST_LINE:
             raise UserError(
-                f"{self._file}: has a line of more than {LONGEST_LINE / 2**30:g} GiB when it is unpacked; is it text? "
-                "Write one row a line"
+                f"{self._file}: has a line of more than {LONGEST_LINE / 2**30:g} GiB when decompressed; is it text? "
+                "Write one row per line"
             )
         return piece
 

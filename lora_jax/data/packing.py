@@ -63,7 +63,7 @@ class Bins:
             f"{packing}: {len(dataset):,} rows share {len(self):,} of at most {self.lengths.max():,} tokens"
         )
         lost = self.lost_targets(dataset)
-        return f"{shared}; {lost:,} trained tokens follow a cut and are no targets" if lost else shared
+        return f"{shared}; {lost:,} trained tokens after a cut are not targets" if lost else shared
 
 
 def packs(data: DataOptions) -> bool:

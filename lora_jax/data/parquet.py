@@ -64,12 +64,12 @@ class ParquetFile:
                 behind = first
             self._batch, self._start = without_absent(next(self._batches).to_pylist()), behind
         except Exception as error:
-            raise _unreadable(f"{self.file} row {behind + 1} or after it", error) from error
+            raise _unreadable(f"{self.file} row {behind + 1} or later", error) from error
 
 
 def _unreadable(where: str, error: Exception) -> UserError:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    return UserError(f"{where}: cannot be read as Parquet ({reason}); mend the file")
+    return UserError(f"{where}: cannot be read as Parquet ({reason}); fix the file")
 
 
 def without_absent(value: Any, *, column: bool = True) -> Any:

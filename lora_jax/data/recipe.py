@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What of the data options decides the tokens of a row; their names and meanings are those of DataOptions."""
+    """What of the data options decides the tokens per row; their names and meanings are those of DataOptions."""
 
     format: DataFormat
     text_field: str
@@ -54,13 +54,13 @@ class Recipe:
         form = self.named.recognise(columns, self.format, where)
         if self.completion_only_loss and form in ("text", "messages"):
             raise UserError(
-                f"{where}: the format {form} has no completion, which --data.completion_only_loss True asks for; "
-                "leave it out, or give prompt and completion"
+                f"{where}: the format {form} has no completion, which --data.completion_only_loss True requires; "
+                "drop it, or give prompt and completion"
             )
         if self.assistant_only_loss and form == "text":
             raise UserError(
-                f"{where}: the format text has no assistant, which --data.assistant_only_loss True asks for; "
-                "leave it out, or give messages"
+                f"{where}: the format text has no assistant, which --data.assistant_only_loss True requires; "
+                "drop it, or give messages"
             )
         return form
 

@@ -22,10 +22,10 @@ class Remark(IntFlag):
 
 
 WORDS = {
-    Remark.LOST: "with trained words that the chat template leaves out or changes",
-    Remark.KEPT: "with words put back that the chat template cuts out of the last turn",
-    Remark.EMPTY: "with an empty answer, of which the end token alone is trained",
-    Remark.CONTROL: "with control tokens within a message",
+    Remark.LOST: "with trained words that the chat template drops or changes",
+    Remark.KEPT: "with words restored that the chat template removes from the last turn",
+    Remark.EMPTY: "with an empty answer, where only the end token is trained",
+    Remark.CONTROL: "with control tokens inside a message",
     Remark.DATED: "with the current date, which the chat template writes",
 }
 """What a row is, in the order in which that is said."""

@@ -44,7 +44,7 @@ class HubRows:
             except Exception as error:  # what decodes a column, of images say, raises what it likes
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise UserError(
-                    f"{self.name} row {self._start + 1} or after it: cannot be read ({reason}); mend the data set"
+                    f"{self.name} row {self._start + 1} or later: cannot be read ({reason}); fix the data set"
                 ) from error
             size = min(BATCH, len(self) - self._start)
             rows = [{name: column[row] for name, column in batch.items()} for row in range(size)]
@@ -74,15 +74,15 @@ def read_hub(path: str, split: str, option: str) -> HubRows:
         remedy = _remedy(reason, identifier, configuration)
         raise UserError(f"{option} {path}: {remedy} ({reason})") from error
     if isinstance(found, DatasetDict):
-        raise UserError(f"{option} {path}: several splits; name one of {', '.join(map(str, found))}")
+        raise UserError(f"{option} {path}: several splits; give one of {', '.join(map(str, found))}")
     return HubRows(found, f"{path} {split}")
 
 
 def _remedy(reason: str, identifier: str, configuration: str) -> str:
     if reason.startswith("BuilderConfig"):
-        return f"no configuration {configuration!r}; name one that the data set has"
+        return f"no configuration {configuration!r}; give one that the data set has"
     if reason.startswith("Config name"):
-        return f"name one of its configurations after a colon, as in {identifier}:NAME"
+        return f"give one of its configurations after a colon, as in {identifier}:NAME"
     if reason.startswith(("Unknown split", "Unrecognized instruction", "Requested slice")):
-        return "no such split; name one that the data set has, or a slice of it such as train[:200]"
-    return "neither a file here nor a data set that the Hub gives; check the path, the id, or the network"
+        return "no such split; give one that the data set has, or a slice of it such as train[:200]"
+    return "neither a local file nor a data set on the Hub; check the path, the id, or the network"

@@ -48,14 +48,14 @@ class Renderer:
         """The template's source; raises UserError where there is none to choose."""
         if not self.tokenizer.chat_template:
             raise UserError(
-                f"{self.where}: the tokenizer has no chat template to write messages with; name one with "
+                f"{self.where}: the tokenizer has no chat template for messages; give one with "
                 "--data.chat_template, or give prompt and completion"
             )
         try:
             return self.tokenizer.get_chat_template(tools=self.chat.tools)
         except ValueError as error:
             raise UserError(
-                f"{self.where}: none of the tokenizer's chat templates is the default; name one default, or give one "
+                f"{self.where}: none of the tokenizer's chat templates is named default; rename one, or give one "
                 "with --data.chat_template"
             ) from error
 
@@ -103,7 +103,7 @@ class Renderer:
             # What the template says itself tells more than what jinja stumbles over.
             refusal = next((error for error in refusals if type(error) is TemplateError), refusals[0])
             raise UserError(
-                f"{self.where}: the chat template refuses the messages ({refusal}); give messages that it takes, or "
+                f"{self.where}: the chat template rejects the messages ({refusal}); give messages that it accepts, or "
                 "another template with --data.chat_template"
             ) from refusal
         return best
@@ -209,7 +209,7 @@ def _misses(text: str, message: Message) -> bool:
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield the messages in each form that a template may want, the likeliest first."""
+    """Yield the messages in each form that a template may want, the most likely first."""
     calls = [call.get("function", call) for message in messages for call in message.get("tool_calls") or []]
     bare = any(message.get("tool_calls") and not message.get("content") for message in messages)
     answers = any(message["role"] in _ANSWERING for message in messages)

@@ -220,7 +220,7 @@ def _ranges(split: str, size: int, what: str) -> list[range]:
         parts = ReadInstruction.from_spec(split).to_absolute({"train": size, "all": size})
     except (ValueError, AssertionError) as error:
         raise UserError(
-            f"{what}: split {split!r} is not known; a file has the one split train, and slices "
+            f"{what}: split {split!r} is unknown; a file has only the split train, and slices "
             "of it such as train[:200] or train[10%:]"
         ) from error
     return [range(size)[part.from_ : part.to] for part in parts]

@@ -102,7 +102,7 @@ class StepPlan:
     def summary(self) -> str:
         """Return steps by length, and the share of padding, in words."""
         shown = ", ".join(f"{length:,} x {count:,} steps" for length, count in self.steps_by_length.items())
-        return f"{shown} an epoch; {100 * self.padding:.1f}% padding"
+        return f"{shown} per epoch; {100 * self.padding:.1f}% padding"
 
 
 @dataclass(frozen=True)

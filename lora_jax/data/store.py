@@ -90,7 +90,7 @@ class StoreWriter:
         except OSError as error:
             plain = OSError(error.errno, os.strerror(error.errno)) if error.errno else error
             raise UserError(
-                f"{write_failure(self.file, plain)}; LORA_JAX_CACHE names another folder for tokens, with "
+                f"{write_failure(self.file, plain)}; LORA_JAX_CACHE sets another folder for tokens; with "
                 "--data.cache False they go to TMPDIR"
             ) from error
 

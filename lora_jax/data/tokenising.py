@@ -109,7 +109,7 @@ class Worker:
             try:
                 parts = self.recipe.tokens(row, self.form, self.tokenizer, where, number)
             except RecursionError as error:
-                raise UserError(f"{where}: nested too deeply to be read; mend the row") from error
+                raise UserError(f"{where}: nested too deeply; fix the row") from error
             trained = [part for part in parts if part.trained.any()]
             kept += trained
             if not parts:
@@ -189,7 +189,7 @@ def _in_processes(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            f"{worker.name}: a process that tokenizes it was ended, for want of memory perhaps; "
+            f"{worker.name}: a tokenizer process was killed, perhaps for lack of memory; "
             "give --data.num_proc 1"
         ) from error
     finally:

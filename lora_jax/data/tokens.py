@@ -152,7 +152,7 @@ def _chat(
 ) -> tuple[list[int], np.ndarray, Remark]:
     if not tokenizer.is_fast:
         raise UserError(
-            f"{where}: the tokenizer does not tell where in the text its tokens lie; give the model a "
+            f"{where}: the tokenizer does not report where its tokens lie in the text; give the model a "
             "tokenizer.json"
         )
     rendered = render_turns(chat, tokenizer, where)

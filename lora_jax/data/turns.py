@@ -156,8 +156,8 @@ class _Conversation(Renderer):
         ]
         if self.turns and not marked:
             raise UserError(
-                f"{self.where}: the chat template's generation marks cover no assistant turn; mend the "
-                "template, or remove its marks so that the turns are found without them"
+                f"{self.where}: the chat template's generation marks cover no assistant turn; fix the "
+                "template, or remove its marks, so that turns are located without them"
             )
         first = 0
         if self.chat.prompt_messages:
@@ -180,8 +180,8 @@ class _Conversation(Renderer):
             start = self._shared(self.upto(head, ask=True) or plain or "", text)
             if plain is None or start < len(plain):
                 raise UserError(
-                    f"{self.where}: the chat template rewrites the prompt once the completion follows, so where it "
-                    "ends cannot be told; give the row as messages"
+                    f"{self.where}: the chat template rewrites the prompt when the completion follows, so its end "
+                    "cannot be located; give the row as messages"
                 )
         closed = _closing(text, self.tokenizer) is not None
         return [Span(start, len(text), closed)] if start < len(text) else []

@@ -13,7 +13,7 @@ def check_cache(model: Decoder, batch: int, longest: int, max_new_tokens: int, o
     needed, there = cache_bytes(model, batch, longest, max_new_tokens), devices_memory()
     if needed > there:
         raise UserError(
-            f"{option} {max_new_tokens}: the cache for so many tokens takes {needed / 2**30:,.1f} GiB, and there are "
+            f"{option} {max_new_tokens}: the cache for that many tokens takes {needed / 2**30:,.1f} GiB, but there are "
             f"{there / 2**30:,.1f} GiB of memory; give fewer"
         )
 
@@ -26,4 +26,4 @@ def beyond_positions(positions: int, longest: int, max_new_tokens: int) -> str |
         what = f"the prompt and --max_new_tokens make up to {longest + max_new_tokens:,} tokens"
     else:
         return None
-    return f"{what}, and the model was made for {positions:,} (max_position_embeddings); beyond them it writes noise"
+    return f"{what}; the model has {positions:,} positions (max_position_embeddings) and generates noise beyond them"

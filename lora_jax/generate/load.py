@@ -96,7 +96,7 @@ def open_for_inference(
         stored = read_adapter_config(folder)
         path, revision = base_of(folder, stored), revision or stored.revision
     if not path:
-        raise UserError("--model.path: needed without --adapter; give a folder or a Hub id")
+        raise UserError("--model.path: required without --adapter; give a folder or a Hub id")
     check_model(options)
     base = open_pretrained(
         replace(options, path=path, revision=revision),

@@ -43,7 +43,7 @@ def encode_prompt(
     else:
         ids = plain_ids(prompt, tokenizer)
     if not ids:
-        raise UserError(f"{option}: holds no token; write some text")
+        raise UserError(f"{option}: has no tokens; write some text")
     return ids
 
 
@@ -85,10 +85,10 @@ def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase, system: str | None, 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # pyright: ignore[reportReturnType]
     except _TEMPLATE_ERRORS as error:
-        remedy = "give one that it takes" if option != "--prompt" else "give --raw, or mend the template"
+        remedy = "give one that it accepts" if option != "--prompt" else "give --raw, or fix the template"
         if system is not None:
-            remedy = "leave --system out, or give --raw"
-        raise UserError(f"{option}: the chat template refuses it ({error}); {remedy}") from error
+            remedy = "drop --system, or give --raw"
+        raise UserError(f"{option}: the chat template rejects it ({error}); {remedy}") from error
 
 
 def _turn_end(tokenizer: Any) -> int | None:

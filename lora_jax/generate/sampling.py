@@ -29,7 +29,7 @@ GREEDY = Sampling()
 
 
 def choose(key: Key[Array, ""], logits: Logits, sampling: Sampling) -> Int[Array, " batch"]:
-    """Return one token a row: the likeliest at temperature 0, else a draw. The penalty is applied before."""
+    """Return one token a row: the most likely at temperature 0, else a draw. The penalty is applied before."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -55,7 +55,7 @@ def keep_top_k(logits: Logits, k: int) -> Logits:
 
 
 def keep_top_p(logits: Logits, p: float) -> Logits:
-    """Return the logits with all but the smallest set of likeliest tokens of total probability p at -infinity.
+    """Return the logits with all but the smallest set of most likely tokens of total probability p at -infinity.
 
     The token that carries the total past p is in the set, so that at least one is kept.
     Holtzman et al. 2019, arXiv:1904.09751, section 3.1.

@@ -20,7 +20,7 @@ _WITH_THEM = ("bos_token_id", "pad_token_id")
 def generation_settings(source: Path, own: Path | None = None) -> Mapping[str, Any]:
     """Return what generation_config.json of the folder `own`, else of the source, holds; nothing without one."""
     path = generation_config(source, own)
-    return {} if path is None else read_json_object(path, "mend it or delete it")
+    return {} if path is None else read_json_object(path, "fix it or delete it")
 
 
 def write_stops(

@@ -106,7 +106,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     path = folder / ADAPTER_CONFIG_FILE
     if not path.exists():
         if target := lost_target(path):
-            raise UserError(f"{path} is a link to {target}, which is not there; download the adapter again")
+            raise UserError(f"{path} is a link to {target}, which does not exist; download the adapter again")
         raise UserError(f"no {ADAPTER_CONFIG_FILE} in {folder}; {_hint(folder)}")
     return _Reader(path, read_json_object(path, "write the adapter again")).config()
 
@@ -156,19 +156,19 @@ class _Reader:
         strange = sorted(key for key in self.content.keys() - _FIELDS - _NOTES if self.content[key])
         if strange:
             raise self._error(
-                f"{listing(strange)} changes the adapter's maths and is not supported",
+                f"{listing(strange)} changes the adapter's computation and is not supported",
                 "train the adapter without it, or load it with PEFT and merge it there",
             )
         init = self.content.get("init_lora_weights", True)
         if init not in _PLAIN_INITS:
             raise self._error(
-                f"init_lora_weights {init!r} changed the base weights, which the adapter's files do not tell",
+                f"init_lora_weights {init!r} changed the base weights, which the adapter's files do not record",
                 "save it in PEFT with path_initial_model_for_weight_conversion",
             )
 
     def _needed(self, key: str) -> Any:
         if self.content.get(key) is None:
-            raise self._error(f"{key} is missing", "add it: nothing else tells it")
+            raise self._error(f"{key} is missing", "add it: nothing else records it")
         return self.content[key]
 
     def _text(self, key: str) -> str | None:

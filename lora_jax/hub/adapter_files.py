@@ -56,7 +56,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
             continue
         if name in tensors:
             raise UserError(
-                f"two tensors are both {name}: {path}; save the adapter again with one adapter name"
+                f"two tensors map to {name}: {path}; save the adapter again under one adapter name"
             )
         tensors[name] = file.tensor(stored).astype(np.float32, copy=False)
     _check_finite(
@@ -71,7 +71,7 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, np.
     `tensors` are named as `read_adapter` names them and are written in the dtype they have. Raises
     UserError where a value is not finite, or the system refuses to write.
     """
-    _check_finite(tensors, "the adapter has values that are not finite", "take an earlier checkpoint")
+    _check_finite(tensors, "the adapter has values that are not finite", "use an earlier checkpoint")
     save_tensors(folder / ADAPTER_WEIGHTS_FILE, {_PREFIX + name: array for name, array in tensors.items()})
     write_text(folder / ADAPTER_CONFIG_FILE, config.to_json())
 
@@ -109,4 +109,4 @@ def _no_weights(folder: Path) -> UserError:
             f"the adapter is a pickle, which can run code when loaded: {folder}/adapter_model.bin; convert "
             "it to safetensors: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
         )
-    return UserError(f"no {ADAPTER_WEIGHTS_FILE} in {folder}; copy it there, beside {ADAPTER_CONFIG_FILE}")
+    return UserError(f"no {ADAPTER_WEIGHTS_FILE} in {folder}; copy it there, next to {ADAPTER_CONFIG_FILE}")

@@ -23,7 +23,7 @@ _DIGITS = "[0-9a-f]" * 8
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another disk",
     errno.EDQUOT: "free some space or choose another disk",
-    errno.EFBIG: "choose a disk that takes files of this size",
+    errno.EFBIG: "choose a disk that allows files of this size",
     errno.EROFS: "choose a folder that you may write to",
     errno.EACCES: "choose a folder that you may write to",
     errno.EPERM: "choose a folder that you may write to",
@@ -177,9 +177,9 @@ def _aside(path: Path) -> Path:
 
 def _check_free(path: Path, overwrite: bool) -> None:
     if path.is_mount():
-        raise UserError(f"{path} is a mount point, which cannot be replaced whole; name a folder inside it")
+        raise UserError(f"{path} is a mount point, which cannot be replaced; give a folder inside it")
     if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; name a folder to write to")
+        raise UserError(f"{path} is a file; give a folder to write to")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UserError(
             f"{path} exists and is not empty; choose another folder, or pass --overwrite to replace it"

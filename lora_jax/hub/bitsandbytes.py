@@ -142,7 +142,7 @@ def read_quantization_config(
     method = given.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
         raise UserError(
-            f"quantized with {method}: {where}; take the unquantized checkpoint, or one quantized by bitsandbytes"
+            f"quantized with {method}: {where}; use the unquantized checkpoint, or one quantized by bitsandbytes"
         )
 
     def value(key: str, default: Any, *kinds: type) -> Any:
@@ -168,13 +168,13 @@ def read_quantization_config(
     )
     if compute_dtype not in COMPUTE_DTYPES:
         raise UserError(
-            f"quantization_config: bnb_4bit_compute_dtype is {compute_dtype!r}, none of {listing(COMPUTE_DTYPES)}: "
+            f"quantization_config: bnb_4bit_compute_dtype is {compute_dtype!r}, not one of {listing(COMPUTE_DTYPES)}: "
             f"{where}; {remedy}"
         )
     for name in skipped or ():
         if not _is_regex(name):
             raise UserError(
-                f"quantization_config: llm_int8_skip_modules has {name!r}, no regular expression: {where}; {remedy}"
+                f"quantization_config: llm_int8_skip_modules has {name!r}, not a regular expression: {where}; {remedy}"
             )
     return QuantizationConfig(
         bits=4 if four else 8,

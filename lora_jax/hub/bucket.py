@@ -47,7 +47,7 @@ def place(text: str, option: str) -> Place:
 def unreachable(what: str, path: epath.Path, error: Exception) -> UserError:
     """Return the error for a bucket that does not answer as it should."""
     return UserError(
-        f"{what} {path}: the bucket does not answer ({type(error).__name__}: {str(error)[:200]}); check its name, "
+        f"{what} {path}: the bucket does not respond ({type(error).__name__}: {str(error)[:200]}); check its name, "
         "and the credentials with gcloud auth application-default login"
     )
 

@@ -107,8 +107,8 @@ def set_chat_template(
         lacking = [] if name in _AS_TEXT else [one for one in sorted(_tokens(name)) if one not in known]
         if lacking:
             raise UserError(
-                f"{option}: writes {listing(lacking)}, for which the tokenizer has no tokens; choose one that it has "
-                "the tokens of, or alpaca, vicuna or zephyr, which need none"
+                f"{option}: uses {listing(lacking)}, which the tokenizer lacks; choose a template whose tokens it has, "
+                "or alpaca, vicuna or zephyr, which need none"
             )
         ids = tokenizer("a", verbose=False)["input_ids"]
         if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]:  # pyright: ignore[reportIndexIssue]
@@ -137,15 +137,17 @@ def _read(path: str, option: str) -> str:
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and not file.exists():
             raise UserError(
-                f"{option}: neither a file nor a template's name;{nearest(path, BUILT_IN)} "
+                f"{option}: neither a file nor the name of a template;{nearest(path, BUILT_IN)} "
                 f"Names: {listing(BUILT_IN, 20)}"
             ) from error
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"{option}: cannot be read ({reason}); give a file of jinja") from error
+        raise UserError(f"{option}: cannot be read ({reason}); give a jinja file") from error
     if not text.strip():
-        raise UserError(f"{option}: is empty; give a file that holds a template")
+        raise UserError(f"{option}: is empty; give a file with a template")
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_MARKS.sub("", text))
     except TemplateSyntaxError as error:
-        raise UserError(f"{option}: line {error.lineno} is no jinja ({error.message}); mend it") from error
+        raise UserError(
+            f"{option}: line {error.lineno} is not valid jinja ({error.message}); fix it"
+        ) from error
     return text

@@ -63,7 +63,7 @@ class Checkpoint:
             raise UserError(
                 _lost(folder, CONFIG_FILE) or f"no {CONFIG_FILE} in {folder}; {_folder_hint(folder)}"
             )
-        config = read_json_object(folder / CONFIG_FILE, "download it again or mend it")
+        config = read_json_object(folder / CONFIG_FILE, "download it again or fix it")
         if (folder / WEIGHTS_FILE).exists():
             files = [SafetensorsFile(folder / WEIGHTS_FILE)]
         elif (folder / INDEX_FILE).exists():
@@ -184,14 +184,14 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
     outside = [shard for shard in shards if leads_outside(folder, shard)]
     if outside:
         raise UserError(
-            f"{INDEX_FILE} names files outside its folder: {listing(outside)} in {folder}; copy them into the "
-            "folder, if you trust the index, and name them there"
+            f"{INDEX_FILE} lists files outside its folder: {listing(outside)} in {folder}; copy them into the "
+            "folder, if you trust the index, and list them there"
         )
     absent = [shard for shard in shards if not (folder / shard).exists()]
     if absent:
         raise UserError(
             _lost(folder, absent[0])
-            or f"{INDEX_FILE} names {len(absent)} of {len(shards)} files that are not there: {listing(absent)} "
+            or f"{INDEX_FILE} lists {len(absent)} of {len(shards)} files that are missing: {listing(absent)} "
             f"in {folder}; download them too"
         )
     files = {shard: SafetensorsFile(folder / shard) for shard in shards}
@@ -199,8 +199,8 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
     lacking = [f"{name} ({shard})" for name, shard in weight_map.items() if name not in held[shard]]
     if lacking:
         raise UserError(
-            f"{INDEX_FILE} names tensors that their files lack: {listing(lacking)} in {folder}; "
-            "download the folder again: index and shards are of different versions"
+            f"{INDEX_FILE} lists tensors that their files do not contain: {listing(lacking)} in {folder}; "
+            "download the folder again: index and shards come from different versions"
         )
     return list(files.values())  # with what the index leaves out, which transformers reads too
 
@@ -208,7 +208,7 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
 def _two_of(name: str, *places: tuple[SafetensorsFile, str]) -> UserError:
     where = " and ".join(f"{stored} in {file.path.name}" for file, stored in places)
     return UserError(
-        f"two tensors are both {name}: {where}: {places[0][0].path.parent}; download the folder again, or "
+        f"two tensors map to {name}: {where}: {places[0][0].path.parent}; download the folder again, or "
         "remove the one that does not belong"
     )
 
@@ -216,7 +216,7 @@ def _two_of(name: str, *places: tuple[SafetensorsFile, str]) -> UserError:
 def _lost(folder: Path, name: str) -> str | None:
     target = lost_target(folder / name)
     return target and (
-        f"{name} in {folder} is a link to {target}, which is not there, as in a cache that was pruned; download "
+        f"{name} in {folder} is a link to {target}, which does not exist, as in a pruned cache; download "
         "the model again"
     )
 
@@ -231,7 +231,7 @@ def _folder_hint(folder: Path) -> str:
     )
     if inside:
         return f"perhaps you meant a folder inside it: {listing(inside)}"
-    return "give the folder that holds config.json and *.safetensors"
+    return "give the folder that contains config.json and *.safetensors"
 
 
 def _no_weights(folder: Path) -> UserError:
@@ -244,7 +244,7 @@ def _no_weights(folder: Path) -> UserError:
             "repository that has safetensors"
         )
     remedy = (
-        "name it so" if all(name.endswith(".safetensors") for name in found) else "convert it to safetensors"
+        "rename it" if all(name.endswith(".safetensors") for name in found) else "convert it to safetensors"
     )
     return UserError(
         f"no {WEIGHTS_FILE} in {folder}, only {listing(found, 4)}; {remedy}, or let transformers do it: "

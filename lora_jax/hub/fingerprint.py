@@ -31,7 +31,7 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
             found[path.name] = _weights(path)
         except OSError as error:
             raise UserError(
-                f"{path.name} cannot be read: {path} ({error.strerror}); check the path and the rights"
+                f"{path.name} cannot be read: {path} ({error.strerror}); check the path and its permissions"
             ) from error
     return found
 

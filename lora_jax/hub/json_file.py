@@ -40,5 +40,7 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path.name} cannot be read: {path} ({error.strerror}); {remedy}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path.name} holds a JSON {type(value).__name__}, not an object: {path}; {remedy}")
+        raise UserError(
+            f"{path.name} contains a JSON {type(value).__name__}, not an object: {path}; {remedy}"
+        )
     return value

@@ -101,7 +101,7 @@ class Lock:
         found = self._read()
         if found:
             self._say(
-                f"{self.path} is there and cannot be locked: waiting {SILENCE:.0f} s to see whether "
+                f"{self.path} exists and cannot be locked: waiting {SILENCE:.0f} s to see whether "
                 f"{_whose(found)} is still writing"
             )
             until = time.monotonic() + SILENCE
@@ -118,7 +118,7 @@ class Lock:
         while not self._over.wait(BEAT):
             if self._read().get("token", self._token) != self._token:
                 self._say(
-                    f"warning: another run took over {self.path.parent}: this one stood still for over "
+                    f"warning: another run took over {self.path.parent}: this one was paused for over "
                     f"{SILENCE:.0f} s; stop one of the two"
                 )
                 return
@@ -166,7 +166,7 @@ def _made(folder: Place, option: str) -> list[Path]:
 
 def _whose(found: dict[str, Any]) -> str:
     if not found:
-        return "it has just begun"
+        return "it has just started"
     return f"pid {found.get('pid')}, host {found.get('host')}, since {found.get('since')}"
 
 

@@ -28,9 +28,9 @@ class TrainingFacts:
     learning_rate: float | None = None
     """Peak learning rate."""
     eval_loss_before: float | None = None
-    """Evaluation loss before the first step, in nats a token."""
+    """Evaluation loss before the first step, in nats per token."""
     eval_loss_after: float | None = None
-    """Evaluation loss with the adapter, in nats a token."""
+    """Evaluation loss with the adapter, in nats per token."""
     resized_vocabulary: int | None = None
     """Rows of the vocabulary where some were added to the base's."""
     quantization: str | None = None
@@ -69,7 +69,7 @@ def adapter_card(config: AdapterConfig, facts: TrainingFacts | None = None) -> s
                 [("base model", _base(base, base_id)), *_adapter_rows(config, facts), *_training_rows(facts)]
             ),
             "",
-            "## Load it with PEFT",
+            "## Load with PEFT",
             "",
             "```python",
             "from peft import PeftModel",
@@ -83,7 +83,7 @@ def adapter_card(config: AdapterConfig, facts: TrainingFacts | None = None) -> s
             "tokenizer = AutoTokenizer.from_pretrained(adapter)",
             "```",
             "",
-            "## Use it with lora_jax",
+            "## Use with lora_jax",
             "",
             "```sh",
             *([f"hf download {facts.hub_id} --local-dir adapter"] if facts.hub_id else []),
@@ -106,7 +106,7 @@ def model_card(base: str, facts: TrainingFacts) -> str:
             "",
             *_table([("base model", _base(named, base_id)), *_training_rows(facts)]),
             "",
-            "## Load it with transformers",
+            "## Load with transformers",
             "",
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -116,7 +116,7 @@ def model_card(base: str, facts: TrainingFacts) -> str:
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
             "```",
             "",
-            "## Use it with lora_jax",
+            "## Use with lora_jax",
             "",
             "```sh",
             f'lora-jax generate --model.path {facts.hub_id or "."} --prompt "Hello"',
@@ -192,7 +192,7 @@ def _adapter_rows(config: AdapterConfig, facts: TrainingFacts) -> list[tuple[str
     targets = config.target_modules
     return [
         ("base revision", config.revision),
-        ("base in training", facts.quantization),
+        ("base quantization", facts.quantization),
         ("rank (r)", config.r),
         ("lora_alpha", f"{config.lora_alpha:g} (scale {scale})"),
         ("lora_dropout", f"{config.lora_dropout:g}"),

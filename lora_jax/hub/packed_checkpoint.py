@@ -59,7 +59,7 @@ class PackedCheckpoint(Checkpoint):
         self._states = {weight: found for weight, names in four.items() if (found := _state_names(names))}
         unclear = [weight for weight in four if len(self._states.get(weight, ())) != 1]
         if unclear:
-            raise self._bad(f"weights without one quant_state each: {listing(sorted(unclear))}")
+            raise self._bad(f"weights without exactly one quant_state: {listing(sorted(unclear))}")
 
     def with_tensors(self, tensors: Mapping[str, np.ndarray]) -> "PackedCheckpoint":
         """Return the checkpoint with tensors, none of them quantized, instead of, or beside, the files'."""
@@ -106,11 +106,11 @@ class PackedCheckpoint(Checkpoint):
         quant_type, blocksize = state.get("quant_type"), state.get("blocksize")
         stored_as = self._states[name][0].rpartition("__")[2]
         if quant_type not in QUANT_TYPES or stored_as != quant_type:
-            raise self._bad(f"{name} has the quant_type {quant_type!r} beside {stored_as}, not nf4 or fp4")
+            raise self._bad(f"{name} has the quant_type {quant_type!r} next to {stored_as}, not nf4 or fp4")
         if quant_type != self._how.quant_type:
             raise self._bad(f"{name} is {quant_type}, but config.json says {self._how.quant_type}")
         if blocksize not in _BLOCKSIZES:
-            raise self._bad(f"{name} has the blocksize {blocksize!r}, none of {listing(_BLOCKSIZES)}")
+            raise self._bad(f"{name} has the blocksize {blocksize!r}, not one of {listing(_BLOCKSIZES)}")
         count = math.prod(shape)
         nested = f"{name}.nested_absmax" in self.files
         if nested != self._how.use_double_quant:
@@ -137,7 +137,9 @@ class PackedCheckpoint(Checkpoint):
     def _nested(self, name: str, state: Mapping[str, Any], codes: np.ndarray) -> Nested:
         blocksize, offset = state.get("nested_blocksize"), state.get("nested_offset")
         if blocksize not in _BLOCKSIZES:
-            raise self._bad(f"{name} has the nested_blocksize {blocksize!r}, none of {listing(_BLOCKSIZES)}")
+            raise self._bad(
+                f"{name} has the nested_blocksize {blocksize!r}, not one of {listing(_BLOCKSIZES)}"
+            )
         if not isinstance(offset, float | int) or not math.isfinite(offset):
             raise self._bad(f"{name} has the nested_offset {offset!r}, no number")
         if state.get("nested_dtype") != "float32":
@@ -169,7 +171,7 @@ class PackedCheckpoint(Checkpoint):
         except ValueError as error:
             raise self._bad(f"{key} is not valid JSON ({error})") from error
         if not isinstance(state, dict):
-            raise self._bad(f"{key} holds a JSON {type(state).__name__}, not an object")
+            raise self._bad(f"{key} contains a JSON {type(state).__name__}, not an object")
         return state
 
     def _shape_of(self, state: Mapping[str, Any], name: str) -> tuple[int, int]:
@@ -180,7 +182,7 @@ class PackedCheckpoint(Checkpoint):
 
     def _dtype(self, value: object, name: str) -> np.dtype:
         if not isinstance(value, str) or value not in _DTYPES:
-            raise self._bad(f"{name} has the dtype {value!r}, none of {listing(_DTYPES)}")
+            raise self._bad(f"{name} has the dtype {value!r}, not one of {listing(_DTYPES)}")
         return _DTYPES[value]
 
     def _array(self, name: str, dtype: type[np.generic], size: int | None = None) -> np.ndarray:
@@ -211,11 +213,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if quantization is None and (four or eight):
         raise UserError(
             f"config.json has no quantization_config, but weights are quantized: {listing(sorted(four | eight))} "
-            f"in {folder}; take the config.json that came with them"
+            f"in {folder}; use the config.json that came with them"
         )
     if quantization is not None and not (four or eight):
         raise UserError(
-            f"config.json says that weights have {quantization.bits} bits, but none is quantized: {folder}; "
+            f"config.json says that weights have {quantization.bits} bits, but none are quantized: {folder}; "
             "remove quantization_config from config.json, or download the weights that belong to it"
         )
     return checkpoint if quantization is None else PackedCheckpoint(checkpoint, quantization)

@@ -12,7 +12,7 @@ from rich.console import Console
 from lora_jax.errors import UserError, listing
 from lora_jax.progress import stage
 
-LOG_IN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
+LOG_IN = "set HF_TOKEN to a token with write access, or run `hf auth login`"
 
 
 @runtime_checkable
@@ -55,10 +55,12 @@ def check_push(repo_id: str, folder: PurePath) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserError(
-            f"{option}: is no legal Hub id ({error}); give owner/name, such as me/my-adapter"
+            f"{option}: is not a valid Hub id ({error}); give owner/name, such as me/my-adapter"
         ) from error
     if not isinstance(folder, Path):
-        raise UserError(f"{option}: needs a folder on the disk, and {folder} is in a bucket; push it by hand")
+        raise UserError(
+            f"{option}: needs a folder on the disk, and {folder} is in a bucket; push it manually"
+        )
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{option}: HF_HUB_OFFLINE is set; unset it, or drop the option")
     if get_token() is None:
@@ -75,12 +77,12 @@ def check_push(repo_id: str, folder: PurePath) -> None:
             "the option"
         ) from error
     if _role(me) == "read":
-        raise UserError(f"{option}: the token may only read; {LOG_IN}")
+        raise UserError(f"{option}: the token is read-only; {LOG_IN}")
     owners = [me["name"], *(group["name"] for group in me.get("orgs", ()))]
     owner = repo_id.partition("/")[0] if "/" in repo_id else me["name"]
     if owner not in owners:
         raise UserError(
-            f"{option}: the token is {me['name']}'s, who does not write as {owner}; give one of {listing(owners)}"
+            f"{option}: the token is {me['name']}'s, who cannot write as {owner}; give one of {listing(owners)}"
         )
 
 
@@ -112,7 +114,7 @@ def push(
     except Exception as error:
         branch = f" --revision {quote(revision)}" if revision is not None else ""
         raise UserError(
-            f"--push_to_hub {repo_id}: not pushed ({_first(error)}); {folder} is complete, push it by hand: "
+            f"--push_to_hub {repo_id}: not pushed ({_first(error)}); {folder} is complete, push it manually: "
             f"hf upload {quote(repo_id)} {quote(str(folder))} .{branch}"
         ) from error
     return str(made)

@@ -48,21 +48,21 @@ def resolve(
     reached.
     """
     if not path_or_id.strip():
-        raise UserError(f"{option}: empty; give a folder or a Hub id")
+        raise UserError(f"{option}: is empty; give a folder or a Hub id")
     folder = on_disk(path_or_id, option)
     if folder.is_dir():
         if revision is not None:
             raise UserError(
-                f"{option} {path_or_id}: revision {revision} needs a Hub id, and this is a folder; drop it"
+                f"{option} {path_or_id}: revision {revision} requires a Hub id, but this is a folder; drop it"
             )
         snapshots = cached_snapshots(folder)
         if snapshots:
             raise UserError(
-                f"{option} {path_or_id}: the root of an entry of the Hub's cache; give {folder / snapshots[0]}"
+                f"{option} {path_or_id}: is the root of an entry in the Hub's cache; give {folder / snapshots[0]}"
             )
         return folder
     if folder.exists():
-        raise UserError(f"{option} {path_or_id}: a file; give the folder that holds it")
+        raise UserError(f"{option} {path_or_id}: is a file; give the folder that contains it")
     if not looks_like_id(path_or_id):
         raise UserError(
             f"{option} {path_or_id}: no such folder; check the path, or give a Hub id.{_similar(folder)}"
@@ -100,30 +100,30 @@ def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
         error = error.__cause__
     match error:
         case errors.HFValidationError():
-            return "neither a folder here nor a legal Hub id; check its spelling"
+            return "neither a local folder nor a valid Hub id; check the spelling"
         case errors.GatedRepoError():
-            return f"the repository is gated; ask for access at {hub}/{repo_id}, then {log_in}"
+            return f"the repository is gated; request access at {hub}/{repo_id}, then {log_in}"
         case errors.RepositoryNotFoundError():
             similar = _similar(Path(repo_id))
             return (
-                f"no such folder here, and no such repository at {hub}; check its spelling, or, if it is "
+                f"no such local folder, and no such repository at {hub}; check its spelling, or, if it is "
                 f"private, {log_in}.{similar}"
             )
         case errors.RevisionNotFoundError():
-            return f"{hub} has no revision {revision!r} of it; name a branch, tag or commit"
+            return f"{hub} has no revision {revision!r} of it; give a branch, tag or commit"
         case errors.HfHubHTTPError() if error.response is not None:
             answer = f"{error.response.status_code} {error.response.reason_phrase}".strip()
             return f"{hub} answered {answer}; try again later, or give a local folder"
         case OSError(errno=int(), strerror=str()):  # a full disk, a closed cache
-            return f"the download to {cache} failed ({error.strerror}); mend that, or set HF_HOME"
+            return f"the download to {cache} failed ({error.strerror}); fix that, or set HF_HOME"
         case OSError() if constants.HF_HUB_OFFLINE:
             return (
-                f"no such folder here, not (or not wholly) in the cache {cache}, and HF_HUB_OFFLINE is set; "
+                f"no such local folder, not (or not fully) in the cache {cache}, and HF_HUB_OFFLINE is set; "
                 f"unset it, or run `hf download {repo_id}` first"
             )
         case OSError():
             return (
-                f"no such folder here, and {hub} cannot be reached ({_cause(error)}); check the network, proxy "
+                f"no such local folder, and {hub} cannot be reached ({_cause(error)}); check the network, proxy "
                 "and HF_ENDPOINT, or give a local folder"
             )
         case _:

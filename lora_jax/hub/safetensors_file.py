@@ -75,7 +75,7 @@ class SafetensorsFile:
         if tag not in DTYPES:
             raise UserError(
                 f"tensor {name} has the dtype {tag}: {self.path}; weights must be {', '.join(DTYPES)}: "
-                "take the unquantized checkpoint, or convert this one"
+                "use the unquantized checkpoint, or convert this one"
             )
         return DTYPES[tag]
 
@@ -155,7 +155,7 @@ def _bad_file(path: Path, error: Exception) -> UserError:
             header = file.read(header_bytes) if header_bytes < size else b""
     except OSError as failure:
         return UserError(
-            f"{path.name} cannot be read: {path} ({failure.strerror}); check the path and the rights"
+            f"{path.name} cannot be read: {path} ({failure.strerror}); check the path and its permissions"
         )
     if size < 8 + header_bytes or size == 8:
         # an absurd header length is some other format, or noise

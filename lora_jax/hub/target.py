@@ -29,20 +29,21 @@ def check_target(output: str, written: str, *sources: Path) -> Path:
     for source in sources:
         if source.resolve().is_relative_to(target):
             raise UserError(
-                f"--output {output}: is or holds {source}, which is read from; give another folder"
+                f"--output {output}: is or contains {source}, which is an input; give another folder"
             )
-    for place, what in ((home(), "your home folder"), (Path.cwd(), "the folder that you are in")):
+    for place, what in ((home(), "your home folder"), (Path.cwd(), "the current directory")):
         if place.resolve().is_relative_to(target):
             raise UserError(
-                f"--output {output}: is or holds {what}, which cannot be replaced; name a folder inside it"
+                f"--output {output}: is or contains {what}, which cannot be replaced; give a folder inside it"
             )
     names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     if names and written not in names:
         raise UserError(
-            f"--output {output}: is not empty and holds no {written}, so it is kept; give another folder"
+            f"--output {output}: is not empty and has no {written}, so it is not replaced; give another folder"
         )
     if foreign := [name for name in names if not _OF_A_MODEL.fullmatch(name)]:
         raise UserError(
-            f"--output {output}: holds {listing(foreign, 3)} beside {written}, so it is kept; give another folder"
+            f"--output {output}: contains {listing(foreign, 3)} besides {written}, so it is not replaced; give "
+            "another folder"
         )
     return folder

@@ -34,7 +34,7 @@ _FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-# Special tokens that stand in no text, the likeliest first: made for padding, or kept free by the model's
+# Special tokens that stand in no text, the most likely first: made for padding, or kept free by the model's
 # makers.
 _UNUSED_TOKENS = (
     "<|finetune_right_pad_id|>",
@@ -50,7 +50,9 @@ _UNUSED_TOKENS = (
 def load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase":
     """Read a folder's tokenizer without the network; raises UserError where none can be read."""
     if not any((folder / name).exists() for name in _VOCABULARIES):
-        raise UserError(f"no tokenizer in {folder}: none of {listing(_VOCABULARIES)}; copy the model's there")
+        raise UserError(
+            f"no tokenizer in {folder}: none of {listing(_VOCABULARIES)}; copy the model's tokenizer there"
+        )
     for name in _SETTINGS:
         if (folder / name).exists():
             read_json_object(folder / name, "download it again")
@@ -221,7 +223,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the file and the rights") from error
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; check the file and its permissions"
+        ) from error
 
 
 def _single(token_id: Any) -> Any:

@@ -130,7 +130,7 @@ def _kernel(
     inputs = moments[SAME_INPUT.get(module, module)]
     if not bool(jnp.isfinite(inputs).all()):
         raise UserError(
-            f"--calibration.path: inputs of {entry.name} are infinite or not numbers; compute in another dtype with "
+            f"--calibration.path: inputs of {entry.name} are not finite; compute in another dtype with "
             "--model.compute_dtype float32"
         )
     quant_type: Any = quantization.quant_type

@@ -29,7 +29,7 @@ _WRAPPERS = {
     "_fsdp_wrapped_module.": "FSDP",
     "_checkpoint_wrapped_module.": "activation checkpointing",
     "base_model.model.": "PEFT",
-    "language_model.": "a model of text and images",
+    "language_model.": "a vision-language model",
 }
 
 
@@ -71,7 +71,7 @@ def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
         "missing": missing,
         "unexpected": extra,
         "misshapen": misshapen,
-        "quantized though not linear": odd,
+        "quantized although not linear": odd,
     }
     problems = [f"{len(names)} {kind} ({listing(names)})" for kind, names in kinds.items() if names]
     if problems:
@@ -109,13 +109,13 @@ def _remarks(checkpoint: Checkpoint, config: ModelConfig, shown: ModelConfig) ->
         )
     if other := _other_frequencies(checkpoint, config):
         yield (
-            f"{other} in {where} holds other rotary frequencies than config.json gives (rope_theta "
+            f"{other} in {where} has rotary frequencies other than config.json's (rope_theta "
             f"{config.rope.rope_theta:g}, {config.rope.rope_type}); config.json's are used, as in transformers"
         )
     if code := own_code(checkpoint.config):
         yield f"config.json in {where} names {code}; it is read as a plain {config.model_type}"
     if (where / "adapter_config.json").exists():
-        yield f"{where} holds an adapter beside the model, which is not applied; give its folder as the adapter"
+        yield f"{where} contains an adapter next to the model, which is not applied; give its folder as the adapter"
 
 
 def _other_frequencies(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
@@ -140,7 +140,7 @@ def _unwrapped(missing: list[str], extra: list[str]) -> str | None:
     for part, origin in _WRAPPERS.items():
         if missing and set(missing) <= {standard_name(name.replace(part, "")) for name in extra}:
             return (
-                f"the names hold {part!r}, which {origin} leaves and transformers does not read either: save the "
+                f"the names contain {part!r}, from {origin}, which transformers does not read either: save the "
                 "model unwrapped, or rename its tensors"
             )
     return None

@@ -69,7 +69,7 @@ def read_config(config: Mapping[str, Any], where: object) -> ModelConfig:
         model = FAMILIES[model_type](known.from_dict(_as_declared(config, known)))
     except Exception as error:  # transformers raises many types for a bad value; all are the file's fault
         raise UserError(
-            f"config.json: {where} is not a valid {model_type} config ({error}); mend the file"
+            f"config.json: {where} is not a valid {model_type} config ({error}); fix the file"
         ) from error
     if model.rope.rope_type not in ROPE_TYPES:
         raise UserError(f"rope_type {model.rope.rope_type!r}: {where}; supported: {listing(ROPE_TYPES)}")
@@ -94,8 +94,8 @@ def _check_code(config: Mapping[str, Any], model_type: str, where: object) -> No
     others = [name for name in _model_code(config) if name.rpartition(".")[2] not in _classes(model_type)]
     if others:
         raise UserError(
-            f"config.json: {where} names code of its own for the model ({listing(others)}), which may compute "
-            f"something else than {model_type} and is not run; if it is a plain {model_type}, take auto_map out"
+            f"config.json: {where} specifies custom code for the model ({listing(others)}), which may compute "
+            f"something else than {model_type} and is not run; if it is a plain {model_type}, remove auto_map"
         )
 
 

@@ -67,7 +67,8 @@ def load_params(
             kernel = read_kernel(checkpoint, entry.name, quantization, source)
             if kernel.shape[-1] != entry.shape[0]:
                 raise UserError(
-                    f"--model.resize_vocab: {entry.name} is quantized, and its rows cannot be made {entry.shape[0]}: "
+                    f"--model.resize_vocab: {entry.name} is quantized, and its rows cannot be changed to "
+                    f"{entry.shape[0]}: "
                     f"{checkpoint.folder}; give a checkpoint whose head is not quantized"
                 )
             kernel = _on_mesh(entry.path, kernel, mesh)

@@ -46,7 +46,7 @@ def quantization_of(
     idle = [name for name in given if name.startswith(FOUR_BIT) and not four]
     if idle:
         raise UserError(
-            f"--model.{idle[0]}: is about a 4-bit model; add --model.load_in_4bit True, or drop it"
+            f"--model.{idle[0]}: applies only to a 4-bit model; add --model.load_in_4bit True, or drop it"
         )
     if packed is not None:
         _check_same(options, packed, checkpoint.folder, given)
@@ -54,7 +54,7 @@ def quantization_of(
     if not (options.load_in_4bit or options.load_in_8bit):
         if SKIP in given and options.llm_int8_skip_modules:
             remedy = "add --model.load_in_4bit True or --model.load_in_8bit True, or drop it"
-            raise UserError(f"--model.{SKIP}: is about a quantized model; {remedy}")
+            raise UserError(f"--model.{SKIP}: applies only to a quantized model; {remedy}")
         return None
     _check_patterns(options.llm_int8_skip_modules, [module.name for module in modules(config)])
     quantization = QuantizationConfig(
@@ -72,7 +72,7 @@ def quantization_of(
 
 
 def resolved_model_options(options: ModelOptions, quantization: QuantizationConfig | None) -> ModelOptions:
-    """Return the options with what they came to: a checkpoint that is quantized already decides them."""
+    """Return the options with what they came to: a checkpoint that is already quantized decides them."""
     if quantization is None:
         return options
     four = quantization.bits == 4
@@ -130,7 +130,7 @@ def read_tensor(checkpoint: Checkpoint, name: str, dtype: str = "auto") -> np.nd
     if not finite(tensor):
         raise UserError(
             f"weights that are not finite: {name} ({not_finite(tensor)}): {checkpoint.folder}; download it again, or "
-            "take another checkpoint"
+            "use another checkpoint"
         )
     return tensor if dtype == "auto" else converted(tensor, jnp.dtype(dtype), name, "--model.dtype")
 
@@ -193,7 +193,7 @@ def _check_same(
         asked = getattr(options, name)
         if name in given and asked != found:
             raise UserError(
-                f"--model.{name} {' '.join(asked) if name == SKIP else asked}: {folder} is quantized already "
+                f"--model.{name} {' '.join(asked) if name == SKIP else asked}: {folder} is already quantized "
                 f"({stored.summary()}); drop the option, or give the unquantized checkpoint"
             )
 
@@ -209,7 +209,7 @@ def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
             matches = any(_skipped(name, (pattern,)) for name in names)
         except re.error as error:
             raise UserError(
-                f"--model.{SKIP} {pattern}: is no regular expression ({error}); mend it"
+                f"--model.{SKIP} {pattern}: is not a regular expression ({error}); fix it"
             ) from error
         if not matches:
             known = sorted({name.rpartition(".")[2] for name in names})

@@ -65,7 +65,7 @@ def save_model(
                 if not finite(tensor):
                     raise UserError(
                         f"weights that are not finite: {name} ({not_finite(tensor)}): {source.folder}; download it "
-                        "again, or take another checkpoint"
+                        "again, or use another checkpoint"
                     )
                 writer.add(name, tensor)
                 if not sums or zlib.crc32(name.encode()) % CHECKED_ONE_IN == 0:

@@ -121,9 +121,7 @@ def _typed_flags(arguments: list[str], names: Mapping[str, Any]) -> Flags:
         elif name:
             flags[name].append(argument)
         else:
-            raise UserError(
-                f"{argument}: an option starts with --; a config file comes first, before any option"
-            )
+            raise UserError(f"{argument}: options start with --, and a config file comes before all options")
     if unknown := [Unknown(name, values) for name, values in flags.items() if name not in names]:
         refuse(unknown, names, "", "--")
     for name, values in flags.items():
@@ -142,7 +140,7 @@ def _yaml_flags(path: Path, names: Mapping[str, Any]) -> Flags:
             unknown.append(entry)
         elif entry.name in flags:
             raise UserError(
-                f"{where}: {entry.name}: is given in its section and by its whole name; remove one"
+                f"{where}: {entry.name}: is given both in its section and by its full name; remove one"
             )
         else:
             flags[entry.name] = entry.values

@@ -157,7 +157,7 @@ ADVICE: dict[str, str] = {
     """,
     "give `train.early_stopping_patience` a number of evaluations": "early_stopping_steps early_stopping",
     "give `data.path` the file or the Hub id": "dataset_dir data_dir dataset_mixer data_folder",
-    "put the name behind the id: `data.path ID:NAME`": """
+    "append it to the id: `data.path ID:NAME`": """
         dataset_config dataset_config_name dataset_subset
     """,
     "give `data.split` a slice, such as train[:1000]": "max_samples max_train_samples num_train_samples",
@@ -167,8 +167,8 @@ ADVICE: dict[str, str] = {
     "give `train.adam_beta1`, `train.adam_beta2` and `train.adam_epsilon`": """
         optim_args adam_betas optimizer_kwargs
     """,
-    "a figure's direction is known; name it in `train.metric_for_best_model`": "greater_is_better",
-    "name scores in `train.generation_metrics`": """
+    "the direction follows from the metric in `train.metric_for_best_model`": "greater_is_better",
+    "list scores in `train.generation_metrics`": """
         predict_with_generate do_predict compute_metrics do_bench_eval bench_dataset
     """,
     "set the environment variable HF_TOKEN": """
@@ -186,7 +186,7 @@ ADVICE: dict[str, str] = {
     """,
     "TensorBoard's files go to tensorboard/ in `output_dir`": "logging_dir tensorboard_dir",
     "give `lora.init_from` an adapter to train further": "adapter",
-    "name a column by ours and then the file's in `data.columns`": """
+    "map columns in `data.columns`: our name, then the file's": """
         field_messages message_property_mappings message_field_role message_field_content field_instruction
         field_input field_output columns roles column_mapping prompt_column response_column columns_mapping
         messages_column dataset_map
@@ -194,8 +194,8 @@ ADVICE: dict[str, str] = {
     "lora-jax merge writes the merged model": "merge_lora merge_adapter merge_and_unload save_merged export_size",
     "lora-jax report draws the curves": "plot_loss",
     "lora-jax quantize writes quantized checkpoints": "export_quantization_bit",
-    "give `temperature`; 0 always takes the likeliest token": "do_sample greedy",
-    "give a folder of the run: `resume` goes on from the last checkpoint of `output_dir`": """
+    "give `temperature`; 0 always takes the most likely token": "do_sample greedy",
+    "`resume` continues from the last checkpoint in `output_dir`": """
         ckpt checkpoint_path
     """,
     "set `data.format`": "type ds_type dataset_type formatting",
@@ -204,7 +204,7 @@ ADVICE: dict[str, str] = {
 """What to do instead, and for which words."""
 
 UNNEEDED: dict[str, str] = {
-    "attention is chosen for the device": """
+    "the attention kernel is chosen for the device": """
         flash_attn flash_attention use_flash_attn use_flash_attention use_flash_attention_2
         attn_implementation xformers_attention sdp_attention sdpa_attention eager_attention flex_attention
         flash_attn_fuse_mlp flash_attn_fuse_qkv flash_attn_rms_norm flash_attn_cross_entropy s2_attention
@@ -217,14 +217,14 @@ UNNEEDED: dict[str, str] = {
         unsloth_rms_norm lora_mlp_kernel lora_qkv_kernel lora_o_kernel use_v1_kernels cut_cross_entropy
         fast_inference deepcompile use_kernels plugins chunked_cross_entropy fused_cross_entropy
     """,
-    "parameters and rows are shared out over all devices, see --help on mesh": """
+    "parameters and rows are sharded over all devices; see mesh in --help": """
         device_map deepspeed fsdp_config fsdp_version fsdp_final_state_dict_type local_rank ddp_backend
         ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
         accelerator_config parallelism_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params no_cuda
         max_memory gpu_memory_limit split_batches qlora_sharded_model_loading ray_num_workers ring_attn_func
         heads_k_stride gpu_ids low_cpu_mem_usage lora_on_cpu offload_folder gpu_memory_utilization
     """,
-    "the platform is JAX's choice, or that of JAX_PLATFORMS": """
+    "JAX chooses the platform; JAX_PLATFORMS overrides it": """
         use_cpu use_mps_device device jit_mode_eval
     """,
     "layers are always recomputed one at a time": """
@@ -235,7 +235,7 @@ UNNEEDED: dict[str, str] = {
         autocast_adapter_dtype half_precision_backend peft_autocast_adapter_dtype embeddings_skip_upcast
         fp16_backend float32_logits
     """,
-    "tokens are cached by themselves; `data.cache False` keeps none": """
+    "tokens are cached automatically; `data.cache False` turns that off": """
         dataset_prepared_path tokenized_path overwrite_cache dataset_keep_in_memory skip_prepare_dataset
         preprocessing_batch_size push_dataset_to_hub dataset_kwargs load_from_cache_file
     """,
@@ -252,25 +252,25 @@ UNNEEDED: dict[str, str] = {
         padding_free flattening sample_packing_sequentially total_num_tokens padding batch_flattening
         multipack_real_batches
     """,
-    "rows are shuffled anew each epoch, by `train.seed`": """
+    "rows are shuffled every epoch, with `train.seed`": """
         data_seed shuffle_dataset shuffle_merged_datasets shuffle full_determinism ignore_data_skip
     """,
-    "the first and the last step are always logged, and figures go to metrics.jsonl": """
+    "the first and last step are always logged, and metrics go to metrics.jsonl": """
         logging_first_step logging_strategy log_level log_level_replica log_on_each_node disable_tqdm
         logging_nan_inf_filter include_num_input_tokens_seen include_tokens_per_second
         include_effective_tokens_per_second compute_accuracy skip_memory_metrics print_param_status
         include_tkps eval_table_size eval_max_new_tokens prediction_loss_only include_for_metrics
         batch_eval_metrics
     """,
-    "what a command does is its name: lora-jax train, generate, merge": """
+    "the command says what to do: lora-jax train, generate, merge": """
         do_train stage stage=sft task_type lora_task_type train_type inference_mode trainer_type rl=sft
     """,
-    "checkpoints hold what a resumption needs and no more": """
+    "checkpoints contain exactly what resuming needs": """
         save_only_model save_safetensors save_on_each_node safe_serialization enable_jit_checkpoint
         restore_callback_states_from_checkpoint save_first_step export_legacy_format export_device
         hub_strategy hub_always_push include_tokenizer save_optimizer_state
     """,
-    "model and tokenizer are found by the files of the folder": """
+    "model and tokenizer are detected from the files in the folder": """
         model_type tokenizer_type tokenizer_name tokenizer_config tokenizer_use_fast use_fast_tokenizer
         tokenizer_legacy is_llama_derived_model is_mistral_derived_model is_falcon_derived_model
         fan_in_fan_out is_qwen_derived_model lora_fan_in_fan_out fix_tokenizer auto_mapping peft_type
@@ -282,7 +282,7 @@ UNNEEDED: dict[str, str] = {
         bnb_4bit_quant_storage llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight quantization_method
         quantization_device_map bnb_config_kwargs quantization_method=bitsandbytes
     """,
-    "nothing here depends on it": """
+    "it has no effect here": """
         use_cache use_kv_cache ignore_pad_token_for_loss average_tokens_across_devices ddp
         ignore_bias_buffers strict runtime_config infer_backend
     """,
@@ -290,19 +290,19 @@ UNNEEDED: dict[str, str] = {
 """Why there is no such option, and for which words: what it would choose happens by itself."""
 
 MISSING: dict[str, str] = {
-    "training on some roles or turns alone by an option; mark them in the rows": """
+    "selecting roles or turns by an option; mark them in the rows": """
         roles_to_train mask_history train_on_turn formatting_func
     """,
     "DoRA": "use_dora peft_use_dora use_qdora finetuning_type=dora adapter=dora",
-    "PiSSA, LoftQ, EVA and other such starts of an adapter": """
+    "PiSSA, LoftQ, EVA and other initializations of an adapter": """
         pissa_init pissa_iter pissa_convert loftq_config eva_config corda_config lora_ga_config use_loftq
         init_lora_weights=pissa velora_config
     """,
-    "LoRA+, with a learning rate of its own for B": """
+    "LoRA+, a separate learning rate for B": """
         loraplus_lr_ratio loraplus_lr_embedding use_loraplus embedding_lr embedding_lr_scale lr_groups
         embedding_learning_rate
     """,
-    "other methods than LoRA and full fine-tuning": """
+    "methods other than LoRA and full fine-tuning": """
         finetuning_type adapter=llama-adapter use_galore galore_target galore_rank galore_update_interval
         galore_scale use_apollo apollo_target apollo_rank use_badam badam_mode use_llama_pro relora
         relora_steps freeze_trainable_layers freeze_trainable_modules freeze_extra_modules oft_rank
@@ -317,24 +317,24 @@ MISSING: dict[str, str] = {
         kto_undesirable_weight dpo_label_smoothing simpo_gamma trl vllm use_vllm reward_funcs rpo_alpha
         max_prompt_length max_completion_length
     """,
-    "code that a checkpoint brings along": "trust_remote_code remote_code",
+    "code that comes with a checkpoint": "trust_remote_code remote_code",
     "new tokens or another pad, BOS or EOS token; change the tokenizer's files and give "
     "`model.resize_vocab True`": """
         special_tokens tokens add_tokens add_special_tokens pad_token eos_token bos_token
         added_tokens_overrides new_special_tokens_config init_special_tokens split_special_tokens
         pad_token_id
     """,
-    "such a setting of the chat template": """
+    "this setting of the chat template": """
         tool_format default_system_message chat_template_kwargs enable_thinking prompt_style map_eos_token
     """,
-    "another scaling of positions than config.json's": """
+    "position scaling other than config.json's": """
         rope_scaling rope_theta overrides_of_model_config
     """,
-    "other losses than cross entropy": """
+    "losses other than cross-entropy": """
         label_smoothing_factor label_smoothing use_dft_loss loss_type router_aux_loss_coef moe_aux_loss_coef
         kd_alpha kd_temperature kd_ce_alpha focal_loss use_eaft_loss use_asft_loss z_loss
     """,
-    "quantized arithmetic or other formats than bitsandbytes'": """
+    "quantized arithmetic, or formats other than bitsandbytes'": """
         fp8 fp8_backend gptq quantization_bit qat quantization load_in_16bit load_in_fp8 awq
         llm_int8_threshold fp8_enable_fsdp_float8_all_gather hqq export_quantization_method
     """,
@@ -343,7 +343,7 @@ MISSING: dict[str, str] = {
         freeze_language_model video_max_pixels video_fps video_maxlen image_size image_resize_algorithm
         finetune_vision_layers finetune_language_layers is_multimodal crop_to_patches audio_sampling_rate
     """,
-    "finding a batch size by trying; lora-jax plan --search finds one": """
+    "finding a batch size by trial; lora-jax plan --search finds one": """
         auto_find_batch_size torch_empty_cache_steps
     """,
     "training from random weights": "train_from_scratch reinit_weights from_scratch",

@@ -53,7 +53,7 @@ def checked(name: str, hint: Any, values: list[str], label: str) -> list[str]:
         return _pairs(name, kinds, values, label)
     kind = kind_of(hint)
     if not values or values == ["None"]:
-        remedy = "give True or False" if kind is bool else "give one, or leave the option out"
+        remedy = "give True or False" if kind is bool else "give one, or drop the option"
         raise UserError(f"{label}: needs a value; {remedy}")
     if len(values) > 1:
         raise UserError(f"{label} {' '.join(values)}: takes one value; give one, in quotes if it has spaces")
@@ -81,7 +81,7 @@ def _value(name: str, kind: Any, text: str, label: str) -> str:
     if spelt is None or kind is str:
         if (ours := translated(name, text)) is not None:
             words = in_words(ours, "--" if label.startswith("--") else "")
-            raise UserError(f"{label} {text}: is not a value of this option; here it is {words}")
+            raise UserError(f"{label} {text}: is not a value of this option; use {words}")
         if kind is str:
             return _text(text, label)
     if spelt is not None:
@@ -116,7 +116,7 @@ def _text(text: str, label: str) -> str:
     if _NAMES.fullmatch(text) and label.endswith(("modules", "modules_to_save", "pattern")):
         apart = " ".join(re.split(r"[,\s]+", text))
         raise UserError(
-            f"{label} {text}: is taken as one name; separate names by spaces, without quotes: {apart}"
+            f"{label} {text}: is read as one name; separate names with spaces, without quotes: {apart}"
         )
     return text
 
@@ -137,12 +137,12 @@ def _utf8(text: str, label: str) -> str:
     if not is_path:
         return text
     if "\0" in text:
-        raise UserError(f"{label} {shown!r}: holds a NUL character, which no path does; remove it")
+        raise UserError(f"{label} {shown!r}: contains a NUL character, which a path cannot; remove it")
     longest = max(len(name.encode()) for name in text.split("/"))
     if longest > _LONGEST_NAME or len(text.encode()) > _LONGEST_PATH:
         raise UserError(
             f"{label} {shown}: is too long for a path ({len(text.encode()):,} bytes); give the path of a file or "
-            "folder, not what it holds"
+            "folder, not its contents"
         )
     expanded(text, label)
     return text

@@ -87,7 +87,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         )
         raise UserError(f"{where}: {reason}; fix it") from error
     if not isinstance(content, dict):
-        raise UserError(f"{where}: holds no options; write sections such as model, lora, data, train")
+        raise UserError(f"{where}: has no options; write sections such as model, lora, data, train")
     return content
 
 
@@ -120,7 +120,7 @@ def _texts(value: Any, label: str | None) -> list[str]:
     else:
         items = value if isinstance(value, list) else [value]
     if label is not None and any(isinstance(item, dict | list) for item in items):
-        raise UserError(f"{label}: takes plain values; write no list or mapping inside of it")
+        raise UserError(f"{label}: takes plain values; remove the list or mapping inside it")
     if label is not None and len(items) > 1 and None in items:
         raise UserError(f"{label}: has an entry without a value; give it one, or remove it")
     return [_text(item) for item in items]

@@ -18,7 +18,7 @@ NAMES = ("coordinator_address", "num_processes", "process_id")
 """Options that together make a run of several processes."""
 VARIABLES = {name: f"JAX_{name.upper()}" for name in NAMES}
 """Variables that stand for them."""
-ALONE = "or --distributed.num_processes 1 if this process is to train on its own"
+ALONE = "or --distributed.num_processes 1 if this process should train alone"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def _refused(found: Announcement) -> UserError:
     if found.count is None:
         missing += ", --distributed.num_processes and --distributed.process_id"
     return UserError(
-        f"{found.text} started several processes, and JAX cannot tell how they meet: each would train alone and "
+        f"{found.text} started several processes, but JAX does not know how to connect them: each would "
+        "train alone and "
         f"write the same files; give {missing}, {ALONE}"
     )
 
@@ -137,7 +138,7 @@ def incomplete(options: DistributedOptions) -> UserError:
     missing = [name for name in NAMES if getattr(options, name) is None]
     given = " and ".join(f"--distributed.{name}" for name in NAMES if name not in missing)
     needed = " and ".join(f"--distributed.{name} (or {VARIABLES[name]})" for name in missing)
-    return UserError(f"{needed}: needed beside {given}; give all three, or none")
+    return UserError(f"{needed}: required with {given}; give all three, or none")
 
 
 def _check(options: DistributedOptions) -> None:
@@ -147,7 +148,7 @@ def _check(options: DistributedOptions) -> None:
     if options.coordinator_port is not None:
         raise UserError(
             f"--distributed.coordinator_port {options.coordinator_port}: cannot be combined with "
-            "--distributed.coordinator_address, which holds the port already; leave one out"
+            "--distributed.coordinator_address, which already contains the port; drop one"
         )
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):

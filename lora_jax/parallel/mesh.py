@@ -3,7 +3,7 @@
 data       rows                       parameters are the same on each
 fsdp       rows, and parameters       a layer's are gathered when it is computed
 tensor     heads and features of a layer, and its parameters with them
-sequence   tokens of a row
+sequence   tokens per row
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
     sizes = asdict(options)
     for name, size in sizes.items():
         if size < 1 and size != -1:
-            raise UserError(f"--mesh.{name} {size}: must be positive, or -1 for what is left")
+            raise UserError(f"--mesh.{name} {size}: must be positive, or -1 for the remaining devices")
     left = sorted((name for name, size in sizes.items() if size == -1), key=PARAMETERS.__eq__)
     if len(left) > 1:
         remedy = (
             "which does by default: give --mesh.fsdp 1 too" if PARAMETERS in left else "which does already"
         )
-        raise UserError(f"--mesh.{left[0]} -1: cannot take what is left beside --mesh.{left[-1]}, {remedy}")
+        raise UserError(
+            f"--mesh.{left[0]} -1: cannot take the remaining devices besides --mesh.{left[-1]}, {remedy}"
+        )
     given = prod(size for size in sizes.values() if size != -1)
     shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
     if (devices % given) if left else (devices != given):
         whole = "divides" if left else "is"
-        remedy = "give sizes whose product " + f"{whole} {devices}, -1 for what is left"
-        raise UserError(f"--mesh ({shown}): {given} devices are asked for and there are {devices}; {remedy}")
+        remedy = "give sizes whose product " + f"{whole} {devices}, -1 for the remaining devices"
+        raise UserError(f"--mesh ({shown}): {given} devices requested, but there are {devices}; {remedy}")
     return sizes | dict.fromkeys(left, devices // given)
 
 

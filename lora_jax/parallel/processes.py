@@ -118,7 +118,7 @@ def lost(error: Exception) -> UserError | None:
         return None
     first = text.partition("\n")[0]
     return UserError(
-        f"process {jax.process_index()} of {jax.process_count()} lost another one, whose log tells why "
+        f"process {jax.process_index()} of {jax.process_count()} lost another process; its log explains why "
         f"({first[:160]}); start all processes again with --resume"
     )
 
@@ -250,7 +250,7 @@ def _check_free(address: str) -> None:
         except OSError as error:
             raise UserError(
                 f"--distributed.coordinator_address {address}: process 0 cannot listen there ({error.strerror}); give "
-                "a free port, and each process a --distributed.process_id of its own"
+                "a free port, and a different --distributed.process_id for each process"
             ) from error
 
 
@@ -278,7 +278,7 @@ class _Watchdog:
         self.met = False
         met = (
             f"error: {who} of the run was ended: another process was lost, or this one was killed. The first error "
-            "among the logs of all tells why; start all processes again with --resume"
+            "in the logs explains why; start all processes again with --resume"
         )
         self._who, self._address = who, address
         self._process = subprocess.Popen(
@@ -309,8 +309,8 @@ class _Watchdog:
         """Return the line about others that did not come, with the address that JAX has found by now."""
         if self._address is not None:
             remedy = (
-                "start all processes with the same --distributed.coordinator_address, where nothing but process 0 "
-                "listens"
+                "start all processes with the same --distributed.coordinator_address, on a port that only process 0 "
+                "uses"
             )
         else:
             remedy = (
@@ -319,7 +319,7 @@ class _Watchdog:
             )
         found = self._address or _jax_state("coordinator_address") or "the address that the environment gives"
         return (
-            f"error: {self._who} waited in vain for the others at {found}; {remedy}, or wait longer with "
+            f"error: {self._who} waited for the others in vain at {found}; {remedy}, or wait longer with "
             "--distributed.timeout"
         )
 

@@ -46,7 +46,7 @@ def methods(config: RunConfig, typed: Typed) -> list[tuple[str, Variant]]:
 def what_fits(config: RunConfig, typed: Typed, found: Estimate) -> tuple[str, Estimate] | None:
     """Return the flags of the least change with which a run fits, and its estimate; None where none of them does.
 
-    Changes that are tried: fewer rows a device, gradient checkpointing, 4 bits, all of these, a larger topology of
+    Changes that are tried: fewer rows per device, gradient checkpointing, 4 bits, all of these, a larger topology of
     the same chips. One that cannot fit is passed over: what is held is too much, or too much beside a quarter of the
     former activations, of which gradient checkpointing alone may save more.
     """
@@ -118,7 +118,7 @@ class Found:
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second at most; None for this machine, of which no rates are known."""
+        """Tokens per second at most; None for this machine, of which no rates are known."""
         return 1 / seconds if (seconds := _seconds_a_token(self.estimate)) else None
 
 
@@ -133,7 +133,7 @@ def search(config: RunConfig, typed: Typed, target: Target, note: Note) -> list[
     def tried(candidate: RunConfig) -> Estimate | None:
         rows, remat = candidate.train.per_device_train_batch_size, candidate.train.gradient_checkpointing
         sizes = ", ".join(f"{name} {size}" for name, size in asdict(candidate.mesh).items() if size != 1)
-        label = f"{rows} rows a device, gradient checkpointing {remat}, {sizes or 'one device'}"
+        label = f"{rows} rows per device, gradient checkpointing {remat}, {sizes or 'one device'}"
         if label not in known:
             known[label] = _tried(candidate, typed, target, lambda line: note(f"{label}: {line}"))
         return known[label]

@@ -141,8 +141,8 @@ def check_finite(absmax: np.ndarray | np.floating[Any], name: str, how: str = ""
     """Raise UserError, which names `name`, where the absmax of a weight are infinite or not numbers."""
     if not np.isfinite(absmax).all():
         raise UserError(
-            f"weights that are {how}infinite or not numbers: {name}; they cannot be quantized: take another "
-            "checkpoint, or leave the module out with llm_int8_skip_modules"
+            f"weights that are {how}infinite or not numbers: {name}; they cannot be quantized: use another "
+            "checkpoint, or exclude the module with llm_int8_skip_modules"
         )
 
 

@@ -31,7 +31,7 @@ QUIET = ("step", "epoch", "num_tokens", "step_seconds", "base_eval_loss")
 TITLES = {
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
-    "tokens_per_second": "Tokens a second",
+    "tokens_per_second": "Tokens per second",
     "mfu": "Model FLOPs utilization",
 }
 
@@ -56,7 +56,7 @@ def loss_figure(runs: Sequence[RunFiles]) -> Figure | None:
             colour = _colour(index) if several else _colour(1 + number)
             _points(figure, index, run, key, f"{run.name}, {label}" if several else label, colour, number)
         _mark(figure, run, f"{_plain(run.name)}: " if several else "")
-    return _shown("loss", "Loss", figure, "Nats a token.")
+    return _shown("loss", "Loss", figure, "Nats per token.")
 
 
 def eval_labels(run: RunFiles) -> list[str]:
@@ -140,7 +140,7 @@ def lengths_figure(runs: Sequence[RunFiles]) -> Figure | None:
             customdata=[f"{i * width + 1:,} to {(i + 1) * width:,}" if width > 1 else str(i + 1) for i in bars],
             hovertemplate="%{customdata} tokens: %{y:,} rows<extra></extra>",
         )  # fmt: skip
-    figure.update_layout(xaxis_title_text="tokens of a row", yaxis_title_text="rows")
+    figure.update_layout(xaxis_title_text="tokens per row", yaxis_title_text="rows")
     return _shown("lengths", "Lengths of the training rows", figure)
 
 

@@ -150,7 +150,8 @@ def read_run(folder: Path) -> RunFiles:
         raise UserError(f"report {folder}: no such folder; give the --output_dir of a run")
     if not any((folder / name).exists() for name in (METRICS, CONFIG, RECORD)):
         raise UserError(
-            f"report {folder}: holds neither {METRICS} nor {CONFIG}, so it is no run; give the --output_dir of one"
+            f"report {folder}: contains neither {METRICS} nor {CONFIG}, so it is not a run; give the "
+            "--output_dir of one"
         )
     options = _options(folder / CONFIG)
     named = section(options, "train").get("run_name")

@@ -28,7 +28,7 @@ def outcome(run: RunFiles) -> list[Fact]:
         ("train loss", _decimal(run.last("loss"))),
         ("steps", f"{run.step:,} of {run.steps:,}" if run.steps and run.steps != run.step else f"{run.step:,}"),
         ("tokens seen", _whole(run.last("num_tokens"))),
-        ("tokens a second", _whole(statistics.median(speeds)) if speeds else None),
+        ("tokens per second", _whole(statistics.median(speeds)) if speeds else None),
         ("MFU", f"{statistics.median(mfus):.1%}" if mfus else None),
         ("time", _time(run)),
         ("trained", _share(parameters)),
@@ -58,11 +58,11 @@ def troubles(run: RunFiles) -> list[str]:
     """Return a sentence for each thing about a run that its reader has to know."""
     found = []
     if run.diverged is not None:
-        found.append(f"The loss is no finite number from step {run.diverged:,} on: the run diverged.")
+        found.append(f"The loss is not finite from step {run.diverged:,} on: the run diverged.")
     elif run.status != "finished":
-        found.append(f"The run is not finished: {run.status}. What is shown is what it had written by then.")
+        found.append(f"The run is not finished: {run.status}. This page shows what it has written so far.")
     if not run.lines:
-        found.append("Nothing is logged yet.")
+        found.append("Nothing has been logged yet.")
     return found
 
 
@@ -116,13 +116,13 @@ def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
 
 
 def commands(run: RunFiles) -> list[Fact]:
-    """Return the command lines that repeat a run: from its resolved options, and as it was given."""
+    """Return the command lines that repeat a run: from its resolved options, and as originally given."""
     found = []
     if (run.folder / CONFIG).exists():
         file, again = shlex.quote(str(run.folder / CONFIG)), shlex.quote(f"{run.folder}-again")
-        found.append(("with the options as resolved", f"lora-jax train {file} --output_dir {again}"))
+        found.append(("with the resolved options", f"lora-jax train {file} --output_dir {again}"))
     if isinstance(command := run.record.get("command"), str):
-        found.append(("as it was given", command))
+        found.append(("as originally given", command))
     return found
 
 

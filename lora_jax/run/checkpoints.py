@@ -97,16 +97,16 @@ class Identity:
         now = json.loads(json.dumps(self.plain()))
         if bases := _differences(stored["base"], now["base"]):
             raise UserError(
-                f"--resume: the checkpoint was made on another base model: {listing(bases)}; give the one that it was "
-                "made on as --model.path, or --overwrite to start over on this one"
+                f"--resume: the checkpoint belongs to another base model: {listing(bases)}; give that one "
+                "as --model.path, or start over with --overwrite"
             )
         known = {name: value for name, value in stored["options"].items() if name not in FREE | LENGTH}
         if known.keys() != now["options"].keys():
             raise KeyError(*sorted(known.keys() ^ now["options"].keys())[:1])
         if options := _differences(known, now["options"]):
             raise UserError(
-                f"--resume: the checkpoint was made with other options: {listing(options)}; give those, or "
-                "--overwrite; to train further, use --lora.init_from"
+                f"--resume: the checkpoint was made with different options: {listing(options)}; give those, or "
+                "--overwrite; to continue training, use --lora.init_from"
             )
 
     def plain(self) -> dict[str, Any]:
@@ -278,7 +278,7 @@ class Checkpoints:
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(
                 f"--resume: the checkpoint {self.folder}/{step} was written by another version of lora_jax ({error}); "
-                "go on with that one, or give --overwrite to start over"
+                "resume with that version, or start over with --overwrite"
             ) from error
         arrays = _arrays(state)
         like = {
@@ -302,8 +302,9 @@ class Checkpoints:
     def _unreadable(self, step: object, error: Exception) -> UserError:
         return UserError(
             f"--resume: the checkpoint {self.folder}/{step} cannot be read "
-            f"({type(error).__name__}: {str(error)[:200]}), though no file of it is known to be damaged; go on with "
-            f"the versions of orbax-checkpoint and jax that run.json names, or give --overwrite to start over"
+            f"({type(error).__name__}: {str(error)[:200]}), although none of its files is known to be "
+            "damaged; resume with "
+            f"the versions of orbax-checkpoint and jax that run.json names, or start over with --overwrite"
         )
 
     def damage(self, step: int) -> str | None:
@@ -325,8 +326,8 @@ class Checkpoints:
         if damaged and newest is None:
             step, found = max(damaged.items())
             raise UserError(
-                f"--resume: the checkpoint {place}/{step} is damaged: {found}; no other one is whole, so restore it "
-                "from a copy, or give --overwrite to start over"
+                f"--resume: the checkpoint {place}/{step} is damaged: {found}; no other one is intact, so restore it "
+                "from a copy, or start over with --overwrite"
             )
         for step, found in damaged.items():
             (place / str(step)).rename(_free(place / f"{step}.damaged"))
@@ -334,7 +335,9 @@ class Checkpoints:
                 f"the checkpoint of step {step} is damaged ({found}) and was set aside as {step}.damaged"
             )
         if newest is not None and not has_checksums(place / str(newest)):
-            self.notes.append(f"the checkpoint of step {newest} has no checksums: damage would not be found")
+            self.notes.append(
+                f"the checkpoint of step {newest} has no checksums, so damage cannot be detected"
+            )
 
     def _write_checksums(self) -> None:
         """Write those of the checkpoint that is about to get its name."""

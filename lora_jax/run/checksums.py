@@ -58,7 +58,7 @@ def damage(folder: Path, arrays: bool = True) -> str | None:
         except FileNotFoundError:
             return f"{name} is missing"
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            return f"{name} cannot be read: {getattr(error, 'strerror', None) or 'it is no JSON'}"
+            return f"{name} cannot be read: {getattr(error, 'strerror', None) or 'it is not JSON'}"
     return None
 
 
@@ -89,5 +89,5 @@ def _unparsed(folder: Path) -> str | None:
         except FileNotFoundError:  # no figure, say; what has to be there is missed on reading
             continue
         except (OSError, ValueError):
-            return f"{name} is no JSON"
+            return f"{name} is not JSON"
     return None

@@ -31,7 +31,7 @@ class Completions:
         tokens = encode_prompt(prompt, self.base.tokenizer, chat=self.chat, option=option)
         if max(tokens) >= self.base.model_config.vocab_size:
             raise UserError(
-                f"{option}: token {max(tokens)} is beyond the model's vocabulary of "
+                f"{option}: token {max(tokens)} is outside the model's vocabulary of "
                 f"{self.base.model_config.vocab_size}; use --model.resize_vocab True, or another prompt"
             )
         return tokens

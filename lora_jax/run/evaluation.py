@@ -162,7 +162,7 @@ def asked(rows: TokenDataset, options: TrainOptions, section: str) -> list[Quest
     found = list(islice(questions(rows), options.generation_rows))
     if not found:
         raise UserError(
-            f"{section}generation_metrics: no whole row of {rows.name} has a prompt and an answer to it; give "
+            f"{section}generation_metrics: no complete row of {rows.name} has a prompt and an answer; give "
             "conversations, or prompts and completions"
         )
     return found

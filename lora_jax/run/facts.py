@@ -41,7 +41,7 @@ def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> Non
         "trained": f"{trained}, optimizer {optimizer}{_place(opt_state)} ({train.optim})",
         "train": run.train_rows.summary(),
         **_evaluated(run),
-        "a step": f"{sizes.rows_per_step} rows (passes: {sizes.accumulation})",
+        "a step": f"{sizes.rows_per_step} rows (micro-batches: {sizes.accumulation})",
         **({} if packing == "none" else {"packing": plan.bins.summary(packing, run.train_rows)}),
         "buckets": plan.summary(),
         "steps": f"{steps:,} ({steps / sizes.steps_per_epoch:.2f} epochs)",
@@ -75,7 +75,7 @@ def print_end(
         name = next(iter(run.eval_rows))
         start = "" if before is None else f"{before:.4f} -> "
         worsened = before is not None and not after <= before
-        worse = "; what is written is worse than the start" if worsened else ""
+        worse = "; the result is worse than the start" if worsened else ""
         console.print(f"eval loss {f'of {name} ' if name else ''}{start}{after:.4f}{worse}")
     if best is not None and best.step < steps:
         whose = " (exported)" if best.step == int(outcome.state.step) else ""
@@ -106,7 +106,7 @@ def _place(opt_state: Any) -> str:
 
 
 def _bits(run: Run) -> str:
-    """Return how the base is quantized, how many bits a weight of a linear layer takes, and which are not quantized."""
+    """Return how the base is quantized, how many bits per weight of a linear layer takes, and which are not quantized."""
     if run.base.quantization is None:
         return ""
     leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(run.frozen["layers"]))
@@ -117,5 +117,5 @@ def _bits(run: Run) -> str:
         / sum(kernel.size for kernel in kernels.values())
     )
     whole = [name for name, kernel in kernels.items() if not is_quantized(kernel)]
-    rest = f"; not quantized in all layers, so held whole: {', '.join(whole)}" if whole else ""
-    return f" ({run.base.quantization.summary()}: {bits:.2f} bits a weight in the linear layers{rest})"
+    rest = f"; quantized in some layers only, so kept unquantized: {', '.join(whole)}" if whole else ""
+    return f" ({run.base.quantization.summary()}: {bits:.2f} bits per weight in the linear layers{rest})"

@@ -214,9 +214,9 @@ class Loop:
         rows = [row for step in steps for row in self.feed.rows_of(step)]
         behind = ""
         if saved < self.sizes.steps:
-            behind = f", or go on behind them with --resume: step {saved} is saved, and no skipped step has changed it"
+            behind = f", or continue after them with --resume: step {saved} is saved, and the skipped steps have not changed it"
         which = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-        cause = broken_base(self.run) or "look at those rows or lower --train.learning_rate"
+        cause = broken_base(self.run) or "check those rows or lower --train.learning_rate"
         return UserError(
             f"loss or gradient not finite in {which}, on {places(self.run.train_rows, rows)}; {cause}{behind}"
         )
@@ -254,7 +254,7 @@ class Loop:
         damaged = self.checkpoints.damage(best.step) if writes() else None
         if not same_in_all(str(damaged)) or damaged is not None:  # all have to restore it, or none
             self.journal.reporter.warned(
-                f"the best checkpoint, that of step {best.step}, is damaged ({damaged}): the last step is exported"
+                f"the best checkpoint (step {best.step}) is damaged ({damaged}): exporting the last step instead"
             )
             return state
         return self.checkpoints.restore(state, best.step)[0]

@@ -41,13 +41,13 @@ def check_place(config: RunConfig) -> None:
         raise UserError(f"--output_dir {folder}: is a file; give a folder")
     if isinstance(folder, Path) and folder.is_dir() and folder.resolve() in (Path("/"), home().resolve()):
         raise UserError(
-            f"--output_dir {folder}: is no folder for a run; name one inside it, such as {folder / 'run'}"
+            f"--output_dir {folder}: cannot be the folder of a run; give one inside it, such as {folder / 'run'}"
         )
     if not folder.is_dir() or holds_run(folder):
         return
     if foreign := sorted(path.name for path in folder.iterdir() if not _harmless(path.name)):
         raise UserError(
-            f"--output_dir {config.output_dir}: holds no run but {listing(foreign, 3)}; give an empty folder, or name "
+            f"--output_dir {config.output_dir}: contains {listing(foreign, 3)} and no run; give an empty folder, or "
             f"one inside it, such as {folder / 'run'}"
         )
 
@@ -58,7 +58,7 @@ def check_output(config: RunConfig) -> None:
     folder = output_folder(config)
     if holds_run(folder) and not (config.resume or config.overwrite):
         raise UserError(
-            f"--output_dir {folder}: holds a run already; add --resume, --overwrite, or give another folder"
+            f"--output_dir {folder}: already contains a run; add --resume or --overwrite, or give another folder"
         )
     for option, source in _sources(config) if config.overwrite and isinstance(folder, Path) else ():
         path = Path(source or "").expanduser().resolve()

@@ -38,14 +38,14 @@ def resumed(
         return Start(state)
     if latest is None:
         check_unfinished(folder)
-        console.print("no checkpoint to resume from: starting afresh")
+        console.print("no checkpoint to resume from: starting from the beginning")
         return Start(state)
     before = Record(folder, latest)
     check_length(latest, sizes.steps)
     state, progress = checkpoints.restore(state)
     if is_done(run, folder, before, latest, sizes, progress):
         console.print(
-            f"nothing to do: the run is finished after step {latest} and {folder / result_name(run)} is written; to "
+            f"nothing to do: the run finished after step {latest} and {folder / result_name(run)} is written; to "
             "train further, give more --train.max_steps or --train.num_train_epochs",
         )
         return None
@@ -68,7 +68,7 @@ def check_length(done: int, steps: int) -> None:
     """Raise UserError where more steps are done than the run now has."""
     if done > steps:
         raise UserError(
-            f"--resume: {done} steps are done already, and --train.max_steps or --train.num_train_epochs makes {steps} "
+            f"--resume: {done} steps are already done, but --train.max_steps or --train.num_train_epochs makes {steps} "
             f"in all; give at least {done}"
         )
 
@@ -88,7 +88,7 @@ def check_unfinished(folder: Place) -> None:
         return  # the disk was full, say, before a checkpoint was whole
     if any((folder / name).is_dir() for name in (ADAPTER, MODEL)):
         raise UserError(
-            f"--resume: {folder} holds a finished run and no checkpoint; add --overwrite to repeat it"
+            f"--resume: {folder} contains a finished run and no checkpoint; add --overwrite to repeat it"
         )
 
 

@@ -196,7 +196,7 @@ class Signals:
                 if self.on_exit is not None:
                     self.on_exit()
                 kept = f"; step {self.resumed_at} is still saved" if self.resumed_at is not None else ""
-                line = f"stopped before a step was done: nothing to save{kept}"
+                line = f"stopped before the first step was done: nothing to save{kept}"
                 if self.console is not None and not self.console.quiet:
                     self.console.show_cursor()
                     self.console.print(line)

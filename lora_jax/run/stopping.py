@@ -39,8 +39,8 @@ def goal(train: TrainOptions, names: Sequence[str]) -> Goal:
     metric = metric if metric.startswith(EVALUATED) else f"{EVALUATED}{metric}"
     if metric not in known:
         raise UserError(
-            f"--train.metric_for_best_model {train.metric_for_best_model}: is no figure of this run;"
-            f"{nearest(metric, known)} Figures: {listing(known)}"
+            f"--train.metric_for_best_model {train.metric_for_best_model}: is not a metric of this run;"
+            f"{nearest(metric, known)} Metrics: {listing(known)}"
         )
     return Goal(metric, not metric.endswith(("loss", "perplexity")))
 

@@ -38,7 +38,7 @@ def check_tracking(config: RunConfig) -> None:
         if find_spec(MODULES[name]) is None:
             raise UserError(
                 f"--train.report_to {name}: {MODULES[name]} is not installed; "
-                f"{install_command(name)}, or leave it out: metrics.jsonl is written always"
+                f"{install_command(name)}, or drop it: metrics.jsonl is always written"
             )
 
 
@@ -127,7 +127,10 @@ class Tracking:
             reason = next(iter(str(error).strip().splitlines()), "")[:200]
             with suppress(OSError):
                 self.console.print(
-                    f"warning: report_to {name}: gave up ({type(error).__name__}: {reason}); metrics.jsonl goes on",
+                    (
+                        f"warning: report_to {name}: gave up ({type(error).__name__}: {reason}); metrics.jsonl "
+                        "is still written"
+                    ),
                 )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def _checked(config: RunConfig, typed: Collection[str], console: Console, signal
         if not same_in_all(given):  # and the output folder is checked by all
             raise UserError(
                 "the processes of this run were given different options; start all of them with the same command "
-                "line, but for --distributed.process_id"
+                "line, except for --distributed.process_id"
             )
         with jax.set_mesh(mesh):
             return train_run(prepare(config, typed, mesh), typed, console, signals)
@@ -185,7 +185,7 @@ def _trained(
         signals.on_leaving = partial(_stopped, tracking)
         outcome = _looped(training, begun, checkpoints, tracking, console, signals)
         if outcome.stopped_by is not None:
-            console.print(f"stopped; step {int(outcome.state.step)} is saved, go on with --resume")
+            console.print(f"stopped; step {int(outcome.state.step)} is saved, continue with --resume")
             tracking.done(whole=False, results=outcome.results)
             return Result(outcome, None)
         with stage("exporting"):

@@ -3,14 +3,14 @@
     base              its config.json and its tensors contradict each other, and how that was settled
     learning_rate     one that suits the other method: adapters take about ten times that of full fine-tuning; or one
                       that no run survives
-    warmup            the warm-up is as long as the run: the learning rate never reaches its peak, or is 0 throughout
+    warmup            the warmup is as long as the run: the learning rate never reaches its peak, or is 0 throughout
     rank              r is above what a module's matrix can have
     accumulation      a step asks for more rows than an epoch has
-    positions         rows are longer than the positions that the model was made for
+    positions         rows are longer than the model's positions
     max_length        more than 5 % of the training rows are cut, or were dropped because nothing was left to train
     lost_words        trained words that the chat template leaves out or changes
     empty_answers     rows that train nothing but an end token
-    control_tokens    rows with control tokens within a message
+    control_tokens    rows with control tokens inside a message
     date              rows with the current date, which the chat template writes
     duplicates        more than 5 % of the training rows repeat another
     leaked            rows of an evaluation set are also trained on
@@ -61,13 +61,16 @@ A small model on text of another kind is surely wrong, and so up to a nat worse 
 of another tokenizer, broken weights or positions that it never saw cost several.
 """
 MOVED_BY = 10
-"""Steps after which every B has moved, a warm-up's first step of rate zero among them."""
+"""Steps after which every B has moved, a warmup's first step of rate zero among them."""
 _REMARKED = {
     Remark.LOST: (
         "lost_words",
-        "end a row with each turn whose reasoning is to be trained, or choose another --data.chat_template",
+        "end a row with each turn whose reasoning should be trained, or choose another --data.chat_template",
     ),
-    Remark.EMPTY: ("empty_answers", "they teach the model to say nothing; remove them if that is not meant"),
+    Remark.EMPTY: (
+        "empty_answers",
+        "they teach the model to say nothing; remove them unless that is intended",
+    ),
     Remark.CONTROL: ("control_tokens", "the model reads them as the ends and starts of turns; remove them"),
     Remark.DATED: (
         "date",
@@ -130,7 +133,7 @@ class RunWarnings:
         if entry.get("grad_norm") == 0 and entry["loss"] > 0:  # a batch of padding has neither
             found["no_gradient"] = (
                 f"step {entry['step']} has a gradient of exactly zero at a loss of {entry['loss']:.4f}: nothing is "
-                "learned from it; check that what is adapted has an effect on the trained tokens"
+                "learned; check that the adapted modules affect the trained tokens"
             )
         if (ends or entry["step"] >= self.checked_at) and not self._checked and "warmup" not in self._given:
             self._checked = True
@@ -144,7 +147,7 @@ class RunWarnings:
             return None
         return (
             f"after step {step} the update is zero in {len(names)} of {len(leaves)} stacks of adapted modules "
-            f"({listing(names, 4)}): they were not trained; is the learning rate far too small?"
+            f"({listing(names, 4)}): they were not trained; the learning rate may be far too small"
         )
 
     def _new(self, found: Mapping[str, str | None]) -> list[str]:
@@ -161,16 +164,16 @@ def learning_rate(config: RunConfig) -> str | None:
     if config.train.optim not in ADAM_LIKE:
         return None
     if config.method == "lora" and rate < LEAST_FOR_LORA:
-        return f"{rate:g} suits full fine-tuning; adapters take more, such as --train.learning_rate 2e-4"
+        return f"{rate:g} suits full fine-tuning; adapters need more, such as --train.learning_rate 2e-4"
     if config.method == "full" and rate > MOST_FOR_FULL:
-        return f"{rate:g} suits adapters; full fine-tuning takes less, such as --train.learning_rate 1e-5"
+        return f"{rate:g} suits adapters; full fine-tuning needs less, such as --train.learning_rate 1e-5"
     return None
 
 
 def warmup(train: TrainOptions, steps: int) -> str | None:
     """Return a warning where the learning rate is still warming up when the run ends.
 
-    As with transformers' schedulers the first step of a warm-up has rate 0, so that a run of one step learns nothing.
+    As with transformers' schedulers the first step of a warmup has rate 0, so that a run of one step learns nothing.
     """
     warm = warmup_steps(train, steps)
     if warm < steps:
@@ -183,9 +186,9 @@ def warmup(train: TrainOptions, steps: int) -> str | None:
     count = "1 step" if steps == 1 else f"{steps:,} steps"
     reached = train.learning_rate * (steps - 1) / warm
     if not reached:
-        return f"the run has {count}, all of it warm-up at learning rate 0: nothing is trained; give {remedy}"
+        return f"the run has {count}, all of it warmup at learning rate 0: nothing is trained; give {remedy}"
     return (
-        f"the run has {count}, and the warm-up takes {warm:,}: the learning rate reaches {reached:.2g} instead of "
+        f"the run has {count}, and the warmup takes {warm:,}: the learning rate reaches {reached:.2g} instead of "
         f"{train.learning_rate:g}; give {remedy}, or more steps"
     )
 
@@ -200,19 +203,19 @@ def rank(plan: Plan) -> str | None:
     if not above:
         return None
     return (
-        f"r {max(above.values()):,} exceeds the smaller dimension of adapted modules ({listing(above, 4)}): it takes "
+        f"r {max(above.values()):,} exceeds the smaller dimension of adapted modules ({listing(above, 4)}): it costs "
         "memory and time, and adds nothing; give a smaller --lora.r"
     )
 
 
 def accumulation(train: TrainOptions, sizes: Sizes, shards: int) -> str | None:
-    """Return a warning where a step asks for more passes, or rows a pass, than an epoch fills."""
+    """Return a warning where a step needs more micro-batches, or rows per micro-batch, than an epoch fills."""
     asked, batch = train.gradient_accumulation_steps, train.per_device_train_batch_size * shards
     if (asked, batch) == (sizes.accumulation, sizes.batch):
         return None
     rows = len(sizes.plan.bins)
     return (
-        f"a step asks for {asked * batch:,} rows ({asked:,} passes of {batch:,}), and an epoch has {rows:,}: each "
+        f"a step needs {asked * batch:,} rows ({asked:,} micro-batches of {batch:,}), but an epoch has {rows:,}: each "
         f"epoch is one step of {sizes.rows_per_step:,}; give --train.per_device_train_batch_size "
         f"{sizes.batch // shards} --train.gradient_accumulation_steps {sizes.accumulation}, or fewer"
     )
@@ -225,7 +228,7 @@ def positions(known: int, rows: TokenDataset, sets: Mapping[str, TokenDataset]) 
     if not long:
         return None
     return (
-        f"{_share(long, len(lengths))} rows are longer than the {known:,} positions that the model was made for "
+        f"{_share(long, len(lengths))} rows are longer than the model's {known:,} positions "
         f"(max_position_embeddings), the longest has {lengths.max():,} tokens; give --data.max_length {known}"
     )
 
@@ -246,7 +249,9 @@ def about_rows(rows: TokenDataset) -> dict[str, str | None]:
     once = _digests(rows)[np.unique(rows.order, return_index=True)[1]]  # a mixture repeats rows on purpose
     repeated = len(once) - len(np.unique(once))
     if repeated > BULK * len(once):
-        found["duplicates"] = f"{_share(repeated, len(once))} training rows repeat another row to the token"
+        found["duplicates"] = (
+            f"{_share(repeated, len(once))} training rows repeat another row, token for token"
+        )
     return found
 
 
@@ -259,7 +264,7 @@ def about_leaks(rows: TokenDataset, sets: Mapping[str, TokenDataset]) -> dict[st
         if both := int(np.isin(_digests(held), trained).sum()):
             parts.append(f"{_share(both, len(held))} rows of the evaluation set {name}".rstrip())
     return (
-        {"leaked": f"{' and '.join(parts)} are training rows too, so the figures are too good"}
+        {"leaked": f"{' and '.join(parts)} are also training rows, so the evaluation is too optimiztic"}
         if parts
         else {}
     )
@@ -279,18 +284,18 @@ def start(
     """
     if loss is None:
         why = (
-            "all weights are, so products overflow; give --model.compute_dtype float32, or take another model"
+            "all weights are, so products overflow; give --model.compute_dtype float32, or use another model"
         )
         return f"{name} is not finite before the first step: {cause or why}"
     if base_loss is not None and loss > base_loss + WORSE:
         return (
             f"{name} starts at {loss:.4f} with the adapter of --lora.init_from and is {base_loss:.4f} without it; it "
-            "may belong to another base, or to rows of another form"
+            "may belong to another base, or to rows of another formatat"
         )
     if loss > math.log(vocabulary) + FAR_WORSE:
         return (
-            f"{name} starts at {loss:.4f}, far worse than {math.log(vocabulary):.4f} of guessing evenly among "
-            f"{vocabulary:,} tokens; is the tokenizer the model's, and are its weights whole?"
+            f"{name} starts at {loss:.4f}, far worse than the {math.log(vocabulary):.4f} of a uniform guess among "
+            f"{vocabulary:,} tokens; check that the tokenizer belongs to the model and that its weights are intact"
         )
     return None
 

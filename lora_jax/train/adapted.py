@@ -62,6 +62,6 @@ def check_full(config: RunConfig, quantization: QuantizationConfig | None) -> No
     """Raise UserError where every weight of a quantized base is to be trained."""
     if config.method == "full" and quantization is not None:
         raise UserError(
-            f"--method full: trains every weight, and the base has {quantization.bits} bits; train an adapter, or "
+            f"--method full: trains every weight, but the base has {quantization.bits} bits; train an adapter, or "
             "give the unquantized checkpoint"
         )

@@ -55,7 +55,7 @@ def nowhere_to_go(train: TrainOptions, device: Any) -> str | None:
         return None
     option = "--train.offload" if train.offload != "none" else "--train.optim"
     value = train.offload if train.offload != "none" else train.optim
-    return f"note: {option} {value}: a {device.platform.upper()} has no memory besides the host's; nothing is moved"
+    return f"note: {option} {value}: a {device.platform.upper()} has no memory besides the host's; nothing is offloaded"
 
 
 def fetched(opt_state: Any) -> Any:

@@ -26,7 +26,7 @@ def warmup_steps(train: TrainOptions, steps: int) -> int:
 def schedule(train: TrainOptions, steps: int) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     """Return the learning rate as a function of the step's index from 0, as transformers' schedulers give it.
 
-    Linear warm-up from 0, then constant, linear or half-cosine decay to `min_lr_ratio` of the peak.
+    Linear warmup from 0, then constant, linear or half-cosine decay to `min_lr_ratio` of the peak.
     """
     warm, peak, floor = warmup_steps(train, steps), train.learning_rate, train.min_lr_ratio
 

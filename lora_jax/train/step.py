@@ -48,7 +48,7 @@ class StepMetrics(NamedTuple):
     """Before clipping."""
     trained_tokens: jax.Array
     right_tokens: jax.Array
-    """Trained tokens that are the likeliest."""
+    """Trained tokens that are the most likely."""
     finite: jax.Array
     """Whether loss and gradient are; the step has changed nothing where not."""
 
@@ -86,7 +86,7 @@ def sharded_state(
 def batch_loss(
     model: Decoder, trainable: Tree, frozen: Tree, adapter: Tree, batch: Batch, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the summed loss of one [batch, length] batch, and how many of its trained tokens are the likeliest.
+    """Return the summed loss of one [batch, length] batch, and how many of its trained tokens are the most likely.
 
     Dropout and the embedding's noise are on where a key is given.
     """

@@ -87,14 +87,11 @@ def test_vllm_is_not_given_an_adapter_whose_tables_it_would_drop(
     written(tmp_path, "llama", {EMBEDDING_NAME: table(99), HEAD_NAME: table(99, 1)})
     assert main(["export", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "out")]) == 2
     assert (
-        f"brings weights of the base beside the adapter ({HEAD_NAME}, {EMBEDDING_NAME})"
+        f"contains weights of the base next to the adapter ({HEAD_NAME}, {EMBEDDING_NAME})"
         in capsys.readouterr().err
     )
     assert main(["inspect", "adapter", "--adapter", str(tmp_path / "adapter")]) == 0
-    assert (
-        f"does not name, which are used in its place: {HEAD_NAME}, {EMBEDDING_NAME}"
-        in capsys.readouterr().out
-    )
+    assert f"does not list; they replace the base's: {HEAD_NAME}, {EMBEDDING_NAME}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -137,7 +137,9 @@ def test_repeated_token_index_is_trained_and_saved_once() -> None:
 
 
 def test_odd_rank_cannot_be_orthogonal() -> None:
-    with pytest.raises(UserError, match=r"orthogonal: needs an even rank, and model\.layers\.0\..* has r 3"):
+    with pytest.raises(
+        UserError, match=r"orthogonal: requires an even rank, but model\.layers\.0\..* has r 3"
+    ):
         init_adapter(jax.random.key(0), plan(r=3), {}, LAYERS, "orthogonal")
 
 

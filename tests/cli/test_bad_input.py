@@ -36,11 +36,11 @@ def index_without_shard() -> None:
 MODEL: dict[str, Case] = {
     "missing": (nothing, (*TRAIN, "--model.path", "./modle"), "--model.path ./modle: no such folder; check"),
     "missing, alike": (nothing, (*TRAIN, "--model.path", "./modle"), "Perhaps you meant 'model'?"),
-    "empty": (nothing, (*TRAIN, "--model.path", ""), "--model.path: needed; give the model's folder"),
+    "empty": (nothing, (*TRAIN, "--model.path", ""), "--model.path: required; give the model's folder"),
     "a file": (
         nothing,
         (*TRAIN, "--model.path", "model/config.json"),
-        "a file; give the folder that holds it",
+        "a file; give the folder that contains it",
     ),
     "an adapter": (
         nothing,
@@ -52,7 +52,7 @@ MODEL: dict[str, Case] = {
         (*TRAIN, "--model.path", "."),
         "perhaps you meant a folder inside it: model",
     ),
-    "a revision": (nothing, (*TRAIN, "--model.revision", "main"), "revision main needs a Hub id"),
+    "a revision": (nothing, (*TRAIN, "--model.revision", "main"), "revision main requires a Hub id"),
     "no config": (Path("model/config.json").unlink, TRAIN, "no config.json in model; give the folder"),
     "bad config": (
         write("model/config.json", "{"),
@@ -86,7 +86,7 @@ MODEL: dict[str, Case] = {
     "absent shard": (
         index_without_shard,
         TRAIN,
-        "names 1 of 1 files that are not there: model-00001-of-00002.safetensors in model; download",
+        "names 1 of 1 files that are missing: model-00001-of-00002.safetensors in model; download",
     ),
     "no tokenizer": (Path("model/tokenizer.json").unlink, TRAIN, "no tokenizer in model"),
     "unknown dtype": (
@@ -105,7 +105,7 @@ DATA: dict[str, Case] = {
     "not given": (
         nothing,
         (*TRAIN, "--data.path="),
-        "--data.path: needed; give a file of rows",
+        "--data.path: required; give a file of rows",
     ),
     "one of several": (
         nothing,
@@ -115,7 +115,7 @@ DATA: dict[str, Case] = {
     "weights without paths": (
         nothing,
         (*TRAIN, "--data.mixture_weights", "1", "2"),
-        "--data.mixture_weights 1 2: give as many numbers as paths: 1",
+        "--data.mixture_weights 1 2: give one number per path: 1",
     ),
     "a set twice": (
         nothing,
@@ -156,7 +156,7 @@ DATA: dict[str, Case] = {
     "other columns": (
         write("rows.jsonl", [{"text_": "a", "id": 3}]),
         TRAIN,
-        "rows.jsonl line 1: the columns text_, id fit no format; name the column of plain text with --data.text",
+        "rows.jsonl line 1: the columns text_, id match no format; give the column of plain text with --data.text",
     ),
     "a row without": (
         write("rows.jsonl", [*ROWS, {"prompt": "a"}]),
@@ -172,7 +172,7 @@ DATA: dict[str, Case] = {
     "all cut off": (
         nothing,
         (*TRAIN, "--data.max_length", "3"),
-        "nothing is left to train on, as --data.max_length 3 cuts off all that would be trained",
+        "nothing is left to train on, as --data.max_length 3 cuts off everything that would be trained",
     ),
     "other split": (nothing, (*TRAIN, "--data.split", "test"), "split 'test' is not known"),
     "no template": (
@@ -193,7 +193,7 @@ DATA: dict[str, Case] = {
     "eval twice": (
         nothing,
         (*TRAIN, "--data.eval_path", "rows.jsonl", "--data.eval_fraction", "0.1"),
-        "--data.eval_fraction 0.1: excludes --data.eval_path; give one of the two",
+        "--data.eval_fraction 0.1: cannot be combined with --data.eval_path; drop one of the two",
     ),
     "all for evaluation": (
         nothing,
@@ -231,7 +231,7 @@ OPTIONS: dict[str, Case] = {
     "offloading what is not kept": (
         nothing,
         (*TRAIN, "--train.offload", "both", "--train.gradient_checkpointing", "False"),
-        "--train.offload both: moves the layers' inputs that --train.gradient_checkpointing keeps",
+        "--train.offload both: offloads the layer inputs that --train.gradient_checkpointing keeps",
     ),
     "rate 0": (
         nothing,
@@ -259,7 +259,7 @@ OPTIONS: dict[str, Case] = {
         "must be positive, or None",
     ),
     "no passes": (nothing, (*TRAIN, "--train.gradient_accumulation_steps", "0"), "steps 0: must be positive"),
-    "no steps": (nothing, (*TRAIN, "--train.num_train_epochs", "0"), "where --train.max_steps is not given"),
+    "no steps": (nothing, (*TRAIN, "--train.num_train_epochs", "0"), "if --train.max_steps is not given"),
     "short": (nothing, (*TRAIN, "--data.max_length", "1"), "--data.max_length 1: must be at least 2 tokens"),
     "no limit": (
         nothing,
@@ -287,7 +287,7 @@ OPTIONS: dict[str, Case] = {
         (*TRAIN, "--model", "x"),
         "--model: unknown option. Here it is --model.path.",
     ),
-    "one dash": (nothing, ("train", "-r", "3"), "-r: an option starts with --"),
+    "one dash": (nothing, ("train", "-r", "3"), "-r: options start with --"),
     "no value": (nothing, (*TRAIN, "--lora.r"), "--lora.r: needs a value; give one"),
     "two values": (nothing, (*TRAIN, "--lora.r", "4", "5"), "--lora.r 4 5: takes one value"),
     "neither true nor false": (
@@ -316,7 +316,7 @@ OPTIONS: dict[str, Case] = {
     "commas": (
         nothing,
         (*TRAIN, "--lora.target_modules", "q_proj,v_proj"),
-        "--lora.target_modules q_proj,v_proj: is taken as one name; separate names by spaces, without quotes",
+        "--lora.target_modules q_proj,v_proj: is read as one name; separate names with spaces, without quotes",
     ),
     "quotes": (nothing, (*TRAIN, "--lora.target_modules", "q_proj v_proj"), "without quotes: q_proj v_proj"),
     "no such module": (
@@ -359,7 +359,7 @@ OPTIONS: dict[str, Case] = {
     "odd rank": (
         nothing,
         (*TRAIN, "--lora.r", "3", "--lora.init_lora_weights", "orthogonal"),
-        "needs an even rank",
+        "requires an even rank",
     ),
     "unknown init": (
         nothing,
@@ -382,7 +382,7 @@ OTHERS: dict[str, Case] = {
     "output in use": (
         write("metrics.jsonl", ""),
         (*TRAIN, "--output_dir", "."),
-        "--output_dir .: holds a run already; add --resume, --overwrite, or give another folder",
+        "--output_dir .: already contains a run; add --resume or --overwrite, or give another folder",
     ),
     "output a file": (
         nothing,
@@ -394,12 +394,16 @@ OTHERS: dict[str, Case] = {
         (*TRAIN, "--output_dir", "rows.jsonl/out"),
         "--output_dir rows.jsonl/out: cannot",
     ),
-    "no output": (nothing, TRAIN[:-2], "--output_dir: needed; give the folder to write to"),
-    "resume and overwrite": (nothing, (*TRAIN, "--resume", "--overwrite"), "excludes --overwrite; give one"),
+    "no output": (nothing, TRAIN[:-2], "--output_dir: required; give the folder to write to"),
+    "resume and overwrite": (
+        nothing,
+        (*TRAIN, "--resume", "--overwrite"),
+        "cannot be combined with --overwrite; drop one",
+    ),
     "new tokens": (
         added_token,
         TRAIN,
-        "token 96 ('<new>') is beyond the model's vocabulary of 96; use --model.resize_vocab True",
+        "token 96 ('<new>') is outside the model's vocabulary of 96; use --model.resize_vocab True",
     ),
     "added rows unsaved": (
         added_token,
@@ -470,16 +474,16 @@ MERGES: dict[str, Case] = {
         MERGE,
         "use_dora changes the adapter's maths",
     ),
-    "output in use": (nothing, (*MERGE, "--output", "adapter"), "--output adapter: is or holds adapter"),
+    "output in use": (nothing, (*MERGE, "--output", "adapter"), "--output adapter: is or contains adapter"),
     "output above": (
         nothing,
         (*MERGE, "--output", ".", "--overwrite"),
-        "--output .: is or holds adapter, which",
+        "--output .: is or contains adapter, which",
     ),
     "output taken": (
         lambda: (Path("merged").mkdir(), Path("merged/a").touch()),
         MERGE,
-        "--output merged: is not empty and holds no config.json, so it is kept; give another folder",
+        "--output merged: is not empty and has no config.json, so it is not replaced; give another folder",
     ),
     "size": (
         nothing,
@@ -514,7 +518,7 @@ def test_one_line_says_what_is_wrong_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("program", "arguments", "message"),
     [
-        ("train.py", TRAIN[1:-2], "error: --output_dir: needed; give the folder to write to\n"),
+        ("train.py", TRAIN[1:-2], "error: --output_dir: required; give the folder to write to\n"),
         (
             "train.py",
             (*TRAIN[1:], "--model.path", "adapter"),
@@ -547,7 +551,7 @@ def test_overwriting_replaces_only_a_folder_of_the_kind_that_is_written(
     for command in ("merge", "export"):
         arguments = [command, "--adapter", "adapter", "--base", "model", "--output", "project", "--overwrite"]
         assert main(arguments) == EXIT_CODE
-        assert "is not empty and holds no" in capsys.readouterr().err
+        assert "is not empty and has no" in capsys.readouterr().err
     assert (home / "project" / "thesis.txt").read_text() == "years of work"
     for _ in range(2):
         run("merge", "--adapter", "adapter", "--base", "model", "--output", "merged", "--overwrite")
@@ -606,10 +610,10 @@ def test_resuming_a_finished_run_that_kept_no_checkpoint_is_refused(
     before = tree(home / "out")
     capsys.readouterr()
     assert main([*arguments, "--resume"]) == EXIT_CODE
-    assert "holds a finished run and no checkpoint" in capsys.readouterr().err
+    assert "contains a finished run and no checkpoint" in capsys.readouterr().err
     assert tree(home / "out") == before
     shutil.rmtree(home / "out" / "checkpoints", ignore_errors=True)  # to save space
     before = tree(home / "out")
     assert main([*arguments, "--train.seed", "7", "--resume"]) == EXIT_CODE
-    assert "holds a finished run and no checkpoint" in capsys.readouterr().err
+    assert "contains a finished run and no checkpoint" in capsys.readouterr().err
     assert tree(home / "out") == before

@@ -76,28 +76,28 @@ OPTIONS: dict[str, Case] = {
     "both": (
         nothing,
         (*TRAIN, *FOUR, *EIGHT),
-        "--model.load_in_8bit: excludes --model.load_in_4bit; give one",
+        "--model.load_in_8bit: cannot be combined with --model.load_in_4bit; drop one",
     ),
     "type": (nothing, (*TRAIN, *FOUR, "--model.bnb_4bit_quant_type", "nf3"), "nf3: is not one of: nf4, fp4"),
     "double without 4 bits": (
         nothing,
         (*TRAIN, "--model.bnb_4bit_use_double_quant", "True"),
-        "--model.bnb_4bit_use_double_quant: is about a 4-bit model; add --model.load_in_4bit True",
+        "--model.bnb_4bit_use_double_quant: applies only to a 4-bit model; add --model.load_in_4bit True",
     ),
     "double with 8 bits": (
         nothing,
         (*TRAIN, *EIGHT, "--model.bnb_4bit_use_double_quant", "True"),
-        "is about a 4-bit model",
+        "applies only to a 4-bit model",
     ),
     "type without 4 bits": (
         nothing,
         (*TRAIN, "--model.bnb_4bit_quant_type", "nf4"),
-        "is about a 4-bit model",
+        "applies only to a 4-bit model",
     ),
     "skip without bits": (
         nothing,
         (*TRAIN, "--model.llm_int8_skip_modules", "q_proj"),
-        "is about a quantized model",
+        "applies only to a quantized model",
     ),
     "skip of nothing": (
         nothing,
@@ -112,7 +112,7 @@ OPTIONS: dict[str, Case] = {
     "full": (
         nothing,
         (*TRAIN, *FOUR, "--method", "full"),
-        "--method full: trains every weight, and the base has 4 bits",
+        "--method full: trains every weight, but the base has 4 bits",
     ),
     "full of quantized": (nothing, (*SMALL, "--method", "full"), "the base has 4 bits"),
     "saved": (
@@ -130,19 +130,19 @@ CHECKPOINTS: dict[str, Case] = {
     "other bits": (
         nothing,
         (*SMALL, *EIGHT),
-        "--model.load_in_8bit True: small is quantized already (nf4, double-quantized)",
+        "--model.load_in_8bit True: small is already quantized (nf4, double-quantized)",
     ),
     "other type": (
         nothing,
         (*SMALL, "--model.bnb_4bit_quant_type", "fp4"),
-        "small is quantized already (nf4",
+        "small is already quantized (nf4",
     ),
     "no double": (
         nothing,
         (*SMALL, *FOUR, "--model.bnb_4bit_use_double_quant", "False"),
-        "is quantized already",
+        "is already quantized",
     ),
-    "other skips": (nothing, (*SMALL, "--model.llm_int8_skip_modules", "q_proj"), "is quantized already"),
+    "other skips": (nothing, (*SMALL, "--model.llm_int8_skip_modules", "q_proj"), "is already quantized"),
     "not 4 bits": (
         nothing,
         (*SMALL, "--model.load_in_4bit", "False"),
@@ -191,19 +191,19 @@ CHECKPOINTS: dict[str, Case] = {
     "config of bits without codes": (
         change("model/config.json", quantization_config={"load_in_4bit": True}),
         TRAIN,
-        "but none is quantized: model",
+        "but none are quantized: model",
     ),
     "generate": (
         nothing,
         ("generate", "--model.path", "small", *EIGHT, "--prompt", "1+1="),
-        "is quantized already",
+        "is already quantized",
     ),
 }
 COMMANDS: dict[str, Case] = {
     "quantize resizing": (
         nothing,
         (*QUANTIZE, "--model.resize_vocab", "True"),
-        "--model.resize_vocab: quantize adds no rows",
+        "--model.resize_vocab: quantize does not add rows",
     ),
     "quantize in neither": (
         nothing,
@@ -218,7 +218,7 @@ COMMANDS: dict[str, Case] = {
     "quantize double in 8": (
         nothing,
         (*QUANTIZE, *EIGHT, "--model.bnb_4bit_quant_type", "fp4"),
-        "is about a 4-bit model",
+        "applies only to a 4-bit model",
     ),
     "quantize quantized, skipping": (
         nothing,
@@ -246,7 +246,7 @@ COMMANDS: dict[str, Case] = {
     "merge onto codes that are not there": (
         change("adapter/lora_jax.json", quantization_config={"load_in_4bit": True}, base_is_quantized=True),
         (*MERGE, "--base_precision", "dequantized"),
-        "was trained on a checkpoint that was quantized already, and model is not",
+        "was trained on a checkpoint that was already quantized, and model is not",
     ),
     "quantize nothing": (nothing, ("quantize",), "quantize: needs --model.path and --output"),
     "quantize bits": (
@@ -254,18 +254,18 @@ COMMANDS: dict[str, Case] = {
         (*QUANTIZE, "--bits", "4"),
         "--bits 4: unknown option. Here it is --model.load_in_4bit True.",
     ),
-    "quantize both": (nothing, (*QUANTIZE, *FOUR, *EIGHT), "excludes --model.load_in_4bit"),
+    "quantize both": (nothing, (*QUANTIZE, *FOUR, *EIGHT), "cannot be combined with --model.load_in_4bit"),
     "quantize in place": (
         nothing,
         (*QUANTIZE[:-1], "model", "--overwrite"),
-        "--output model: is or holds model",
+        "--output model: is or contains model",
     ),
     "quantize quantized": (
         nothing,
         (*AGAIN, "--model.bnb_4bit_quant_type", "fp4"),
-        "small is quantized already (nf4, double-quantized), and fp4",
+        "small is already quantized (nf4, double-quantized), and fp4",
     ),
-    "quantize quantized in 8": (nothing, (*AGAIN, *EIGHT), "small is quantized already (nf4"),
+    "quantize quantized in 8": (nothing, (*AGAIN, *EIGHT), "small is already quantized (nf4"),
     "quantize size": (nothing, (*QUANTIZE, "--max_shard_size", "x"), "--max_shard_size x: not a size"),
     "calibrate in 8 bits": (
         nothing,
@@ -280,7 +280,7 @@ COMMANDS: dict[str, Case] = {
     "calibrate without rows": (
         nothing,
         (*QUANTIZE, "--calibration.rows", "5"),
-        "--calibration.rows: is about rows to calibrate on; give --calibration.path",
+        "--calibration.rows: applies only to calibration; give --calibration.path",
     ),
     "calibrate on none": (
         nothing,
@@ -295,7 +295,7 @@ COMMANDS: dict[str, Case] = {
     "calibrate on prompts alone": (
         nothing,
         (*CALIBRATE, "--calibration.max_length", "2"),
-        "as --calibration.max_length 2 cuts off all",
+        "as --calibration.max_length 2 cuts off everything",
     ),
     "calibrate on a bad split": (
         nothing,
@@ -305,12 +305,12 @@ COMMANDS: dict[str, Case] = {
     "calibrate with an unknown template": (
         nothing,
         (*CALIBRATE, "--calibration.chat_template", "alpacca"),
-        "--calibration.chat_template alpacca: neither a file nor a template's name; Perhaps you meant 'alpaca'?",
+        "--calibration.chat_template alpacca: neither a file nor the name of a template; Perhaps you meant 'alpaca'?",
     ),
     "calibrate the quantized": (
         nothing,
         (*AGAIN, "--calibration.path", "rows.jsonl"),
-        "--calibration.path rows.jsonl: small is quantized already",
+        "--calibration.path rows.jsonl: small is already quantized",
     ),
     "merge onto what": (
         nothing,

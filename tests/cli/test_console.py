@@ -45,7 +45,7 @@ def test_lines_in_a_file_are_whole_and_plain(home: Path) -> None:
         r"buckets  16 x 2 steps an epoch; 56\.2% padding",
         r"steps    4 \(2.00 epochs\)",
         r"output   .*a folder with a long name/out",
-        r"warning: leaked: 8 of 20 \(40\.0%\) rows of the evaluation set are training rows too, .*",
+        r"warning: leaked: 8 of 20 \(40\.0%\) rows of the evaluation set are also training rows, .*",
         rf"step 0/4  {figures}",
         *[rf"step {n}/4  loss \d\.\d{{4}}  lr \S+  grad_norm \S+  \S+ tokens/s" for n in (1, 2, 3)],
         rf"step 4/4  loss \d\.\d{{4}}  lr \S+  grad_norm \S+  \S+ tokens/s  {figures}",
@@ -87,7 +87,7 @@ def test_merge_says_what_it_did(home: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["merge", "--adapter", "adapter", "--base", "model", "--output", "merged"]) == 0
     note, ends, done = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"note: the adapter names /\S+/model as its base; \S+ is used", note)
-    assert ends == "note: generation_config.json and config.json stop at </s> (1) too, as training taught"
+    assert ends == "note: generation_config.json and config.json also stop at </s> (1), as in training"
     assert done == "merged 21 modules into merged"
 
 

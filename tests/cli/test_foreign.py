@@ -80,7 +80,7 @@ def test_every_option_that_the_table_names_exists() -> None:
             assert text.split()[0] in ALL or text == "calibration.format", text
     for name, values in VALUES.items():
         for foreign, ours in values.items():
-            with pytest.raises(UserError, match="here it is "):
+            with pytest.raises(UserError, match="is not a value of this option; use "):
                 checked(name, ALL[name], [foreign], name)
             if "`" not in ours and name != "push_to_hub":
                 assert checked(name, ALL[name], [ours], name) == [ours]
@@ -109,13 +109,16 @@ def test_common_keys_of_other_tools_all_have_an_answer(keys: str) -> None:
         ("--dataset_name a/b", "--dataset_name: unknown option. Here it is --data.path."),
         ("--model_name_or_path a", "--model_name_or_path: unknown option. Here it is --model.path."),
         ("--use_dora", "--use_dora: unknown option. Not supported: DoRA."),
-        ("--flash_attn fa2", "--flash_attn: unknown option. Leave it out: attention is chosen for the device."),
+        (
+            "--flash_attn fa2",
+            "--flash_attn: unknown option. Leave it out: the attention kernel is chosen for the device.",
+        ),
         ("--no_gradient_checkpointing", "Here it is --train.gradient_checkpointing False."),
         ("--optimizer adamw_bnb_8bit", "--optimizer: unknown option. Here it is --train.optim adamw8bit."),
-        ("--train.optim adamw_torch_fused", "adamw_torch_fused: is not a value of this option; here it is adamw"),
-        ("--train.lr_scheduler_type cosine_with_min_lr", "here it is cosine, with --train.min_lr_ratio"),
-        ("--data.packing True", "here it is bfd"),
-        ("--push_to_hub True", "here it is the repository's id: owner/name"),
+        ("--train.optim adamw_torch_fused", "adamw_torch_fused: is not a value of this option; use adamw"),
+        ("--train.lr_scheduler_type cosine_with_min_lr", "use cosine, with --train.min_lr_ratio"),
+        ("--data.packing True", "use bfd"),
+        ("--push_to_hub True", "use the repository's id: owner/name"),
         ("--dataset a --bf16 --foo", "3 unknown options. Write: --dataset -> --data.path, --bf16 -> "),
         ("--dataset a --bf16 --foo", " bfloat16. Unknown: --foo. --help lists all options"),
     ],
@@ -165,8 +168,9 @@ def test_an_axolotl_config_is_answered_in_one_go(tmp_path: Path) -> None:
         "optimizer -> train.optim: adamw, lr_scheduler -> train.lr_scheduler_type, val_set_size -> data.eval_fraction, "
         "bf16: auto -> model.compute_dtype: bfloat16. Instead of evals_per_epoch: give train.eval_steps a number of "
         "steps; without it rows are evaluated before the first step and after the last. Leave out: lora_model_dir, "
-        "wandb_project, fp16, tf32, flash_attention (attention is chosen for the device), fsdp_config (parameters and "
-        "rows are shared out over all devices, see --help on mesh). Not supported: special_tokens (new tokens or "
+        "wandb_project, fp16, tf32, flash_attention (the attention kernel is chosen for the device), "
+        "fsdp_config (parameters and "
+        "rows are sharded over all devices; see mesh in --help). Not supported: special_tokens (new tokens or "
         "another pad, BOS or EOS token; change the tokenizer's files and give model.resize_vocab: True). "
         "Unknown: froobar. --help lists all options"
     )

@@ -134,7 +134,7 @@ def test_a_number_that_only_yaml_1_1_knows_is_refused(number: str, config: Any) 
     [
         (
             "lora: {target_modules: [[q_proj, v_proj]]}",
-            "takes plain values; write no list or mapping inside of it",
+            "takes plain values; remove the list or mapping inside it",
         ),
         ("data: {eval_paths: {a: [x, y]}}", "takes plain values"),
         ("train: {sample_prompts: [Hello, ]}", None),
@@ -229,23 +229,23 @@ def test_a_written_config_holds_in_any_folder(tmp_path: Path, monkeypatch: pytes
             "trian: unknown section. Perhaps you meant 'train'? Sections: data, distributed, lora, mesh, model, train",
         ),
         ("lora: 8", "lora is a section; write its options below it, indented"),
-        ("lora: {r: 8}\nlora.r: 9", "lora.r: is given in its section and by its whole name; remove one"),
+        ("lora: {r: 8}\nlora.r: 9", "lora.r: is given both in its section and by its full name; remove one"),
         ("lora: {r: high}", "lora.r high: is not a whole number; give one"),
-        ("lora: {r: }", "lora.r: needs a value; give one, or leave the option out"),
+        ("lora: {r: }", "lora.r: needs a value; give one, or drop the option"),
         ("lora: {r: [1, 2]}", "lora.r 1 2: takes one value"),
         ("lora: {r: true}", "lora.r true: is not a whole number"),
         ("lora: {lora_alpha: .nan}", "lora.lora_alpha .nan: is not a finite number"),
         (
             "lora: {target_modules: 'q_proj, v_proj'}",
-            "lora.target_modules q_proj, v_proj: is taken as one name",
+            "lora.target_modules q_proj, v_proj: is read as one name",
         ),
         (
             "train: {optim: adan}",
             "train.optim adan: is not one of: adamw, sgd, lion, adafactor, adamw8bit, paged_adamw_8bit",
         ),
         ("train: {gradient_checkpointing: 3}", "train.gradient_checkpointing 3: is not one of: True, False"),
-        ("", "holds no options; write sections such as model, lora, data, train"),
-        ("- lora", "holds no options; write sections"),
+        ("", "has no options; write sections such as model, lora, data, train"),
+        ("- lora", "has no options; write sections"),
         (
             "lora:\n\tr: 8",
             "line 2: is not valid YAML (found character '\\t' that cannot start any token); fix it",

@@ -59,7 +59,7 @@ def test_text_where_a_path_is_meant_is_one_clear_error(command, option, capsys):
     more = {"inspect": ("data",), "report": ("out",)}.get(command, ())
     said = refused(capsys, command, *more, option, TEXT)
     assert f'{option} {{"text": "a b ' in said
-    assert "is too long for a path (412 bytes); give the path of a file or folder, not what it holds" in said
+    assert "is too long for a path (412 bytes); give the path of a file or folder, not its contents" in said
 
 
 def test_names_too_long_that_are_no_options_are_one_clear_error(capsys):
@@ -72,7 +72,7 @@ def test_home_of_an_unknown_user_is_one_clear_error(command, option, capsys):
     """`~alcie/rows.jsonl`: Python raises a RuntimeError that names no path."""
     more = {"inspect": ("data",), "report": ("out",)}.get(command, ())
     said = refused(capsys, command, *more, option, "~alcie/rows.jsonl")
-    assert f"{option} ~alcie/rows.jsonl: the home folder ~alcie is not known; write the path in full" in said
+    assert f"{option} ~alcie/rows.jsonl: the home folder ~alcie is unknown; write the full path" in said
 
 
 def test_config_in_the_home_of_an_unknown_user_is_one_clear_error(capsys):
@@ -122,7 +122,7 @@ def test_config_file_is_held_to_the_same(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     for content, said in (
         (f"data:\n  path: '{TEXT}'\n", "run.yaml: data.path {"),
-        ('output_dir: "a\\0b"\n', "holds a NUL character"),
+        ('output_dir: "a\\0b"\n', "contains a NUL character"),
     ):
         file.write_text(content)
         assert said in refused(capsys, "train", str(file))

@@ -70,7 +70,7 @@ def test_adapter_and_merged_model_stop_where_training_taught_it_to(
     assert stops(adapter) == (both, None)
     assert main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 0
     assert (
-        "note: generation_config.json and config.json stop at </s> (1), <unk> (2) too, as training taught\n"
+        "note: generation_config.json and config.json also stop at </s> (1), <unk> (2), as in training\n"
         in capsys.readouterr().out
     )
     assert stops(tmp_path / "merged") == (both, both)
@@ -164,7 +164,7 @@ def test_training_on_says_where_the_adapter_brings_another_template(
     for template, noted in ((TEMPLATE, False), (f"{TEMPLATE} ", True)):
         (adapter / "chat_template.jinja").write_text(template)
         run(*train, "--overwrite", "--lora.init_from", str(adapter))
-        assert ("--lora.init_from brings another chat template" in capsys.readouterr().out) == noted
+        assert ("--lora.init_from has another chat template" in capsys.readouterr().out) == noted
 
 
 def test_a_base_that_has_changed_since_training_is_noticed(

@@ -69,12 +69,12 @@ def test_template_that_cannot_be_had_is_one_clear_error(make_tokenizer, tmp_path
     for chosen, message in (
         (
             "chatlm",
-            r"neither a file nor a template's name; Perhaps you meant 'chatml'\? Names: alpaca, chatml",
+            r"neither a file nor the name of a template; Perhaps you meant 'chatml'\? Names: alpaca, chatml",
         ),
-        ("phi4", r"phi4: writes <\|im_sep\|>, for which the tokenizer has no tokens; choose one"),
-        (str(broken), r"broken\.jinja: line 2 is no jinja \("),
+        ("phi4", r"phi4: writes <\|im_sep\|>, which the tokenizer lacks; choose one"),
+        (str(broken), r"broken\.jinja: line 2 is not valid jinja \("),
         (str(binary), r"cannot be read \(not UTF-8\)"),
-        (str(empty), r"is empty; give a file that holds a template"),
+        (str(empty), r"is empty; give a file with a template"),
         (str(tmp_path), r"cannot be read \(Is a directory\)"),
     ):
         with pytest.raises(UserError, match=rf"^--data\.chat_template .*{message}") as caught:

@@ -78,7 +78,7 @@ def test_tools_go_with_every_format_that_becomes_messages():
             {"prompt": "a", "completion": "b", "label": False},
             r"column label says .*KTO.* --data\.columns label none",
         ),
-        ({"messages": TURNS, "kto_tag": "true"}, r"column kto_tag says whether the answer is a good one"),
+        ({"messages": TURNS, "kto_tag": "true"}, r"column kto_tag marks answers as good or bad"),
         (
             {"text": "<image> what", "images": ["a.png"]},
             r"column images is not text, .* --data\.columns images none",
@@ -100,7 +100,7 @@ def test_tools_go_with_every_format_that_becomes_messages():
         ({"prompt": "a", "completion": "b", "tools": [{}]}, r"column tools can only be used with messages"),
         ({"messages": TURNS, "history": "a"}, r"column history is a string; give a list of pairs"),
         ({"messages": TURNS, "history": [["a"]]}, r"item 1 of history is not a pair"),
-        ({"messages": TURNS, "history": [["a", None]]}, r"item 1 of history is null where a string"),
+        ({"messages": TURNS, "history": [["a", None]]}, r"item 1 of history is null instead of a string"),
         ({"messages": TURNS, "system": 3}, r"column system is a number"),
         (
             {"messages": [{**TURNS[0], "images": ["a"]}, TURNS[1]]},
@@ -209,7 +209,7 @@ def test_mapped_column_that_the_format_does_not_read_is_named(make_tokenizer, wr
         (
             {"query": "a", "response": "b"},
             {},
-            r"fit no format; give --data\.columns question query answer response, ",
+            r"match no format; give --data\.columns question query answer response, ",
         ),
         ({"instruction": "a", "response": "b"}, {}, r"--data\.columns question instruction answer response"),
         (

@@ -29,7 +29,7 @@ def test_counts_are_those_of_the_rows(make_tokenizer, write_lines):
     assert [example.weight for example in dataset] == [1, 1]
     assert dataset.where(1).endswith("rows.jsonl line 3")
     assert dataset.summary().startswith(f"{dataset.name}: 2 rows, {dataset.tokens} tokens, ")
-    assert dataset.summary().endswith("; 1 dropped, nothing in them to train on")
+    assert dataset.summary().endswith("; 1 dropped, with nothing to train on")
 
 
 def test_rows_cut_before_what_is_trained_are_dropped_and_others_counted(make_tokenizer, write_lines):

@@ -137,7 +137,7 @@ def test_turn_that_says_so_is_only_read(trained, template, mark):
     [
         ({**ANSWER, "train": "no"}, {}, r"its train is 'no'; give true or false"),
         ({**ANSWER, "weight": 0.5}, {}, r"its weight is 0\.5; give"),
-        ({**ANSWER, "weight": 0, "train": True}, {}, r"contradict each other; give one"),
+        ({**ANSWER, "weight": 0, "train": True}, {}, r"conflict; give one"),
         ({**USER, "train": True}, {}, r"of role user; only the assistant's"),
         ({**ANSWER, "train": False}, {"assistant_only_loss": False}, r"--data\.assistant_only_loss True"),
     ],
@@ -156,7 +156,7 @@ def test_mark_of_a_message_that_makes_no_sense_is_one_clear_error(trained, messa
     ],
 )
 def test_loss_on_what_the_format_does_not_have_is_one_clear_error(trained, row, option, reason):
-    with pytest.raises(UserError, match=rf"line 1: {reason}, which --data\.{option} True asks for"):
+    with pytest.raises(UserError, match=rf"line 1: {reason}, which --data\.{option} True requires"):
         trained(row, **{option: True})
 
 
@@ -181,7 +181,7 @@ def test_words_and_tools_of_a_row_reach_the_template(trained):
     template = "{{ day }}{{ tools[0].name if tools else '' }}" + TEMPLATES["chatml"]
     row = {**CHAT, "chat_template_kwargs": {"day": "Monday"}, "tools": '[{"name": "add"}]'}
     assert "dayadd<|im_start|>system" in trained(row, template, assistant_only_loss=False)
-    with pytest.raises(UserError, match="line 1: chat_template_kwargs may not set tools"):
+    with pytest.raises(UserError, match="line 1: chat_template_kwargs cannot set tools"):
         trained({**CHAT, "chat_template_kwargs": {"tools": []}})
     with pytest.raises(UserError, match="line 1: column chat_template_kwargs is a number; give an object"):
         trained({**CHAT, "chat_template_kwargs": 3})

@@ -110,7 +110,7 @@ def test_one_path_and_several_are_given_alike_in_yaml_and_in_flags(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mixture_weights": (1.0,)}, r"--data\.mixture_weights 1: give as many numbers as paths: 2"),
+        ({"mixture_weights": (1.0,)}, r"--data\.mixture_weights 1: give one number per path: 2"),
         ({"mixture_weights": (1.0, 0.0)}, r"--data\.mixture_weights 1 0: must be positive"),
         ({"num_proc": 0}, r"--data\.num_proc 0: must be positive"),
     ],
@@ -137,7 +137,7 @@ def test_rows_whose_first_window_has_nothing_to_train_on_are_held_out_whole(writ
 @pytest.mark.parametrize("weights", [(1, 1e-12), (1e308, 1e-308)])
 def test_weights_that_make_an_endless_epoch_are_one_clear_error(both, weights):
     with pytest.raises(
-        UserError, match=r"--data\.mixture_weights: an epoch would have .* rows; give weights nearer"
+        UserError, match=r"--data\.mixture_weights: an epoch would have .* rows; give weights closer"
     ):
         mixed(both, weights, "all_exhausted", seed=0)
 

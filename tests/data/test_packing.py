@@ -86,7 +86,7 @@ def test_a_piece_that_starts_inside_its_row_loses_a_target_only_where_that_was_t
     assert bins.starts.tolist() == [0, 0, 2, 0, 2]
     assert bins.lost_targets(rows) == 2
     shared = "wrapped: 3 rows share 3 of at most 5 tokens"
-    assert bins.summary("wrapped", rows) == f"{shared}; 2 trained tokens follow a cut and are no targets"
+    assert bins.summary("wrapped", rows) == f"{shared}; 2 trained tokens after a cut are not targets"
     rows[2] = Tokens(rows[2].input_ids, np.array([False, True, False, True]), 3)
     assert bins.lost_targets(rows) == 1
 

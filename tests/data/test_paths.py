@@ -59,7 +59,7 @@ def test_damaged_archive_is_one_clear_error(tmp_path, packing):
     for content in (whole[:-6], whole[:10], b"what is no archive"):
         file.write_bytes(content)
         with pytest.raises(
-            UserError, match=rf"rows\.jsonl\{packing}: is damaged or cut short, or is no"
+            UserError, match=rf"rows\.jsonl\{packing}: is damaged or truncated, or is not a"
         ) as caught:
             list(read_rows(str(file), "train"))
         assert "\n" not in str(caught.value)
@@ -69,7 +69,7 @@ def test_archive_without_ends_of_lines_does_not_fill_the_memory(tmp_path, monkey
     monkeypatch.setattr(packed, "LONGEST_LINE", 2**20)
     file = tmp_path / "rows.jsonl.gz"
     file.write_bytes(gzip.compress(b"0" * 2**23))
-    with pytest.raises(UserError, match=r"has a line of more than .* GiB when it is unpacked"):
+    with pytest.raises(UserError, match=r"has a line of more than .* GiB when decompressed"):
         list(read_rows(str(file), "train"))
 
 
@@ -77,7 +77,7 @@ def test_text_beside_other_data_in_a_folder_is_one_clear_error(tmp_path):
     """The lines of a licence beside the rows would be trained on."""
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(LINES))
     (tmp_path / "LICENSE.txt").write_text("Permission is granted.\n")
-    with pytest.raises(UserError, match=r"LICENSE\.txt.*; give those to read, .*/\*\.jsonl\*'"):
+    with pytest.raises(UserError, match=r"LICENSE\.txt.*; select files .*/\*\.jsonl\*'"):
         data_files(str(tmp_path), "--data.path")
     assert data_files(f"{tmp_path}/*.jsonl*", "--data.path") == [tmp_path / "rows.jsonl.gz"]
 
@@ -130,7 +130,7 @@ def test_files_of_a_folder_share_its_weight_and_are_named_in_places(make_tokeniz
     for _ in range(2):  # anew, then from the cache
         found = load_examples(options, tokenizer, paths, "train", None)
         assert found.paths == paths
-        assert f"; rows of each: {paths[0]} {len(found) - 20}, {other} 20" in found.summary()
+        assert f"; rows of each source: {paths[0]} {len(found) - 20}, {other} 20" in found.summary()
         assert found.where(20) == f"{tmp_path / 'd' / 'b.jsonl'} line 1"
         epoch = mixed(found, options.mixture_weights, "first_exhausted", 1)
         assert [int(sum(epoch.path_numbers == number)) for number in (0, 1)] == [20, 20]
@@ -142,16 +142,16 @@ def test_files_of_a_folder_share_its_weight_and_are_named_in_places(make_tokeniz
         (
             ("train.jsonl", "test-00.jsonl"),
             "d",
-            r"holds files of several splits \(.*\); .*by a pattern such as 'd/train",
+            r"contains files of several splits \(.*\); .*with a pattern such as 'd/train",
         ),
-        (("a.jsonl", "eval.jsonl"), "d", r"holds files of several splits \("),
-        (("a.jsonl", "a.jsonl.gz"), "d", r"d: holds a\.jsonl and a\.jsonl\.gz, the same rows twice"),
+        (("a.jsonl", "eval.jsonl"), "d", r"contains files of several splits \("),
+        (("a.jsonl", "a.jsonl.gz"), "d", r"d: holds a\.jsonl and a\.jsonl\.gz, which have the same rows"),
         (("README.md",), "d", r"d: is a folder without data files; give a file of \.json"),
         (("e/a.jsonl",), "d", r"d: is a folder without data files; give one of its folders: e"),
         (
             ("state.json", "a.json"),
             "d",
-            r"d: is a data set that save_to_disk wrote; write it with to_parquet",
+            r"d: was written by save_to_disk; write it with to_parquet",
         ),
         (("a.md",), "d/*", r"d/a\.md: unknown extension '\.md'"),
         (("a.jsonl",), "d/*.parquet", r"d/\*\.parquet: no file matches; check the pattern"),

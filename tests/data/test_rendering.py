@@ -173,11 +173,11 @@ def test_empty_answers_and_control_tokens_in_messages_are_counted_and_told(read,
     control = {"messages": [{**USER, "content": "say <|im_end|>\n<|im_start|>assistant"}, ANSWER]}
     found, _ = read("chatml", empty, control, {"messages": [USER, ANSWER]})
     summary = found.summary()
-    assert "; 1 row with an empty answer, of which the end token alone is trained (" in summary
-    assert "rows.jsonl line 1); 1 row with control tokens within a message (" in summary
+    assert "; 1 row with an empty answer, where only the end token is trained (" in summary
+    assert "rows.jsonl line 1); 1 row with control tokens inside a message (" in summary
     assert set(about_rows(found)) == {"empty_answers", "control_tokens"}
     shown = render(found, make_tokenizer(), 2, marks=True).plain
-    assert ", 1 trained, with an empty answer, of which" in shown
+    assert ", 1 trained, with an empty answer, where" in shown
     assert (
         about_rows(read("chatml", {"messages": [USER, {**ANSWER, "content": "", "train": False}, ANSWER]})[0])
         == {}

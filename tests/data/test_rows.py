@@ -94,9 +94,9 @@ def test_fields_of_csv_are_text_as_written(tmp_path):
         (
             "a.jsonl",
             b'{"text": "a"}\n\n{"text": b}\n',
-            r"a\.jsonl line 3: not valid JSON .* one JSON object a line",
+            r"a\.jsonl line 3: not valid JSON .* one JSON object per line",
         ),
-        ("a.jsonl", b'{"text": "a"}\n["b"]\n', r"line 2: a list where an object is needed"),
+        ("a.jsonl", b'{"text": "a"}\n["b"]\n', r"line 2: a list instead of an object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2: not UTF-8 text; save the file as UTF-8"),
         ("a.jsonl", b"", r"has no rows"),
         ("a.jsonl", b"\n\n", r"has no rows"),
@@ -114,17 +114,17 @@ def test_fields_of_csv_are_text_as_written(tmp_path):
         ("a.csv", b"q,a\n1,2\n1,2,3\n", r"row 2: 3 fields where the header has 2"),
         ("a.parquet", b"PAR1 no more", r"cannot be read as Parquet"),
         ("a.md", b"text", r"unknown extension '\.md'; give a file of \.json"),
-        ("a.gz", b"", r"unknown extension '\.gz'; .*name it by what it holds, such as a\.jsonl\.gz"),
-        ("a.parquet.gz", b"", r"unknown extension '\.gz'; .*; unpack it"),
+        ("a.gz", b"", r"unknown extension '\.gz'; .*name it after its contents, such as a\.jsonl\.gz"),
+        ("a.parquet.gz", b"", r"unknown extension '\.gz'; .*; decompress it"),
         (
             "a.jsonl",
             b'[\n  {"text": "a"}\n]\n',
-            r"line 1: not valid JSON .*; a file that is one list is named \.json",
+            r"line 1: not valid JSON .*; a file that is one list must be named \.json",
         ),
         (
             "a.jsonl",
             b'{\n  "text": "a"\n}\n',
-            r"line 1: not valid JSON .* as jq -c \. does; this one goes on",
+            r"line 1: not valid JSON .* as jq -c \. does; this one continues",
         ),
         ("a.json", b'{\n  "text": "a"\n}\n{\n"text": "b"}', r"line 1: not valid JSON .* as jq -c \. does"),
         ("a.txt", b"fine\n\xff\n", r"a\.txt line 2: not UTF-8 text"),
@@ -153,7 +153,7 @@ def test_wrong_path_is_one_clear_error_that_names_the_neighbour(tmp_path):
 
 @pytest.mark.parametrize("split", ["validation", "train[", "train[a:b]", "", "train[:200%]"])
 def test_split_that_a_file_does_not_have_is_one_clear_error(write_lines, split):
-    with pytest.raises(UserError, match=r"split .* is not known; a file has the one split train"):
+    with pytest.raises(UserError, match=r"split .* is unknown; a file has only the split train"):
         read_rows(write_lines(*ROWS), split)
 
 

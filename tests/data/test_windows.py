@@ -46,7 +46,7 @@ def test_text_is_cut_into_full_windows_with_one_end_token(make_tokenizer, write_
     assert ends == [0] * (len(found) - 2) + [1, 1]
     assert found.where(1).endswith("rows.jsonl line 1 window 2")
     assert found.where(len(found) - 1).endswith("rows.jsonl line 2")
-    assert f"{len(found) - 1} of the rows are windows of longer ones" in found.summary()
+    assert f"{len(found) - 1} of the rows are windows of longer rows" in found.summary()
 
 
 def test_long_rows_are_cut_or_dropped_and_their_tokens_counted(make_tokenizer, write_lines):
@@ -68,4 +68,4 @@ def test_windows_without_a_trained_token_are_dropped_and_counted(make_tokenizer,
     found = load_examples(options, make_tokenizer(), path, "train", None)
     assert len(found) == 1
     assert found.counts.windows == found[0].window - 1
-    assert f"{found.counts.windows} windows dropped, nothing in them to train on" in found.summary()
+    assert f"{found.counts.windows} windows dropped, with nothing to train on" in found.summary()

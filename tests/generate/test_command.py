@@ -112,13 +112,13 @@ def test_seed_decides_what_is_drawn(base: Path, capsys: pytest.CaptureFixture[st
     ("arguments", "message"),
     [
         ([], "--prompt: needed"),
-        (["--prompt", ""], "--prompt: holds no token"),
+        (["--prompt", ""], "--prompt: has no tokens"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must not be negative"),
         (["--prompt", "a", "--top_p", "0"], "--top_p 0.0: must be in (0, 1]"),
         (["--prompt", "a", "--top_k", "-3"], "--top_k -3: must not be negative"),
         (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens 0: must be positive"),
         (["--prompt", "a", "--repetition_penalty", "0"], "--repetition_penalty 0.0: must be positive"),
-        (["--prompt", "a", "--system", "b"], "--system: goes with a chat template"),
+        (["--prompt", "a", "--system", "b"], "--system: requires a chat template"),
         (["--prompt", "a", "--adapter", "nowhere/at/all"], "--adapter nowhere/at/all: no such folder"),
         (["--prompt", "a", "--top_q", "1"], "--top_q: unknown option"),
     ],
@@ -138,7 +138,7 @@ def test_prompt_token_beyond_the_vocabulary_is_one_clear_error(
 ) -> None:
     small = write_checkpoint(tmp_path / "small", CONFIGS["llama"] | {"vocab_size": 40})
     assert run(small, "--prompt", "z") == 2
-    assert "is beyond the model's vocabulary of 40" in capsys.readouterr().err
+    assert "is outside the model's vocabulary of 40" in capsys.readouterr().err
 
 
 def spoilt(folder: Path, value: float) -> Path:
@@ -160,7 +160,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
             ("--model.dtype", "float16"),
             f"--model.dtype float16: {UP} has weights of up to 1e+30, beyond float16's 65504; give --model.dtype",
         ),
-        (3e38, (), "the products overflow in float32; take another model\n"),
+        (3e38, (), "the products overflow in float32; use another model\n"),
     ],
 )
 @pytest.mark.parametrize("prompts", [("ab",), ("ab", "c")], ids=["one", "two"])
@@ -199,7 +199,7 @@ def test_a_cache_that_cannot_fit_is_refused_before_anything_is_computed(
     )
     printed = capsys.readouterr().err
     assert printed.startswith(
-        "error: --max_new_tokens 1000000000: the cache for so many tokens takes 384.0 GiB, and "
+        "error: --max_new_tokens 1000000000: the cache for that many tokens takes 384.0 GiB, but "
     )
     assert printed.endswith(" GiB of memory; give fewer\n")
 
@@ -207,8 +207,8 @@ def test_a_cache_that_cannot_fit_is_refused_before_anything_is_computed(
 @pytest.mark.parametrize(
     ("prompt", "more", "note"),
     [
-        ("a" * 70, (), "the prompt has 70 tokens, and the model was made for 64 (max_position_embeddings)"),
-        ("a" * 60, (), "the prompt and --max_new_tokens make up to 68 tokens, and the model was made for 64"),
+        ("a" * 70, (), "the prompt has 70 tokens; the model has 64 positions (max_position_embeddings)"),
+        ("a" * 60, (), "the prompt and --max_new_tokens make up to 68 tokens; the model has 64 positions"),
         ("a" * 8, (), ""),
     ],
 )

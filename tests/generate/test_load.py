@@ -71,7 +71,7 @@ def test_named_base_that_is_gone_is_one_clear_error(tmp_path: Path, base: Path) 
 
 
 def test_neither_path_nor_adapter_is_one_clear_error() -> None:
-    with pytest.raises(UserError, match=r"^--model\.path: needed without --adapter"):
+    with pytest.raises(UserError, match=r"^--model\.path: required without --adapter"):
         load_for_inference(ModelOptions())
 
 

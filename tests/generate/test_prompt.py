@@ -59,7 +59,7 @@ def test_prompt_goes_on_where_the_tokenizer_adds_eos_to_every_text(
 
 
 def test_prompt_without_a_token_is_one_clear_error(make_tokenizer: MakeTokenizer) -> None:
-    with pytest.raises(UserError, match=r"^--prompt: holds no token; write some text$"):
+    with pytest.raises(UserError, match=r"^--prompt: has no tokens; write some text$"):
         encode_prompt("", make_tokenizer(), chat=False)
 
 
@@ -67,19 +67,19 @@ def test_template_that_refuses_the_system_message_is_one_clear_error(make_tokeni
     strict = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
     )
-    with pytest.raises(UserError, match=r"refuses it \(no system here\); leave --system out"):
+    with pytest.raises(UserError, match=r"rejects it \(no system here\); drop --system"):
         encode_prompt("Hi", make_tokenizer(strict), chat=True, system="Be brief.")
 
 
 @pytest.mark.parametrize(
     ("option", "remedy"),
-    [("--prompt", "give --raw, or mend the template"), ("--train.sample_prompts", "give one that")],
+    [("--prompt", "give --raw, or fix the template"), ("--train.sample_prompts", "give one that")],
 )
 def test_a_template_that_refuses_any_message_is_no_matter_of_the_system_message(
     make_tokenizer: MakeTokenizer, option: str, remedy: str
 ) -> None:
     """The remedy named --system where none was given."""
-    with pytest.raises(UserError, match=rf"^{option}: the chat template refuses it \(never\); {remedy}"):
+    with pytest.raises(UserError, match=rf"^{option}: the chat template rejects it \(never\); {remedy}"):
         encode_prompt("Hi", make_tokenizer("{{ raise_exception('never') }}"), chat=True, option=option)
 
 

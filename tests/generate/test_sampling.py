@@ -42,7 +42,7 @@ def test_what_is_left_is_drawn_in_its_old_proportions() -> None:
 
 
 def test_temperature_comes_before_top_p() -> None:
-    # At temperature 2 the likeliest token has less than 0.4 of the probability, at 1 exactly as much.
+    # At temperature 2 the most likely token has less than 0.4 of the probability, at 1 exactly as much.
     assert np.count_nonzero(frequencies(Sampling(1.0, top_p=0.39))) == 1
     assert np.count_nonzero(frequencies(Sampling(2.0, top_p=0.39))) == 2
 

@@ -110,7 +110,7 @@ def test_unknown_key_without_effect_is_ignored(tmp_path: Path, value: Any) -> No
 )
 def test_key_that_changes_the_maths_is_one_clear_error(tmp_path: Path, key: str, value: Any) -> None:
     with pytest.raises(
-        UserError, match=rf"^{key} changes the adapter's maths and is not supported: .*; train"
+        UserError, match=rf"^{key} changes the adapter's computation and is not supported: .*; train"
     ):
         read_adapter_config(write_config(tmp_path, **{key: value}))
 
@@ -333,7 +333,7 @@ def test_second_copies_and_unused_originals_are_left_out(tmp_path: Path) -> None
 def test_two_tensors_of_one_name_are_one_clear_error(tmp_path: Path) -> None:
     stored = {f"{Q_PROJ}.lora_A{infix}.weight": np.zeros((2, 2), np.float32) for infix in ("", ".default")}
     save_file(stored, write_config(tmp_path) / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=rf"^two tensors are both {Q_PROJ}\.lora_A\.weight"):
+    with pytest.raises(UserError, match=rf"^two tensors map to {Q_PROJ}\.lora_A\.weight"):
         read_adapter(tmp_path)
 
 

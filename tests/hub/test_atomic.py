@@ -244,7 +244,7 @@ def test_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
 def test_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with (
-        pytest.raises(UserError, match="is a file; name a folder"),
+        pytest.raises(UserError, match="is a file; give a folder"),
         whole_folder(tmp_path / "out", overwrite=True),
     ):
         pass

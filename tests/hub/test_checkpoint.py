@@ -137,7 +137,7 @@ def test_folder_above_the_checkpoint_is_recognised(tmp_path: Path) -> None:
             b'{"model_type": "llama",\n}',
             r"config\.json is not valid JSON: .*config\.json, line 2 column 1: .*;",
         ),
-        (b"[1]", r"config\.json holds a JSON list, not an object"),
+        (b"[1]", r"config\.json contains a JSON list, not an object"),
         (b"\xff\xfe", r"config\.json is not UTF-8 text"),
         (b"", r"config\.json is not valid JSON: .* line 1 column 1"),
     ],
@@ -233,7 +233,7 @@ def test_index_naming_absent_shards_lists_them_all(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         Checkpoint.open(tmp_path)
     assert str(caught.value) == (
-        "model.safetensors.index.json names 2 of 3 files that are not there: another.safetensors, "
+        "model.safetensors.index.json names 2 of 3 files that are missing: another.safetensors, "
         f"model-00002-of-00002.safetensors in {tmp_path}; download them too"
     )
 
@@ -277,7 +277,7 @@ def test_file_that_shrinks_after_opening_is_one_clear_error(tmp_path: Path) -> N
 
 def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a": matrix(), "c": matrix()}, {"b": matrix(), "c": matrix() + 1})
-    with pytest.raises(UserError, match=r"two tensors are both c: c in .*-00001-.* and c in .*-00002-"):
+    with pytest.raises(UserError, match=r"two tensors map to c: c in .*-00001-.* and c in .*-00002-"):
         Checkpoint.open(tmp_path)
 
 
@@ -308,7 +308,7 @@ def test_an_index_that_names_a_file_outside_its_folder_is_refused(tmp_path: Path
     (folder / "link.safetensors").symlink_to(outside)
     named = {"..": "../outside.safetensors", "absolute": str(outside), "link": "link.safetensors"}[way]
     change_index(folder, b=named)
-    with pytest.raises(UserError, match=r"index.json names files outside its folder: .*; copy them into"):
+    with pytest.raises(UserError, match=r"index.json lists files outside its folder: .*; copy them into"):
         Checkpoint.open(folder)
 
 
@@ -349,7 +349,7 @@ def test_a_pruned_link_to_the_only_file_is_named_as_such(tmp_path: Path) -> None
 
 def test_of_a_cache_entrys_root_the_snapshot_is_named(tmp_path: Path) -> None:
     root, snapshot = cached(tmp_path)
-    with pytest.raises(UserError, match=f"the root of an entry of the Hub's cache; give {snapshot}"):
+    with pytest.raises(UserError, match=f"the root of an entry in the Hub's cache; give {snapshot}"):
         resolve(str(root))
 
 

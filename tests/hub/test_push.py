@@ -188,12 +188,12 @@ def test_branch_is_made_and_only_it_changes(hub: type[Hub], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("repo", "token", "message"),
     [
-        ("a/b/c", "writes", "is no legal Hub id"),
-        ("me/what--ever", "writes", "is no legal Hub id"),
+        ("a/b/c", "writes", "is not a valid Hub id"),
+        ("me/what--ever", "writes", "is not a valid Hub id"),
         ("me/it", None, "no token; set HF_TOKEN"),
         ("me/it", "unknown", r"refuses \(.*\); set HF_TOKEN"),
-        ("me/it", "reads", "the token may only read; set HF_TOKEN"),
-        ("you/it", "writes", "the token is me's, who does not write as you; give one of me, crew"),
+        ("me/it", "reads", "the token is read-only; set HF_TOKEN"),
+        ("you/it", "writes", "the token is me's, who cannot write as you; give one of me, crew"),
     ],
 )
 def test_what_would_be_refused_is_told_before_a_run_begins(
@@ -235,7 +235,7 @@ def test_push_that_fails_keeps_the_folder_and_says_how_to_go_on_by_hand(
         push(local, "me/it", revision="night")
     text = str(caught.value)
     assert text.startswith("--push_to_hub me/it: not pushed (")
-    assert text.endswith(f"push it by hand: hf upload me/it '{local}' . --revision night")
+    assert text.endswith(f"push it manually: hf upload me/it '{local}' . --revision night")
     assert (local / "README.md").exists()
 
 
@@ -263,7 +263,7 @@ def test_run_that_cannot_be_pushed_does_not_begin_and_one_that_was_not_is_kept(
     words = train_arguments(model, rows, tmp_path / "out", "--push_to_hub", "me/it")
     monkeypatch.setenv("HF_TOKEN", "reads")
     assert main(words) == 2
-    assert "the token may only read" in capsys.readouterr().err
+    assert "the token is read-only" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("HF_TOKEN", "writes")
     hub.broken = True

@@ -165,7 +165,7 @@ def test_wrong_path_names_a_similar_folder(tmp_path: Path) -> None:
 
 def test_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(UserError, match=r"^--adapter .*: a file; give the folder that holds it$"):
+    with pytest.raises(UserError, match=r"^--adapter .*: is a file; give the folder that contains it$"):
         resolve(str(tmp_path / "model.safetensors"), option="--adapter")
 
 
@@ -175,7 +175,7 @@ def test_empty_path_is_an_error() -> None:
 
 
 def test_revision_of_a_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="revision main needs a Hub id"):
+    with pytest.raises(UserError, match="revision main requires a Hub id"):
         resolve(str(tmp_path), "main")
 
 
@@ -223,15 +223,15 @@ def test_each_refusal_of_the_hub_is_one_error_with_its_remedy(hub: str, tmp_path
     assert [kind for kind, _ in answers] == ["error"] * 4
     absent, gated, revision, broken = (text for _, text in answers)
     assert absent == (
-        f"--model.path owner/absent: no such folder here, and no such repository at {hub}; check its spelling, "
+        f"--model.path owner/absent: no such local folder, and no such repository at {hub}; check its spelling, "
         "or, if it is private, set HF_TOKEN or run `hf auth login`."
     )
     assert gated == (
-        f"--model.path owner/gated: the repository is gated; ask for access at {hub}/owner/gated, then set HF_TOKEN "
+        f"--model.path owner/gated: the repository is gated; request access at {hub}/owner/gated, then set HF_TOKEN "
         "or run `hf auth login`"
     )
     assert revision == (
-        f"--model.path owner/model: {hub} has no revision 'nowhere' of it; name a branch, tag or commit"
+        f"--model.path owner/model: {hub} has no revision 'nowhere' of it; give a branch, tag or commit"
     )
     assert (
         broken
@@ -257,4 +257,4 @@ def test_cache_that_cannot_be_written_says_so(hub: str, tmp_path: Path) -> None:
     (tmp_path / "home" / "hub").write_text("a file in place of the cache")
     ((kind, text),) = ask(hub, tmp_path / "home", ("owner/model", None))
     assert kind == "error"
-    assert text.endswith("mend that, or set HF_HOME")
+    assert text.endswith("fix that, or set HF_HOME")

@@ -92,7 +92,10 @@ def test_command_says_what_calibration_gained(folder: Path, capsys: pytest.Captu
     found = notes(folder / "again")
     assert found["rows"] == 5
     assert f"calibrated on 5 rows of {folder / 'rows.jsonl'}, {found['tokens']} tokens" in printed
-    assert f"are off by {found['output_error']:.2%}, rounded to the nearest value by" in printed
+    assert (
+        f"error of linear layers' outputs is {found['output_error']:.2%}; rounded to the nearest value, it is"
+        in printed
+    )
 
 
 def test_logits_of_the_model_are_nearer_on_the_rows_that_it_was_calibrated_on(folder: Path) -> None:
@@ -138,7 +141,7 @@ def test_conversations_take_the_chat_template_that_is_given(tmp_path: Path) -> N
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])
     config = read_config(WIDE, model)
-    with pytest.raises(UserError, match=r"no chat template .*; name one with --calibration\.chat_template"):
+    with pytest.raises(UserError, match=r"no chat template .*; give one with --calibration\.chat_template"):
         Calibration(CalibrationOptions(str(rows)), model, config)
     template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}</s>{% endfor %}"
     (tmp_path / "own.jinja").write_text(template)

@@ -201,7 +201,7 @@ def test_head_that_is_quantised_in_the_checkpoint_is_used_so(tmp_path: Path) -> 
             {"llm_int8_skip_modules": ("q_porj",)},
             "matches no module of this model; Perhaps you meant 'q_proj'?",
         ),
-        ({"llm_int8_skip_modules": ("(q",)}, "is no regular expression"),
+        ({"llm_int8_skip_modules": ("(q",)}, "is not a regular expression"),
     ],
 )
 def test_skip_that_matches_nothing_is_one_clear_error(

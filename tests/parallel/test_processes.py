@@ -208,7 +208,7 @@ def test_a_sigterm_to_one_process_before_the_first_step_stops_all(
             process.kill()
     said = [without_progress((logs / f"{number}.log").read_text()) for number in (0, 1)]
     assert codes == [0, 0], said
-    line = "stopped before a step was done: nothing to save"
+    line = "stopped before the first step was done: nothing to save"
     lines = [text.splitlines() for text in said]
     assert lines[0][-1] == line
     assert lines[1] == ([line] if told else [])
@@ -234,7 +234,7 @@ def test_a_process_that_waits_in_vain_for_the_others_is_one_line_with_the_addres
         assert ended(processes) == [2, 2]
     for number, address in enumerate(addresses):
         said = without_progress((tmp_path / f"{number}.log").read_text())
-        assert said.startswith(f"error: process {number} waited in vain for the others at {address}; ")
+        assert said.startswith(f"error: process {number} waited for the others in vain at {address}; ")
         assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -254,7 +254,7 @@ def alone(arguments: Sequence[str], port: int, expected: int = 1) -> subprocess.
 @pytest.mark.parametrize(
     ("number", "code", "line"),
     [
-        (signal.SIGTERM, 0, "stopped before a step was done: nothing to save\n"),
+        (signal.SIGTERM, 0, "stopped before the first step was done: nothing to save\n"),
         (signal.SIGINT, 130, "interrupted\n"),
         (signal.SIGKILL, -signal.SIGKILL, None),
     ],
@@ -282,7 +282,7 @@ def test_a_signal_ends_a_process_that_waits_for_the_others_and_the_watchdog_says
         assert printed + without_progress(errors) == line
         return
     errors = without_progress(errors)
-    assert errors.startswith(f"error: process 0 waited in vain for the others at 127.0.0.1:{port}; "), errors
+    assert errors.startswith(f"error: process 0 waited for the others in vain at 127.0.0.1:{port}; "), errors
     assert errors.count("\n") == 1
 
 
@@ -314,7 +314,7 @@ def test_a_sigterm_to_the_only_process_of_a_cluster_while_it_compiles_is_no_loss
     finally:
         process.kill()
     assert (process.returncode, without_progress(errors)) == (0, "")
-    assert printed == "stopped before a step was done: nothing to save\n"
+    assert printed == "stopped before the first step was done: nothing to save\n"
 
 
 def test_a_coordinator_that_does_not_answer_is_one_line_with_its_address(

@@ -45,7 +45,7 @@ def test_minus_one_is_what_is_left() -> None:
 )
 def test_a_mesh_that_does_not_multiply_out_is_an_error_with_both_numbers(options: Any, there: int) -> None:
     with pytest.raises(
-        UserError, match=rf"--mesh \(data .*\): \d+ devices are asked for and there are {there};"
+        UserError, match=rf"--mesh \(data .*\): \d+ devices requested, but there are {there};"
     ):
         mesh_shape(options, there)
 
@@ -157,7 +157,7 @@ def test_every_rule_divides_or_stays_whole() -> None:
         (MeshOptions(tensor=0), "--mesh.tensor 0: must be positive"),
         (
             MeshOptions(data=-1),
-            "--mesh.data -1: cannot take what is left beside --mesh.fsdp, which does by default",
+            "--mesh.data -1: cannot take the remaining devices besides --mesh.fsdp, which does by default",
         ),
         (
             MeshOptions(data=-1, fsdp=1, sequence=-1),
@@ -173,7 +173,7 @@ def test_an_axis_of_no_size_and_a_second_rest_are_errors(options: MeshOptions, s
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (DistributedOptions(process_id=1), "--distributed.coordinator_address .*: needed beside"),
+        (DistributedOptions(process_id=1), "--distributed.coordinator_address .*: required with"),
         (DistributedOptions("host", 2, 1), "coordinator_address host: must be host:port"),
         (DistributedOptions("host:99999", 2, 1), "coordinator_address host:99999: must be host:port"),
         (DistributedOptions("host:80", 2, 2), "process_id 2: must be from 0 to 1"),

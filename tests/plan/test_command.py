@@ -56,12 +56,12 @@ def test_an_unknown_topology_is_one_line_that_names_known_ones(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--topology: needed"),
-        (("--topology", "cpu"), "--model.path: needed"),
+        ((), "--topology: required"),
+        (("--topology", "cpu"), "--model.path: required"),
         (("--topology", "cpu", "--model.path", "no/such/folder"), "--model.path no/such/folder:"),
         (
             ("--topology", "cpu", "--model.path", "{file}", "--search", "--compare"),
-            "--search: excludes --compare",
+            "--search: cannot be combined with --compare",
         ),
         (
             ("--topology", "cpu", "--model.path", "{file}", "--lora.target_modules", "q_porj"),
@@ -99,7 +99,7 @@ def test_methods_of_a_checkpoint_that_is_quantised_are_not_compared(
     file = write_config(tmp_path, quantization_config=quantization)
     assert main(["plan", *small(file, "cpu"), "--compare"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: --compare: {file} is quantized already")
+    assert error.startswith(f"error: --compare: {file} is already quantized")
     assert error.count("\n") == 1
 
 

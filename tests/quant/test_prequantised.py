@@ -162,10 +162,10 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "table cut": (cut(f"{NAME}.quant_map"), "quant_map has 15 elements instead of 16"),
     "nested table cut": (cut(f"{NAME}.nested_quant_map"), "nested_quant_map has 255 elements instead of 256"),
     "nested absmax cut": (cut(f"{NAME}.nested_absmax"), "nested_absmax has 0 elements instead of 1"),
-    "no quant_state": (without(STATE), "without one quant_state"),
+    "no quant_state": (without(STATE), "without exactly one quant_state"),
     "JSON cut": (cut(STATE), "not valid JSON"),
     "no UTF-8": (raw_state(b"\xff\xfe"), "not valid JSON"),
-    "no object": (raw_state(b"[1]"), "holds a JSON list"),
+    "no object": (raw_state(b"[1]"), "contains a JSON list"),
     "no shape": (state(shape=None), "the shape None"),
     "shape of other weights": (state(shape=[OUT, IN + 64]), "1536 bytes instead of 2304"),
     "shape of text": (state(shape=["24", "128"]), "the shape"),
@@ -227,7 +227,7 @@ def test_config_that_contradicts_the_tensors_is_one_clear_error(tmp_path: Path, 
 
 def test_config_of_quantised_weights_without_any_is_one_clear_error(tmp_path: Path) -> None:
     folder = write(tmp_path, {NAME: np.ones((OUT, IN), np.float32)}, nf4_config())
-    with pytest.raises(UserError, match="none is quantized"):
+    with pytest.raises(UserError, match="none are quantized"):
         open_checkpoint(folder)
 
 

@@ -67,7 +67,7 @@ def test_curves_are_those_that_were_logged(trained: Path) -> None:
         ("loss", "eval", "eval_loss"),
         ("learning_rate", "learning rate", "learning_rate"),
         ("grad_norm", "gradient norm", "grad_norm"),
-        ("tokens_per_second", "tokens a second", "tokens_per_second"),
+        ("tokens_per_second", "tokens per second", "tokens_per_second"),
     ):
         logged = [(line["step"], line[key]) for line in lines if key in line]
         assert list(zip(*page.curve(figure, name), strict=True)) == logged, key
@@ -123,7 +123,8 @@ def test_samples_stand_before_and_after(copied: Copy) -> None:
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     (output / "samples.jsonl").write_text(lines + '{"step": 4, "prompt": "cut o')
     assert (
-        "before training answer at 0 step 4 answer at 4 1 between step 2 answer at 2" in page_of(output).text
+        "before training answer at 0 step 4 answer at 4 1 in between step 2 answer at 2"
+        in page_of(output).text
     )
 
 
@@ -177,7 +178,7 @@ def test_run_that_diverged_is_told_and_drawn_as_far_as_it_goes(copied: Copy) -> 
     losses = (2.0, None, None, None)
     write_lines(output, *({"step": 1 + i, "loss": loss, "grad_norm": None} for i, loss in enumerate(losses)))
     page = page_of(output)
-    assert "The loss is no finite number from step 2 on" in page.text
+    assert "The loss is not finite from step 2 on" in page.text
     assert page.curve("loss", "train")[1] == [2.0, None, None, None]
     assert "NaN" not in json.dumps(page.figures)
 
@@ -185,7 +186,7 @@ def test_run_that_diverged_is_told_and_drawn_as_far_as_it_goes(copied: Copy) -> 
 def test_run_that_has_logged_nothing_gives_a_page(copied: Copy) -> None:
     output = copied("young", "adapter", "metrics.jsonl", "run.json")
     page = page_of(output)
-    assert "Nothing is logged yet." in page.text
+    assert "Nothing has been logged yet." in page.text
     assert page.figures == {}
 
 
@@ -320,9 +321,9 @@ def test_long_curve_is_drawn_whole_beside_its_running_mean(copied: Copy) -> None
         (["nowhere"], "report nowhere: no such folder"),
         (
             ["gs://bucket/run"],
-            "report gs://bucket/run: inputs are read from the disk; copy it there first (gcloud ",
+            "report gs://bucket/run: inputs must be on a disk; copy it there first (gcloud ",
         ),
-        (["empty"], "report empty: holds neither metrics.jsonl nor config.yaml, so it is no run"),
+        (["empty"], "report empty: holds neither metrics.jsonl nor config.yaml, so it is not a run"),
         (["run", "--output", "empty"], "--output empty: is a folder; give a file"),
         (["run", "--ouput", "x"], "--ouput: unknown option"),
     ],

@@ -90,7 +90,7 @@ def test_files_and_folders_in_a_bucket_are_those_on_a_disk(bucket: Path, tmp_pat
             with whole_folder(folder / "adapter", overwrite=True) as aside:
                 (aside / "part").mkdir()
                 (aside / "part" / content).write_text(content)
-        with pytest.raises(UserError, match=f"{name}: holds a run already"):
+        with pytest.raises(UserError, match=f"{name}: already contains a run"):
             check_output(config)
     there, here = (tree(folder) for folder in folders.values())
     assert there.keys() == here.keys()

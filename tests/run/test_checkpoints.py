@@ -200,7 +200,9 @@ def test_a_checkpoint_without_checksums_is_taken_with_a_note(saved: Path) -> Non
     """As before there were any, and where a run is killed while it gives a checkpoint its figure."""
     (saved / "4" / "checksums.json").unlink()
     with opened(saved) as checkpoints:
-        assert checkpoints.notes == ["the checkpoint of step 4 has no checksums: damage would not be found"]
+        assert checkpoints.notes == [
+            "the checkpoint of step 4 has no checksums, so damage cannot be detected"
+        ]
         assert equal(checkpoints.restore(state())[0], state(4, seed=4))
 
 
@@ -328,7 +330,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_clear_line_and_leaves_the_others(
         [sys.executable, "-c", FULL, str(saved)], env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    expected = f"cannot write {saved}: File too large; choose a disk that takes files of this size\n"
+    expected = f"cannot write {saved}: File too large; choose a disk that allows files of this size\n"
     assert (done.stdout, done.stderr) == (3 * expected, "")
     assert tree(saved / "4") == before
     with opened(saved) as checkpoints:

@@ -146,7 +146,7 @@ def test_notes_about_a_base_bear_its_name(
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
     base = str(tmp_path / "model")
     run("eval", "--model.path", base, "--data.path", str(test_rows), "--json")
-    assert f"note: {base}: {base} holds an adapter beside the model" in capsys.readouterr().err
+    assert f"note: {base}: {base} contains an adapter next to the model" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_is_null_and_named_with_its_cause(
@@ -165,20 +165,20 @@ def test_a_loss_that_is_no_number_is_null_and_named_with_its_cause(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--data.path: needed; give a file of rows or the Hub id of a data set"),
-        (("--data.path", "{rows}"), "--model.path: needed without --adapter or --models; give a folder or a Hub id"),
+        ((), "--data.path: required; give a file of rows or the Hub id of a data set"),
+        (("--data.path", "{rows}"), "--model.path: required without --adapter or --models; give a folder or a Hub id"),
         (
             ("--model.path", "{model}", "--base", "--data.path", "{rows}"),
-            "--base: is measured beside adapters; give --adapter, or leave it out",
+            "--base: requires --adapter; give one, or drop it",
         ),
         (("--adapter", "{model}", "--data.path", "{rows}"), "no adapter_config.json"),
         (
             ("--adapter", "{adapter}", "{adapter}/", "--data.path", "{rows}"),
-            "--adapter {adapter}/: is named twice; leave one of the two out",
+            "--adapter {adapter}/: is given twice; drop one of the two",
         ),
         (
             ("--model.path", "{model}", "--models", "{model}", "--data.path", "{rows}"),
-            "--models {model}: is named twice; leave one of the two out",
+            "--models {model}: is given twice; drop one of the two",
         ),
         (
             ("--model.path", "{other}", "--adapter", "{adapter}", "--data.path", "{rows}"),
@@ -194,11 +194,11 @@ def test_a_loss_that_is_no_number_is_null_and_named_with_its_cause(
         ),
         (
             ("--model.path", "{model}", "--data.eval_paths", "a b", "{rows}"),
-            "--data.eval_paths a b: a name is part of a figure's",
+            "--data.eval_paths a b: the name becomes part of metric names",
         ),
         (
             ("--model.path", "{model}", "--data.path", "{text}", "--generation_metrics", "exact_match"),
-            "--generation_metrics: no whole row of {text} has a prompt and an answer to it; ",
+            "--generation_metrics: no complete row of {text} has a prompt and an answer; ",
         ),
         (
             ("--model.path", "{model}", "--data.path", "{rows}", "--generation_rows", "0"),

@@ -214,15 +214,15 @@ def test_evaluation_of_many_rows_is_that_of_all_tokens_at_once(
     [
         (
             ("--train.load_best_model_at_end", "True"),
-            "--train.load_best_model_at_end: needs rows to evaluate on; give --data.eval_path or --data.eval_fraction",
+            "--train.load_best_model_at_end: requires evaluation rows; give --data.eval_path or --data.eval_fraction",
         ),
         (
             BEST,
-            "--train.load_best_model_at_end: needs evaluations between the steps; give --train.eval_steps",
+            "--train.load_best_model_at_end: requires evaluations during training; give --train.eval_steps",
         ),
         (
             ("--train.early_stopping_patience", "2", "--data.eval_fraction", "0.5"),
-            "--train.early_stopping_patience 2: needs evaluations between the steps; give --train.eval_steps",
+            "--train.early_stopping_patience 2: requires evaluations during training; give --train.eval_steps",
         ),
         (
             (*BEST, "--train.eval_steps", "2", "--train.save_steps", "3"),
@@ -230,7 +230,7 @@ def test_evaluation_of_many_rows_is_that_of_all_tokens_at_once(
         ),
         (
             (*BEST, "--train.eval_steps", "2", "--train.save_strategy", "no"),
-            "--train.load_best_model_at_end: needs checkpoints; leave out --train.save_strategy no",
+            "--train.load_best_model_at_end: requires checkpoints; drop --train.save_strategy no",
         ),
         (
             ("--data.eval_paths", "a", "x.jsonl", "--data.eval_fraction", "0.1"),
@@ -238,7 +238,7 @@ def test_evaluation_of_many_rows_is_that_of_all_tokens_at_once(
         ),
         (
             ("--data.eval_paths", "a b", "x.jsonl"),
-            "--data.eval_paths a b: a name is part of a figure's",
+            "--data.eval_paths a b: the name becomes part of metric names",
         ),
     ],
 )
@@ -259,7 +259,7 @@ def test_scores_of_rows_without_prompts_are_refused(
     texts = write_rows(tmp_path / "texts.jsonl", [{"text": "abc abc"}] * 8)
     more = ("--data.eval_fraction", "0.5", "--train.generation_metrics", "exact_match")
     assert main(train_arguments(model, texts, tmp_path / "out", *more)) == 2
-    assert "no whole row of" in capsys.readouterr().err
+    assert "no complete row of" in capsys.readouterr().err
 
 
 def test_any_checkpoints_adapter_can_be_exported_after_the_fact(
@@ -294,7 +294,7 @@ def test_a_checkpoint_that_is_not_there_is_one_line_with_those_that_are(
         assert capsys.readouterr().err == f"error: --checkpoint {given}: {message}\n"
     for option in (("--for", "vllm"), ("--base", "model")):
         assert main(["export", "--checkpoint", str(watched[1]), *out, *option]) == 2
-        assert capsys.readouterr().err.startswith(f"error: {' '.join(option)}: goes with --adapter; ")
+        assert capsys.readouterr().err.startswith(f"error: {' '.join(option)}: requires --adapter; ")
     for damage in ("options/metadata", "state/d", "state/_METADATA"):
         broken = tmp_path / damage.replace("/", " ")
         shutil.copytree(watched[1], broken)

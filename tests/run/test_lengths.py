@@ -98,7 +98,7 @@ def check_printed(shape: str, text: str) -> None:
     ]
     rows = 2 if shape == "buckets" else 4
     padding = 1 - sum(TOKENS) / (rows * sum(length * count for length, count in steps))
-    assert facts["buckets"].endswith(f" steps an epoch; {100 * padding:.1f}% padding")
+    assert facts["buckets"].endswith(f" steps per epoch; {100 * padding:.1f}% padding")
     if shape == "buckets":
         assert sum(count for _, count in steps) == len(TOKENS) // rows
         assert "packing" not in facts

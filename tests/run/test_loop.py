@@ -190,7 +190,7 @@ def test_a_failing_export_leaves_no_half_adapter_and_resuming_completes_it(
     shutil.rmtree(output / "adapter")
     (output / "adapter").write_text("in the way")
     assert main([*arguments, "--resume"]) == 2
-    assert capsys.readouterr().err == f"error: {output}/adapter is a file; name a folder to write to\n"
+    assert capsys.readouterr().err == f"error: {output}/adapter is a file; give a folder to write to\n"
     assert [name for name in tree(output) if "adapter" in name] == ["adapter"]
     assert json.loads((output / "run.json").read_text())["status"] == "failed"
     (output / "adapter").unlink()

@@ -139,7 +139,7 @@ def test_a_run_counts_what_it_skips_and_its_figures_and_adapter_are_numbers(
         0.0,
         0.01,
         0.008,
-    ]  # of the updates that were made, in steps of a sixth less one of warm-up
+    ]  # of the updates that were made, in steps of a sixth less one of warmup
     for name in ("adapter/adapter_model.safetensors", "metrics.jsonl"):
         assert b"NaN" not in (output / name).read_bytes()
     assert all(np.isfinite(t).all() for t in load_file(output / "adapter/adapter_model.safetensors").values())

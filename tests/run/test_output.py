@@ -37,7 +37,7 @@ def test_folders_that_are_no_runs_are_refused_as_output(
     project = filled(tmp_path / "project", "config.yaml", "model/", "notes.txt")
     monkeypatch.chdir(project)
     with pytest.raises(
-        UserError, match=r"--output_dir /: is no folder for a run; name one inside it, such as /run"
+        UserError, match=r"--output_dir /: cannot be the folder of a run; give one inside it, such as /run"
     ):
         check("/")
     with pytest.raises(UserError, match=r"home: is no folder for a run"):
@@ -45,9 +45,9 @@ def test_folders_that_are_no_runs_are_refused_as_output(
     for folder, held in (
         (model, "config.json, model.safetensors"),
         (rows.parent, "sums.jsonl"),
-        (".", "config.yaml, model, notes.txt; give an empty folder, or name one inside it, such as run"),
+        (".", "config.yaml, model, notes.txt; give an empty folder, or one inside it, such as run"),
     ):
-        with pytest.raises(UserError, match=f"--output_dir {folder}: holds no run but {held}"):
+        with pytest.raises(UserError, match=f"--output_dir {folder}: contains {held}"):
             check(folder)
 
 
@@ -56,7 +56,7 @@ def test_empty_folders_runs_and_what_a_start_leaves_are_taken_as_output(tmp_path
     check(filled(tmp_path / "empty"))
     check(filled(tmp_path / "log", "train.log", "job.sh", "mine.yaml", ".git/", "wandb/", "lost+found/"))
     check(filled(tmp_path / "run", "metrics.jsonl", "notes.txt"))
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         check_output(RunConfig(output_dir=str(tmp_path / "run")))
 
 
@@ -68,12 +68,15 @@ def test_folders_with_anything_else_are_never_replaced(
     monkeypatch.setenv("HOME", str(filled(tmp_path / "home", written)))
     monkeypatch.chdir(filled(tmp_path / "here", written))
     for folder, message in (
-        (".", "is or holds the folder that you are in"),
-        ("/", "is or holds your home folder"),
-        ("~", "is or holds your home folder"),
-        (filled(tmp_path / "git", written, ".git/"), rf"holds \.git beside {written}, so it is kept"),
+        (".", "is or contains the current directory"),
+        ("/", "is or contains your home folder"),
+        ("~", "is or contains your home folder"),
+        (
+            filled(tmp_path / "git", written, ".git/"),
+            rf"holds \.git besides {written}, so it is not replaced",
+        ),
         (filled(tmp_path / "app", written, "main.js", "src/"), r"holds main\.js, src beside"),
-        (filled(tmp_path / "other", "notes.txt"), f"is not empty and holds no {written}"),
+        (filled(tmp_path / "other", "notes.txt"), f"is not empty and has no {written}"),
     ):
         with pytest.raises(UserError, match=message):
             check_target(str(folder), written)
@@ -134,7 +137,7 @@ def test_an_address_is_never_taken_for_a_folders_name_to_write_to(
         refusals = (
             "names no bucket; write gs://BUCKET/FOLDER",
             "is not supported",
-            "is written to the disk; give",
+            "output must be on a disk; give",
         )
         assert any(refusal in error for refusal in (refusals[:2] if command == "train" else refusals[2:]))
     assert not list(tmp_path.iterdir())
@@ -151,6 +154,6 @@ def test_an_address_is_never_taken_for_a_path_to_read(
         assert main(given) == 2
         error = capsys.readouterr().err
         assert f"{address}" in error
-        assert "inputs are read from the disk; copy it there first" in error
+        assert "inputs must be on a disk; copy it there first" in error
         assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())

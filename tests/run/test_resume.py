@@ -90,7 +90,7 @@ def test_resuming_without_a_checkpoint_starts_afresh(
     shutil.rmtree(output / "checkpoints")
     run(*arguments, "--resume")
     assert timeless(output) == timeless(finished[1])
-    assert "no checkpoint to resume from: starting afresh" in capsys.readouterr().out
+    assert "no checkpoint to resume from: starting from the beginning" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_resuming_with_other_options_is_refused_and_changes_nothing(
     before = tree(output)
     assert main([*arguments, option, *value.split(), "--resume"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: --resume: the checkpoint was made with other options")
+    assert error.startswith("error: --resume: the checkpoint was made with different options")
     assert message in error
     assert tree(output) == before
 
@@ -200,7 +200,7 @@ def test_resuming_on_another_model_in_the_same_folder_is_refused(
         (model / "model.safetensors").write_bytes(weights)
     error = capsys.readouterr().err
     assert error.startswith(
-        "error: --resume: the checkpoint was made on another base model: model.safetensors was "
+        "error: --resume: the checkpoint belongs to another base model: model.safetensors was "
     )
     assert error.count("\n") == 1
     assert tree(output) == before
@@ -291,7 +291,7 @@ def test_where_every_checkpoint_is_damaged_that_is_one_clear_error(
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert "is damaged: the checksum of state/" in error
-        assert "no other one is whole, so restore it from a copy" in error
+        assert "no other one is intact, so restore it from a copy" in error
     assert tree(output) == before
 
 
@@ -302,11 +302,11 @@ def test_a_finished_run_has_nothing_to_do_and_is_never_made_shorter(
     arguments, output = finished
     before = tree(output)
     run(*arguments, "--resume")
-    assert f"nothing to do: the run is finished after step 4 and {output}/adapter is written" in (
+    assert f"nothing to do: the run finished after step 4 and {output}/adapter is written" in (
         capsys.readouterr().out.replace("\n", " ")
     )
     assert main([*arguments, "--train.max_steps", "3", "--resume"]) == 2
-    assert "--resume: 4 steps are done already, and --train.max_steps or" in capsys.readouterr().err
+    assert "--resume: 4 steps are already done, but --train.max_steps or" in capsys.readouterr().err
     after = tree(output)
     assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} <= {
         "config.yaml"
@@ -446,7 +446,8 @@ def test_a_folder_in_use_is_refused_without_a_switch(
     assert main(arguments) == 2
     assert (
         capsys.readouterr().err
-        == f"error: --output_dir {output}: holds a run already; add --resume, --overwrite, or give another folder\n"
+        == f"error: --output_dir {output}: already contains a run; add --resume or --overwrite, "
+        "or give another folder\n"
     )
     assert tree(output) == before
 
@@ -508,7 +509,7 @@ def test_signals_save_and_exit_and_the_run_goes_on_where_it_stopped(
             process.kill()
         assert (process.returncode, without_progress(errors)) == (code, "")
         (step,) = (int(path.name) for path in (output / "checkpoints").iterdir() if int(path.name) > saved)
-        assert printed.endswith(f"stopped; step {step} is saved, go on with --resume\n")
+        assert printed.endswith(f"stopped; step {step} is saved, continue with --resume\n")
         assert f"resuming after step {saved}\n" in printed or not saved
         assert not (output / "adapter").exists()
         assert [entry["step"] for entry in metrics(output)] == list(range(1, step + 1))

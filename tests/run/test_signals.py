@@ -144,7 +144,7 @@ def test_a_sigterm_while_compiling_ends_the_run_at_once_and_keeps_its_checkpoint
     finally:
         process.kill()
     assert (process.returncode, without_progress(errors)) == (0, "")
-    assert printed == "stopped before a step was done: nothing to save; step 2 is still saved\n"
+    assert printed == "stopped before the first step was done: nothing to save; step 2 is still saved\n"
     record = json.loads((output / "run.json").read_text())
     assert (record["status"], record["results"]) == ("stopped", {})
     assert timeless(output) == before[:2]
@@ -179,7 +179,7 @@ def test_a_sigterm_while_evaluating_saves_and_the_evaluation_is_repeated_on_resu
     capsys.readouterr()
     assert main(train_arguments(model, rows, output, *more)) == 0
     thread.join()
-    assert capsys.readouterr().out.endswith("stopped; step 2 is saved, go on with --resume\n")
+    assert capsys.readouterr().out.endswith("stopped; step 2 is saved, continue with --resume\n")
     assert [entry["step"] for entry in metrics(output)] == [0, 1]
     run(*train_arguments(model, rows, output, *more), "--resume")
     assert timeless(output) == timeless(alone)
@@ -268,7 +268,7 @@ with Signals() as signals:
     time.sleep(10)
     print(signals.stage)
 """
-STOPPED = "stopped before a step was done: nothing to save"
+STOPPED = "stopped before the first step was done: nothing to save"
 
 
 @pytest.mark.slow

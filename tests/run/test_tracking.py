@@ -126,7 +126,7 @@ def test_tracker_that_fails_is_one_warning_and_the_run_goes_on(
     (tmp_path / "tensorboard").write_text("a file where a folder is to be")
     printed = track(tmp_path, "tensorboard")
     assert re.fullmatch(
-        r"warning: report_to tensorboard: gave up \(\w+: .*\); metrics.jsonl goes on\n", printed
+        r"warning: report_to tensorboard: gave up \(\w+: .*\); metrics.jsonl is still written\n", printed
     ), printed
 
 

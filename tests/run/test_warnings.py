@@ -56,14 +56,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TokenData
 @pytest.mark.parametrize(
     ("options", "steps", "warns"),
     [
-        ({}, 1, "the run has 1 step, all of it warm-up at learning rate 0: nothing is trained; give "),
+        ({}, 1, "the run has 1 step, all of it warmup at learning rate 0: nothing is trained; give "),
         ({}, 2, None),
         ({"lr_scheduler_type": "constant"}, 1, None),
         ({"warmup_ratio": 0.0}, 1, None),
-        ({"warmup_steps": 1000}, 25, "the run has 25 steps, and the warm-up takes 1,000: the learning rate reaches 4"),
-        ({"warmup_steps": 25}, 25, "the run has 25 steps, and the warm-up takes 25: "),
+        ({"warmup_steps": 1000}, 25, "the run has 25 steps, and the warmup takes 1,000: the learning rate reaches 4"),
+        ({"warmup_steps": 25}, 25, "the run has 25 steps, and the warmup takes 25: "),
         ({"warmup_steps": 24}, 25, None),
-        ({"warmup_ratio": 0.99}, 25, "the run has 25 steps, and the warm-up takes 25: "),
+        ({"warmup_ratio": 0.99}, 25, "the run has 25 steps, and the warmup takes 25: "),
     ],
 )  # fmt: skip
 def test_a_warm_up_as_long_as_the_run_is_warned_of(
@@ -119,7 +119,7 @@ def test_rows_longer_than_the_models_positions_are_warned_of_with_both_figures(
     assert positions(longest, rows, {"": rows}) is None
     found = positions(longest - 1, rows, {})
     assert found is not None
-    assert f"longer than the {longest - 1:,} positions" in found
+    assert f"longer than the model's {longest - 1:,} positions" in found
     assert f"the longest has {longest:,} tokens" in found
 
 
@@ -128,7 +128,7 @@ def test_training_rows_that_repeat_others_in_bulk_are_warned_of(
 ) -> None:
     assert about_rows(dataset([*range(95), *range(5)])) == {}
     found = about_rows(dataset([*range(90), *range(10)]))["duplicates"]
-    assert found == "10 of 100 (10.0%) training rows repeat another row to the token"
+    assert found == "10 of 100 (10.0%) training rows repeat another row, token for token"
 
 
 def test_rows_both_trained_on_and_evaluated_on_are_counted_set_by_set(
@@ -154,7 +154,7 @@ def test_a_start_is_warned_of_that_is_far_worse_than_an_even_guess_or_worse_than
         (
             even + 1.2,
             None,
-            f"starts at {even + 1.2:.4f}, far worse than {even:.4f} of guessing evenly among 100",
+            f"starts at {even + 1.2:.4f}, far worse than the {even:.4f} of a uniform guess among 100",
         ),
         (2.0, 1.5, "starts at 2.0000 with the adapter of --lora.init_from and is 1.5000 without it"),
         (None, None, "is not finite before the first step"),
@@ -206,9 +206,10 @@ def test_a_run_that_changes_nothing_and_asks_for_too_much_says_so_before_its_fir
     assert list(given) == ["warmup", "rank", "accumulation", "positions", "max_length"]
     assert given["rank"].startswith("r 40 exceeds the smaller dimension of adapted modules (q_proj 32): ")
     assert given["accumulation"].startswith(
-        "a step asks for 2,000,000,000 rows (1,000,000,000 passes of 2), and an epoch has 3: each epoch is one step of"
+        "a step needs 2,000,000,000 rows (1,000,000,000 micro-batches of 2), but an epoch has 3: "
+        "each epoch is one step of"
     )
-    assert given["positions"].startswith("1 of 3 (33.3%) rows are longer than the 64 positions")
+    assert given["positions"].startswith("1 of 3 (33.3%) rows are longer than the model's 64 positions")
 
 
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_taken(

@@ -18,7 +18,7 @@ from lora_jax.train.step import TrainState, init_state, make_eval_step, make_tra
 from tests.tiny import Base, adapted, lora
 
 LENGTHS = (5, 9, 3, 12, 7, 4, 11, 6)
-# No warm-up: the first step moves what is trained.
+# No warmup: the first step moves what is trained.
 OPTIMIZER = make_optimizer(
     TrainOptions(lr_scheduler_type="constant", learning_rate=0.1, optim="sgd"), steps=10
 )
