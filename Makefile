@@ -35,13 +35,13 @@ demo: $(VENV)/.installed ## Train the shipped model on the shipped rows, merge, 
 	@echo "After:"
 	@$(BIN)/lora-jax generate --model.path $(DEMO)/merged --prompt "$(PROMPT)"
 
-test: $(VENV)/.installed-test ## Run the tests that need no torch, but for the slow ones.
+test: $(VENV)/.installed-test ## Run the fast tests that need no torch.
 	$(BIN)/python -m pytest --ignore=tests/parity -m "not slow and not exhaustive" -n 2 --dist loadfile $(ARGS)
 
-test-slow: $(VENV)/.installed-test ## Run the slow ones: meshes, several processes, kernels, thousands of generated cases.
+test-slow: $(VENV)/.installed-test ## Run the slow tests: meshes, several processes, kernels, the docs, thousands of generated cases.
 	$(BIN)/python -m pytest --ignore=tests/parity -m "slow and not exhaustive" -n 2 --dist worksteal $(ARGS)
 
-test-exhaustive: $(VENV)/.installed-parity ## Run what proves a thing once, beside torch where it needs it; not part of CI.
+test-exhaustive: $(VENV)/.installed-parity ## Run the tests that prove something once; not part of CI.
 	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/python -m pytest -m exhaustive -n 2 --dist worksteal $(ARGS)
 
 soak: $(VENV)/.installed-test ## Kill a training run 25 times and resume it, then check 10,000 generated files of rows; some minutes.
@@ -63,7 +63,7 @@ check-report: $(VENV)/.installed-browser ## Click through the pages of lora-jax 
 docs: $(VENV)/.installed-docs ## Build the documentation into build/site; a broken link fails.
 	$(BIN)/python scripts/make_docs.py
 
-format: $(VENV)/.installed-dev ## Mend what ruff can mend.
+format: $(VENV)/.installed-dev ## Fix what ruff can fix.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -76,7 +76,7 @@ memory: $(VENV)/.installed-test ## Compile the steps of docs/memory.md for TPUs 
 aot: $(VENV)/.installed-test ## Compile the 4-bit kernels for TPUs, in every shape of four models: half an hour or more.
 	$(BIN)/python scripts/aot_tpu.py $(ARGS)
 
-aot-cuda: $(CUDA_VENV)/.installed ## The same for GPUs, in an environment of its own: a download of gigabytes.
+aot-cuda: $(CUDA_VENV)/.installed ## The same for GPUs, in a separate environment; downloads gigabytes.
 	$(CUDA_VENV)/bin/python scripts/aot_cuda.py $(ARGS)
 
 clean: ## Remove the environments, the caches and what the demo wrote.

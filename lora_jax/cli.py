@@ -46,7 +46,7 @@ MORE_MEMORY = {
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
     """Run one command; return the exit code. `program` is what the user typed, if not lora-jax COMMAND.
 
-    0, 2 for what the user can mend, 3 for a plan that does not fit, 130 when interrupted, 129 and 143 when ended by
+    0, 2 for what the user can fix, 3 for a plan that does not fit, 130 when interrupted, 129 and 143 when ended by
     SIGHUP and SIGTERM, 141 where what is printed goes unread; commands that leave files go on then.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)

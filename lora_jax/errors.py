@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and the wording every message follows."""
+"""The one exception for what a user can fix, and the wording every message follows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BEYOND = re.compile(r"overflow .*jitted computation.* value (-?\d+)", re.DOTALL
 
 
 class UserError(Exception):
-    """Something in the options, the files or the data that the user can mend.
+    """Something in the options, the files or the data that the user can fix.
 
     The text is one line, "what: where; remedy". The command line prints it without a traceback and
     exits with code 2.
@@ -41,7 +41,7 @@ class UserError(Exception):
 
 
 def mendable(error: Exception, more_memory: str) -> UserError | None:
-    """Return the error that says what the user can mend, None for any other error.
+    """Return the error that says what the user can fix, None for any other error.
 
     It is the error itself, a file or folder that may not be read or written, a name that the file system does not take,
     a lack of memory, which JAX has no type for, or a number beyond 32 bits in a program of JAX.
