@@ -106,7 +106,7 @@ def _place(opt_state: Any) -> str:
 
 
 def _bits(run: Run) -> str:
-    """Return how the base is quantized, how many bits per weight of a linear layer takes, and which are not quantized."""
+    """Return how the base is quantized, the bits per weight of a linear layer, and which are not quantized."""
     if run.base.quantization is None:
         return ""
     leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(run.frozen["layers"]))

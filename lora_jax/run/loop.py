@@ -214,7 +214,7 @@ class Loop:
         rows = [row for step in steps for row in self.feed.rows_of(step)]
         behind = ""
         if saved < self.sizes.steps:
-            behind = f", or continue after them with --resume: step {saved} is saved, and the skipped steps have not changed it"
+            behind = f", or continue after them with --resume: step {saved} is saved, unchanged by the skipped steps"
         which = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
         cause = broken_base(self.run) or "check those rows or lower --train.learning_rate"
         return UserError(
