@@ -233,7 +233,7 @@ COMMANDS: dict[str, Case] = {
     "skip that is no regex": (
         configured(llm_int8_skip_modules=["(q"]),
         SMALL,
-        "llm_int8_skip_modules has '(q', no regular",
+        "llm_int8_skip_modules has '(q', not a regular",
     ),
     "merge compute dtype": (
         change(

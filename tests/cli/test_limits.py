@@ -173,7 +173,7 @@ XLA = jax.errors.JaxRuntimeError
 )
 @pytest.mark.parametrize(
     ("command", "remedy"),
-    [("train", "lora-jax plan"), ("generate", "--max_new_tokens"), ("merge", "end other")],
+    [("train", "lora-jax plan"), ("generate", "--max_new_tokens"), ("merge", "close other")],
 )
 def test_a_lack_of_memory_is_one_line_with_a_remedy(
     error: Exception,

@@ -71,7 +71,7 @@ def test_template_that_cannot_be_had_is_one_clear_error(make_tokenizer, tmp_path
             "chatlm",
             r"neither a file nor the name of a template; Perhaps you meant 'chatml'\? Names: alpaca, chatml",
         ),
-        ("phi4", r"phi4: writes <\|im_sep\|>, which the tokenizer lacks; choose one"),
+        ("phi4", r"phi4: uses <\|im_sep\|>, which the tokenizer lacks; choose a template"),
         (str(broken), r"broken\.jinja: line 2 is not valid jinja \("),
         (str(binary), r"cannot be read \(not UTF-8\)"),
         (str(empty), r"is empty; give a file with a template"),

@@ -91,7 +91,7 @@ def test_tools_go_with_every_format_that_becomes_messages():
         ({"messages": TURNS, "rejected_response": "c"}, r"column rejected_response belongs to a preference"),
         (
             {"question": "a", "answer": "b", "reasoning": "c"},
-            r"column reasoning holds reasoning, .* between <think>",
+            r"column reasoning contains reasoning, .* between <think>",
         ),
         (
             {"prompt": "a", "completion": "b", "system": "c"},

@@ -46,7 +46,7 @@ def test_naming_the_column_of_text_or_the_format_decides():
 
 def test_columns_that_fit_no_format_are_listed():
     with pytest.raises(
-        UserError, match=r"line 3: the columns query, reply fit no format.*question and answer"
+        UserError, match=r"line 3: the columns query, reply match no format.*question and answer"
     ):
         example({"query": "a", "reply": "b"})
 
