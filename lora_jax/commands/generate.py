@@ -161,6 +161,6 @@ def _check_vocabulary(prompts: Collection[Sequence[int]], loaded: Loaded) -> Non
     largest = max(max(prompt) for prompt in prompts)
     if largest >= loaded.config.vocab_size:
         raise UserError(
-            f"--prompt: token {largest} ({loaded.tokenizer.convert_ids_to_tokens(largest)!r}) is beyond the "
+            f"--prompt: token {largest} ({loaded.tokenizer.convert_ids_to_tokens(largest)!r}) is outside the "
             f"model's vocabulary of {loaded.config.vocab_size}; give the tokenizer that belongs to the model"
         )

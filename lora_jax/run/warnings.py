@@ -8,7 +8,7 @@
     accumulation      a step asks for more rows than an epoch has
     positions         rows are longer than the model's positions
     max_length        more than 5 % of the training rows are cut, or were dropped because nothing was left to train
-    lost_words        trained words that the chat template leaves out or changes
+    lost_words        trained words that the chat template drops or changes
     empty_answers     rows that train nothing but an end token
     control_tokens    rows with control tokens inside a message
     date              rows with the current date, which the chat template writes
@@ -290,7 +290,7 @@ def start(
     if base_loss is not None and loss > base_loss + WORSE:
         return (
             f"{name} starts at {loss:.4f} with the adapter of --lora.init_from and is {base_loss:.4f} without it; it "
-            "may belong to another base, or to rows of another formatat"
+            "may belong to another base, or to rows of another format"
         )
     if loss > math.log(vocabulary) + FAR_WORSE:
         return (

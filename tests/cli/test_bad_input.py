@@ -86,7 +86,7 @@ MODEL: dict[str, Case] = {
     "absent shard": (
         index_without_shard,
         TRAIN,
-        "names 1 of 1 files that are missing: model-00001-of-00002.safetensors in model; download",
+        "lists 1 of 1 files that are missing: model-00001-of-00002.safetensors in model; download",
     ),
     "no tokenizer": (Path("model/tokenizer.json").unlink, TRAIN, "no tokenizer in model"),
     "unknown dtype": (
@@ -174,7 +174,7 @@ DATA: dict[str, Case] = {
         (*TRAIN, "--data.max_length", "3"),
         "nothing is left to train on, as --data.max_length 3 cuts off everything that would be trained",
     ),
-    "other split": (nothing, (*TRAIN, "--data.split", "test"), "split 'test' is not known"),
+    "other split": (nothing, (*TRAIN, "--data.split", "test"), "split 'test' is unknown"),
     "no template": (
         write("rows.jsonl", [{"messages": [{"role": "user", "content": "a"}]}]),
         TRAIN,
@@ -472,7 +472,7 @@ MERGES: dict[str, Case] = {
     "DoRA": (
         change("adapter/adapter_config.json", use_dora=True),
         MERGE,
-        "use_dora changes the adapter's maths",
+        "use_dora changes the adapter's computation",
     ),
     "output in use": (nothing, (*MERGE, "--output", "adapter"), "--output adapter: is or contains adapter"),
     "output above": (

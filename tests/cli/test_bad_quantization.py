@@ -146,7 +146,7 @@ CHECKPOINTS: dict[str, Case] = {
     "not 4 bits": (
         nothing,
         (*SMALL, "--model.load_in_4bit", "False"),
-        "--model.load_in_4bit False: small is quantized",
+        "--model.load_in_4bit False: small is already quantized",
     ),
     "unknown bits": (
         configured(load_in_4bit=False, load_in_2bit=True),
@@ -167,7 +167,7 @@ CHECKPOINTS: dict[str, Case] = {
     "other method": (
         configured(quant_method="awq"),
         SMALL,
-        "quantized with awq: small/config.json; take the",
+        "quantized with awq: small/config.json; use the",
     ),
     "no config": (
         change(CONFIG, quantization_config=...),
@@ -228,7 +228,7 @@ COMMANDS: dict[str, Case] = {
     "compute dtype": (
         configured(bnb_4bit_compute_dtype="int4"),
         SMALL,
-        "bnb_4bit_compute_dtype is 'int4', none of float32",
+        "bnb_4bit_compute_dtype is 'int4', not one of float32",
     ),
     "skip that is no regex": (
         configured(llm_int8_skip_modules=["(q"]),
@@ -241,7 +241,7 @@ COMMANDS: dict[str, Case] = {
             quantization_config={"load_in_4bit": True, "bnb_4bit_compute_dtype": "banana"},
         ),
         MERGE,
-        "bnb_4bit_compute_dtype is 'banana', none of float32, bfloat16, float16: adapter/lora_jax.json; delete it",
+        "bnb_4bit_compute_dtype is 'banana', not one of float32, bfloat16, float16: adapter/lora_jax.json; delete it",
     ),
     "merge onto codes that are not there": (
         change("adapter/lora_jax.json", quantization_config={"load_in_4bit": True}, base_is_quantized=True),
@@ -300,7 +300,7 @@ COMMANDS: dict[str, Case] = {
     "calibrate on a bad split": (
         nothing,
         (*CALIBRATE, "--calibration.split", "test"),
-        "--calibration.path rows.jsonl: split 'test' is not known",
+        "--calibration.path rows.jsonl: split 'test' is unknown",
     ),
     "calibrate with an unknown template": (
         nothing,

@@ -107,8 +107,8 @@ def test_inspecting_a_mixture_shows_the_shares_that_training_takes(
     mixed = ("--data.path", "rows.jsonl", "more.jsonl", "--data.mixture_weights", "2", "1")
     assert main(["inspect", "data", "--model.path", "model", *mixed, "--limit", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "rows of each: rows.jsonl 6, more.jsonl 3" in shown
+    assert "rows of each source: rows.jsonl 6, more.jsonl 3" in shown
     run(
         *train_arguments(home / "model", home / "rows.jsonl", home / "mixed", *mixed, "--data.split", "train")
     )
-    assert "rows of each: rows.jsonl 6, more.jsonl 3" in capsys.readouterr().out
+    assert "rows of each source: rows.jsonl 6, more.jsonl 3" in capsys.readouterr().out

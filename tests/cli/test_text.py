@@ -76,7 +76,7 @@ def test_home_of_an_unknown_user_is_one_clear_error(command, option, capsys):
 
 
 def test_config_in_the_home_of_an_unknown_user_is_one_clear_error(capsys):
-    assert "the home folder ~alcie is not known" in refused(capsys, "train", "~alcie/run.yaml")
+    assert "the home folder ~alcie is unknown" in refused(capsys, "train", "~alcie/run.yaml")
 
 
 def test_file_that_may_not_be_read_is_one_clear_error():

@@ -76,7 +76,7 @@ def test_tools_go_with_every_format_that_becomes_messages():
     [
         (
             {"prompt": "a", "completion": "b", "label": False},
-            r"column label says .*KTO.* --data\.columns label none",
+            r"column label marks .*KTO.* --data\.columns label none",
         ),
         ({"messages": TURNS, "kto_tag": "true"}, r"column kto_tag marks answers as good or bad"),
         (
@@ -238,7 +238,11 @@ def test_mapped_column_that_the_format_does_not_read_is_named(make_tokenizer, wr
             r"columns txt body: txt is not .*Perhaps you meant 'text'\?",
         ),
         ({"text": "a"}, {"columns": {"images": "text"}}, r"images cannot be trained on; only none"),
-        ({"a": "a"}, {"columns": {"text": "a"}, "text_field": "b"}, r"excludes --data\.text_field b"),
+        (
+            {"a": "a"},
+            {"columns": {"text": "a"}, "text_field": "b"},
+            r"cannot be combined with --data\.text_field b",
+        ),
         (
             {"prompt": "a", "answer": "b"},
             {"format": "prompt_completion", "columns": {"completion": "anser"}},

@@ -138,7 +138,7 @@ def test_turn_that_says_so_is_only_read(trained, template, mark):
         ({**ANSWER, "train": "no"}, {}, r"its train is 'no'; give true or false"),
         ({**ANSWER, "weight": 0.5}, {}, r"its weight is 0\.5; give"),
         ({**ANSWER, "weight": 0, "train": True}, {}, r"conflict; give one"),
-        ({**USER, "train": True}, {}, r"of role user; only the assistant's"),
+        ({**USER, "train": True}, {}, r"but has role user; only the assistant's"),
         ({**ANSWER, "train": False}, {"assistant_only_loss": False}, r"--data\.assistant_only_loss True"),
     ],
 )

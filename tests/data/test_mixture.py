@@ -35,7 +35,7 @@ def test_each_source_has_its_own_format_and_rows_know_their_source(both, paths, 
     assert (len(both), count(both)) == (14, [10, 4])
     assert both.where(9) == f"{paths[0]} line 10"
     assert both.where(10) == f"{paths[1]} line 1"
-    assert f"rows of each: {paths[0]} 10, {paths[1]} 4" in both.summary()
+    assert f"rows of each source: {paths[0]} 10, {paths[1]} 4" in both.summary()
     alone = load_examples(DataOptions(), make_tokenizer("chatml"), paths[1], "train", None)
     np.testing.assert_array_equal(both[11].input_ids, alone[1].input_ids)
 
@@ -118,7 +118,7 @@ def test_one_path_and_several_are_given_alike_in_yaml_and_in_flags(tmp_path):
 def test_options_of_the_rows_that_make_no_sense_are_one_clear_error(options, message):
     with pytest.raises(UserError, match=message):
         check_data(DataOptions(path=("a", "b"), **options))
-    with pytest.raises(UserError, match=r"--data\.path: needed"):
+    with pytest.raises(UserError, match=r"--data\.path: required"):
         check(parse(RunConfig, ["--model.path", "m", "--output_dir", "o"], program="x")[0])
 
 

@@ -145,7 +145,7 @@ def test_files_of_a_folder_share_its_weight_and_are_named_in_places(make_tokeniz
             r"contains files of several splits \(.*\); .*with a pattern such as 'd/train",
         ),
         (("a.jsonl", "eval.jsonl"), "d", r"contains files of several splits \("),
-        (("a.jsonl", "a.jsonl.gz"), "d", r"d: holds a\.jsonl and a\.jsonl\.gz, which have the same rows"),
+        (("a.jsonl", "a.jsonl.gz"), "d", r"d: contains a\.jsonl and a\.jsonl\.gz, which have the same rows"),
         (("README.md",), "d", r"d: is a folder without data files; give a file of \.json"),
         (("e/a.jsonl",), "d", r"d: is a folder without data files; give one of its folders: e"),
         (
@@ -182,5 +182,5 @@ def test_pipe_is_refused_before_it_is_read(tmp_path):
     with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
         find_rows(str(tmp_path / "gone.jsonl"), "train")
     (tmp_path / "r.jsonl").unlink()
-    with pytest.raises(UserError, match=r"gone\.jsonl: is a link to a file that is not there"):
+    with pytest.raises(UserError, match=r"gone\.jsonl: is a link to a file that does not exist"):
         find_rows(str(tmp_path), "train")

@@ -118,7 +118,7 @@ def test_reasoning_that_the_template_cuts_is_trained_in_the_last_turn_and_told_o
     assert about_rows(found) == {}
     found, said = read(template, {"messages": [USER, THOUGHT, USER, ANSWER]})
     assert said == "\n\nIt is 5.<|im_end|>It is 5.<|im_end|>"
-    assert "1 row with trained words that the chat template leaves out" in found.summary()
+    assert "1 row with trained words that the chat template drops" in found.summary()
     assert "line 1); end a row with each turn" in str(about_rows(found)["lost_words"])
 
 

@@ -147,7 +147,7 @@ def test_wrong_path_is_one_clear_error_that_names_the_neighbour(tmp_path):
         read_rows(str(tmp_path / "row.jsonl"), "train", option="--data.eval_path")
     with pytest.raises(UserError, match="no such file"):
         read_rows("/nowhere/at/all", "train")
-    with pytest.raises(UserError, match=r"--data\.path: needed"):
+    with pytest.raises(UserError, match=r"--data\.path: required"):
         read_rows("", "train")
 
 

@@ -155,4 +155,4 @@ def test_evaluation_takes_each_row_once_by_length():
 
 def test_summary_counts_steps_by_length_and_padding():
     plan = plan_of(np.array([8] * 12 + [40] * 6))
-    assert plan.summary() == "8 x 2 steps, 40 x 1 steps an epoch; 0.0% padding"
+    assert plan.summary() == "8 x 2 steps, 40 x 1 steps per epoch; 0.0% padding"

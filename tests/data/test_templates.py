@@ -141,7 +141,7 @@ def test_trained_spans_of_well_known_templates_are_those_of_the_table(family):
     for row, messages in ROWS.items():
         wanted = TABLE[family][row]
         if wanted == REFUSED:
-            with pytest.raises(UserError, match=r"line 1: the chat template refuses.*roles must alternate"):
+            with pytest.raises(UserError, match=r"line 1: the chat template rejects.*roles must alternate"):
                 spans(messages, FAMILIES[family])
             continue
         found, remarks = spans(messages, FAMILIES[family])

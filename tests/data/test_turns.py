@@ -126,7 +126,7 @@ def test_template_that_hides_whose_the_words_are_is_one_clear_error(make_tokeniz
 
 def test_messages_that_the_template_refuses_are_one_clear_error(make_tokenizer):
     example = ChatExample([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
-    with pytest.raises(UserError, match=r"line 7: the chat template refuses.*roles must alternate"):
+    with pytest.raises(UserError, match=r"line 7: the chat template rejects.*roles must alternate"):
         trained_text(example, make_tokenizer("gemma"))
 
 

@@ -111,7 +111,7 @@ def test_seed_decides_what_is_drawn(base: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--prompt: needed"),
+        ([], "--prompt: required"),
         (["--prompt", ""], "--prompt: has no tokens"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must not be negative"),
         (["--prompt", "a", "--top_p", "0"], "--top_p 0.0: must be in (0, 1]"),

@@ -114,7 +114,9 @@ print(small, peak() - before)
 
 def test_no_config_is_one_clear_error(tmp_path: Path) -> None:
     save_file({"w": matrix()}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"^no config\.json in .*; give the folder that holds config\.json"):
+    with pytest.raises(
+        UserError, match=r"^no config\.json in .*; give the folder that contains config\.json"
+    ):
         Checkpoint.open(tmp_path)
 
 
@@ -233,7 +235,7 @@ def test_index_naming_absent_shards_lists_them_all(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         Checkpoint.open(tmp_path)
     assert str(caught.value) == (
-        "model.safetensors.index.json names 2 of 3 files that are missing: another.safetensors, "
+        "model.safetensors.index.json lists 2 of 3 files that are missing: another.safetensors, "
         f"model-00002-of-00002.safetensors in {tmp_path}; download them too"
     )
 
@@ -241,7 +243,9 @@ def test_index_naming_absent_shards_lists_them_all(tmp_path: Path) -> None:
 def test_index_naming_a_tensor_that_its_shard_lacks_says_which(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a": matrix()}, {"b": matrix()})
     change_index(tmp_path, lost="model-00001-of-00002.safetensors")
-    with pytest.raises(UserError, match=r"lack: lost \(model-00001-of-00002\.safetensors\) in .*; download"):
+    with pytest.raises(
+        UserError, match=r"contain: lost \(model-00001-of-00002\.safetensors\) in .*; download"
+    ):
         Checkpoint.open(tmp_path)
 
 
@@ -262,7 +266,7 @@ def test_tensor_of_an_unsupported_dtype_is_an_error_when_it_is_asked_for(tmp_pat
     np.testing.assert_array_equal(checkpoint.tensor("w"), matrix())
     for read in (checkpoint.dtype, checkpoint.tensor):
         with pytest.raises(
-            UserError, match=r"^tensor quantized has the dtype I8: .*; weights must be F32, F16, BF16"
+            UserError, match=r"^tensor quantised has the dtype I8: .*; weights must be F32, F16, BF16"
         ):
             read("quantised")
 
@@ -332,7 +336,7 @@ def test_the_hubs_own_links_are_followed_and_a_pruned_one_is_named(tmp_path: Pat
     assert Checkpoint.open(snapshot).names == ("a", "b")
     (root / "blobs" / "1").unlink()
     with pytest.raises(
-        UserError, match=r"-00002-.* is a link to ../../blobs/1, which is not there, .*; download"
+        UserError, match=r"-00002-.* is a link to ../../blobs/1, which does not exist,  .*; download"
     ):
         Checkpoint.open(snapshot)
 
@@ -342,7 +346,7 @@ def test_a_pruned_link_to_the_only_file_is_named_as_such(tmp_path: Path) -> None
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").symlink_to("../../blobs/gone")
     with pytest.raises(
-        UserError, match=r"^model.safetensors in .* is a link to ../../blobs/gone, which is not"
+        UserError, match=r"^model.safetensors in .* is a link to ../../blobs/gone, which does not"
     ):
         Checkpoint.open(tmp_path)
 

@@ -170,7 +170,7 @@ def test_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_empty_path_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"^--model\.path: empty"):
+    with pytest.raises(UserError, match=r"^--model\.path: is empty"):
         resolve(" ")
 
 

@@ -323,7 +323,7 @@ def test_long_curve_is_drawn_whole_beside_its_running_mean(copied: Copy) -> None
             ["gs://bucket/run"],
             "report gs://bucket/run: inputs must be on a disk; copy it there first (gcloud ",
         ),
-        (["empty"], "report empty: holds neither metrics.jsonl nor config.yaml, so it is not a run"),
+        (["empty"], "report empty: contains neither metrics.jsonl nor config.yaml, so it is not a run"),
         (["run", "--output", "empty"], "--output empty: is a folder; give a file"),
         (["run", "--ouput", "x"], "--ouput: unknown option"),
     ],
