@@ -31,7 +31,7 @@ def test_the_variables_of_jax_make_one_run_of_two_processes() -> None:
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, r"coordinator_address \(or JAX_COORDINATOR_ADDRESS\)"),
         ({**JAX, "JAX_NUM_PROCESSES": "two"}, r"^JAX_NUM_PROCESSES=two: is not a whole number; give one"),
         ({**JAX, "JAX_PROCESS_ID": "2"}, "process_id 2: must be from 0 to 1"),
-        ({k: JAX[k] for k in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID")}, r"\(or JAX_NUM_PROCESSES\): needed"),
+        ({k: JAX[k] for k in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID")}, r"\(or JAX_NUM_PROCESSES\): required"),
     ],
 )  # fmt: skip
 def test_variables_of_jax_that_are_wrong_or_incomplete_are_named(

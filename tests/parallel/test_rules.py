@@ -161,7 +161,7 @@ def test_every_rule_divides_or_stays_whole() -> None:
         ),
         (
             MeshOptions(data=-1, fsdp=1, sequence=-1),
-            "--mesh.data -1: cannot .* beside --mesh.sequence, which does",
+            "--mesh.data -1: cannot .* besides --mesh.sequence, which does",
         ),
     ],
 )

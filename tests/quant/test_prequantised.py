@@ -171,7 +171,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "shape of text": (state(shape=["24", "128"]), "the shape"),
     "unknown dtype": (state(dtype="int7"), "the dtype 'int7'"),
     "unknown quant_type": (state(quant_type="nf3"), "the quant_type 'nf3'"),
-    "quant_type of another name": (renamed_state, "the quant_type 'nf4' beside fp4"),
+    "quant_type of another name": (renamed_state, "the quant_type 'nf4' next to fp4"),
     "unknown blocksize": (state(blocksize=63), "the blocksize 63"),
     "another blocksize": (state(blocksize=128), "absmax has 48 elements instead of 24"),
     "no offset": (state(nested_offset=None), "the nested_offset None"),

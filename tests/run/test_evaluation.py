@@ -234,7 +234,7 @@ def test_evaluation_of_many_rows_is_that_of_all_tokens_at_once(
         ),
         (
             ("--data.eval_paths", "a", "x.jsonl", "--data.eval_fraction", "0.1"),
-            "--data.eval_paths: excludes --data.eval_fraction; give one of them",
+            "--data.eval_paths: cannot be combined with --data.eval_fraction; give one of them",
         ),
         (
             ("--data.eval_paths", "a b", "x.jsonl"),

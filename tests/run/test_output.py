@@ -73,9 +73,9 @@ def test_folders_with_anything_else_are_never_replaced(
         ("~", "is or contains your home folder"),
         (
             filled(tmp_path / "git", written, ".git/"),
-            rf"holds \.git besides {written}, so it is not replaced",
+            rf"contains \.git besides {written}, so it is not replaced",
         ),
-        (filled(tmp_path / "app", written, "main.js", "src/"), r"holds main\.js, src beside"),
+        (filled(tmp_path / "app", written, "main.js", "src/"), r"contains main\.js, src besides"),
         (filled(tmp_path / "other", "notes.txt"), f"is not empty and has no {written}"),
     ):
         with pytest.raises(UserError, match=message):
