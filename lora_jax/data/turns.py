@@ -193,8 +193,8 @@ class _Conversation(Renderer):
             span = None if start is None else self._end(text, turn, start)
             if span is None:
                 raise UserError(
-                    f"{self.where}: message {turn + 1}: the chat template rewrites earlier turns, so what "
-                    "is the assistant's cannot be told; cut the conversation after that turn, or give a "
+                    f"{self.where}: message {turn + 1}: the chat template rewrites earlier turns, so the "
+                    "assistant's words cannot be located; end the conversation after that turn, or give a "
                     "template with {% generation %} marks with --data.chat_template"
                 )
             spans.append(span)

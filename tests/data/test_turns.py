@@ -119,7 +119,7 @@ def test_conversation_without_the_assistant_has_nothing_to_train_on(make_tokeniz
 
 def test_template_that_hides_whose_the_words_are_is_one_clear_error(make_tokenizer):
     with pytest.raises(
-        UserError, match=r"line 7: message 2: the chat template rewrites earlier turns.*cut the"
+        UserError, match=r"line 7: message 2: the chat template rewrites earlier turns.*end the"
     ):
         trained_text(chat(*TURNS), make_tokenizer("censor"))
 

@@ -204,5 +204,5 @@ def test_inputs_that_are_no_numbers_are_one_clear_error(tmp_path: Path) -> None:
     tensors = random_tensors(read_config(WIDE, tmp_path))
     tensors["model.layers.1.post_attention_layernorm.weight"][3] = 3e38
     base = open_base(write_checkpoint(tmp_path / "model", WIDE, tensors=tensors))
-    with pytest.raises(UserError, match=r"inputs of model\.layers\.1\.mlp\.gate_proj\.weight are infinite"):
+    with pytest.raises(UserError, match=r"inputs of model\.layers\.1\.mlp\.gate_proj\.weight are not finite"):
         gain_on(base, text(2, 8))

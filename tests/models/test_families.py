@@ -56,7 +56,7 @@ def test_dtype_of_the_file_has_no_say_in_the_model() -> None:
         ),
         ({"hidden_act": "mish"}, ["hidden_act 'mish'", "folder/of/model", "silu"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantized with gptq", "folder/of/model"]),
-        ({"hidden_size": "wide"}, ["folder/of/model", "llama config", "mend"]),
+        ({"hidden_size": "wide"}, ["folder/of/model", "llama config", "fix"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

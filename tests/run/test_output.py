@@ -40,7 +40,7 @@ def test_folders_that_are_no_runs_are_refused_as_output(
         UserError, match=r"--output_dir /: cannot be the folder of a run; give one inside it, such as /run"
     ):
         check("/")
-    with pytest.raises(UserError, match=r"home: is no folder for a run"):
+    with pytest.raises(UserError, match=r"home: cannot be the folder of a run"):
         check("~")
     for folder, held in (
         (model, "config.json, model.safetensors"),
