@@ -7,6 +7,8 @@ VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 # without, put a CPU wheel of this version where pip finds it, or give pip's words for one:
 # make parity TORCH="torch --index-url ADDRESS-OF-THE-CPU-WHEELS"
 TORCH ?= torch==2.13.0
+# make test LOCKED=1 installs the versions of requirements-dev.txt, otherwise the newest that pyproject.toml allows.
+LOCKED ?=
 # More for pytest: make test ARGS="-k merge"
 ARGS ?=
 
@@ -15,13 +17,15 @@ CUDA_VENV := $(VENV)-cuda
 # Where configs/quickstart.yaml reads from and writes to.
 DEMO_MODEL := examples/fennel-2m
 DEMO := outputs/quickstart
+# The extras whose packages requirements-dev.txt pins.
+DEVELOPMENT := test parity dev docs browser
 PROMPT ?= Tell me about Oscar.
 
 export JAX_PLATFORMS ?= cpu
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-exhaustive soak parity check check-report docs gpu-dry-run format memory aot aot-cuda clean
+.PHONY: help demo test test-slow test-exhaustive soak parity check check-report docs gpu-dry-run format dist lock memory aot aot-cuda clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -70,6 +74,17 @@ format: $(VENV)/.installed-dev ## Fix what ruff can fix.
 gpu-dry-run: $(VENV)/.installed-parity ## Try scripts/gpu_check.py on the CPU, with tiny shapes; some minutes.
 	$(BIN)/python scripts/gpu_check.py --dry-run $(ARGS)
 
+dist: $(VENV)/.installed-release ## Build the wheel and the sdist, and test the wheel in an environment of its own.
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python scripts/check_dist.py
+
+lock: $(VENV)/.installed-release ## Pin the newest versions for development in requirements-dev.txt, for Python 3.11 and later.
+	@echo "$(firstword $(TORCH))" > $(VENV)/torch.txt
+	$(BIN)/uv pip compile pyproject.toml $(addprefix --extra ,$(DEVELOPMENT)) --universal --python-version 3.11 --upgrade \
+	    --constraint $(VENV)/torch.txt --no-annotate --custom-compile-command "make lock" --output-file requirements-dev.txt
+
 memory: $(VENV)/.installed-test ## Compile the steps of docs/memory.md for TPUs and print its table: half an hour or more.
 	$(BIN)/python benchmarks/memory.py $(ARGS)
 
@@ -102,7 +117,7 @@ $(CUDA_VENV)/.installed: pyproject.toml $(BIN)/python
 	@touch $@
 
 # A stamp for each set of extras, older than pyproject.toml where something may have to be installed.
-install = @echo 'Installing $(1) into $(VENV): minutes the first time'; $(BIN)/python -m pip install -qq $(1)
+install = @echo 'Installing $(1) into $(VENV): minutes the first time'; $(BIN)/python -m pip install -qq $(if $(LOCKED),-c requirements-dev.txt) $(1)
 
 $(VENV)/.installed: pyproject.toml $(BIN)/python
 	$(call install,-e .)

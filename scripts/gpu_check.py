@@ -175,6 +175,9 @@ class Check:
         """End what runs and print the tables, as a signal asks."""
         for process in list(self.running):
             end(process)
+        for section in self.sections:
+            section.status = section.status.replace("running", "cut off")
+        self.write()
         print(tables(self.sections), flush=True)
         os._exit(128 + number)
 

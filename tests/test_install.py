@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -22,14 +23,23 @@ def test_the_hint_names_what_the_extra_needs_and_never_our_own_name(extra: str) 
     assert sorted(words[2:]) == sorted(f"'{needed}'".lower() for needed in EXTRAS[extra])
 
 
+def absent(name: str) -> list[str]:
+    raise metadata.PackageNotFoundError(name)
+
+
 def test_a_checkout_that_was_never_installed_is_named_by_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """python train.py in a clone, beside packages from elsewhere."""
-
-    def absent(name: str) -> list[str]:
-        raise metadata.PackageNotFoundError(name)
-
     monkeypatch.setattr("lora_jax.install.requires", absent)
     assert install_command("wandb") == f"pip install -e '{ROOT}[wandb]'"
+
+
+def test_a_package_without_metadata_and_without_a_checkout_is_not_installed_from_its_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A wheel that was unpacked by hand: its folder has no pyproject.toml for pip to read."""
+    monkeypatch.setattr("lora_jax.install.requires", absent)
+    monkeypatch.setattr("lora_jax.install.PROJECT", tmp_path / "pyproject.toml")
+    assert install_command("wandb") == "pip install 'WHEEL[wandb]', where WHEEL is the wheel of lora_jax"
 
 
 def test_no_message_sends_anybody_to_an_index_for_our_name() -> None:
