@@ -76,43 +76,68 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
     base = open_pretrained(config.model, typed)
     config = replace(config, model=base.options)
     check_full(config, base.quantization)
-    tokenizer = base.tokenizer
-    set_chat_template(tokenizer, config.data.chat_template)
-    plan, lora_config, start, carried, over = None, None, None, {}, base
-    if config.method == "lora":
-        found = adapted(config, base.config, typed)
-        config, plan, lora_config, start = found.config, found.plan, found.lora_config, found.start
-        carried, over = found.carried(base.checkpoint), base.with_adapter(start)
-        _check_resized(over, plan)
-        over.check_adapted(plan)
-        base = replace(base, config=over.config)
-    train_rows, eval_rows = _rows(config, tokenizer, base.config.vocab_size)
-    init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
+    set_chat_template(base.tokenizer, config.data.chat_template)
+    if config.method == "full":
+        return _prepare_whole(config, base, mesh)
+    found = adapted(config, base.config, typed)
+    config, plan, start = found.config, found.plan, found.start
+    carried, over = found.carried(base.checkpoint), base.with_adapter(start)
+    _check_resized(over, plan)
+    over.check_adapted(plan)
+    base = replace(base, config=over.config)
+    rows = read_run_rows(config, base)
     _check_memory(config, base, plan)
-    params = over.params(mesh)
-    if plan is None:
-        _check_finite(params, base, config)
-        frozen, adapter = {}, {}
-        trainable = jax.tree.map(partial(jnp.array, dtype=jnp.float32), params)
-    elif start is not None:
-        frozen = params
-        trainable, adapter = adapter_trees(replace(start, plan=plan), frozen, mesh)
+    frozen = over.params(mesh)
+    if start is not None:
+        trainable, facts = adapter_trees(replace(start, plan=plan), frozen, mesh)
     else:
-        frozen, layers, init = params, base.config.num_hidden_layers, config.lora.init_lora_weights
-        trainable, adapter = start_adapter(init_key, plan, frozen, layers, init, mesh)
+        key, _ = run_keys(config)
+        layers, init = base.config.num_hidden_layers, config.lora.init_lora_weights
+        trainable, facts = start_adapter(key, plan, frozen, layers, init, mesh)
+    return make_run(
+        config, base, rows, mesh, frozen, trainable, facts,
+        plan=plan, adapter_config=found.lora_config, carried=carried,
+    )  # fmt: skip
+
+
+def _prepare_whole(config: RunConfig, base: Pretrained, mesh: Mesh) -> Run:
+    """Return a run that trains every parameter."""
+    rows = read_run_rows(config, base)
+    _check_memory(config, base, None)
+    params = base.params(mesh)
+    _check_finite(params, base, config)
+    trainable = jax.tree.map(partial(jnp.array, dtype=jnp.float32), params)
+    return make_run(config, base, rows, mesh, {}, trainable, {})
+
+
+def make_run(
+    config: RunConfig,
+    base: Pretrained,
+    rows: tuple[TokenDataset, Mapping[str, TokenDataset]],
+    mesh: Mesh,
+    frozen: Any,
+    trainable: Any,
+    facts: Any,
+    *,
+    plan: Plan | None = None,
+    adapter_config: AdapterConfig | None = None,
+    carried: Mapping[str, Any] | None = None,
+) -> Run:
+    """Return a run over trees that are on the mesh; its first step consumes `trainable`."""
     model = Decoder(
         base.config,
         dtype=base.compute_dtype(),
-        lora_dropout=lora_config.lora_dropout if lora_config else 0.0,
+        lora_dropout=adapter_config.lora_dropout if adapter_config else 0.0,
         gradient_checkpointing=config.train.gradient_checkpointing,
         offload_inputs=offloads_activations(config.train) and has_host_memory(mesh.devices.flat[0]),
         packed=packs(config.data),
         neftune_noise_alpha=config.train.neftune_noise_alpha,
     )
+    train_rows, eval_rows = rows
     return Run(
-        base=base, model=model, tokenizer=tokenizer, frozen=frozen, adapter=adapter, mesh=mesh, config=config,
-        train_rows=train_rows, eval_rows=eval_rows, trainable=trainable, plan=plan, adapter_config=lora_config,
-        key=run_key, carried=carried, settings=generation_settings(base.folder),
+        base=base, model=model, tokenizer=base.tokenizer, frozen=frozen, adapter=facts, mesh=mesh, config=config,
+        train_rows=train_rows, eval_rows=eval_rows, trainable=trainable, plan=plan, adapter_config=adapter_config,
+        key=run_keys(config)[1], carried=carried or {}, settings=generation_settings(base.folder),
     )  # fmt: skip
 
 
@@ -170,6 +195,12 @@ def notes_of_start(run: Run) -> list[str]:
     return [note for note in notes if note is not None]
 
 
+def run_keys(config: RunConfig) -> tuple[jax.Array, jax.Array]:
+    """Return the keys of a run's adapter at its start and of its steps."""
+    init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
+    return init_key, run_key
+
+
 def _check_finite(params: Any, base: Pretrained, config: RunConfig) -> None:
     """Raise UserError where weights that are all trained, and written at the end, are not finite."""
     finite = jax.jit(
@@ -195,10 +226,9 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _rows(
-    config: RunConfig, tokenizer: Any, vocab_size: int
-) -> tuple[TokenDataset, Mapping[str, TokenDataset]]:
-    data, seed = config.data, config.train.seed
+def read_run_rows(config: RunConfig, base: Pretrained) -> tuple[TokenDataset, Mapping[str, TokenDataset]]:
+    """Return the rows to train on, and the sets to evaluate on by their names."""
+    data, seed, tokenizer, vocab_size = config.data, config.train.seed, base.tokenizer, base.config.vocab_size
     console = plain_console(quiet=not writes())
     found = load_examples(data, tokenizer, data.path, data.split, vocab_size, console=console)
     sets = evaluation_rows(data, tokenizer, vocab_size, console)

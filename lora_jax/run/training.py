@@ -9,13 +9,14 @@ The loop is in `loop.py`; what a step computes, in `lora_jax/train/step.py`.
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax.config import RunConfig, check
@@ -56,9 +57,18 @@ from lora_jax.train.optim import make_optimizer
 from lora_jax.train.programs import Programs
 from lora_jax.train.step import TrainState, make_train_step, sharded_state
 
+Prepare = Callable[[RunConfig, Collection[str], Mesh], Run]
 
-def train(config: RunConfig, typed: Collection[str] = (), console: Console | None = None) -> int:
+
+def train(
+    config: RunConfig,
+    typed: Collection[str] = (),
+    console: Console | None = None,
+    prepare: Prepare = prepare,
+) -> int:
     """Train as the options say and leave the results in output_dir; return the exit code.
+
+    `prepare` makes the run: from the files that the options name, or of a model that is in memory already.
 
     0 when done or stopped by SIGTERM, 130 when interrupted by SIGINT after a save (see `signals`). `typed`
     names the options the user gave (see `lora.init_from`). Raises UserError before anything is written, or where
@@ -73,7 +83,7 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
         try:
             if not writes():
                 hush()
-            return _checked(config, typed, console or plain_console(quiet=not writes()), signals)
+            return _checked(config, typed, console or plain_console(quiet=not writes()), signals, prepare)
         except Exception as error:
             known = error if isinstance(error, UserError) else lost(error)
             if known is None:
@@ -81,7 +91,9 @@ def train(config: RunConfig, typed: Collection[str] = (), console: Console | Non
             raise known from error
 
 
-def _checked(config: RunConfig, typed: Collection[str], console: Console, signals: Signals) -> int:
+def _checked(
+    config: RunConfig, typed: Collection[str], console: Console, signals: Signals, prepare: Prepare
+) -> int:
     mesh = make_mesh(config.mesh)
     signals.begin(console, mesh)
     check_place(config)
