@@ -1,10 +1,91 @@
-"""LoRA fine-tuning of Hugging Face checkpoints in JAX: trees in, trees out, and files that PEFT reads."""
+"""LoRA fine-tuning of Hugging Face checkpoints in JAX: trees in, trees out, and files that PEFT reads.
 
-from importlib.metadata import PackageNotFoundError, version
+    import jax
+    import lora_jax as lj
 
-try:
-    __version__ = version("lora_jax")
-except PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0+unknown"
+    model = lj.load("Qwen/Qwen2.5-0.5B-Instruct", load_in_4bit=True)
+    adapter = model.add_adapter(lj.LoraConfig(r=16), key=jax.random.key(0))
+    result = lj.train(model, adapter, "rows.jsonl", lj.TrainingArguments(max_steps=100, learning_rate=2e-4))
+    print(model.generate(["Hello"], adapter=adapter, max_new_tokens=64))
+    adapter.save("out")
+    lj.merge(model, adapter, "merged")
 
-__all__ = ["__version__"]
+What `__all__` names is public, and imported, JAX with it, when it is first used. All else may change without notice.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# `lora_jax.train` is also a package. Importing it here, empty as it is, and dropping its name leaves the name to the
+# function: Python binds a package in the one above it only once, when it is first imported.
+import_module(f"{__name__}.train")
+globals().pop("train")
+
+if TYPE_CHECKING:
+    from lora_jax.api.adapter import Adapter
+    from lora_jax.api.fine_tuning import TrainResult, merge, train
+    from lora_jax.api.functional import (
+        Batches,
+        batches,
+        join,
+        loss,
+        make_mesh,
+        partition,
+        shardings,
+        trainable_mask,
+    )
+    from lora_jax.api.language_model import Model, load
+    from lora_jax.api.settings import DataConfig, LoraConfig, TrainingArguments
+    from lora_jax.data.batches import Batch
+    from lora_jax.errors import UserError
+    from lora_jax.version import __version__
+
+__all__ = [
+    "Adapter",
+    "Batch",
+    "Batches",
+    "DataConfig",
+    "LoraConfig",
+    "Model",
+    "TrainResult",
+    "TrainingArguments",
+    "UserError",
+    "__version__",
+    "batches",
+    "join",
+    "load",
+    "loss",
+    "make_mesh",
+    "merge",
+    "partition",
+    "shardings",
+    "train",
+    "trainable_mask",
+]
+
+_HOMES = {
+    "api.adapter": ("Adapter",),
+    "api.fine_tuning": ("TrainResult", "merge", "train"),
+    "api.functional": (
+        "Batches", "batches", "join", "loss", "make_mesh", "partition", "shardings", "trainable_mask",
+    ),
+    "api.language_model": ("Model", "load"),
+    "api.settings": ("DataConfig", "LoraConfig", "TrainingArguments"),
+    "data.batches": ("Batch",),
+    "errors": ("UserError",),
+    "version": ("__version__",),
+}  # fmt: skip
+"""The module of each public name."""
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"{__name__}.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,12 +13,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lora_jax import __version__
 from lora_jax.cache import keep_compiled
 from lora_jax.errors import A_STEP, EXIT_CODE, INTERRUPTED, UserError, mendable, nearest
 from lora_jax.hub.advice import leave_torch_out
 from lora_jax.progress import alive, hush
 from lora_jax.streams import Unread, guarded
+from lora_jax.version import __version__
 
 USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
 

@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from lora_jax import __version__
 from lora_jax.adapters.notes import NOTES_FILE, write_notes
 from lora_jax.adapters.peft import fold_for_vllm, saved_config
 from lora_jax.adapters.read import note_of_base, open_adapter
@@ -29,6 +28,7 @@ from lora_jax.hub.target import check_target
 from lora_jax.hub.tokenizer import carries_tokenizer, copy_generation_config, copy_tokenizer, load_tokenizer
 from lora_jax.paths import on_disk, output_on_disk
 from lora_jax.pretrained import open_folder
+from lora_jax.version import __version__
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,35 @@ def generate(options: GenerateOptions, typed: Collection[str] = ()) -> int:
     A single one is printed as it comes; several each follow their prompt, quoted with "> ". `typed` names the
     options that the user gave. Raises UserError before anything is printed, or once logits are not finite.
     """
-    _check(options)
+    check_generation(options)
     loaded = load_for_inference(options.model, options.adapter, typed)
     for note in loaded.notes(options.model):
         print(f"note: {note}", file=sys.stderr)
+    if len(options.prompt) == 1:
+        prompts, how = _asked(options, loaded, typed)
+        if not _print_as_it_comes(loaded, prompts, how):
+            raise _not_finite(options, loaded)
+        return 0
+    for prompt, text in zip(options.prompt, completions(options, loaded, typed), strict=True):
+        quoted = "\n".join(f"> {line}" for line in prompt.splitlines())
+        print(f"{quoted}\n{text}\n")
+    return 0
+
+
+def completions(options: GenerateOptions, loaded: Loaded, typed: Collection[str] = ()) -> list[str]:
+    """Return the completion of each prompt; raises UserError once logits are not finite."""
+    prompts, how = _asked(options, loaded, typed)
+    with stage("completing the prompts"):
+        found = complete(loaded.model, loaded.variables, prompts, **how)
+    if any(NOT_FINITE in tokens for tokens in found):
+        raise _not_finite(options, loaded)
+    return [decoded(tokens, loaded.tokenizer) for tokens in found]
+
+
+def _asked(
+    options: GenerateOptions, loaded: Loaded, typed: Collection[str]
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Return the prompts' tokens, and how they are completed."""
     chat = bool(loaded.tokenizer.chat_template) and not options.raw
     if options.system is not None and not chat:
         raise UserError(
@@ -75,18 +100,7 @@ def generate(options: GenerateOptions, typed: Collection[str] = ()) -> int:
         "sampling": _sampling(options, loaded),
         "seed": options.seed,
     }
-    if len(prompts) == 1:
-        if not _print_as_it_comes(loaded, prompts, how):
-            raise _not_finite(options, loaded)
-        return 0
-    with stage("completing the prompts"):
-        completions = complete(loaded.model, loaded.variables, prompts, **how)
-    if any(NOT_FINITE in tokens for tokens in completions):
-        raise _not_finite(options, loaded)
-    for prompt, tokens in zip(options.prompt, completions, strict=True):
-        quoted = "\n".join(f"> {line}" for line in prompt.splitlines())
-        print(f"{quoted}\n{decoded(tokens, loaded.tokenizer)}\n")
-    return 0
+    return prompts, how
 
 
 @stage("completing the prompt")
@@ -141,7 +155,8 @@ def _sampling(options: GenerateOptions, loaded: Loaded) -> Sampling:
     return Sampling(options.temperature, options.top_k, options.top_p, penalty)
 
 
-def _check(options: GenerateOptions) -> None:
+def check_generation(options: GenerateOptions) -> None:
+    """Raise UserError for options that are wrong whatever the model."""
     penalty = options.repetition_penalty
     checks = (
         ("prompt", bool(options.prompt), "required: write what to complete, in quotes"),

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
-from lora_jax import __version__
 from lora_jax.adapters.merging import merged_config
 from lora_jax.adapters.notes import NOTES_FILE, Notes
 from lora_jax.adapters.read import base_of, note_of_base, open_adapter
@@ -31,6 +30,7 @@ from lora_jax.hub.writer import parse_size
 from lora_jax.models.save import save_model
 from lora_jax.paths import on_disk, output_on_disk
 from lora_jax.pretrained import open_folder
+from lora_jax.version import __version__
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from lora_jax import __version__
 from lora_jax.data.store import Store
+from lora_jax.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

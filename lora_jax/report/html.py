@@ -9,9 +9,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from lora_jax import __version__
 from lora_jax.report import figures, summary
 from lora_jax.report.runs import RunFiles
+from lora_jax.version import __version__
 
 PAGE = Path(__file__).with_name("page")
 

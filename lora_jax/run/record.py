@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import __version__
 from lora_jax.config import RunConfig
 from lora_jax.data.dataset import TokenDataset
 from lora_jax.hub.atomic import write_text
@@ -34,6 +33,7 @@ from lora_jax.run.trackers import Status
 from lora_jax.run_folder import RECORD
 from lora_jax.streams import losses
 from lora_jax.train.feed import Sizes
+from lora_jax.version import __version__
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 DECIDING = (

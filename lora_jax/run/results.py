@@ -8,13 +8,12 @@ from pathlib import Path, PurePath
 
 import jax.numpy as jnp
 
-from lora_jax import __version__
 from lora_jax.adapters.notes import write_notes
-from lora_jax.adapters.peft import export_tensors, saved_config
+from lora_jax.adapters.peft import Tensors, export_tensors, saved_config
 from lora_jax.config import RunConfig
 from lora_jax.data.files import kind_of
 from lora_jax.generate.stops import write_stops
-from lora_jax.hub.adapter_files import write_adapter
+from lora_jax.hub.adapter_files import AdapterConfig, write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.bucket import Place
 from lora_jax.hub.chat_templates import write_chat_template
@@ -23,10 +22,12 @@ from lora_jax.hub.resolve import looks_like_id
 from lora_jax.hub.tokenizer import copy_tokenizer
 from lora_jax.models.save import save_model, tree_tensors
 from lora_jax.parallel.processes import writes
+from lora_jax.pretrained import Pretrained
 from lora_jax.run.loop import Outcome
 from lora_jax.run.setup import Run
 from lora_jax.run_folder import ADAPTER, MODEL
 from lora_jax.trees import Trained
+from lora_jax.version import __version__
 
 
 def export(run: Run, trainable: Trained, folder: Place, facts: TrainingFacts) -> Place:
@@ -43,17 +44,28 @@ def export_adapter(run: Run, trainable: Trained, folder: Place, facts: TrainingF
     assert run.plan is not None
     assert run.adapter_config is not None
     target, tensors = folder / ADAPTER, export_tensors(trainable, run.plan)
-    if not writes():
-        return target
-    config = saved_config(run.adapter_config, run.plan)
-    with whole_folder(target, overwrite=True) as aside:
-        write_adapter(aside, config, tensors | dict(run.carried))
-        copy_tokenizer(run.checkpoint.folder, aside)
-        write_stops(aside, run.checkpoint, run.tokenizer, run.model_config.vocab_size)
-        write_chat_template(aside, run.tokenizer, run.config.data.chat_template)
-        write_notes(aside, run.base.notes())
-        write_text(aside / "README.md", adapter_card(config, facts))
+    if writes():
+        config, template = saved_config(run.adapter_config, run.plan), run.config.data.chat_template
+        write_adapter_folder(target, run.base, config, tensors | dict(run.carried), facts, template)
     return target
+
+
+def write_adapter_folder(
+    target: Place,
+    base: Pretrained,
+    config: AdapterConfig,
+    tensors: Tensors,
+    facts: TrainingFacts,
+    chat_template: str | None = None,
+) -> None:
+    """Write an adapter of a base, as PEFT does, with model card and tokenizer; what the folder holds is replaced."""
+    with whole_folder(target, overwrite=True) as aside:
+        write_adapter(aside, config, tensors)
+        copy_tokenizer(base.folder, aside)
+        write_stops(aside, base.checkpoint, base.tokenizer, base.config.vocab_size)
+        write_chat_template(aside, base.tokenizer, chat_template)
+        write_notes(aside, base.notes())
+        write_text(aside / "README.md", adapter_card(config, facts))
 
 
 def training_facts(run: Run, outcome: Outcome) -> TrainingFacts:

@@ -82,7 +82,7 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
     found = adapted(config, base.config, typed)
     config, plan, start = found.config, found.plan, found.start
     carried, over = found.carried(base.checkpoint), base.with_adapter(start)
-    _check_resized(over, plan)
+    check_resized(over, plan)
     over.check_adapted(plan)
     base = replace(base, config=over.config)
     rows = read_run_rows(config, base)
@@ -252,7 +252,8 @@ def evaluation_rows(
     return sets
 
 
-def _check_resized(base: Pretrained, plan: Plan) -> None:
+def check_resized(base: Pretrained, plan: Plan) -> None:
+    """Raise UserError where rows are added to the vocabulary that the adapter does not hold."""
     added = base.added_rows
     saved = {module.name for module in plan.saved}
     if not added or set(added) <= set(plan.token_indices) or {"model.embed_tokens", "lm_head"} <= saved:

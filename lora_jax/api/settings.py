@@ -1,0 +1,76 @@
+"""The options of adapter, rows and training by PEFT's and transformers' names, with lists as well as tuples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lora_jax.config import DataOptions, LoraOptions, TrainOptions
+from lora_jax.errors import UserError
+
+
+class _Lenient:
+    """Options that take a list, a set or a single string where they hold a tuple."""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, option.name)
+            if isinstance(option.default, tuple) and not isinstance(value, tuple):
+                items = (value,) if isinstance(value, str) else tuple(value or ())
+                object.__setattr__(self, option.name, items)
+
+
+@dataclass(frozen=True)
+class LoraConfig(_Lenient, LoraOptions):
+    """Where the adapter goes and how it starts, in the words of PEFT's LoraConfig.
+
+    Rank 16, alpha 32 and dropout 0.05 on all linear layers unless said otherwise.
+
+    >>> lj.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]).target_modules
+    ('q_proj', 'v_proj')
+    """
+
+    task_type: str = "CAUSAL_LM"
+    """Accepted for PEFT's sake; there is no other."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_lora_weights is True:
+            object.__setattr__(self, "init_lora_weights", "true")
+        if str(self.task_type).rpartition(".")[2] != "CAUSAL_LM":
+            raise UserError(f"task_type {self.task_type}: is not supported; give CAUSAL_LM, or leave it out")
+        if self.init_from is not None:
+            raise UserError("init_from: is for the command line; load the adapter with model.load_adapter")
+
+
+@dataclass(frozen=True)
+class TrainingArguments(_Lenient, TrainOptions):
+    """How to train, in the words of transformers' TrainingArguments.
+
+    >>> lj.TrainingArguments(max_steps=100, learning_rate=1e-4).per_device_train_batch_size
+    4
+    """
+
+    output_dir: str | None = None
+    """Folder for metrics, checkpoints and the adapter; None makes a new one, runs/1, runs/2, …"""
+
+
+@dataclass(frozen=True)
+class DataConfig(_Lenient, DataOptions):
+    """How rows become tokens and batches; the rows themselves are given beside it.
+
+    >>> lj.DataConfig(max_length=512, packing="bfd").truncation_mode
+    'keep_start'
+    """
+
+
+def plain(options: Any, kind: type) -> Any:
+    """Return options as the dataclass that the command line knows."""
+    return kind(**{option.name: getattr(options, option.name) for option in fields(kind)})
+
+
+def given(options: Any, section: str) -> list[str]:
+    """Return the names of the options that differ from their defaults."""
+    default = type(options)()
+    names = (option.name for option in fields(options))
+    return [f"{section}.{name}" for name in names if getattr(options, name) != getattr(default, name)]
