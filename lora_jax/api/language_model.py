@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -98,11 +99,11 @@ class Model:
 
     def __call__(
         self,
-        tokens: Int[Array, "batch length"],
+        tokens: Int[Array | np.ndarray, "batch length"],
         adapter: Adapter | None = None,
         *,
-        segment_ids: Int[Array, "batch length"] | None = None,
-        positions: Int[Array, "batch length"] | None = None,
+        segment_ids: Int[Array | np.ndarray, "batch length"] | None = None,
+        positions: Int[Array | np.ndarray, "batch length"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "batch length vocab"]:
         """Return float32 logits: a pure function, differentiable in `adapter.trained`.
