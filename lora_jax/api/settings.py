@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, no_type_check
 
 from lora_jax.config import DataOptions, LoraOptions, TrainOptions
 from lora_jax.errors import UserError
@@ -20,6 +20,7 @@ class _Lenient:
                 object.__setattr__(self, option.name, items)
 
 
+@no_type_check  # at run time: `_Lenient` makes tuples of what is not one
 @dataclass(frozen=True)
 class LoraConfig(_Lenient, LoraOptions):
     """Where the adapter goes and how it starts, in the words of PEFT's LoraConfig.
@@ -43,6 +44,7 @@ class LoraConfig(_Lenient, LoraOptions):
             raise UserError("init_from: is for the command line; load the adapter with model.load_adapter")
 
 
+@no_type_check  # at run time: `_Lenient` makes tuples of what is not one
 @dataclass(frozen=True)
 class TrainingArguments(_Lenient, TrainOptions):
     """How to train, in the words of transformers' TrainingArguments.
@@ -55,6 +57,7 @@ class TrainingArguments(_Lenient, TrainOptions):
     """Folder for metrics, checkpoints and the adapter; None makes a new one, runs/1, runs/2, …"""
 
 
+@no_type_check  # at run time: `_Lenient` makes tuples of what is not one
 @dataclass(frozen=True)
 class DataConfig(_Lenient, DataOptions):
     """How rows become tokens and batches; the rows themselves are given beside it.
