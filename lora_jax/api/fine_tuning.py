@@ -188,7 +188,7 @@ def merge(
         output: folder to write to.
         dtype: dtype to write; "auto" is the checkpoint's.
         base_precision: merge onto the checkpoint's weights ("original") or onto what its codes stand for.
-        quantize: write the linear layers quantised.
+        quantize: write the linear layers quantized.
         overwrite: replace the model that output holds.
         quiet: print nothing.
 

@@ -79,7 +79,7 @@ class Batches(Sequence[Batch]):
         return map(self._make, range(self._steps))
 
     def __repr__(self) -> str:
-        return f"Batches({self._steps} steps, {self.steps_per_epoch} an epoch)"
+        return f"Batches({self._steps} steps, {self.steps_per_epoch} per epoch)"
 
 
 def batches(
@@ -92,7 +92,7 @@ def batches(
     seed: int | None = 42,
     mesh: Mesh | None = None,
 ) -> Batches:
-    """Return the batches of rows of text or chat, tokenised, masked and padded or packed as `lj.train` does it.
+    """Return the batches of rows of text or chat, tokenized, masked and padded or packed as `lj.train` does it.
 
     A batch has the arrays `tokens`, `positions`, `segment_ids`, `targets` and `weights`, all [batch, length]; a token
     is trained where its target's weight is not 0. Lengths are a few, so that a jitted step is compiled a few times.
@@ -209,7 +209,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, sequence: int = 1)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """Return the NamedSharding of each leaf of a tree: parameters, an adapter's arrays, or their optimiser state.
+    """Return the NamedSharding of each leaf of a tree: parameters, an adapter's arrays, or their optimizer state.
 
     >>> state = optax.adamw(1e-3).init(adapter.trained)
     >>> where = lj.shardings(state, model.mesh)

@@ -56,7 +56,7 @@ class Model:
     """
 
     params: Any
-    """Parameters: nested dicts of arrays, kernels [layer, in, out], quantised ones as pytrees of codes and scales."""
+    """Parameters: nested dicts of arrays, kernels [layer, in, out], quantized ones as pytrees of codes and scales."""
     module: Decoder
     """The Flax Linen module. It is applied to the collections that `variables` returns."""
     base: Pretrained
@@ -156,7 +156,7 @@ class Model:
             changed = found.changed(self.base.checkpoint)
             if changed or found.model_config != self.config:
                 raise UserError(
-                    f"adapter {folder}: brings weights of the base or another vocabulary; open the model with "
+                    f"adapter {folder}: contains weights of the base or another vocabulary; open the model with "
                     "resize_vocab=True, or merge the adapter first"
                 )
             self.base.check_adapted(found.plan)
@@ -228,7 +228,7 @@ def load(
     llm_int8_skip_modules: Sequence[str] = ModelOptions.llm_int8_skip_modules,
     mesh: Mesh | None = None,
 ) -> Model:
-    """Read a causal language model from a folder or the Hub, quantised as it is read where asked for.
+    """Read a causal language model from a folder or the Hub, quantized as it is read where asked for.
 
     Args:
         path: folder of a Hugging Face checkpoint, or its id on the Hub.
@@ -241,7 +241,7 @@ def load(
         bnb_4bit_quant_type: "nf4" or "fp4".
         bnb_4bit_use_double_quant: hold the scales of 4-bit blocks in 8 bits.
         bnb_4bit_compute_dtype: compute_dtype of a 4-bit model, by its name in transformers.
-        llm_int8_skip_modules: modules to leave unquantised.
+        llm_int8_skip_modules: modules to leave unquantized.
         mesh: devices to lay the parameters out on (see `make_mesh`); None takes all, sharding parameters over them.
 
     Raises:

@@ -39,7 +39,7 @@ class LoraConfig(_Lenient, LoraOptions):
         if self.init_lora_weights is True:
             object.__setattr__(self, "init_lora_weights", "true")
         if str(self.task_type).rpartition(".")[2] != "CAUSAL_LM":
-            raise UserError(f"task_type {self.task_type}: is not supported; give CAUSAL_LM, or leave it out")
+            raise UserError(f"task_type {self.task_type}: is not supported; give CAUSAL_LM, or drop it")
         if self.init_from is not None:
             raise UserError("init_from: is for the command line; load the adapter with model.load_adapter")
 

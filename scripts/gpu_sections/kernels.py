@@ -41,7 +41,7 @@ Product = Callable[[jax.Array, QuantizedKernel, jax.Array], jax.Array]
 
 
 def stack_of(rows: int, outs: int) -> QuantizedKernel:
-    """Return a double-quantised NF4 kernel of LAYERS layers: scales of a random weight, random codes."""
+    """Return a double-quantized NF4 kernel of LAYERS layers: scales of a random weight, random codes."""
     weight = np.asarray(np.random.default_rng(0).normal(0, 0.02, (outs, rows)), jnp.bfloat16)
     kernel = quantize(weight)
     codes = jax.random.bits(jax.random.key(1), (LAYERS, *kernel.codes.shape), jnp.uint8)

@@ -18,7 +18,7 @@ METHODS = {
     "optimizer": ("--method", "full"),
     "activations": ("--train.learning_rate", "2e-4"),
 }
-"""What is offloaded, and the run that holds most of it: a whole model's optimiser state, or layers' inputs."""
+"""What is offloaded, and the run that holds most of it: a whole model's optimizer state, or layers' inputs."""
 SMALLEST_GAIN = 0.9
 LARGEST_DIFFERENCE = 1e-3
 """Of a loss: moves change no number, but another program may round otherwise."""
