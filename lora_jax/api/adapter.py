@@ -40,7 +40,7 @@ class Adapter:
     `adapter.replace(trained=...)`.
 
     >>> adapter = model.add_adapter(lj.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
-    trainable params: 12,288 || all params: 1,996,160 || trainable%: 0.6156
+    trainable params: 20,480 || all params: 1,865,408 || trainable%: 1.0979
     >>> sorted(adapter.trained["layers"]["self_attn"]["q_proj"])
     ['lora_A', 'lora_B']
     """
@@ -67,7 +67,7 @@ class Adapter:
         """Return (trained, all) parameters of the adapted model, counted as PEFT counts them.
 
         >>> adapter.parameters()
-        (12288, 1996160)
+        (20480, 1865408)
         """
         return trainable_parameters(self.about.plan, self.about.base.config)
 
@@ -75,7 +75,7 @@ class Adapter:
         """Print PEFT's line on how many parameters are trained.
 
         >>> adapter.print_trainable_parameters()
-        trainable params: 12,288 || all params: 1,996,160 || trainable%: 0.6156
+        trainable params: 20,480 || all params: 1,865,408 || trainable%: 1.0979
         """
         print(trainable_line(*self.parameters()))
 

@@ -52,7 +52,7 @@ class Model:
 
     >>> model = lj.load("examples/fennel-2m")
     >>> model(jnp.array([[5, 6, 7]])).shape
-    (1, 3, 1024)
+    (1, 3, 1408)
     """
 
     params: Any
@@ -88,7 +88,7 @@ class Model:
         >>> places = (jnp.arange(3)[None], jnp.ones_like(tokens))
         >>> hidden, _ = model.module.apply(model.variables(), tokens, *places)
         >>> hidden.shape
-        (1, 3, 128)
+        (1, 3, 192)
         """
         trained, facts = ({}, {}) if adapter is None else (adapter.trained, adapter.facts)
         return variables(self.params, trained, facts)
@@ -127,7 +127,7 @@ class Model:
         Without a key it starts as a run of the command line with the default seed does.
 
         >>> adapter = model.add_adapter(lj.LoraConfig(r=8), key=jax.random.key(0))
-        trainable params: 73,728 || all params: 2,057,600 || trainable%: 3.5832
+        trainable params: 108,544 || all params: 1,953,472 || trainable%: 5.5565
         """
         config = LoraConfig() if config is None else config
         with naming_fields():
@@ -248,7 +248,7 @@ def load(
         UserError: the checkpoint is absent, damaged or of an unknown family, or options contradict it.
 
     >>> lj.load("examples/fennel-2m")
-    Model(examples/fennel-2m: llama, 4 layers of 128, bfloat16, 1 device)
+    Model(examples/fennel-2m: llama, 4 layers of 192, bfloat16, 1 device)
     """
     names = [option.name for option in fields(ModelOptions)]
     values: Mapping[str, Any] = {name: value for name, value in locals().items() if name in names}
