@@ -173,7 +173,7 @@ def test_a_model_that_comes_with_code_of_its_own_is_refused_by_name(tmp_path: Pa
         ),
         (
             {"auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}},
-            "specifies custom code (modeling_llama.LlamaForCausalLM); it is read as a plain llama",
+            "names custom code (modeling_llama.LlamaForCausalLM); it is read as a plain llama",
         ),
         ({"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoTokenizer": ["a.B", None]}}, None),
     ],

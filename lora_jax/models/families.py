@@ -85,7 +85,7 @@ def own_code(config: Mapping[str, Any]) -> str | None:
     others = [name for name in named if name not in known] if isinstance(named, list) else []
     found = [f"the architecture {listing(others)}"] if others else []
     if code := _model_code(config):
-        found.append(f"code of its own ({listing(code)})")
+        found.append(f"custom code ({listing(code)})")
     return " and ".join(found) or None
 
 
@@ -94,8 +94,8 @@ def _check_code(config: Mapping[str, Any], model_type: str, where: object) -> No
     others = [name for name in _model_code(config) if name.rpartition(".")[2] not in _classes(model_type)]
     if others:
         raise UserError(
-            f"config.json: {where} specifies custom code for the model ({listing(others)}), which may compute "
-            f"something else than {model_type} and is not run; if it is a plain {model_type}, remove auto_map"
+            f"config.json: {where} specifies custom code for the model ({listing(others)}), which may differ "
+            f"from {model_type} and is not run; if it is a plain {model_type}, remove auto_map"
         )
 
 

@@ -149,7 +149,7 @@ def test_what_a_killed_run_left_half_written_is_no_checkpoint_and_goes(saved: Pa
 
 def test_another_base_and_other_options_are_named(saved: Path) -> None:
     for identity, message in (
-        (Identity({"train.seed": 2}, SAME.base), "made with other options: train.seed was 1, is 2; give"),
+        (Identity({"train.seed": 2}, SAME.base), "made with different options: train.seed was 1, is 2; give"),
         (Identity(SAME.options, {"config.json": "sha256 b"}), "another base model: config.json was sha256 a, is"),
     ):  # fmt: skip
         with opened(saved, identity=identity) as checkpoints, pytest.raises(UserError, match=message):
@@ -167,7 +167,7 @@ def test_another_base_and_other_options_are_named(saved: Path) -> None:
             r"written by another version of lora_jax \('train.news'\)",
         ),
         ("progress", '{"window": [], "news": 1}', "written by another version"),
-        ("progress", '{"window": [', "cannot be read .*; go on with the versions of orbax"),
+        ("progress", '{"window": [', "cannot be read .*; resume with the versions of orbax"),
     ],
 )
 def test_notes_that_are_not_this_versions_are_one_line(
