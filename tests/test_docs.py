@@ -66,7 +66,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def runs_something(page: Path) -> bool:
-    """Say whether a page has anything to run here; tests/api runs the examples of api.md, whose fences are signatures."""
+    """Say whether a page has anything to run here; tests/api runs the examples of api.md."""
     return page.name != "api.md" and any(
         b.language in ("sh", "python") and b.reason is None for b in blocks(page)
     )
