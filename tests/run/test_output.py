@@ -45,7 +45,10 @@ def test_folders_that_are_no_runs_are_refused_as_output(
     for folder, held in (
         (model, "config.json, model.safetensors"),
         (rows.parent, "sums.jsonl"),
-        (".", "config.yaml, model, notes.txt and no run; give an empty folder, or one inside it, such as run"),
+        (
+            ".",
+            "config.yaml, model, notes.txt and no run; give an empty folder, or one inside it, such as run",
+        ),
     ):
         with pytest.raises(UserError, match=f"--output_dir {folder}: contains {held}"):
             check(folder)
