@@ -108,7 +108,7 @@ def batches(
 
     >>> batches = lj.batches("examples/captain.train.jsonl", model.tokenizer, batch_size=16, epochs=2)
     >>> batches
-    Batches(54 steps, 27 an epoch)
+    Batches(54 steps, 27 per epoch)
     >>> batches[0].tokens.shape
     (16, 64)
     """
