@@ -313,7 +313,7 @@ def check(config: RunConfig) -> None:
         ("--data.path", all(data.path) and data.path, "give a file of rows or the Hub id of a data set"),
         ("--output_dir", config.output_dir, "give the folder to write to"),
     ):
-        _require(bool(value), name, "", f"required;  {remedy}")
+        _require(bool(value), name, "", f"required; {remedy}")
     _require(
         not (config.resume and config.overwrite),
         "--resume",

@@ -336,7 +336,7 @@ def test_the_hubs_own_links_are_followed_and_a_pruned_one_is_named(tmp_path: Pat
     assert Checkpoint.open(snapshot).names == ("a", "b")
     (root / "blobs" / "1").unlink()
     with pytest.raises(
-        UserError, match=r"-00002-.* is a link to ../../blobs/1, which does not exist,  .*; download"
+        UserError, match=r"-00002-.* is a link to ../../blobs/1, which does not exist, .*; download"
     ):
         Checkpoint.open(snapshot)
 
