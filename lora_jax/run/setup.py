@@ -187,7 +187,7 @@ def notes_of_start(run: Run) -> list[str]:
         whose = "base's" if run.config.data.chat_template is None else "one of --data.chat_template"
         notes.append(
             f"the adapter of --lora.init_from has another chat template, but the run uses the {whose}; to "
-            "use it, give its file as --data.chat_template"
+            "use the adapter's, give its file as --data.chat_template"
         )
     before = read_notes(adapter).quantization
     if before is not None and run.base.quantization is None:
