@@ -61,7 +61,7 @@ MORE = (
 
 def cells(row: Row, folder: Path) -> tuple[list[str], bool]:
     """Return a row of the table, and whether it is within its limit."""
-    options, typed = parse(
+    options = parse(
         PlanOptions,
         [
             *("--model.path", str(write_config(row.model, folder / row.model)), "--topology", row.topology),
@@ -70,7 +70,7 @@ def cells(row: Row, folder: Path) -> tuple[list[str], bool]:
         ],
         program="memory.py",
     )
-    found = estimate(options, typed, find_target(row.topology))
+    found = estimate(options, find_target(row.topology))
     held, gib = found.held, 2**30
     needed = found.figures.peak / gib
     within = found.figures.fits and (row.limit is None or needed <= row.limit)

@@ -87,7 +87,7 @@ def our_steps(
     checkpoint = open_checkpoint(Path(model))
     config = read_config(checkpoint.config, model)
     plan = make_plan(adapter_config(LoraOptions(r=RANK, lora_alpha=ALPHA), model, None), modules(config))
-    quantization = quantization_of(ModelOptions(**options), checkpoint, config, ())
+    quantization = quantization_of(ModelOptions(**options), checkpoint, config)
     frozen = load_params(checkpoint, config, dtype, quantization)
     key = jax.random.key(0)
     trainable, adapter = init_adapter(key, plan, frozen, config.num_hidden_layers, "true")

@@ -178,16 +178,14 @@ def _train(arguments: Sequence[str], program: str) -> int:
     from lora_jax.config import RunConfig
     from lora_jax.options import parse
 
-    config, typed = parse(
-        RunConfig, arguments, program=program, required=("model.path", "data.path", "output_dir")
-    )
+    config = parse(RunConfig, arguments, program=program, required=("model.path", "data.path", "output_dir"))
     if config.distributed.process_id:
         hush()
     from lora_jax.parallel.processes import leave
     from lora_jax.run.training import train
 
     try:
-        return train(config, typed)
+        return train(config)
     except KeyboardInterrupt:  # whatever it is, the others must not wait for a process that has given up
         leave(INTERRUPTED, "interrupted")
         raise
@@ -201,21 +199,21 @@ def _merge(arguments: Sequence[str], program: str) -> int:
     from lora_jax.commands.merge import MergeOptions, merge
     from lora_jax.options import parse
 
-    return merge(parse(MergeOptions, arguments, program=program, required=("adapter", "output"))[0])
+    return merge(parse(MergeOptions, arguments, program=program, required=("adapter", "output")))
 
 
 def _export(arguments: Sequence[str], program: str) -> int:
     from lora_jax.commands.export import ExportOptions, export
     from lora_jax.options import parse
 
-    return export(parse(ExportOptions, arguments, program=program, required=("output",))[0])
+    return export(parse(ExportOptions, arguments, program=program, required=("output",)))
 
 
 def _quantize(arguments: Sequence[str], program: str) -> int:
     from lora_jax.commands.quantize import QuantizeOptions, quantize
     from lora_jax.options import parse
 
-    return quantize(*parse(QuantizeOptions, arguments, program=program, required=("model.path", "output")))
+    return quantize(parse(QuantizeOptions, arguments, program=program, required=("model.path", "output")))
 
 
 def _plan(arguments: Sequence[str], program: str) -> int:
@@ -225,14 +223,14 @@ def _plan(arguments: Sequence[str], program: str) -> int:
     from lora_jax.commands.plan import PlanOptions, plan
     from lora_jax.options import parse
 
-    return plan(*parse(PlanOptions, arguments, program=program, required=("model.path", "topology")))
+    return plan(parse(PlanOptions, arguments, program=program, required=("model.path", "topology")))
 
 
 def _generate(arguments: Sequence[str], program: str) -> int:
     from lora_jax.commands.generate import GenerateOptions, generate
     from lora_jax.options import parse
 
-    return generate(*parse(GenerateOptions, arguments, program=program, required=("prompt",)))
+    return generate(parse(GenerateOptions, arguments, program=program, required=("prompt",)))
 
 
 def _eval(arguments: Sequence[str], program: str) -> int:
@@ -241,7 +239,7 @@ def _eval(arguments: Sequence[str], program: str) -> int:
     from lora_jax.options import parse
 
     taken: dict[str, Any] = {"also": RunConfig, "from_file": from_file}
-    return evaluate(*parse(EvalOptions, arguments, program=program, **taken))
+    return evaluate(parse(EvalOptions, arguments, program=program, **taken))
 
 
 def _report(arguments: Sequence[str], program: str) -> int:

@@ -8,8 +8,8 @@ what is wrong on its own; what depends on the model or the data is checked where
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar, cast
 
 from lora_jax.errors import UserError
 
@@ -45,6 +45,40 @@ TARGET_PRESETS: dict[str, tuple[str, ...]] = {
 ALL_LINEAR = "all-linear"
 
 
+QUANTIZING = (
+    "load_in_4bit",
+    "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",
+    "llm_int8_skip_modules",
+)
+"""Options of the base model that say how it is quantized."""
+DEFAULT = "default"
+Options = TypeVar("Options")
+
+
+def unset(default: Any) -> Any:
+    """Return a field that is None where nobody sets it, which is then told from one that is set to its default.
+
+    So an adapter to continue from, or a quantized checkpoint, decides where an option is unset; `resolved` puts the
+    default in where nothing does.
+    """
+    return field(default=None, metadata={DEFAULT: default})
+
+
+def resolved(options: Options) -> Options:
+    """Return a dataclass of options with the default of each one that is unset, in its sections too."""
+    values: dict[str, Any] = {}
+    for option in fields(cast(Any, options)):
+        value = getattr(options, option.name)
+        if is_dataclass(value):
+            values[option.name] = resolved(value)
+        elif value is None and DEFAULT in option.metadata:
+            values[option.name] = option.metadata[DEFAULT]
+    return replace(cast(Any, options), **values)
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """The base model."""
@@ -59,17 +93,17 @@ class ModelOptions:
     """Dtype of matrix products; auto is float32 on a CPU or if dtype is float32, else bfloat16."""
     resize_vocab: bool = False
     """Add embedding rows for tokens that the tokenizer has beyond the checkpoint's vocabulary."""
-    load_in_4bit: bool = False
+    load_in_4bit: bool | None = unset(False)
     """Quantize linear layers to 4 bits (QLoRA); not needed for a checkpoint that is already quantized."""
-    load_in_8bit: bool = False
+    load_in_8bit: bool | None = unset(False)
     """Quantize linear layers to 8 bits, with one scale per output."""
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = unset("nf4")
     """4-bit data type: nf4 (4-bit NormalFloat) or fp4."""
-    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_use_double_quant: bool | None = unset(True)
     """Quantize the scales of 4-bit blocks to 8 bits: 4.13 bits per weight instead of 4.5."""
-    bnb_4bit_compute_dtype: Dtype = "auto"
+    bnb_4bit_compute_dtype: Dtype | None = unset("auto")
     """transformers' name for compute_dtype of a 4-bit model."""
-    llm_int8_skip_modules: tuple[str, ...] = ()
+    llm_int8_skip_modules: tuple[str, ...] | None = unset(())
     """Modules not to quantize, in 4 bits too; the embedding, lm_head and norms never are."""
 
 
@@ -77,31 +111,31 @@ class ModelOptions:
 class LoraOptions:
     """The adapter, in the words of PEFT's LoraConfig."""
 
-    r: int = 16
+    r: int | None = unset(16)
     """Rank of the update."""
-    lora_alpha: float = 32
+    lora_alpha: float | None = unset(32)
     """Numerator of the scale: alpha/r, or alpha/sqrt(r) with use_rslora."""
-    lora_dropout: float = 0.05
+    lora_dropout: float | None = unset(0.05)
     """Probability of dropping an element of the adapter's input during training."""
-    target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    target_modules: tuple[str, ...] | None = unset((ALL_LINEAR,))
     """Module names, one regex (full match), all-linear, or a preset: minimal (q, v) or attention (q, k, v, o)."""
-    exclude_modules: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] | None = unset(())
     """Module names or one regex (full match) to leave out; takes precedence over target_modules."""
-    layers_to_transform: tuple[int, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = unset(())
     """Indices of the layers to adapt; empty adapts all. Requires a list of target_modules."""
-    layers_pattern: tuple[str, ...] = ()
+    layers_pattern: tuple[str, ...] | None = unset(())
     """Name of the list of layers that layers_to_transform indexes, if not the usual one."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, int] | None = unset({})
     """Ranks of individual modules: name or regex, then r."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = unset({})
     """lora_alpha of individual modules: name or regex, then the value."""
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] | None = unset(())
     """Modules trained in full and saved with the adapter, such as lm_head or embed_tokens."""
-    trainable_token_indices: tuple[int, ...] = ()
+    trainable_token_indices: tuple[int, ...] | None = unset(())
     """Token ids whose embedding rows are trained and saved with the adapter."""
-    bias: Literal["none", "all", "lora_only"] = "none"
+    bias: Literal["none", "all", "lora_only"] | None = unset("none")
     """Biases to train: none, all, or those of adapted modules (lora_only)."""
-    use_rslora: bool = False
+    use_rslora: bool | None = unset(False)
     """Scale by alpha/sqrt(r) instead of alpha/r."""
     init_lora_weights: Literal["true", "gaussian", "orthogonal"] = "true"
     """Initialization of A (true: Kaiming-uniform, as in PEFT); the update always starts at zero."""
@@ -307,7 +341,7 @@ class RunConfig:
 
 def check(config: RunConfig) -> None:
     """Raise UserError for the first option of a run that is wrong whatever the model and the data."""
-    lora, data, train = config.lora, config.data, config.train
+    data, train = config.data, config.train
     for name, value, remedy in (
         ("--model.path", config.model.path, "give the model's folder or its Hub id"),
         ("--data.path", all(data.path) and data.path, "give a file of rows or the Hub id of a data set"),
@@ -321,20 +355,12 @@ def check(config: RunConfig) -> None:
         "cannot be combined with --overwrite; drop one of the two",
     )
     _require(
-        not (config.method == "full" and lora.init_from),
+        not (config.method == "full" and config.lora.init_from),
         "--lora.init_from",
-        lora.init_from,
+        config.lora.init_from,
         "requires --method lora; to train in full, merge the adapter and give the merged folder as --model.path",
     )
-    _require(lora.r > 0, "--lora.r", lora.r, "the rank must be a positive integer, such as 16")
-    _require(lora.lora_alpha > 0, "--lora.lora_alpha", lora.lora_alpha, "must be positive, such as 2 * r")
-    _require(0 <= lora.lora_dropout < 1, "--lora.lora_dropout", lora.lora_dropout, "must be in [0, 1)")
-    for name, value in lora.rank_pattern.items():
-        _require(value > 0, f"--lora.rank_pattern {name}", value, "the rank must be a positive integer")
-    for name, value in lora.alpha_pattern.items():
-        _require(value > 0, f"--lora.alpha_pattern {name}", value, "must be positive")
-    _check_regexes(lora)
-    _require(bool(lora.target_modules), "--lora.target_modules", "", f"name modules, or use {ALL_LINEAR}")
+    check_lora(config.lora)
     check_data(data)
     check_evaluation_data(data)
     check_model(config.model)
@@ -349,6 +375,20 @@ def check(config: RunConfig) -> None:
         f"makes {rows} rows a step of --train.per_device_train_batch_size "
         f"{train.per_device_train_batch_size}; the product must be at most {INT32}",
     )
+
+
+def check_lora(options: LoraOptions) -> None:
+    """Raise UserError for options of the adapter that are wrong whatever the model is."""
+    lora: Any = resolved(options)
+    _require(lora.r > 0, "--lora.r", lora.r, "the rank must be a positive integer, such as 16")
+    _require(lora.lora_alpha > 0, "--lora.lora_alpha", lora.lora_alpha, "must be positive, such as 2 * r")
+    _require(0 <= lora.lora_dropout < 1, "--lora.lora_dropout", lora.lora_dropout, "must be in [0, 1)")
+    for name, value in lora.rank_pattern.items():
+        _require(value > 0, f"--lora.rank_pattern {name}", value, "the rank must be a positive integer")
+    for name, value in lora.alpha_pattern.items():
+        _require(value > 0, f"--lora.alpha_pattern {name}", value, "must be positive")
+    _check_regexes(lora)
+    _require(bool(lora.target_modules), "--lora.target_modules", "", f"name modules, or use {ALL_LINEAR}")
 
 
 def check_numbers(options: Any, above: str = "--") -> None:
@@ -447,7 +487,7 @@ def check_model(model: ModelOptions) -> None:
         True,
         "cannot be combined with --model.load_in_4bit; drop one of the two",
     )
-    dtypes = (model.compute_dtype, model.bnb_4bit_compute_dtype)
+    dtypes = (model.compute_dtype, model.bnb_4bit_compute_dtype or "auto")
     _require(
         "auto" in dtypes or dtypes[0] == dtypes[1],
         "--model.bnb_4bit_compute_dtype",

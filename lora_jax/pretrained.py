@@ -10,7 +10,6 @@ Training, planning, inference, merging, exporting and quantizing all start from 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -116,12 +115,12 @@ class Pretrained:
         dtype = "auto" if self.stored_quantized else self.options.dtype
         return Notes(self.config.vocab_size, dtype, quantization, self.stored_quantized, self.fingerprint)
 
-    def with_options(self, options: ModelOptions, typed: Collection[str] = ()) -> Pretrained:
+    def with_options(self, options: ModelOptions) -> Pretrained:
         """Return the base as the options ask: how it is quantized, and with which rows of the vocabulary.
 
-        `typed` names the options that the user gave. Raises UserError where they contradict the checkpoint.
+        Raises UserError where they contradict the checkpoint.
         """
-        quantization = quantization_of(options, self.checkpoint, self.config, typed)
+        quantization = quantization_of(options, self.checkpoint, self.config)
         config = self.config
         if options.resize_vocab:
             config = replace(config, vocab_size=max(config.vocab_size, len(self.tokenizer)))
@@ -153,7 +152,6 @@ class Pretrained:
 
 def open_pretrained(
     options: ModelOptions,
-    typed: Collection[str] = (),
     *,
     tokenizer_files: Path | None = None,
     option: str = "--model.path",
@@ -163,7 +161,7 @@ def open_pretrained(
     Raises UserError for whatever is wrong with the options or the files.
     """
     opened = open_folder(resolve(options.path, options.revision, option=option))
-    return replace(opened, tokenizer_files=tokenizer_files).with_options(options, typed)
+    return replace(opened, tokenizer_files=tokenizer_files).with_options(options)
 
 
 def open_folder(folder: Path) -> Pretrained:
@@ -179,13 +177,13 @@ def open_folder(folder: Path) -> Pretrained:
     )
 
 
-def open_config(options: ModelOptions, typed: Collection[str] = ()) -> Pretrained:
+def open_config(options: ModelOptions) -> Pretrained:
     """Open a base model whose weights need not be there: a folder, a config.json, or a Hub id's config.json alone."""
     path = on_disk(options.path, "--model.path")
     file = path if path.is_file() else None
     folder = path.parent if file else resolve(options.path, options.revision, wanted=(CONFIG_FILE,))
     if file is None and any(folder.glob("*.safetensors")):
-        return open_folder(folder).with_options(options, typed)
+        return open_folder(folder).with_options(options)
     file = file or folder / CONFIG_FILE
     if not file.exists():
         raise UserError(f"--model.path {options.path}: no {CONFIG_FILE} in it; give a model's folder")
@@ -194,7 +192,7 @@ def open_config(options: ModelOptions, typed: Collection[str] = ()) -> Pretraine
     if quantization is not None:
         checkpoint = PackedCheckpoint(checkpoint, quantization)
     config = read_config(checkpoint.config, folder)
-    return Pretrained(checkpoint=checkpoint, config=config).with_options(options, typed)
+    return Pretrained(checkpoint=checkpoint, config=config).with_options(options)
 
 
 def _written_dtype(checkpoint: Checkpoint) -> Any:

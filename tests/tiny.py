@@ -144,7 +144,7 @@ def write_tokenizer(folder: Path) -> None:
 def open_base(folder: Path, dtype: str = "auto", **options: Any) -> Base:
     """Read a checkpoint as a run does, quantized where the options of the base model say so."""
     asked = ModelOptions(path=str(folder), dtype=dtype, **options)
-    base = open_pretrained(asked, [f"model.{name}" for name in options])
+    base = open_pretrained(asked)
     return Base(base.checkpoint, base.config, base.params())
 
 

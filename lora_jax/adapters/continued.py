@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,25 +29,24 @@ FIXED = (
 
 
 def continued_config(
-    asked: AdapterConfig, stored: AdapterConfig, typed: Collection[str], modules: Sequence[Module]
+    options: LoraOptions, asked: AdapterConfig, stored: AdapterConfig, modules: Sequence[Module]
 ) -> AdapterConfig:
     """Return the stored adapter's config for going on with it; base, revision and dropout are the run's.
 
-    `typed` names the options the user gave, such as lora.r. Raises UserError where one of them would change
-    what is trained or its scale; a default never does. Dropout is the adapter's unless it was typed.
+    `asked` is the config that the options make. Raises UserError where an option that is set would change what is
+    trained or its scale. Dropout is the adapter's where it is unset.
     """
     plan = make_plan(stored, modules, strict=False)
     for name in FIXED:
         new, old = getattr(asked, name), getattr(stored, name)
-        if (
-            f"lora.{name}" in typed
-            and make_plan(replace(stored, **{name: new}), modules, strict=False) != plan
-        ):
+        if getattr(options, name) is None:
+            continue
+        if make_plan(replace(stored, **{name: new}), modules, strict=False) != plan:
             raise UserError(
                 f"--lora.{name} {_shown(new)}: the adapter of --lora.init_from has {_shown(old)}; "
                 f"leave --lora.{name} out, or start a new adapter without --lora.init_from"
             )
-    dropout = asked.lora_dropout if "lora.lora_dropout" in typed else stored.lora_dropout
+    dropout = stored.lora_dropout if options.lora_dropout is None else asked.lora_dropout
     base, revision = asked.base_model_name_or_path, asked.revision
     return replace(
         stored, lora_dropout=dropout, base_model_name_or_path=base, revision=revision, task_type="CAUSAL_LM"

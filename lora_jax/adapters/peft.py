@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_jax.adapters.targets import Plan, compact_targets
-from lora_jax.config import ALL_LINEAR, LoraOptions, expand_targets, names_or_regex
+from lora_jax.config import ALL_LINEAR, LoraOptions, expand_targets, names_or_regex, resolved
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.models.names import Module, Path
@@ -36,24 +36,25 @@ class AdapterTensor:
 
 
 def adapter_config(options: LoraOptions, base: str, revision: str | None) -> AdapterConfig:
-    """Return the adapter config that the options ask for, presets and regexes resolved."""
+    """Return the adapter config that the options ask for, defaults, presets and regexes resolved."""
+    chosen: Any = resolved(options)
     return AdapterConfig(
         base_model_name_or_path=base,
         revision=revision,
-        r=options.r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=expand_targets(options.target_modules),
-        exclude_modules=names_or_regex(options.exclude_modules),
-        layers_to_transform=options.layers_to_transform,
-        layers_pattern=options.layers_pattern,
-        rank_pattern=dict(options.rank_pattern),
-        alpha_pattern=dict(options.alpha_pattern),
-        modules_to_save=options.modules_to_save,
-        trainable_token_indices=options.trainable_token_indices,
-        bias=options.bias,
-        use_rslora=options.use_rslora,
-        init_lora_weights=True if options.init_lora_weights == "true" else options.init_lora_weights,
+        r=chosen.r,
+        lora_alpha=chosen.lora_alpha,
+        lora_dropout=chosen.lora_dropout,
+        target_modules=expand_targets(chosen.target_modules),
+        exclude_modules=names_or_regex(chosen.exclude_modules),
+        layers_to_transform=chosen.layers_to_transform,
+        layers_pattern=chosen.layers_pattern,
+        rank_pattern=dict(chosen.rank_pattern),
+        alpha_pattern=dict(chosen.alpha_pattern),
+        modules_to_save=chosen.modules_to_save,
+        trainable_token_indices=chosen.trainable_token_indices,
+        bias=chosen.bias,
+        use_rslora=chosen.use_rslora,
+        init_lora_weights=True if chosen.init_lora_weights == "true" else chosen.init_lora_weights,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from lora_jax.api.adapter import Adapter
 from lora_jax.api.language_model import Model
 from lora_jax.api.plain_errors import naming_fields
 from lora_jax.api.row_files import Rows, files_of
-from lora_jax.api.settings import DataConfig, TrainingArguments, given, plain
+from lora_jax.api.settings import DataConfig, TrainingArguments, plain
 from lora_jax.commands import merge as merging
 from lora_jax.config import (
     DataOptions,
@@ -156,7 +156,7 @@ def train(
         config, folder = _config(model, adapter, rows, args, data or DataConfig(), eval_rows)
         config = replace(config, resume=resume, overwrite=overwrite)
         prepare = partial(_prepare, model, adapter)
-        code = training.train(config, _given(config), plain_console(quiet=quiet), prepare)
+        code = training.train(config, plain_console(quiet=quiet), prepare)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         finished = (folder / ADAPTER).is_dir()
@@ -238,7 +238,7 @@ def _config(
     return config, folder
 
 
-def _prepare(model: Model, adapter: Adapter, config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
+def _prepare(model: Model, adapter: Adapter, config: RunConfig, mesh: Mesh) -> Run:
     """Return the run of a model and an adapter that are in memory."""
     if mesh != model.mesh:
         raise UserError("mesh: the model is not on all devices; load it on a mesh of all of them to train it")
@@ -251,11 +251,6 @@ def _prepare(model: Model, adapter: Adapter, config: RunConfig, typed: Collectio
         adapter.facts,
         plan=about.plan, adapter_config=about.config,
     )  # fmt: skip
-
-
-def _given(config: RunConfig) -> list[str]:
-    sections = ("model", "lora", "data", "train")
-    return [name for section in sections for name in given(getattr(config, section), section)]
 
 
 def _next_folder() -> Path:

@@ -19,7 +19,7 @@ from lora_jax.adapters.read import adapter_trees, note_of_base, open_adapter
 from lora_jax.adapters.targets import make_plan
 from lora_jax.api.adapter import AboutAdapter, Adapter
 from lora_jax.api.plain_errors import naming_fields
-from lora_jax.api.settings import LoraConfig, given, plain
+from lora_jax.api.settings import LoraConfig, plain
 from lora_jax.commands.generate import GenerateOptions, check_generation, completions
 from lora_jax.config import (
     DataOptions,
@@ -201,7 +201,7 @@ class Model:
                 model=self.module,
                 variables=self.variables(adapter),
             )
-            found = completions(options, loaded, tuple(settings))
+            found = completions(options, loaded)
         return found[0] if isinstance(prompts, str) else found
 
     def __repr__(self) -> str:
@@ -220,12 +220,12 @@ def load(
     dtype: Dtype = ModelOptions.dtype,
     compute_dtype: Dtype = ModelOptions.compute_dtype,
     resize_vocab: bool = ModelOptions.resize_vocab,
-    load_in_4bit: bool = ModelOptions.load_in_4bit,
-    load_in_8bit: bool = ModelOptions.load_in_8bit,
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = ModelOptions.bnb_4bit_quant_type,
-    bnb_4bit_use_double_quant: bool = ModelOptions.bnb_4bit_use_double_quant,
-    bnb_4bit_compute_dtype: Dtype = ModelOptions.bnb_4bit_compute_dtype,
-    llm_int8_skip_modules: Sequence[str] = ModelOptions.llm_int8_skip_modules,
+    load_in_4bit: bool | None = ModelOptions.load_in_4bit,
+    load_in_8bit: bool | None = ModelOptions.load_in_8bit,
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = ModelOptions.bnb_4bit_quant_type,
+    bnb_4bit_use_double_quant: bool | None = ModelOptions.bnb_4bit_use_double_quant,
+    bnb_4bit_compute_dtype: Dtype | None = ModelOptions.bnb_4bit_compute_dtype,
+    llm_int8_skip_modules: Sequence[str] | None = ModelOptions.llm_int8_skip_modules,
     mesh: Mesh | None = None,
 ) -> Model:
     """Read a causal language model from a folder or the Hub, quantized as it is read where asked for.
@@ -252,12 +252,11 @@ def load(
     """
     names = [option.name for option in fields(ModelOptions)]
     values: Mapping[str, Any] = {name: value for name, value in locals().items() if name in names}
-    options = ModelOptions(
-        **{**values, "path": str(path), "llm_int8_skip_modules": tuple(llm_int8_skip_modules)}
-    )
+    skipped = None if llm_int8_skip_modules is None else tuple(llm_int8_skip_modules)
+    options = ModelOptions(**{**values, "path": str(path), "llm_int8_skip_modules": skipped})
     with naming_fields():
         check_model(options)
-        base = open_pretrained(options, given(options, "model"), option="load")
+        base = open_pretrained(options, option="load")
         mesh = make_mesh(MeshOptions()) if mesh is None else mesh
         params = base.params(mesh)
         base.tokenizer  # noqa: B018 - what is wrong with it is said here

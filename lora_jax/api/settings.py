@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, no_type_check
 
-from lora_jax.config import DataOptions, LoraOptions, TrainOptions
+from lora_jax.config import DEFAULT, DataOptions, LoraOptions, TrainOptions
 from lora_jax.errors import UserError
 
 
@@ -15,7 +15,9 @@ class _Lenient:
     def __post_init__(self) -> None:
         for option in fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, option.name)
-            if isinstance(option.default, tuple) and not isinstance(value, tuple):
+            default = option.metadata.get(DEFAULT, option.default)
+            unset = value is None and DEFAULT in option.metadata
+            if isinstance(default, tuple) and not unset and not isinstance(value, tuple):
                 items = (value,) if isinstance(value, str) else tuple(value or ())
                 object.__setattr__(self, option.name, items)
 
@@ -70,10 +72,3 @@ class DataConfig(_Lenient, DataOptions):
 def plain(options: Any, kind: type) -> Any:
     """Return options as the dataclass that the command line knows."""
     return kind(**{option.name: getattr(options, option.name) for option in fields(kind)})
-
-
-def given(options: Any, section: str) -> list[str]:
-    """Return the names of the options that differ from their defaults."""
-    default = type(options)()
-    names = (option.name for option in fields(options))
-    return [f"{section}.{name}" for name in names if getattr(options, name) != getattr(default, name)]

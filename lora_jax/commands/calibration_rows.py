@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,14 @@ class CalibrationOptions:
     """Chat template instead of the tokenizer's, like data.chat_template; use the one you will train with."""
 
 
-def check_calibration(options: CalibrationOptions, model: ModelOptions, typed: Collection[str]) -> None:
+def check_calibration(options: CalibrationOptions, model: ModelOptions) -> None:
     """Raise UserError for options of calibration that are wrong whatever the model and the rows."""
-    given = sorted(name for name in typed if name.startswith("calibration."))
+    default = vars(CalibrationOptions())
+    given = sorted(name for name, value in vars(options).items() if value != default[name])
     if given and not options.path:
-        raise UserError(f"--{given[0]}: applies only to calibration; give --calibration.path, or drop it")
+        raise UserError(
+            f"--calibration.{given[0]}: applies only to calibration; give --calibration.path, or drop it"
+        )
     if options.path and model.load_in_8bit:
         raise UserError(
             f"--calibration.path {options.path}: fits 4-bit codes; drop it, or drop --model.load_in_8bit"

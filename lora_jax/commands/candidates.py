@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_jax.adapters.read import base_of
-from lora_jax.config import ModelOptions
+from lora_jax.config import QUANTIZING, ModelOptions
 from lora_jax.errors import UserError
 from lora_jax.generate.load import Opened, open_for_inference
 from lora_jax.hub.adapter_files import read_adapter_config
@@ -33,7 +33,7 @@ class Candidate:
 
 
 def candidates(
-    model: ModelOptions, adapters: Sequence[str], models: Sequence[str], base: bool, typed: Collection[str]
+    model: ModelOptions, adapters: Sequence[str], models: Sequence[str], base: bool
 ) -> list[Candidate]:
     """Return what is to be measured, in this order: the base, its adapters, more models.
 
@@ -46,15 +46,17 @@ def candidates(
         raise UserError("--model.path: required without --adapter or --models; give a folder or a Hub id")
     found: list[Candidate] = []
     if model.path and (base or not adapters):
-        found.append(_opened(model, None, "--model.path", found, typed))
+        found.append(_opened(model, None, "--model.path", found))
     for adapter in adapters:
         own = _named_base(model, adapter)
         if base and own.path not in [one.base for one in found]:
-            found.append(_opened(own, None, "--base", found, typed))
-        found.append(_opened(own, adapter, "--adapter", found, typed))
+            found.append(_opened(own, None, "--base", found))
+        found.append(_opened(own, adapter, "--adapter", found))
     for path in models:
-        stored = replace(model, path=path, revision=None, load_in_4bit=False, load_in_8bit=False)
-        found.append(_opened(stored, None, "--models", found, ()))
+        compute = model.bnb_4bit_compute_dtype if model.compute_dtype == "auto" else model.compute_dtype
+        given = dict.fromkeys(QUANTIZING) | {"compute_dtype": compute or "auto"}
+        stored = replace(model, path=path, revision=None, **given)
+        found.append(_opened(stored, None, "--models", found))
     return found
 
 
@@ -67,10 +69,8 @@ def _named_base(model: ModelOptions, adapter: str) -> ModelOptions:
     return replace(model, path=base_of(folder, stored), revision=model.revision or stored.revision)
 
 
-def _opened(
-    model: ModelOptions, adapter: str | None, option: str, found: Sequence[Candidate], typed: Collection[str]
-) -> Candidate:
-    opened = open_for_inference(model, adapter, typed)
+def _opened(model: ModelOptions, adapter: str | None, option: str, found: Sequence[Candidate]) -> Candidate:
+    opened = open_for_inference(model, adapter)
     folder = None if opened.adapter is None else opened.adapter.folder
     notes = tuple(opened.notes(model))
     one = Candidate(model.path, adapter, folder, replace(opened, adapter=None), notes)

@@ -126,8 +126,8 @@ def from_file(found: Mapping[str, list[str]], typed: Collection[str]) -> dict[st
     return {name: values for name, values in options.items() if name not in replaced}
 
 
-def evaluate(options: EvalOptions, typed: Collection[str] = (), console: Console | None = None) -> int:
-    """Measure what the options name; return the exit code. `typed` names the options that the user gave.
+def evaluate(options: EvalOptions, console: Console | None = None) -> int:
+    """Measure what the options name; return the exit code.
 
     Raises UserError for whatever is wrong; what is wrong with a model's files or the rows comes before any figure.
     """
@@ -136,7 +136,7 @@ def evaluate(options: EvalOptions, typed: Collection[str] = (), console: Console
     mesh = make_mesh(options.mesh)
     lines: list[Line] = []
     with jax.set_mesh(mesh):
-        found = candidates(options.model, options.adapter, options.models, options.base, typed)
+        found = candidates(options.model, options.adapter, options.models, options.base)
         for one in found:
             for note in one.notes:
                 print(f"note: {one.adapter or one.base}: {note}", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.config import ModelOptions
+from lora_jax.config import ModelOptions, resolved, unset
 from lora_jax.errors import UserError
 from lora_jax.generate.decode import NOT_FINITE, complete, stream
 from lora_jax.generate.limits import beyond_positions, check_cache
@@ -35,7 +35,7 @@ class GenerateOptions:
     """Use the prompt as it is, without the chat template."""
     system: str | None = None
     """System message before the prompt."""
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = unset(256)
     """Maximum number of tokens to generate; an end token stops earlier."""
     temperature: float = 0.0
     """0 is greedy; higher values sample more evenly."""
@@ -49,30 +49,30 @@ class GenerateOptions:
     """Seed for sampling."""
 
 
-def generate(options: GenerateOptions, typed: Collection[str] = ()) -> int:
+def generate(options: GenerateOptions) -> int:
     """Print the completion of each prompt on standard output; return the exit code.
 
-    A single one is printed as it comes; several each follow their prompt, quoted with "> ". `typed` names the
-    options that the user gave. Raises UserError before anything is printed, or once logits are not finite.
+    A single one is printed as it comes; several each follow their prompt, quoted with "> ". Raises UserError before
+    anything is printed, or once logits are not finite.
     """
     check_generation(options)
-    loaded = load_for_inference(options.model, options.adapter, typed)
+    loaded = load_for_inference(options.model, options.adapter)
     for note in loaded.notes(options.model):
         print(f"note: {note}", file=sys.stderr)
     if len(options.prompt) == 1:
-        prompts, how = _asked(options, loaded, typed)
+        prompts, how = _asked(options, loaded)
         if not _print_as_it_comes(loaded, prompts, how):
             raise _not_finite(options, loaded)
         return 0
-    for prompt, text in zip(options.prompt, completions(options, loaded, typed), strict=True):
+    for prompt, text in zip(options.prompt, completions(options, loaded), strict=True):
         quoted = "\n".join(f"> {line}" for line in prompt.splitlines())
         print(f"{quoted}\n{text}\n")
     return 0
 
 
-def completions(options: GenerateOptions, loaded: Loaded, typed: Collection[str] = ()) -> list[str]:
+def completions(options: GenerateOptions, loaded: Loaded) -> list[str]:
     """Return the completion of each prompt; raises UserError once logits are not finite."""
-    prompts, how = _asked(options, loaded, typed)
+    prompts, how = _asked(options, loaded)
     with stage("completing the prompts"):
         found = complete(loaded.model, loaded.variables, prompts, **how)
     if any(NOT_FINITE in tokens for tokens in found):
@@ -80,9 +80,7 @@ def completions(options: GenerateOptions, loaded: Loaded, typed: Collection[str]
     return [decoded(tokens, loaded.tokenizer) for tokens in found]
 
 
-def _asked(
-    options: GenerateOptions, loaded: Loaded, typed: Collection[str]
-) -> tuple[list[list[int]], dict[str, Any]]:
+def _asked(options: GenerateOptions, loaded: Loaded) -> tuple[list[list[int]], dict[str, Any]]:
     """Return the prompts' tokens, and how they are completed."""
     chat = bool(loaded.tokenizer.chat_template) and not options.raw
     if options.system is not None and not chat:
@@ -93,9 +91,9 @@ def _asked(
         encode_prompt(prompt, loaded.tokenizer, chat=chat, system=options.system) for prompt in options.prompt
     ]
     _check_vocabulary(prompts, loaded)
-    _check_length(prompts, options.max_new_tokens, loaded, typed)
+    _check_length(prompts, options, loaded)
     how: dict[str, Any] = {
-        "max_new_tokens": options.max_new_tokens,
+        "max_new_tokens": resolved(options).max_new_tokens,
         "end_ids": end_ids(loaded.settings, loaded.checkpoint.config, loaded.tokenizer, chat=chat),
         "sampling": _sampling(options, loaded),
         "seed": options.seed,
@@ -138,12 +136,10 @@ def _not_finite(options: GenerateOptions, loaded: Loaded) -> UserError:
     return UserError(f"{what}: the products overflow in {compute}; {remedy}")
 
 
-def _check_length(
-    prompts: Collection[Sequence[int]], max_new_tokens: int, loaded: Loaded, typed: Collection[str]
-) -> None:
-    longest = max(map(len, prompts))
-    check_cache(loaded.model, len(prompts), longest, max_new_tokens, "--max_new_tokens")
-    asked = max_new_tokens if "max_new_tokens" in typed else 0  # the default is a bound, and no wish
+def _check_length(prompts: Collection[Sequence[int]], options: GenerateOptions, loaded: Loaded) -> None:
+    longest, most = max(map(len, prompts)), resolved(options).max_new_tokens or 0
+    check_cache(loaded.model, len(prompts), longest, most, "--max_new_tokens")
+    asked = options.max_new_tokens or 0  # the default is a bound, and no wish
     if note := beyond_positions(loaded.config.positions, longest, asked):
         print(f"note: {note}", file=sys.stderr)
 
@@ -160,7 +156,7 @@ def check_generation(options: GenerateOptions) -> None:
     penalty = options.repetition_penalty
     checks = (
         ("prompt", bool(options.prompt), "required: write what to complete, in quotes"),
-        ("max_new_tokens", options.max_new_tokens > 0, "must be positive"),
+        ("max_new_tokens", options.max_new_tokens is None or options.max_new_tokens > 0, "must be positive"),
         ("temperature", options.temperature >= 0, "must not be negative; 0 is greedy"),
         ("top_p", 0 < options.top_p <= 1, "must be in (0, 1]"),
         ("top_k", options.top_k >= 0, "must not be negative; 0 samples from all tokens"),

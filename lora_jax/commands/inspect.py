@@ -49,13 +49,11 @@ def inspect(arguments: Sequence[str], program: str) -> int:
         return 0
     if what == "data":
         needed = ("model.path", "data.path")
-        options, _ = parse(
-            InspectDataOptions, rest, program=f"{program} data", also=RunConfig, required=needed
-        )
+        options = parse(InspectDataOptions, rest, program=f"{program} data", also=RunConfig, required=needed)
         return inspect_data(options)
     if what == "adapter":
         return inspect_adapter(
-            parse(InspectAdapterOptions, rest, program=f"{program} adapter", required=("adapter",))[0]
+            parse(InspectAdapterOptions, rest, program=f"{program} adapter", required=("adapter",))
         )
     raise UserError(
         f"inspect{f' {what}' if what else ''}: say what to show: lora-jax inspect data … or lora-jax inspect adapter …"

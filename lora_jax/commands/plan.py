@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,8 +46,8 @@ class PlanOptions(RunConfig):
     """Print one line of JSON instead of tables."""
 
 
-def plan(options: PlanOptions, typed: Collection[str], console: Console | None = None) -> int:
-    """Print what the run needs; return the exit code, 3 where it does not fit. `typed` names what the user gave.
+def plan(options: PlanOptions, console: Console | None = None) -> int:
+    """Print what the run needs; return the exit code, 3 where it does not fit.
 
     Raises UserError for a topology that is not known, and for options that training would refuse.
     """
@@ -60,34 +59,30 @@ def plan(options: PlanOptions, typed: Collection[str], console: Console | None =
     console = console or plain_console(stderr=options.json)
     target = find_target(options.topology)
     if options.search:
-        record, fits = _search(console, options, typed, target)
+        record, fits = _search(console, options, target)
     else:
-        record, fits = _plan(console, options, typed, target)
+        record, fits = _plan(console, options, target)
     if options.json:
         print(json.dumps(record))
     return 0 if fits else TOO_LARGE
 
 
-def _plan(
-    console: Console, options: PlanOptions, typed: Collection[str], target: Target
-) -> tuple[dict[str, Any], bool]:
-    if options.compare and read_subject(options, typed, target.platform).base.stored_quantized:
+def _plan(console: Console, options: PlanOptions, target: Target) -> tuple[dict[str, Any], bool]:
+    if options.compare and read_subject(options, target.platform).base.stored_quantized:
         raise UserError(
             f"--compare: {options.model.path} is already quantized, and the other methods start from the "
             "weights as they were; give the unquantized checkpoint, or its config.json"
         )
-    found = estimate(options, typed, target)
+    found = estimate(options, target)
     record, shown = found.to_json(), {"": found}
     if options.compare:
-        shown = {
-            name: estimate(variant.config, variant.typed, target) for name, variant in methods(options, typed)
-        }
+        shown = {name: estimate(variant.config, target) for name, variant in methods(options)}
         record["compare"] = {name.lower(): one.to_json() for name, one in shown.items()}
     console.print(_table(shown))
     _print_notes(console, found)
     if found.figures.fits:
         return record, True
-    remedy = what_fits(options, typed, found)
+    remedy = what_fits(options, found)
     if remedy is None:
         console.print("does not fit, and neither does anything else that was tried")
     else:
@@ -98,12 +93,10 @@ def _plan(
     return record, False
 
 
-def _search(
-    console: Console, options: PlanOptions, typed: Collection[str], target: Target
-) -> tuple[dict[str, Any], bool]:
-    best = search(options, typed, target, console.print)
+def _search(console: Console, options: PlanOptions, target: Target) -> tuple[dict[str, Any], bool]:
+    best = search(options, target, console.print)
     if not best:
-        found = estimate(options, typed, target)  # its mesh may be one that is not tried
+        found = estimate(options, target)  # its mesh may be one that is not tried
         fits = found.figures.fits
         console.print(_table({"": found}))
         console.print("nothing else that was tried fits" if fits else "no batch fits")

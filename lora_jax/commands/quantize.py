@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from lora_jax.commands.calibration_rows import Calibration, CalibrationOptions, check_calibration
-from lora_jax.config import ModelOptions, check_model
+from lora_jax.config import ModelOptions, check_model, resolved
 from lora_jax.console import plain_console
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
@@ -40,8 +40,8 @@ class QuantizeOptions:
     """Replace the contents of output."""
 
 
-def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Console | None = None) -> int:
-    """Quantize as the options say; return the exit code. `typed` names the options that the user gave.
+def quantize(options: QuantizeOptions, console: Console | None = None) -> int:
+    """Quantize as the options say; return the exit code.
 
     A checkpoint that is already quantized, as the options say, is written again as it is. Raises UserError for
     whatever is wrong, and leaves nothing then.
@@ -51,16 +51,16 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
         raise UserError("quantize: needs --model.path and --output; give both folders")
     output_on_disk(options.output)
     parse_size(options.max_shard_size)
-    if "model.resize_vocab" in typed:
+    if options.model.resize_vocab:
         raise UserError("--model.resize_vocab: quantize does not add rows; drop it")
-    bits = "model.load_in_8bit" if options.model.load_in_8bit else "model.load_in_4bit"
-    if not (options.model.load_in_4bit or options.model.load_in_8bit) and bits in typed:
+    if options.model.load_in_4bit is False and not options.model.load_in_8bit:
         raise UserError(
-            f"--{bits} False: quantize writes 4 or 8 bits; drop it, or give --model.load_in_8bit True"
+            "--model.load_in_4bit False: quantize writes 4 or 8 bits; drop it, or give --model.load_in_8bit True"
         )
-    model = replace(options.model, load_in_4bit=options.model.load_in_4bit or not options.model.load_in_8bit)
+    four = options.model.load_in_4bit or not options.model.load_in_8bit
+    model = replace(options.model, load_in_4bit=True if four else None)
     check_model(model)
-    check_calibration(options.calibration, model, typed)
+    check_calibration(options.calibration, model)
     folder = resolve(model.path, model.revision)
     check_target(options.output, "config.json", folder)
     opened = open_folder(folder)
@@ -71,7 +71,7 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
                 f"--calibration.path {options.calibration.path}: {folder} is already quantized; give the unquantized "
                 "checkpoint, or drop it"
             )
-    base = opened.with_options(model, {*typed, bits})
+    base = opened.with_options(model)
     quantization, stored = base.quantization, base.storage_dtype
     assert quantization is not None
     if not base.stored_quantized:
@@ -110,8 +110,9 @@ def quantize(options: QuantizeOptions, typed: Collection[str] = (), console: Con
 def _check_as_it_is(model: ModelOptions, base: Pretrained) -> None:
     stored = base.quantization
     assert stored is not None
-    double = model.load_in_4bit and model.bnb_4bit_use_double_quant
-    asked = QuantizationConfig(4 if model.load_in_4bit else 8, model.bnb_4bit_quant_type, double)
+    four, chosen = bool(model.load_in_4bit), resolved(model)
+    double = four and bool(chosen.bnb_4bit_use_double_quant)
+    asked = QuantizationConfig(4 if four else 8, chosen.bnb_4bit_quant_type or "", double)
     if asked.summary() != stored.summary():
         raise UserError(
             f"quantize: {base.folder} is already quantized ({stored.summary()}), and {asked.summary()} is asked "

@@ -31,7 +31,7 @@ def report(arguments: Sequence[str], program: str, console: Console | None = Non
     console = console or plain_console()
     words = list(arguments)
     count = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
-    options = parse(ReportOptions, words[count:], program=program, first=FOLDERS)[0]
+    options = parse(ReportOptions, words[count:], program=program, first=FOLDERS)
     if count == 0:
         raise UserError(f"report: needs the output folder of a run: {program} {FOLDERS}")
     target = output_on_disk(options.output) if options.output else None

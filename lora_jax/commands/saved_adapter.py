@@ -60,13 +60,13 @@ def saved_adapter(given: str) -> Saved:
     folder, which = _split(given)
     if not (folder / CONFIG).is_file():
         raise UserError(f"--checkpoint {given}: no {CONFIG} in {folder}; give the output_dir of a run")
-    config, typed = parse(RunConfig, [str(folder / CONFIG)], program="lora-jax export")
+    config = parse(RunConfig, [str(folder / CONFIG)], program="lora-jax export")
     if config.method != "lora":
         raise UserError(
             f"--checkpoint {given}: contains a whole model, not an adapter; use --resume to export it"
         )
-    base = open_pretrained(config.model, typed)
-    found = adapted(config, base.config, typed)
+    base = open_pretrained(config.model)
+    found = adapted(config, base.config)
     base = replace(base, config=found.model_config)
     step, trained, notes_of_files = _read(folder / CHECKPOINTS, which, given, base)
     tensors = export_tensors(trained, found.plan) | found.carried(base.checkpoint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,15 +63,13 @@ class Loaded(Opened):
     variables: Mapping[str, Any]
 
 
-def load_for_inference(
-    options: ModelOptions, adapter: str | None = None, typed: Collection[str] = ()
-) -> Loaded:
+def load_for_inference(options: ModelOptions, adapter: str | None = None) -> Loaded:
     """Read a model and, un-merged, an adapter, as `open_for_inference` finds them.
 
     With dtype auto the weights are held in the compute dtype, not as stored: they are read for every token,
     and converting them each time takes most of it. A quantized base's codes stay as they are.
     """
-    found = open_for_inference(options, adapter, typed)
+    found = open_for_inference(options, adapter)
     compute = found.base.compute_dtype()
     params = found.base.params(held=compute if options.dtype == "auto" else None)
     trainable, facts = ({}, {}) if found.adapter is None else adapter_trees(found.adapter, params)
@@ -82,13 +80,11 @@ def load_for_inference(
     )
 
 
-def open_for_inference(
-    options: ModelOptions, adapter: str | None = None, typed: Collection[str] = ()
-) -> Opened:
+def open_for_inference(options: ModelOptions, adapter: str | None = None) -> Opened:
     """Open a model and an adapter; without a path the base is the one that the adapter names.
 
-    Each file of the tokenizer, and the generation settings, are the adapter's where it brings them. `typed` names the
-    options that the user gave. Raises UserError for whatever is wrong with the files.
+    Each file of the tokenizer, and the generation settings, are the adapter's where it brings them. Raises UserError
+    for whatever is wrong with the files.
     """
     folder = None if adapter is None else resolve(adapter, option="--adapter")
     path, revision = options.path, options.revision
@@ -100,7 +96,6 @@ def open_for_inference(
     check_model(options)
     base = open_pretrained(
         replace(options, path=path, revision=revision),
-        typed,
         tokenizer_files=folder,
         option="base model (--model.path)",
     )

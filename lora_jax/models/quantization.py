@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.config import FOUR_BIT, ModelOptions
+from lora_jax.config import FOUR_BIT, ModelOptions, resolved
 from lora_jax.errors import UserError, listing, nearest
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
@@ -32,15 +32,14 @@ SKIP = "llm_int8_skip_modules"
 
 
 def quantization_of(
-    options: ModelOptions, checkpoint: Checkpoint, config: ModelConfig, typed: Collection[str]
+    options: ModelOptions, checkpoint: Checkpoint, config: ModelConfig
 ) -> QuantizationConfig | None:
     """Return how the base is quantized: as the checkpoint is already, else as the options ask; None for not at all.
 
-    `typed` names the options that the user gave, such as model.load_in_4bit. Raises UserError where an option
-    contradicts the checkpoint or has no meaning without another, and for an entry of `llm_int8_skip_modules` that
-    matches no module, or entries that leave none to quantize.
+    Raises UserError where an option that is set contradicts the checkpoint or has no meaning without another, and for
+    an entry of `llm_int8_skip_modules` that matches no module, or entries that leave none to quantize.
     """
-    given = sorted(name.removeprefix("model.") for name in typed if name.startswith("model."))
+    given = sorted(name for name, value in vars(options).items() if value is not None)
     packed = checkpoint.quantization
     four = options.load_in_4bit or (packed is not None and packed.bits == 4)
     idle = [name for name in given if name.startswith(FOUR_BIT) and not four]
@@ -56,30 +55,35 @@ def quantization_of(
             remedy = "add --model.load_in_4bit True or --model.load_in_8bit True, or drop it"
             raise UserError(f"--model.{SKIP}: applies only to a quantized model; {remedy}")
         return None
-    _check_patterns(options.llm_int8_skip_modules, [module.name for module in modules(config)])
+    skipped = options.llm_int8_skip_modules or ()
+    _check_patterns(skipped, [module.name for module in modules(config)])
+    chosen: Any = resolved(options)
     quantization = QuantizationConfig(
         bits=4 if options.load_in_4bit else 8,
-        quant_type=options.bnb_4bit_quant_type,
-        use_double_quant=options.load_in_4bit and options.bnb_4bit_use_double_quant,
-        skip_modules=options.llm_int8_skip_modules,
+        quant_type=chosen.bnb_4bit_quant_type,
+        use_double_quant=chosen.load_in_4bit and chosen.bnb_4bit_use_double_quant,
+        skip_modules=skipped,
     )
     if not quantized_names(config, quantization):
         raise UserError(
-            f"--model.{SKIP} {' '.join(options.llm_int8_skip_modules)}: leaves no linear layer to quantize; skip less, "
+            f"--model.{SKIP} {' '.join(skipped)}: leaves no linear layer to quantize; skip less, "
             "or drop --model.load_in_4bit and --model.load_in_8bit"
         )
     return quantization
 
 
 def resolved_model_options(options: ModelOptions, quantization: QuantizationConfig | None) -> ModelOptions:
-    """Return the options with what they came to: a checkpoint that is already quantized decides them."""
-    if quantization is None:
-        return options
-    four = quantization.bits == 4
-    values: dict[str, Any] = {"load_in_4bit": four, "load_in_8bit": not four}
-    if four:
+    """Return the options as they came to be: a checkpoint that is stored quantized decides, else the defaults.
+
+    Those of a 4-bit model stay unset where it is none.
+    """
+    bits = 0 if quantization is None else quantization.bits
+    skipped = options.llm_int8_skip_modules or ()
+    values: dict[str, Any] = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, SKIP: skipped}
+    if quantization is not None and bits == 4:
         values["bnb_4bit_quant_type"] = quantization.quant_type
         values["bnb_4bit_use_double_quant"] = quantization.use_double_quant
+        values["bnb_4bit_compute_dtype"] = options.bnb_4bit_compute_dtype or "auto"
     return replace(options, **values)
 
 
@@ -172,7 +176,7 @@ def compute_dtype(
 
     auto is float32 on a CPU; elsewhere bfloat16, unless the weights are float32 and stay so.
     """
-    asked = {options.compute_dtype, options.bnb_4bit_compute_dtype} - {"auto"}
+    asked = {options.compute_dtype, options.bnb_4bit_compute_dtype or "auto"} - {"auto"}
     if asked:
         return jnp.dtype(asked.pop())
     wide = (platform or jax.default_backend()) == "cpu" or (stored == jnp.float32 and quantization is None)

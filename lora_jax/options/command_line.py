@@ -7,15 +7,15 @@ in either place gets the same kind of message; tyro then builds the dataclasses 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
-from lora_jax.config import check_numbers
+from lora_jax.config import DEFAULT, check_numbers, resolved
 from lora_jax.errors import UserError
 from lora_jax.options.unknown import Unknown, refuse
 from lora_jax.options.values import checked, kind_of, takes_several
@@ -38,8 +38,8 @@ def parse(
     from_file: Callable[[Flags, Collection[str]], Flags] = lambda found, typed: found,
     required: Collection[str] = (),
     first: str = CONFIG_FILE,
-) -> tuple[Options, frozenset[str]]:
-    """Return the options and the names of those that were given, such as lora.r.
+) -> Options:
+    """Return the options of a file and of the command line.
 
     A first argument that is no flag is a YAML file, which may be one of the options `also`: those that `kind` lacks
     are passed over. `from_file` is given the file's options and the names of those that were typed, and returns what
@@ -65,7 +65,7 @@ def parse(
     except SystemExit as error:
         raise UserError(f"{_one_line(output.getvalue())}; {program} --help lists all options") from error
     check_numbers(options)
-    return options, frozenset(flags)
+    return options
 
 
 def option_names(kind: type) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _tyro(kind: type[Options], given: list[str], program: str, **settings: Any) 
 
 
 def _print_help(kind: type, usage: str, required: Collection[str]) -> None:
-    default = kind()
+    default = resolved(kind())
     for name in required:
         *above, last = name.split(".")
         options = default
@@ -100,7 +100,25 @@ def _print_help(kind: type, usage: str, required: Collection[str]) -> None:
     about = " ".join((kind.__doc__ or "").split())
     switches = any(hint is bool for name, hint in option_names(kind).items() if "." in name)
     description = f"{about}\n\n{SWITCHES}" if switches else about
-    _tyro(kind, ["--help"], usage, default=default, description=description)
+    with _without_none(kind):
+        _tyro(kind, ["--help"], usage, default=default, description=description)
+
+
+@contextmanager
+def _without_none(kind: type) -> Iterator[None]:
+    """Annotate options that may be unset by their type alone: the help shows the default that they then have."""
+    hints = get_type_hints(kind)
+    before = dict(kind.__annotations__)
+    with ExitStack() as sections:
+        for option in fields(kind):
+            if is_dataclass(hints[option.name]):
+                sections.enter_context(_without_none(hints[option.name]))
+            elif DEFAULT in option.metadata:
+                kind.__annotations__[option.name] = kind_of(hints[option.name])
+        try:
+            yield
+        finally:
+            kind.__annotations__.update(before)
 
 
 def _words(name: str, hint: Any, values: list[str]) -> list[str]:

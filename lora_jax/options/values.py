@@ -29,7 +29,7 @@ _NUMBERS: dict[Any, tuple[Callable[[str], float], str]] = {
 
 def takes_several(hint: Any) -> bool:
     """Say whether an option of this type takes any number of values."""
-    return get_origin(hint) in (tuple, dict)
+    return get_origin(kind_of(hint)) in (tuple, dict)
 
 
 def kind_of(hint: Any) -> Any:
@@ -44,14 +44,14 @@ def checked(name: str, hint: Any, values: list[str], label: str) -> list[str]:
     """
     if (takes_several(hint) or _optional(hint)) and values in (["None"], ["null"]):
         return ["None"] if _optional(hint) else []
-    kinds = get_args(hint)
-    if get_origin(hint) is tuple:
+    kind = kind_of(hint)
+    kinds = get_args(kind)
+    if get_origin(kind) is tuple:
         if values == ["none"] and get_origin(kinds[0]) is Literal:  # as transformers has it, for report_to
             return []
         return [_value(name, kinds[0], value, label) for value in values]
-    if get_origin(hint) is dict:
+    if get_origin(kind) is dict:
         return _pairs(name, kinds, values, label)
-    kind = kind_of(hint)
     if not values or values == ["None"]:
         remedy = "give True or False" if kind is bool else "give one, or drop the option"
         raise UserError(f"{label}: needs a value; {remedy}")

@@ -68,7 +68,7 @@ def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
     model = Decoder(
         model_config,
         dtype=subject.compute_dtype,
-        lora_dropout=0.0 if subject.plan is None else config.lora.lora_dropout,
+        lora_dropout=0.0 if subject.plan is None else config.lora.lora_dropout or 0.0,
         gradient_checkpointing=train.gradient_checkpointing,
         offload_inputs=offloads_activations(train) and has_host_memory(mesh.devices.flat[0]),
         packed=packs(config.data),

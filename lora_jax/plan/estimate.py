@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,12 +75,12 @@ class Estimate:
         }
 
 
-def estimate(config: RunConfig, typed: Collection[str], target: Target) -> Estimate:
-    """Compile a run's step for a target and return what it needs; `typed` names the options that the user gave.
+def estimate(config: RunConfig, target: Target) -> Estimate:
+    """Compile a run's step for a target and return what it needs.
 
     Raises UserError for options that training would refuse.
     """
-    step, subject = planned_step(config, typed, target)
+    step, subject = planned_step(config, target)
     found = figures(step, target)
     held, devices = held_parts(step), len(target.devices)
     tokens = step.batch.tokens.size
@@ -98,9 +98,9 @@ def estimate(config: RunConfig, typed: Collection[str], target: Target) -> Estim
     return Estimate(target, subject, dict(step.mesh.shape), held, found, tokens, flops, least, uncut)
 
 
-def planned_step(config: RunConfig, typed: Collection[str], target: Target) -> tuple[AbstractStep, Subject]:
+def planned_step(config: RunConfig, target: Target) -> tuple[AbstractStep, Subject]:
     """Return the abstract step of a run on a target's devices, and what it trains."""
-    subject = read_subject(config, typed, target.platform)
+    subject = read_subject(config, target.platform)
     return abstract_step(subject, make_mesh(config.mesh, target.devices)), subject
 
 

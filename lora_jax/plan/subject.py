@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,18 +36,18 @@ class Subject:
         return self.base.compute_dtype(self.platform)
 
 
-def read_subject(config: RunConfig, typed: Collection[str], platform: Platform) -> Subject:
-    """Return what a run would train on a platform; `typed` names the options that the user gave.
+def read_subject(config: RunConfig, platform: Platform) -> Subject:
+    """Return what a run would train on a platform.
 
     `config.model.path` is a folder, a config.json or a Hub id, of which config.json alone is fetched; weights that
     are there are asked for their names and dtypes. Raises UserError as training would.
     """
-    base = open_config(config.model, typed)
+    base = open_config(config.model)
     config = replace(config, model=base.options)
     check_full(config, base.quantization)
     plan = None
     if config.method == "lora":
-        found = adapted(config, base.config, typed)
+        found = adapted(config, base.config)
         config, plan = found.config, found.plan
         base = replace(base, config=found.model_config)
         base.check_adapted(plan)

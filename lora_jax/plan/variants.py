@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lora_jax.config import MeshOptions, RunConfig, TrainOptions, check
+from lora_jax.config import QUANTIZING, MeshOptions, RunConfig, TrainOptions, check
 from lora_jax.errors import UserError
 from lora_jax.plan.compiled import Figures
 from lora_jax.plan.estimate import Estimate, estimate, held_parts, planned_step
@@ -22,41 +22,39 @@ TENSOR = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Variant:
-    """A run, the options that the user would have typed for it, and the flags that make it of the one asked for."""
+    """A run, and the flags that make it of the one asked for."""
 
     config: RunConfig
-    typed: Typed
     flags: str
     topology: str | None = None
     """Where it is to run, if elsewhere."""
 
 
-def methods(config: RunConfig, typed: Typed) -> list[tuple[str, Variant]]:
+def methods(config: RunConfig) -> list[tuple[str, Variant]]:
     """Return full fine-tuning, LoRA and QLoRA of a run's model, everything else being the same."""
-    plain = replace(config.model, load_in_4bit=False, load_in_8bit=False, llm_int8_skip_modules=())
+    plain = replace(config.model, **dict.fromkeys(QUANTIZING))
     four = _four_bit(config)
-    unquantized = [name for name in typed if not name.startswith(("model.bnb_4bit", "model.llm_int8"))]
     return [
-        ("full", Variant(replace(config, model=plain, method="full"), unquantized, "--method full")),
-        ("LoRA", Variant(replace(config, model=plain, method="lora"), unquantized, "")),
-        ("QLoRA", Variant(replace(four, method="lora"), {*typed, "model.load_in_4bit"}, "--model.load_in_4bit True")),
+        ("full", Variant(replace(config, model=plain, method="full"), "--method full")),
+        ("LoRA", Variant(replace(config, model=plain, method="lora"), "")),
+        ("QLoRA", Variant(replace(four, method="lora"), "--model.load_in_4bit True")),
     ]  # fmt: skip
 
 
-def what_fits(config: RunConfig, typed: Typed, found: Estimate) -> tuple[str, Estimate] | None:
+def what_fits(config: RunConfig, found: Estimate) -> tuple[str, Estimate] | None:
     """Return the flags of the least change with which a run fits, and its estimate; None where none of them does.
 
     Changes that are tried: fewer rows per device, gradient checkpointing, 4 bits, all of these, a larger topology of
     the same chips. One that cannot fit is passed over: what is held is too much, or too much beside a quarter of the
     former activations, of which gradient checkpointing alone may save more.
     """
-    for variant in _changes(config, typed, found):
+    for variant in _changes(config, found):
         target = found.target if variant.topology is None else find_target(variant.topology)
         try:
-            step, _ = planned_step(variant.config, variant.typed, target)
+            step, _ = planned_step(variant.config, target)
             if held_parts(step).whole + _least_activations(variant.config.train, found) > target.memory:
                 continue
-            tried = estimate(variant.config, variant.typed, target)
+            tried = estimate(variant.config, target)
         except UserError:  # a change that does not go with the other options
             continue
         if tried.figures.fits:
@@ -73,30 +71,30 @@ def _least_activations(train: TrainOptions, found: Estimate) -> float:
     return found.activations * rows / 4
 
 
-def _changes(config: RunConfig, typed: Typed, found: Estimate) -> Iterator[Variant]:
-    whole, names, flags = config, set(typed), []
+def _changes(config: RunConfig, found: Estimate) -> Iterator[Variant]:
+    whole, flags = config, []
     if not config.train.gradient_checkpointing:
         whole = _train(whole, gradient_checkpointing=True)
         flags.append("--train.gradient_checkpointing True")
-        yield Variant(whole, names, " ".join(flags))
+        yield Variant(whole, " ".join(flags))
     rows = config.train.per_device_train_batch_size
     if rows > 1:
         passes = rows * config.train.gradient_accumulation_steps
         whole = _train(whole, per_device_train_batch_size=1, gradient_accumulation_steps=passes)
         flags.append(f"--train.per_device_train_batch_size 1 --train.gradient_accumulation_steps {passes}")
-        yield Variant(whole, names, " ".join(flags))
+        yield Variant(whole, " ".join(flags))
     if config.method == "full":
         whole = replace(whole, method="lora")
         flags.append("--method lora")
-        yield Variant(whole, names, " ".join(flags))
+        yield Variant(whole, " ".join(flags))
     if not (config.model.load_in_4bit or config.model.load_in_8bit):
-        whole, names = _four_bit(whole), {*names, "model.load_in_4bit"}
+        whole = _four_bit(whole)
         flags.append("--model.load_in_4bit True")
-        yield Variant(whole, names, " ".join(flags))
+        yield Variant(whole, " ".join(flags))
     kind, _, size = found.target.name.partition(":")
     sizes = TPUS[kind].known if kind in TPUS else ()
     for larger in sizes[sizes.index(size) + 1 :] if size in sizes else ():
-        yield Variant(config, typed, f"--topology {kind}:{larger}", f"{kind}:{larger}")
+        yield Variant(config, f"--topology {kind}:{larger}", f"{kind}:{larger}")
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ class Found:
         return 1 / seconds if (seconds := _seconds_a_token(self.estimate)) else None
 
 
-def search(config: RunConfig, typed: Typed, target: Target, note: Note) -> list[Found]:
+def search(config: RunConfig, target: Target, note: Note) -> list[Found]:
     """Return the largest batches that fit, the fastest by the roofline first; empty where no row fits.
 
     The mesh is the fastest a token of those that hold one row a device with gradient checkpointing; then, with
@@ -135,7 +133,7 @@ def search(config: RunConfig, typed: Typed, target: Target, note: Note) -> list[
         sizes = ", ".join(f"{name} {size}" for name, size in asdict(candidate.mesh).items() if size != 1)
         label = f"{rows} rows per device, gradient checkpointing {remat}, {sizes or 'one device'}"
         if label not in known:
-            known[label] = _tried(candidate, typed, target, lambda line: note(f"{label}: {line}"))
+            known[label] = _tried(candidate, target, lambda line: note(f"{label}: {line}"))
         return known[label]
 
     start = _train(config, per_device_train_batch_size=1, gradient_checkpointing=True)
@@ -164,14 +162,14 @@ def _seconds_a_token(found: Estimate) -> float:
     return found.least.seconds / found.tokens if found.least else 0
 
 
-def _tried(config: RunConfig, typed: Typed, target: Target, note: Note) -> Estimate | None:
+def _tried(config: RunConfig, target: Target, note: Note) -> Estimate | None:
     """Return a run's estimate, None where what is held between steps is too much already."""
     try:
         check(config)
-        step, _ = planned_step(config, typed, target)
+        step, _ = planned_step(config, target)
         if held_parts(step).whole > target.memory:
             return None
-        found = estimate(config, typed, target)
+        found = estimate(config, target)
     except UserError:  # what does not go with the other options, a mesh that does not divide the model
         return None
     note(f"{found.figures.peak / 2**30:.2f} GiB{'' if found.figures.fits else ', does not fit'}")

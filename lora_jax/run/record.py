@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Collection
 from dataclasses import is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.config import RunConfig
+from lora_jax.config import RunConfig, resolved
 from lora_jax.data.dataset import TokenDataset
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.bucket import Place
@@ -86,14 +85,14 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def run_facts(run: Run, sizes: Sizes, typed: Collection[str]) -> dict[str, Any]:
-    """Return what is known before the first step; `typed` names the options that the user gave."""
+def run_facts(run: Run, sizes: Sizes) -> dict[str, Any]:
+    """Return what is known before the first step."""
     trainable, total = run.parameters
     return {
         "status": "running",
         "ended": None,
         "results": {},
-        "command": command_line(run.config, typed),
+        "command": command_line(run.asked),
         "versions": versions(),
         "jax": jax_settings(),
         "device": run.mesh.devices.flat[0].device_kind,
@@ -142,11 +141,13 @@ def jax_settings() -> dict[str, Any]:
     return {name: getattr(jax.config, name.lower()) for name in DECIDING}
 
 
-def command_line(config: RunConfig, typed: Collection[str]) -> str:
-    """Return the options that the user gave as one command line for a shell, those of starting left out."""
-    words = ["lora-jax", "train"]
-    for name, value in flat_options(config).items():
-        if name not in typed:
+def command_line(asked: RunConfig) -> str:
+    """Return the options that are not at their defaults as one command line for a shell, those of starting left out."""
+    # An adapter to continue from decides what is unset, so that a default says something.
+    default = RunConfig() if asked.lora.init_from else resolved(RunConfig())
+    words, defaults = ["lora-jax", "train"], flat_options(default)
+    for name, value in flat_options(asked).items():
+        if value is None or value == defaults[name]:
             continue
         values = [str(item) for pair in value.items() for item in pair] if isinstance(value, dict) else None
         values = values or ([str(item) for item in value] if isinstance(value, tuple) else [str(value)])

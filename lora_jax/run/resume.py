@@ -8,6 +8,7 @@ from typing import NamedTuple
 from flax.traverse_util import flatten_dict
 from rich.console import Console
 
+from lora_jax.config import resolved
 from lora_jax.errors import UserError
 from lora_jax.hub.bucket import Place
 from lora_jax.run.checkpoints import LENGTHS_OF_STEPS, Checkpoints, Identity, Progress
@@ -99,7 +100,7 @@ def row_checksums(run: Run) -> str:
 
 def identity_of(run: Run, sizes: Sizes) -> Identity:
     """Return what has to be the same for a run to go on: its options, the sizes of its data and steps, its base."""
-    options = asdict(run.config)
+    options = asdict(resolved(run.config))
     sections = {name: options[name] for name in ("model", "lora", "data", "train")}
     counted = {
         "training rows": len(run.train_rows),

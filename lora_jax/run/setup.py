@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from lora_jax.adapters.init import adapter_shapes, start_adapter
 from lora_jax.adapters.notes import read_notes
 from lora_jax.adapters.read import adapter_trees, note_of_base
 from lora_jax.adapters.targets import Plan
-from lora_jax.config import DataOptions, RunConfig
+from lora_jax.config import DataOptions, RunConfig, resolved
 from lora_jax.console import plain_console
 from lora_jax.data.dataset import TokenDataset, load_examples
 from lora_jax.data.locate import is_local
@@ -47,7 +47,10 @@ from lora_jax.train.optim import make_optimizer
 class Run(InMemory):
     """A run's model, data and adapter, as they stand before the first step."""
 
+    asked: RunConfig
+    """The options as they were given."""
     config: RunConfig
+    """The options as they came to be, defaults and those of a base or an adapter put in."""
     train_rows: TokenDataset
     eval_rows: Mapping[str, TokenDataset]
     """The sets to evaluate on by their names; a single one without a name has the empty one."""
@@ -68,18 +71,18 @@ class Run(InMemory):
         return trainable_parameters(self.plan, self.model_config)
 
 
-def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
-    """Read model, data and adapter of a run, the model onto the mesh; `typed` names the options that the user gave.
+def prepare(config: RunConfig, mesh: Mesh) -> Run:
+    """Read model, data and adapter of a run, the model onto the mesh.
 
     Raises UserError for whatever in them is wrong.
     """
-    base = open_pretrained(config.model, typed)
+    asked, base = config, open_pretrained(config.model)
     config = replace(config, model=base.options)
     check_full(config, base.quantization)
     set_chat_template(base.tokenizer, config.data.chat_template)
     if config.method == "full":
-        return _prepare_whole(config, base, mesh)
-    found = adapted(config, base.config, typed)
+        return _prepare_whole(replace(config, lora=resolved(config.lora)), asked, base, mesh)
+    found = adapted(config, base.config)
     config, plan, start = found.config, found.plan, found.start
     carried, over = found.carried(base.checkpoint), base.with_adapter(start)
     check_resized(over, plan)
@@ -96,18 +99,18 @@ def prepare(config: RunConfig, typed: Collection[str], mesh: Mesh) -> Run:
         trainable, facts = start_adapter(key, plan, frozen, layers, init, mesh)
     return make_run(
         config, base, rows, mesh, frozen, trainable, facts,
-        plan=plan, adapter_config=found.lora_config, carried=carried,
+        asked=asked, plan=plan, adapter_config=found.lora_config, carried=carried,
     )  # fmt: skip
 
 
-def _prepare_whole(config: RunConfig, base: Pretrained, mesh: Mesh) -> Run:
+def _prepare_whole(config: RunConfig, asked: RunConfig, base: Pretrained, mesh: Mesh) -> Run:
     """Return a run that trains every parameter."""
     rows = read_run_rows(config, base)
     _check_memory(config, base, None)
     params = base.params(mesh)
     _check_finite(params, base, config)
     trainable = jax.tree.map(partial(jnp.array, dtype=jnp.float32), params)
-    return make_run(config, base, rows, mesh, {}, trainable, {})
+    return make_run(config, base, rows, mesh, {}, trainable, {}, asked=asked)
 
 
 def make_run(
@@ -119,11 +122,15 @@ def make_run(
     trainable: Any,
     facts: Any,
     *,
+    asked: RunConfig | None = None,
     plan: Plan | None = None,
     adapter_config: AdapterConfig | None = None,
     carried: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Return a run over trees that are on the mesh; its first step consumes `trainable`."""
+    """Return a run over trees that are on the mesh; its first step consumes `trainable`.
+
+    `asked` are the options as they were given, where those differ from `config`.
+    """
     model = Decoder(
         base.config,
         dtype=base.compute_dtype(),
@@ -135,9 +142,10 @@ def make_run(
     )
     train_rows, eval_rows = rows
     return Run(
-        base=base, model=model, tokenizer=base.tokenizer, frozen=frozen, adapter=facts, mesh=mesh, config=config,
-        train_rows=train_rows, eval_rows=eval_rows, trainable=trainable, plan=plan, adapter_config=adapter_config,
-        key=run_keys(config)[1], carried=carried or {}, settings=generation_settings(base.folder),
+        base=base, model=model, tokenizer=base.tokenizer, frozen=frozen, adapter=facts, mesh=mesh,
+        asked=config if asked is None else asked, config=config, train_rows=train_rows, eval_rows=eval_rows,
+        trainable=trainable, plan=plan, adapter_config=adapter_config, key=run_keys(config)[1],
+        carried=carried or {}, settings=generation_settings(base.folder),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ The loop is in `loop.py`; what a step computes, in `lora_jax/train/step.py`.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -57,22 +57,16 @@ from lora_jax.train.optim import make_optimizer
 from lora_jax.train.programs import Programs
 from lora_jax.train.step import TrainState, make_train_step, sharded_state
 
-Prepare = Callable[[RunConfig, Collection[str], Mesh], Run]
+Prepare = Callable[[RunConfig, Mesh], Run]
 
 
-def train(
-    config: RunConfig,
-    typed: Collection[str] = (),
-    console: Console | None = None,
-    prepare: Prepare = prepare,
-) -> int:
+def train(config: RunConfig, console: Console | None = None, prepare: Prepare = prepare) -> int:
     """Train as the options say and leave the results in output_dir; return the exit code.
 
     `prepare` makes the run: from the files that the options name, or of a model that is in memory already.
 
-    0 when done or stopped by SIGTERM, 130 when interrupted by SIGINT after a save (see `signals`). `typed`
-    names the options the user gave (see `lora.init_from`). Raises UserError before anything is written, or where
-    a checkpoint cannot be.
+    0 when done or stopped by SIGTERM, 130 when interrupted by SIGINT after a save (see `signals`). Raises UserError
+    before anything is written, or where a checkpoint cannot be.
     """
     check(config)
     check_installed(config.train.generation_metrics)
@@ -83,7 +77,7 @@ def train(
         try:
             if not writes():
                 hush()
-            return _checked(config, typed, console or plain_console(quiet=not writes()), signals, prepare)
+            return _checked(config, console or plain_console(quiet=not writes()), signals, prepare)
         except Exception as error:
             known = error if isinstance(error, UserError) else lost(error)
             if known is None:
@@ -91,9 +85,7 @@ def train(
             raise known from error
 
 
-def _checked(
-    config: RunConfig, typed: Collection[str], console: Console, signals: Signals, prepare: Prepare
-) -> int:
+def _checked(config: RunConfig, console: Console, signals: Signals, prepare: Prepare) -> int:
     mesh = make_mesh(config.mesh)
     signals.begin(console, mesh)
     check_place(config)
@@ -110,10 +102,10 @@ def _checked(
                 "line, except for --distributed.process_id"
             )
         with jax.set_mesh(mesh):
-            return train_run(prepare(config, typed, mesh), typed, console, signals)
+            return train_run(prepare(config, mesh), console, signals)
 
 
-def train_run(run: Run, typed: Collection[str], console: Console, signals: Signals) -> int:
+def train_run(run: Run, console: Console, signals: Signals) -> int:
     """Train what `prepare` has read, or go on with it, and write and show the result; return the exit code."""
     config, folder = run.config, output_folder(run.config)
     for note in notes_of_start(run):
@@ -134,7 +126,7 @@ def train_run(run: Run, typed: Collection[str], console: Console, signals: Signa
         if goes_on:
             open_output(config)  # only now: a resumption that is refused leaves the folder as it was
         print_facts(console, run, begun.state.opt_state, training.sizes)
-        result = _trained(training, begun, checkpoints, typed, console, signals)
+        result = _trained(training, begun, checkpoints, console, signals)
     if (number := result.outcome.stopped_by) is not None:
         return INTERRUPTED if number == signal.SIGINT else 0
     print_end(console, training, result.outcome, checkpoints.best, result.written)
@@ -183,7 +175,6 @@ def _trained(
     training: Training,
     begun: Start,
     checkpoints: Checkpoints,
-    typed: Collection[str],
     console: Console,
     signals: Signals,
 ) -> Result:
@@ -191,7 +182,7 @@ def _trained(
     run, folder = training.run, output_folder(training.run.config)
     record = Record(folder, begun.resumed_at)
     with signals.changing:
-        record.note(**run_facts(run, training.sizes, typed))
+        record.note(**run_facts(run, training.sizes))
         signals.on_leaving = partial(record.end, "stopped")
     with tracked(run.config, folder, record, begun.resumed_at, console) as tracking:
         signals.on_leaving = partial(_stopped, tracking)

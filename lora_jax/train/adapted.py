@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from lora_jax.adapters.continued import continued_config, resolved_options
 from lora_jax.adapters.peft import Tensors, adapter_config, check_tensors
 from lora_jax.adapters.read import Adapter, carried_tensors, open_adapter
 from lora_jax.adapters.targets import Plan, make_plan
-from lora_jax.config import RunConfig
+from lora_jax.config import RunConfig, resolved
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.bitsandbytes import QuantizationConfig
@@ -40,18 +39,19 @@ class Adapted:
         return {} if self.start is None else carried_tensors(self.start.changed(base), self.plan)
 
 
-def adapted(config: RunConfig, model_config: ModelConfig, typed: Collection[str]) -> Adapted:
-    """Return who is adapted; `typed` names the options that the user gave.
+def adapted(config: RunConfig, model_config: ModelConfig) -> Adapted:
+    """Return who is adapted, the adapter's options resolved.
 
     Raises UserError for targets that match nothing, and for an adapter to go on with that does not fit.
     """
     asked = adapter_config(config.lora, config.model.path, config.model.revision)
     if config.lora.init_from is None:
+        config = replace(config, lora=resolved(config.lora))
         return Adapted(config, model_config, make_plan(asked, modules(model_config)), asked, None)
     start = open_adapter(on_disk(config.lora.init_from, "--lora.init_from"), model_config)
     stored, tensors, model_config = start.config, start.tensors, start.model_config
     known = modules(model_config)
-    lora_config = continued_config(asked, stored, typed, known)
+    lora_config = continued_config(config.lora, asked, stored, known)
     config = replace(config, lora=resolved_options(config.lora, lora_config))
     plan = make_plan(lora_config, known, strict=False)
     check_tensors(tensors, plan, config.lora.init_from)

@@ -94,10 +94,10 @@ def batch_of(step: AbstractStep, vocab: int) -> Batch:
 
 def measure(row: dict[str, Any], arguments: list[str]) -> None:
     """Run steps with the options given and add their figures to a row."""
-    config, typed = parse(RunConfig, arguments, program="steps")
+    config = parse(RunConfig, arguments, program="steps")
     platform = "cpu" if jax.default_backend() == "cpu" else "cuda"
     target = Target("here", platform, "here", jax.devices(), None)
-    step, subject = planned_step(config, typed, target)
+    step, subject = planned_step(config, target)
     with jax.set_mesh(step.mesh):
         state, base, facts = start(step, subject)
         batch = batch_of(step, subject.model_config.vocab_size)

@@ -1,4 +1,4 @@
-"""Going on with an adapter: what it says holds, and only what was typed can contradict it."""
+"""Going on with an adapter: what it says holds, and only an option that is set can contradict it."""
 
 from typing import Any
 
@@ -22,9 +22,9 @@ STORED = lora(
 )
 
 
-def continued(typed: dict[str, Any], stored: AdapterConfig = STORED) -> AdapterConfig:
-    asked = adapter_config(LoraOptions(**typed), "new/base", "main")
-    return continued_config(asked, stored, {f"lora.{name}" for name in typed}, KNOWN)
+def continued(given: dict[str, Any], stored: AdapterConfig = STORED) -> AdapterConfig:
+    options = LoraOptions(**given)
+    return continued_config(options, adapter_config(options, "new/base", "main"), stored, KNOWN)
 
 
 def test_defaults_never_contradict() -> None:
@@ -34,13 +34,13 @@ def test_defaults_never_contradict() -> None:
     assert (found.base_model_name_or_path, found.revision) == ("new/base", "main")
 
 
-def test_dropout_is_the_adapters_unless_it_was_typed() -> None:
+def test_dropout_is_the_adapters_unless_it_is_set() -> None:
     assert continued({}).lora_dropout == 0.2
     assert continued({"lora_dropout": 0.0}).lora_dropout == 0.0
 
 
 @pytest.mark.parametrize(
-    "typed",
+    "given",
     [
         {"r": 4},
         {"lora_alpha": 6},
@@ -53,12 +53,12 @@ def test_dropout_is_the_adapters_unless_it_was_typed() -> None:
     ],
     ids=str,
 )
-def test_option_that_means_the_same_is_no_contradiction(typed: dict[str, Any]) -> None:
-    assert continued(typed).r == 4
+def test_option_that_means_the_same_is_no_contradiction(given: dict[str, Any]) -> None:
+    assert continued(given).r == 4
 
 
 @pytest.mark.parametrize(
-    ("typed", "parts"),
+    ("given", "parts"),
     [
         ({"r": 8}, ["--lora.r 8", "has 4"]),
         ({"lora_alpha": 16.0}, ["--lora.lora_alpha 16", "has 6"]),
@@ -76,11 +76,9 @@ def test_option_that_means_the_same_is_no_contradiction(typed: dict[str, Any]) -
     ],
     ids=str,
 )
-def test_typed_option_that_contradicts_the_adapter_is_an_error(
-    typed: dict[str, Any], parts: list[str]
-) -> None:
+def test_set_option_that_contradicts_the_adapter_is_an_error(given: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        continued(typed)
+        continued(given)
     message = str(caught.value)
     for part in (*parts, "--lora.init_from"):
         assert part in message

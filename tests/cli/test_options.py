@@ -14,7 +14,7 @@ import yaml
 
 from lora_jax.cli import main
 from lora_jax.commands.merge import MergeOptions
-from lora_jax.config import DataOptions, LoraOptions, ModelOptions, RunConfig
+from lora_jax.config import DataOptions, LoraOptions, ModelOptions, RunConfig, resolved
 from lora_jax.errors import UserError
 from lora_jax.options import option_names, parse
 from lora_jax.run.output import config_yaml, open_output
@@ -28,7 +28,7 @@ def config(tmp_path: Path) -> Any:
         file = tmp_path / "run.yaml"
         if text is not None:
             file.write_text(text)
-        return parse(RunConfig, [str(file), *flags] if text is not None else flags, program="train.py")[0]
+        return parse(RunConfig, [str(file), *flags] if text is not None else flags, program="train.py")
 
     return read
 
@@ -88,7 +88,7 @@ def test_a_bare_switch_is_true_and_so_are_yes_on_and_1(config: Any) -> None:
         assert found.overwrite
     for word in ("no", "Off", "0", "false"):
         assert not config(None, "--train.gradient_checkpointing", word).train.gradient_checkpointing
-    merge = parse(MergeOptions, ["--overwrite", "yes", "--hub_private_repo", "off"], program="")[0]
+    merge = parse(MergeOptions, ["--overwrite", "yes", "--hub_private_repo", "off"], program="")
     assert (merge.overwrite, merge.hub_private_repo) == (True, False)
 
 
@@ -166,8 +166,11 @@ def test_flags_win_over_the_file_and_the_last_one_over_those_before(config: Any)
 
 def test_what_is_given_is_told_from_what_is_a_default(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("lora: {r: 16}")
-    _, given = parse(RunConfig, [str(tmp_path / "run.yaml"), "--train.seed", "42"], program="train.py")
-    assert given == {"lora.r", "train.seed"}
+    found = parse(RunConfig, [str(tmp_path / "run.yaml"), "--model.load_in_4bit", "no"], program="train.py")
+    assert (found.lora.r, found.lora.lora_alpha, found.lora.rank_pattern) == (16, None, None)
+    assert (found.model.load_in_4bit, found.model.load_in_8bit) == (False, None)
+    whole = resolved(found)
+    assert (whole.lora.lora_alpha, whole.lora.rank_pattern, whole.model.load_in_8bit) == (32, {}, False)
 
 
 def test_the_written_config_is_read_back_as_it_was(config: Any) -> None:
@@ -184,9 +187,9 @@ def test_text_that_starts_with_dashes_is_text(tmp_path: Path) -> None:
     """A prompt about the flags of a program; tyro took it for an option."""
     file = tmp_path / "run.yaml"
     file.write_text("train: {sample_prompts: '--help me'}\ndata: {path: ''}")
-    found = parse(RunConfig, [str(file)], program="")[0]
+    found = parse(RunConfig, [str(file)], program="")
     assert (found.train.sample_prompts, found.data.path) == (("--help me",), ("",))
-    typed = parse(RunConfig, ["--train.sample_prompts=--", "--train.report_to", "wandb"], program="")[0]
+    typed = parse(RunConfig, ["--train.sample_prompts=--", "--train.report_to", "wandb"], program="")
     assert (typed.train.sample_prompts, typed.train.report_to) == (("--",), ("wandb",))
 
 
@@ -202,7 +205,7 @@ def test_a_written_config_holds_in_any_folder(tmp_path: Path, monkeypatch: pytes
     )
     open_output(RunConfig(model=ModelOptions(path="model"), data=data, output_dir="out"))
     monkeypatch.chdir(tmp_path)
-    found = parse(RunConfig, ["there/out/config.yaml"], program="")[0]
+    found = parse(RunConfig, ["there/out/config.yaml"], program="")
     there = tmp_path / "there"
     assert (found.model.path, found.output_dir) == (str(there / "model"), str(there / "out"))
     assert found.data.path == (str(there / "rows.jsonl"), "owner/rows:main", str(there / "*.jsonl"))
@@ -212,7 +215,7 @@ def test_a_written_config_holds_in_any_folder(tmp_path: Path, monkeypatch: pytes
     data = DataOptions(path=("rows.jsonl",), eval_paths={"a": "rows.jsonl"}, chat_template="chatml")
     open_output(RunConfig(model=ModelOptions(path="model"), data=data, output_dir="other"))
     monkeypatch.chdir(tmp_path)
-    found = parse(RunConfig, ["there/other/config.yaml"], program="")[0]
+    found = parse(RunConfig, ["there/other/config.yaml"], program="")
     assert found.data.eval_paths == {"a": str(there / "rows.jsonl")}
     assert found.data.chat_template == "chatml"
 
@@ -380,6 +383,8 @@ def test_every_shipped_config_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     files = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
     assert files
     for file in files:
-        found, given = parse(RunConfig, [str(file)], program="train.py")
-        assert {"model.path", "data.path", "output_dir"} <= given
+        found = parse(RunConfig, [str(file)], program="train.py")
+        assert found.model.path
+        assert found.data.path
+        assert found.output_dir
         assert yaml.safe_load(config_yaml(found))["output_dir"] == found.output_dir

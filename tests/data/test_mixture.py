@@ -102,9 +102,9 @@ def test_one_path_and_several_are_given_alike_in_yaml_and_in_flags(tmp_path):
     file = tmp_path / "run.yaml"
     for said, wanted in (("a.jsonl", ("a.jsonl",)), (["a.jsonl", "b c.jsonl"], ("a.jsonl", "b c.jsonl"))):
         file.write_text(json.dumps({"data": {"path": said}}))
-        assert parse(RunConfig, [str(file)], program="x")[0].data.path == wanted
-        assert parse(RunConfig, ["--data.path", *wanted], program="x")[0].data.path == wanted
-    assert parse(RunConfig, ["--data.path=a.jsonl"], program="x")[0].data.path == ("a.jsonl",)
+        assert parse(RunConfig, [str(file)], program="x").data.path == wanted
+        assert parse(RunConfig, ["--data.path", *wanted], program="x").data.path == wanted
+    assert parse(RunConfig, ["--data.path=a.jsonl"], program="x").data.path == ("a.jsonl",)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_options_of_the_rows_that_make_no_sense_are_one_clear_error(options, mes
     with pytest.raises(UserError, match=message):
         check_data(DataOptions(path=("a", "b"), **options))
     with pytest.raises(UserError, match=r"--data\.path: required"):
-        check(parse(RunConfig, ["--model.path", "m", "--output_dir", "o"], program="x")[0])
+        check(parse(RunConfig, ["--model.path", "m", "--output_dir", "o"], program="x"))
 
 
 def test_rows_whose_first_window_has_nothing_to_train_on_are_held_out_whole(write_lines, make_tokenizer):

@@ -259,7 +259,7 @@ from lora_jax.models.quantization import quantization_of
 def loaded(folder):
     checkpoint = open_checkpoint(Path(folder))
     config = read_config(checkpoint.config, folder)
-    quantization = quantization_of(ModelOptions(load_in_4bit=True), checkpoint, config, ())
+    quantization = quantization_of(ModelOptions(load_in_4bit=True), checkpoint, config)
     return jax.block_until_ready(load_params(checkpoint, config, "bfloat16", quantization))
 
 loaded(sys.argv[1])

@@ -55,7 +55,7 @@ def batch() -> Batch:
 def losses_and_adapter(base: Base, bits: int, mesh: Mesh) -> tuple[list[float], Any, str]:
     """Return the loss of each step, the trainable tree after the last, and the compiled step's text."""
     options = ModelOptions(load_in_4bit=bits == 4)
-    quantization = quantization_of(options, base.checkpoint, base.config, ())
+    quantization = quantization_of(options, base.checkpoint, base.config)
     with jax.set_mesh(mesh):
         frozen = load_params(base.checkpoint, base.config, quantization=quantization, mesh=mesh)
         _, _, trainable, adapter = adapted(base, lora(r=4))
@@ -119,10 +119,10 @@ def check_start_on_eight_devices() -> None:
     folder = Path(tempfile.mkdtemp())
     model, rows = write_checkpoint(folder / "tiny", CONFIG), write_rows(folder / "rows.jsonl")
     words = train_arguments(model, rows, folder / "out", "--model.load_in_4bit", "True")[1:]
-    config, typed = parse(RunConfig, words, program="test")
+    config = parse(RunConfig, words, program="test")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        run = prepare(config, typed, mesh)
+        run = prepare(config, mesh)
         assert jax.tree.map(lambda leaf: leaf.sharding, run.trainable) == shardings(run.trainable, mesh)
         state, where = sharded_state(run.trainable, OPTIMIZER, run.key, config.train, mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == where

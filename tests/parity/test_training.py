@@ -105,7 +105,7 @@ def train_ours(
     known = modules(base.config)
     asked = adapter_config(LoraOptions(init_from=str(start)), str(base_folder), None)
     stored, tensors = read_adapter(start)
-    config = continued_config(asked, stored, {"lora.init_from"}, known)
+    config = continued_config(LoraOptions(init_from="here"), asked, stored, known)
     plan = make_plan(config, known, strict=False)
     empty, adapter = init_adapter(jax.random.key(0), plan, base.params, base.config.num_hidden_layers, "true")
     trainable = import_tensors(tensors, empty, plan, start)

@@ -32,10 +32,10 @@ def resident(name: str) -> int:
 
 
 def main() -> None:
-    config, typed = parse(RunConfig, sys.argv[1:], program="measured_steps.py")
+    config = parse(RunConfig, sys.argv[1:], program="measured_steps.py")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        run = prepare(config, typed, mesh)
+        run = prepare(config, mesh)
         sizes = run_sizes(run)
         optimizer = make_optimizer(run.config.train, sizes.steps)
         state: Any

@@ -39,7 +39,7 @@ def options(file: Path, remat: bool, method: str) -> RunConfig:
 )
 def test_formula_equals_the_compilers_count(tmp_path: Path, method: str, remat: bool) -> None:
     config = options(write_config(tmp_path, **ONE_LAYER), remat, method)
-    step, subject = planned_step(config, (), find_target("cpu"))
+    step, subject = planned_step(config, find_target("cpu"))
     # Of the program as it is traced: optimized, a loop of one layer is none, and what it repeats is done once.
     counted = step.lower("cpu").cost_analysis()["flops"]
     products = step_flops(

@@ -28,8 +28,8 @@ def options(config_file: Path) -> RunConfig:
 def test_methods_differ_in_what_is_held(config_file: Path) -> None:
     target = find_target("cpu")
     held = {
-        name: held_parts(planned_step(variant.config, variant.typed, target)[0])
-        for name, variant in methods(options(config_file), ())
+        name: held_parts(planned_step(variant.config, target)[0])
+        for name, variant in methods(options(config_file))
     }
     full, lora, qlora = held["full"], held["LoRA"], held["QLoRA"]
     assert full.frozen == 0
@@ -45,7 +45,7 @@ def test_figures_that_were_kept_go_by_the_memory_that_there_is_now(
     monkeypatch.setattr(compiled, "_kept", lambda *_: tmp_path / "plan.json")
     monkeypatch.setattr(compiled, "_threshold", lambda: -1)
     target = find_target("cpu")
-    step = planned_step(options(config_file), (), target)[0]
+    step = planned_step(options(config_file), target)[0]
     found = compiled.figures(step, target)
     assert found.fits
     (tmp_path / "memory.max").write_text("1000\n")  # of a container
@@ -57,7 +57,7 @@ def test_figures_that_were_kept_go_by_the_memory_that_there_is_now(
 def test_each_device_of_fsdp_holds_its_share(config_file: Path) -> None:
     prepare_environment()
     alone, eight = (
-        held_parts(planned_step(options(config_file), (), find_target(name))[0])
+        held_parts(planned_step(options(config_file), find_target(name))[0])
         for name in ("v5e:1x1", "v5e:2x4")
     )
     assert alone.frozen / 8 <= eight.frozen < 1.1 * alone.frozen / 8  # norms are whole on each
@@ -71,12 +71,12 @@ def test_gradient_checkpointing_alone_is_what_fits_a_deep_model(
     deep = options(write_config(tmp_path, num_hidden_layers=64))
     target = find_target("cpu")
     saving = replace(deep.train, gradient_checkpointing=True, per_device_train_batch_size=16)
-    whole = estimate(replace(deep, train=replace(saving, gradient_checkpointing=False)), (), target)
-    less = estimate(replace(deep, train=saving), (), target)
+    whole = estimate(replace(deep, train=replace(saving, gradient_checkpointing=False)), target)
+    less = estimate(replace(deep, train=saving), target)
     assert less.activations < whole.activations / 4  # by more than other changes are expected to save
     (tmp_path / "memory.max").write_text(str(less.figures.peak))
     monkeypatch.setattr(memory, "CONTAINER", tmp_path / "memory.max")
-    found = what_fits(whole.subject.config, (), whole)
+    found = what_fits(whole.subject.config, whole)
     assert found is not None
     assert found[0] == "--train.gradient_checkpointing True"
 
@@ -86,7 +86,7 @@ def test_search_tries_nothing_that_training_would_refuse(config_file: Path) -> N
     run = options(config_file)
     run = replace(run, train=replace(run.train, gradient_checkpointing=True, offload="activations"))
     notes: list[str] = []
-    found = search(run, (), replace(find_target("cpu")), notes.append)
+    found = search(run, replace(find_target("cpu")), notes.append)
     assert [one.config.train.gradient_checkpointing for one in found] == [True]
 
 
@@ -95,7 +95,7 @@ def test_search_finds_nothing_where_nothing_fits(tmp_path: Path) -> None:
     prepare_environment()
     wide = options(write_config(tmp_path, vocab_size=2**33))
     notes: list[str] = []
-    assert search(wide, (), find_target("v5e:2x2"), notes.append) == []
+    assert search(wide, find_target("v5e:2x2"), notes.append) == []
     assert notes == []  # what is held tells, and nothing is compiled
     assert wide.mesh == MeshOptions()
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from lora_jax.adapters.flops import needed_flops
 from lora_jax.adapters.targets import make_plan
 from lora_jax.cli import main
-from lora_jax.config import RunConfig, TrainOptions
+from lora_jax.config import LoraOptions, RunConfig, TrainOptions
 from lora_jax.models.families import read_config
 from lora_jax.models.names import modules
 from lora_jax.parallel.chips import KINDS, Chip
@@ -217,9 +217,11 @@ def test_histogram_counts_every_row_once_in_few_bars_of_a_round_width(longest: i
 
 
 def test_command_holds_what_was_given_and_quotes_it() -> None:
-    config = RunConfig(output_dir="my run", push_to_hub="me/it")
-    line = command_line(config, ("output_dir", "push_to_hub", "lora.target_modules", "train.seed"))
-    assert line == "lora-jax train --lora.target_modules all-linear --train.seed 42 --output_dir 'my run'"
+    lora = LoraOptions(target_modules=("q_proj", "v_proj"))
+    line = command_line(
+        RunConfig(output_dir="my run", push_to_hub="me/it", lora=lora, train=TrainOptions(seed=1))
+    )
+    assert line == "lora-jax train --lora.target_modules q_proj v_proj --train.seed 1 --output_dir 'my run'"
 
 
 def test_overwriting_leaves_folders_of_trackers_where_there_was_no_run(tmp_path: Path) -> None:
