@@ -11,13 +11,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lora_jax.cache import keep_compiled
 from lora_jax.errors import A_STEP, EXIT_CODE, INTERRUPTED, UserError, mendable, nearest
 from lora_jax.hub.advice import leave_torch_out
 from lora_jax.progress import alive, hush
 from lora_jax.streams import Unread, guarded
+from lora_jax.types import Object
 from lora_jax.version import __version__
 
 USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
@@ -238,7 +239,7 @@ def _eval(arguments: Sequence[str], program: str) -> int:
     from lora_jax.config import RunConfig
     from lora_jax.options import parse
 
-    taken: dict[str, Any] = {"also": RunConfig, "from_file": from_file}
+    taken: Object = {"also": RunConfig, "from_file": from_file}
     return evaluate(parse(EvalOptions, arguments, program=program, **taken))
 
 

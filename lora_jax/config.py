@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
 from lora_jax.errors import UserError
+from lora_jax.types import Object
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 NOT_NEGATIVE = (
@@ -69,7 +70,7 @@ def unset(default: Any) -> Any:
 
 def resolved(options: Options) -> Options:
     """Return a dataclass of options with the default of each one that is unset, in its sections too."""
-    values: dict[str, Any] = {}
+    values: Object = {}
     for option in fields(cast(Any, options)):
         value = getattr(options, option.name)
         if is_dataclass(value):
@@ -77,6 +78,16 @@ def resolved(options: Options) -> Options:
         elif value is None and DEFAULT in option.metadata:
             values[option.name] = option.metadata[DEFAULT]
     return replace(cast(Any, options), **values)
+
+
+def unset_names(options: object) -> list[str]:
+    """Return the names of the options of a section that are unset and have a default."""
+    known = fields(cast(Any, options))
+    return [
+        option.name
+        for option in known
+        if DEFAULT in option.metadata and getattr(options, option.name) is None
+    ]
 
 
 @dataclass(frozen=True)

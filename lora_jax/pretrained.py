@@ -13,10 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from lora_jax.adapters.notes import Notes
 from lora_jax.adapters.read import Adapter
@@ -42,6 +43,7 @@ from lora_jax.models.quantization import (
     resolved_model_options,
 )
 from lora_jax.paths import on_disk
+from lora_jax.types import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +68,7 @@ class Pretrained:
         return self.checkpoint.folder
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer, read when first asked for; raises UserError where there is none."""
         return load_joined_tokenizer(self.folder, self.tokenizer_files)
 
@@ -81,7 +83,7 @@ class Pretrained:
         return self.checkpoint.quantization is not None
 
     @property
-    def storage_dtype(self) -> Any:
+    def storage_dtype(self) -> np.dtype:
         """Dtype that the matrices are held in, unless they are quantized: as asked for, else as stored."""
         if self.options.dtype == "auto" and not self.has_weights:
             return _written_dtype(self.checkpoint)
@@ -103,7 +105,7 @@ class Pretrained:
         """What identifies the files, as they were when this was first asked for."""
         return fingerprint(self.checkpoint)
 
-    def compute_dtype(self, platform: str | None = None) -> Any:
+    def compute_dtype(self, platform: str | None = None) -> np.dtype:
         """Return the dtype of the matrix products on a platform, by default that of JAX's default backend."""
         return compute_dtype(self.options, self.storage_dtype, self.quantization, platform)
 
@@ -139,7 +141,7 @@ class Pretrained:
         """Raise UserError where a plan trains weights as they are that are quantized here."""
         check_unquantized(plan, quantized_weights(self.checkpoint, self.config, self.quantization))
 
-    def params(self, mesh: Mesh | None = None, held: Any = None) -> Params:
+    def params(self, mesh: Mesh | None = None, held: DTypeLike | None = None) -> Params:
         """Read the parameters, onto a mesh or the default device, in the dtype `held` or, by default, the options'."""
         asked = self.options.dtype
         dtype = asked if held is None else jnp.dtype(held).name
@@ -195,7 +197,7 @@ def open_config(options: ModelOptions) -> Pretrained:
     return Pretrained(checkpoint=checkpoint, config=config).with_options(options)
 
 
-def _written_dtype(checkpoint: Checkpoint) -> Any:
+def _written_dtype(checkpoint: Checkpoint) -> np.dtype:
     """Return the dtype that config.json says the weights have; without one transformers takes float32."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
     try:

@@ -11,6 +11,7 @@ from lora_jax.config import LoraOptions
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.models.names import Module
+from lora_jax.types import Object
 
 FIXED = (
     "r",
@@ -55,7 +56,7 @@ def continued_config(
 
 def resolved_options(options: LoraOptions, config: AdapterConfig) -> LoraOptions:
     """Return the options with the values of an adapter config in place of their own."""
-    given: dict[str, Any] = {name: getattr(config, name) for name in (*FIXED, "lora_dropout")}
+    given: Object = {name: getattr(config, name) for name in (*FIXED, "lora_dropout")}
     for name in ("target_modules", "exclude_modules"):
         given[name] = (given[name],) if isinstance(given[name], str) else given[name]
     tokens = given["trainable_token_indices"]

@@ -28,8 +28,9 @@ from lora_jax.errors import UserError
 from lora_jax.models.names import Module, Path
 from lora_jax.models.sharding import shardings
 from lora_jax.progress import stage
+from lora_jax.types import Object
 
-Tree = dict[str, Any]
+Tree = Object
 
 
 def init_adapter(

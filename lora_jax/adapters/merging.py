@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.adapters.notes import Notes
 from lora_jax.adapters.peft import TOKEN_ROWS
@@ -85,7 +85,7 @@ def merged_tensors(
 
 
 def _converted(
-    value: np.ndarray, dtype: Any, name: str, base: Checkpoint, read: Callable[[], np.ndarray] | None
+    value: np.ndarray, dtype: DTypeLike, name: str, base: Checkpoint, read: Callable[[], np.ndarray] | None
 ) -> np.ndarray:
     """Return a merged tensor in dtype; `read` reads again what the base has of it, to tell where a NaN comes from."""
     converted = cast(value, dtype)

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.bitsandbytes import QuantizationConfig, read_quantization_config
+from lora_jax.types import Object, Values
 
 NOTES_FILE = "lora_jax.json"
 _REMEDY = "delete it or write the adapter again"
@@ -40,7 +40,7 @@ class Notes:
 
 def write_notes(folder: Path, notes: Notes) -> None:
     """Write an adapter folder's notes."""
-    content: dict[str, Any] = {"vocab_size": notes.vocab_size}
+    content: Object = {"vocab_size": notes.vocab_size}
     if notes.base:
         content["base"] = dict(notes.base)
     if notes.quantization is not None:
@@ -53,7 +53,7 @@ def read_notes(folder: Path) -> Notes:
     """Return an adapter folder's notes, empty where it has none; raises UserError for a damaged file."""
     path = folder / NOTES_FILE
     try:
-        content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: Values = json.loads(path.read_text(encoding="utf-8"))
         dtype = content.get("dtype", "auto")
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {dtype!r}")

@@ -20,6 +20,7 @@ from lora_jax.errors import UserError, listing
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.models.names import Module, Path
 from lora_jax.parallel.processes import on_host
+from lora_jax.types import Trained
 
 Tensors = dict[str, np.ndarray]
 
@@ -95,7 +96,7 @@ def adapter_table(plan: Plan) -> tuple[AdapterTensor, ...]:
 TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 
 
-def export_tensors(trainable: Mapping[str, Any], plan: Plan) -> Tensors:
+def export_tensors(trainable: Trained, plan: Plan) -> Tensors:
     """Return the adapter's tensors by name, float32, contiguous, true ranks."""
     leaves = {path: on_host(leaf).astype(np.float32) for path, leaf in flatten_dict(dict(trainable)).items()}
     tensors: Tensors = {}
@@ -106,9 +107,7 @@ def export_tensors(trainable: Mapping[str, Any], plan: Plan) -> Tensors:
     return tensors
 
 
-def import_tensors(
-    tensors: Mapping[str, np.ndarray], trainable: Mapping[str, Any], plan: Plan, where: object
-) -> Any:
+def import_tensors(tensors: Mapping[str, np.ndarray], trainable: Trained, plan: Plan, where: object) -> Any:
     """Return the trainable tree, in numpy, with its leaves taken from an adapter's tensors, padded where the tree is.
 
     Raises UserError, naming `where`, that lists all missing, extra and misshapen tensors.

@@ -24,6 +24,7 @@ from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import EMBEDDING_NAME, HEAD_NAME, modules, name_table
 from lora_jax.models.sharding import placed, shardings
 from lora_jax.progress import stage
+from lora_jax.types import Params
 
 TABLES = (EMBEDDING_NAME, HEAD_NAME)
 _INSIDE = (".token_adapter.base_layer.", ".base_layer.")
@@ -122,7 +123,7 @@ def _tied(weights: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], boo
 
 
 @stage("loading the adapter")
-def adapter_trees(adapter: Adapter, frozen: Any, mesh: Mesh | None = None) -> tuple[Any, Any]:
+def adapter_trees(adapter: Adapter, frozen: Params, mesh: Mesh | None = None) -> tuple[Any, Any]:
     """Return the trainable and adapter trees of an adapter over a frozen tree, on the mesh that the tree is on."""
     layers = adapter.model_config.num_hidden_layers
     key, plan = jax.random.key(0), adapter.plan

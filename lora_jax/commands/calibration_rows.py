@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from lora_jax.hub.chat_templates import set_chat_template
 from lora_jax.models.calibration import Gain, Rows, calibrated_tensors
 from lora_jax.pretrained import Pretrained
 from lora_jax.quant.leaf import Quantized
+from lora_jax.types import Object
 
 BATCH = 8
 """Rows in one forward pass."""
@@ -134,7 +134,7 @@ class Calibration:
     def write_notes(self, folder: Path) -> None:
         """Write what was done beside the tensors."""
         gain, options = self._gain, self._options
-        content: dict[str, Any] = {
+        content: Object = {
             "method": "gptq",
             "path": options.path,
             "split": options.split,

@@ -50,6 +50,7 @@ from lora_jax.run.setup import evaluation_rows
 from lora_jax.run.stopping import FIGURES
 from lora_jax.run_folder import figure_name
 from lora_jax.train.feed import eval_sizes
+from lora_jax.types import Object, Tokenizer
 
 SECTION = "--"
 """What the names of options of scores begin with here."""
@@ -63,7 +64,7 @@ ABOUT_SOURCES = (
 LOADED = ("model.load_in_4bit", "model.load_in_8bit")
 
 Sets = Mapping[str, TokenDataset]
-Line = dict[str, Any]
+Line = Object
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _sets_of(found: Sequence[Candidate], options: EvalOptions, console: Console)
     return sets
 
 
-def _sets(options: EvalOptions, tokenizer: Any, vocab_size: int, console: Console) -> Sets:
+def _sets(options: EvalOptions, tokenizer: Tokenizer, vocab_size: int, console: Console) -> Sets:
     data, seed = options.data, options.seed
     if sets := evaluation_rows(data, tokenizer, vocab_size, console):
         return sets

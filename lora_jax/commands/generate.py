@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +19,7 @@ from lora_jax.generate.sampling import Sampling
 from lora_jax.generate.text import TextStream, decoded
 from lora_jax.models.finite import broken_weights
 from lora_jax.progress import spoke, stage
+from lora_jax.types import Object
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def completions(options: GenerateOptions, loaded: Loaded) -> list[str]:
     return [decoded(tokens, loaded.tokenizer) for tokens in found]
 
 
-def _asked(options: GenerateOptions, loaded: Loaded) -> tuple[list[list[int]], dict[str, Any]]:
+def _asked(options: GenerateOptions, loaded: Loaded) -> tuple[list[list[int]], Object]:
     """Return the prompts' tokens, and how they are completed."""
     chat = bool(loaded.tokenizer.chat_template) and not options.raw
     if options.system is not None and not chat:
@@ -92,7 +92,7 @@ def _asked(options: GenerateOptions, loaded: Loaded) -> tuple[list[list[int]], d
     ]
     _check_vocabulary(prompts, loaded)
     _check_length(prompts, options, loaded)
-    how: dict[str, Any] = {
+    how: Object = {
         "max_new_tokens": resolved(options).max_new_tokens,
         "end_ids": end_ids(loaded.settings, loaded.checkpoint.config, loaded.tokenizer, chat=chat),
         "sampling": _sampling(options, loaded),
@@ -102,7 +102,7 @@ def _asked(options: GenerateOptions, loaded: Loaded) -> tuple[list[list[int]], d
 
 
 @stage("completing the prompt")
-def _print_as_it_comes(loaded: Loaded, prompts: Sequence[Sequence[int]], how: dict[str, Any]) -> bool:
+def _print_as_it_comes(loaded: Loaded, prompts: Sequence[Sequence[int]], how: Object) -> bool:
     """Print a completion; return whether its logits were finite to the end."""
     text, begun = TextStream(loaded.tokenizer), False
     for tokens in stream(loaded.model, loaded.variables, prompts, **how):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import tyro
@@ -30,6 +30,7 @@ from lora_jax.hub.writer import parse_size
 from lora_jax.models.save import save_model
 from lora_jax.paths import on_disk, output_on_disk
 from lora_jax.pretrained import open_folder
+from lora_jax.types import Object, Tokenizer
 from lora_jax.version import __version__
 
 
@@ -109,7 +110,7 @@ def merge(options: MergeOptions, console: Console | None = None) -> int:
         _written_quantization(options.quantize, trained, written),
     )
     comparison = Comparison(base, adapter, trained, chosen)
-    changes: dict[str, Any] = {
+    changes: Object = {
         "tie_word_embeddings": merged.tie_word_embeddings,
         "vocab_size": merged.vocab_size,
         "dtype": written,
@@ -154,7 +155,7 @@ def _settle(merged: Path, base: Checkpoint, adapter: Path, rows: int) -> list[st
     """Make a merged folder stop where training ends a text; return notes about that and its tokenizer."""
     if not carries_tokenizer(merged):
         return []
-    tokenizer: Any = load_tokenizer(merged)
+    tokenizer: Tokenizer = load_tokenizer(merged)
     notes: list[str] = []
     if added := write_stops(merged, base, tokenizer, rows, adapter):
         notes.append(f"generation_config.json and config.json also stop at {listing(added)}, as in training")

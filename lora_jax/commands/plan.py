@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +16,7 @@ from lora_jax.plan.estimate import Estimate, estimate
 from lora_jax.plan.subject import read_subject
 from lora_jax.plan.topologies import Target, find_target, shown_targets
 from lora_jax.plan.variants import methods, search, what_fits
+from lora_jax.types import Object
 
 TOO_LARGE = 3
 """Exit code of a run that does not fit."""
@@ -67,7 +67,7 @@ def plan(options: PlanOptions, console: Console | None = None) -> int:
     return 0 if fits else TOO_LARGE
 
 
-def _plan(console: Console, options: PlanOptions, target: Target) -> tuple[dict[str, Any], bool]:
+def _plan(console: Console, options: PlanOptions, target: Target) -> tuple[Object, bool]:
     if options.compare and read_subject(options, target.platform).base.stored_quantized:
         raise UserError(
             f"--compare: {options.model.path} is already quantized, and the other methods start from the "
@@ -93,7 +93,7 @@ def _plan(console: Console, options: PlanOptions, target: Target) -> tuple[dict[
     return record, False
 
 
-def _search(console: Console, options: PlanOptions, target: Target) -> tuple[dict[str, Any], bool]:
+def _search(console: Console, options: PlanOptions, target: Target) -> tuple[Object, bool]:
     best = search(options, target, console.print)
     if not best:
         found = estimate(options, target)  # its mesh may be one that is not tried

@@ -75,7 +75,8 @@ def quantize(options: QuantizeOptions, console: Console | None = None) -> int:
     quantization, stored = base.quantization, base.storage_dtype
     assert quantization is not None
     if not base.stored_quantized:
-        compute = str(stored) if model.bnb_4bit_compute_dtype == "auto" else model.bnb_4bit_compute_dtype
+        asked = resolved(model).bnb_4bit_compute_dtype
+        compute = str(stored) if asked in ("auto", None) else asked
         skipped = tuple(dict.fromkeys(("lm_head", *(quantization.skip_modules or ()))))
         quantization = replace(quantization, compute_dtype=compute, skip_modules=skipped)
     counts = _Counts()

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from lora_jax.config import DataFormat, DataOptions
 from lora_jax.errors import UserError, listing, nearest
+from lora_jax.types import Values
 
 COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -121,7 +121,7 @@ class Columns:
                 "give one of the two"
             )
 
-    def named(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    def named(self, row: Values) -> Values:
         """Return a row by our names."""
         if not self.names:
             return row
@@ -153,7 +153,7 @@ class Columns:
             return (chosen or fitting)[0]
         raise UserError(self._unfit(have, where))
 
-    def _lacking(self, ours: Mapping[str, Any], form: DataFormat) -> list[str]:
+    def _lacking(self, ours: Values, form: DataFormat) -> list[str]:
         """Return the columns that a format needs and a row has not."""
         if form == "messages":
             return [] if "messages" in ours or CONVERSATIONS in ours else ["messages"]
@@ -209,7 +209,7 @@ class Columns:
             refused -= set(_PREFERENCE)
         return frozenset(refused)
 
-    def unread(self, row: Mapping[str, Any], form: DataFormat, where: str) -> tuple[list[str], list[str]]:
+    def unread(self, row: Values, form: DataFormat, where: str) -> tuple[list[str], list[str]]:
         """Return the columns of a row as the file has it that are not read, and those that options name and it has.
 
         A column that is empty, or that the user left out, is not counted.
@@ -233,7 +233,7 @@ class Columns:
             unread.append(name)
         return unread, stated
 
-    def _check_needed(self, row: Mapping[str, Any], form: DataFormat, where: str) -> None:
+    def _check_needed(self, row: Values, form: DataFormat, where: str) -> None:
         lacking = self._lacking(row if not self.names else self.named(row), form)
         if not lacking:
             return

@@ -18,6 +18,7 @@ from lora_jax.data.lines import decoded, kind, read_csv, read_json_lines, read_t
 from lora_jax.data.packed import PACKED, opened_text
 from lora_jax.data.parquet import ParquetFile
 from lora_jax.errors import UserError
+from lora_jax.types import Object
 
 
 @runtime_checkable
@@ -79,7 +80,7 @@ def read_json(file: Path) -> RowSource:
     return _ListSource(content)
 
 
-class _ListSource(list[dict[str, Any]]):
+class _ListSource(list[Object]):
     """Rows that are held in memory."""
 
     unit = "row"

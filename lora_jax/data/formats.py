@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +20,9 @@ from lora_jax.config import DataFormat
 from lora_jax.data.columns import CONTEXT, CONVERSATIONS, MEDIA, is_empty
 from lora_jax.data.lines import kind
 from lora_jax.errors import UserError, listing, nearest
+from lora_jax.types import Object, Values
 
-Message = dict[str, Any]
+Message = Object
 
 RESERVED = (
     "messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
@@ -73,7 +73,7 @@ class ChatExample:
     """All that follows the leading messages is trained on, whoever speaks."""
     silent: frozenset[int] = frozenset()
     """Indices of the assistant's turns that are only read."""
-    words: Mapping[str, Any] = field(default_factory=dict)
+    words: Values = field(default_factory=dict)
     """What the row says to the chat template beside messages and tools."""
 
 
@@ -81,7 +81,7 @@ Example = TextExample | CompletionExample | ChatExample
 
 
 def to_example(
-    row: Mapping[str, Any],
+    row: Values,
     form: DataFormat,
     where: str,
     *,
@@ -123,7 +123,7 @@ def to_example(
     raise ValueError(f"{form!r} is no format of a row")
 
 
-def _completed(row: Mapping[str, Any], prompts_too: bool, whole: bool, where: str) -> Example:
+def _completed(row: Values, prompts_too: bool, whole: bool, where: str) -> Example:
     """Return a prompt and its completion, both strings or both messages; `prompts_too` trains on the prompt as well."""
     prompt, completion = _column(row, "prompt", where), _column(row, "completion", where)
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -146,7 +146,7 @@ def _completed(row: Mapping[str, Any], prompts_too: bool, whole: bool, where: st
 
 
 def _answered(
-    row: Mapping[str, Any], form: DataFormat, chat: bool, prompts_too: bool, whole: bool, where: str
+    row: Values, form: DataFormat, chat: bool, prompts_too: bool, whole: bool, where: str
 ) -> Example:
     """Return an instruction or a question with its answer: a conversation where there is a template, else Alpaca's."""
     asked, answer = ("instruction", "output") if form == "instruction" else ("question", "answer")
@@ -169,7 +169,7 @@ HEAVIEST = 1_000_000
 """Greatest weight of a row: weights are relative, and their sum has to fit into float32 beside losses."""
 
 
-def row_weight(row: Mapping[str, Any], column: str | None, where: str) -> float:
+def row_weight(row: Values, column: str | None, where: str) -> float:
     """Return the number by which a row is weighted, 1 where no column is named.
 
     Raises:
@@ -202,7 +202,7 @@ def _turns(asked: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
 
-def _preceded(row: Mapping[str, Any], messages: list[Message], where: str) -> list[Message]:
+def _preceded(row: Values, messages: list[Message], where: str) -> list[Message]:
     """Return messages behind what the columns system and history put before them, as in LLaMA-Factory and ms-swift."""
     system = _text(row, "system", where) if row.get("system") is not None else ""
     own = messages[:1] if messages[0]["role"] in ("system", "developer") else []
@@ -217,7 +217,7 @@ def _preceded(row: Mapping[str, Any], messages: list[Message], where: str) -> li
     return [*own, *_history(row, where), *rest]
 
 
-def _history(row: Mapping[str, Any], where: str) -> list[Message]:
+def _history(row: Values, where: str) -> list[Message]:
     """Return the turns of the column history: pairs of what was asked and answered, or messages."""
     value = parsed(row.get("history"))
     if is_empty(value):
@@ -236,14 +236,14 @@ def _history(row: Mapping[str, Any], where: str) -> list[Message]:
     return found
 
 
-def _check_plain(row: Mapping[str, Any], where: str, reason: str) -> None:
+def _check_plain(row: Values, where: str, reason: str) -> None:
     """Raise UserError for a column that only messages can have beside them."""
     for column in CONTEXT:
         if not is_empty(parsed(row.get(column), "{" if column == "chat_template_kwargs" else "[")):
             raise UserError(f"{where}: column {column} can only be used with messages, but {reason}")
 
 
-def _chat(row: Mapping[str, Any], messages: list[Message], head: int, whole: bool, where: str) -> ChatExample:
+def _chat(row: Values, messages: list[Message], head: int, whole: bool, where: str) -> ChatExample:
     """Return the conversation of a row without its messages' own marks of what is trained."""
     silent = set[int]()
     for index, message in enumerate(messages):
@@ -278,7 +278,7 @@ def _is_trained(message: Message, where: str) -> bool | None:
     return next((bool(value) for value in said.values()), None)
 
 
-def _words(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _words(row: Values, where: str) -> Object:
     words = parsed(row.get("chat_template_kwargs") or None, "{")
     if words is None:
         return {}
@@ -388,7 +388,7 @@ def _encodable(value: Any, where: str) -> Any:
     return value
 
 
-def _tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
+def _tools(row: Values, where: str) -> list[Any] | None:
     tools = parsed(row.get("tools") or None)  # an empty field of a CSV file is none
     if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         return _encodable(tools, f"{where}: column tools") or None
@@ -405,7 +405,7 @@ def parsed(value: Any, opening: str = "[") -> Any:
         return value
 
 
-def _column(row: Mapping[str, Any], column: str, where: str, option: str = "--data.format") -> Any:
+def _column(row: Values, column: str, where: str, option: str = "--data.format") -> Any:
     if column not in row:
         raise UserError(
             f"{where}: no column {column!r}, only {listing(row) or 'none'}; add it or set {option}"
@@ -413,7 +413,7 @@ def _column(row: Mapping[str, Any], column: str, where: str, option: str = "--da
     return row[column]
 
 
-def _text(row: Mapping[str, Any], column: str, where: str) -> str:
+def _text(row: Values, column: str, where: str) -> str:
     return _checked(_column(row, column, where), f"{where}: column {column}", "give text, or remove the row")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from lora_jax.data.packed import opened_text
 from lora_jax.errors import UserError
+from lora_jax.types import Object
 
 _KINDS: dict[type, str] = {
     bool: "true or false",
@@ -29,7 +30,7 @@ _KINDS: dict[type, str] = {
 }
 
 
-Parser = Callable[[bytes, str], dict[str, Any]]
+Parser = Callable[[bytes, str], Object]
 """Makes a row of its bytes and its place; raises UserError where they are none."""
 
 
@@ -49,10 +50,10 @@ class CutFile:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Object:
         return self.parse(next(self.pieces([index])), f"{self.file} {self.unit} {self.numbers[index]}")
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Object]:
         for index, piece in enumerate(self.pieces(range(len(self)))):
             yield self.parse(piece, f"{self.file} {self.unit} {self.numbers[index]}")
 
@@ -89,12 +90,12 @@ def _cut_at_lines(file: Path, parse: Parser) -> CutFile:
     return CutFile(file, starts, ends, parse, numbers, "line")
 
 
-def parse_text_line(raw: bytes, where: str) -> dict[str, Any]:
+def parse_text_line(raw: bytes, where: str) -> Object:
     """Return a line without its end; raises UserError where it is not UTF-8."""
     return {"text": decoded(raw, where).removesuffix("\n").removesuffix("\r")}
 
 
-def parse_json_line(raw: bytes, where: str) -> dict[str, Any]:
+def parse_json_line(raw: bytes, where: str) -> Object:
     """Return the object that a line holds; raises UserError where it holds none."""
     try:
         row = json.loads(decoded(raw, where))
@@ -131,7 +132,7 @@ class CsvRecord:
     header: tuple[str, ...]
     delimiter: str = ","
 
-    def __call__(self, raw: bytes, where: str) -> dict[str, Any]:
+    def __call__(self, raw: bytes, where: str) -> Object:
         """Return the columns of a row; raises UserError where the fields are not those of the header."""
         try:
             fields = next(_records(io.StringIO(decoded(raw, where), newline=""), self.delimiter), [])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.errors import UserError
+from lora_jax.types import Object
 
 BATCH = 256
 """Rows that are turned into Python's objects at once."""
@@ -21,7 +22,7 @@ class ParquetFile:
     def __init__(self, file: Path) -> None:
         """Read the file's footer; raises UserError where it has none that can be read."""
         self.file, self.unit = file, "row"
-        self._batch: list[dict[str, Any]] = []
+        self._batch: list[Object] = []
         self._start = 0
         try:
             groups = self._opened.metadata
@@ -45,10 +46,10 @@ class ParquetFile:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Object]:
         return map(self.__getitem__, range(len(self)))
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Object:
         while not self._start <= index < self._start + len(self._batch):
             self._advance(index)
         return self._batch[index - self._start]

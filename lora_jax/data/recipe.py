@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_jax.config import DataFormat, DataOptions
 from lora_jax.data.columns import NONE, Columns
@@ -13,6 +12,7 @@ from lora_jax.data.formats import row_weight, to_example
 from lora_jax.data.tokens import Tokens, TrainOnEos, encode
 from lora_jax.data.windows import TruncationMode, fitted
 from lora_jax.errors import UserError
+from lora_jax.types import Values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ class Recipe:
         names = {ours: NONE if name.lower() == NONE else name for ours, name in self.columns.items()}
         return Columns(names, self.text_field, self.weight_field)
 
-    def form(self, columns: Mapping[str, Any], where: str) -> DataFormat:
+    def form(self, columns: Values, where: str) -> DataFormat:
         """Return the format of a source by its first row.
 
         Raises:
@@ -66,7 +66,7 @@ class Recipe:
 
     def tokens(
         self,
-        row: Mapping[str, Any],
+        row: Values,
         form: DataFormat,
         tokenizer: PreTrainedTokenizerBase,
         where: str,

@@ -8,6 +8,7 @@ from typing import Any
 from lora_jax.data.files import quiet_datasets
 from lora_jax.data.parquet import BATCH, without_absent
 from lora_jax.errors import UserError
+from lora_jax.types import Object
 
 
 class HubRows:
@@ -17,7 +18,7 @@ class HubRows:
 
     def __init__(self, found: Any, name: str) -> None:
         self.found, self.name = found, name
-        self._batch: list[dict[str, Any]] = []
+        self._batch: list[Object] = []
         self._start = 0
 
     @property
@@ -33,10 +34,10 @@ class HubRows:
     def __len__(self) -> int:
         return len(self.found)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Object]:
         return map(self.__getitem__, range(len(self)))
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Object:
         if not self._start <= index < self._start + len(self._batch):
             self._start = index - index % BATCH
             try:

@@ -22,6 +22,7 @@ from jinja2 import TemplateError
 
 from lora_jax.data.formats import ChatExample, Message, parsed
 from lora_jax.errors import UserError
+from lora_jax.types import Object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,7 +134,7 @@ class Renderer:
         # What apply_chat_template calls; that one gives no places of characters.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        words: dict[str, Any] = {**self.tokenizer.special_tokens_map, **self.chat.words, **how}
+        words: Object = {**self.tokenizer.special_tokens_map, **self.chat.words, **how}
         return render_jinja_template(  # pyright: ignore[reportReturnType]
             [messages], tools=self.chat.tools, chat_template=self._at_one_time[0], **words
         )
@@ -239,7 +240,7 @@ def _formed(
     return message
 
 
-def _call(call: dict[str, Any], form: str) -> dict[str, Any]:
+def _call(call: Object, form: str) -> Object:
     """Return a call with its arguments as an object, or as JSON in text: the row's own where it has some."""
     function = call.get("function", call)
     if "arguments" not in function:

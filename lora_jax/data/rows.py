@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 from lora_jax.data.files import RowSource, kind_of, read_file
 from lora_jax.data.lines import CutFile, Parser
@@ -21,8 +21,9 @@ from lora_jax.data.locate import data_files
 from lora_jax.data.packed import PACKED
 from lora_jax.data.remote import HubRows, read_hub
 from lora_jax.errors import UserError
+from lora_jax.types import Object
 
-Row = dict[str, Any]
+Row = Object
 
 
 class Rows:

@@ -15,10 +15,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from lora_jax.data.store import Store
+from lora_jax.types import Object
 from lora_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ class Entry:
     """Tokens on the disk, and what was noted of them."""
 
     store: Store
-    about: dict[str, Any]
+    about: Object
 
 
-def key(content: str, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str | None:
+def key(content: str, options: Object, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the name of an entry; None for a tokenizer in Python, which does not say what it does."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -83,7 +84,7 @@ def opened(entry: Path) -> Entry:
     return Entry(Store(entry / ROWS), about)
 
 
-def note(aside: Path, about: dict[str, Any]) -> None:
+def note(aside: Path, about: Object) -> None:
     """Complete an entry whose rows are written."""
     content = {**about, "checksum": checksum(aside / ROWS)}
     (aside / ABOUT).write_text(json.dumps(content), encoding="utf-8")

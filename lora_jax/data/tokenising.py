@@ -30,6 +30,7 @@ from lora_jax.data.rows import Rows
 from lora_jax.data.store import StoreWriter, as_batch
 from lora_jax.errors import UserError
 from lora_jax.progress import at, shown_by
+from lora_jax.types import Object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ class Counts:
     """Columns that options name and rows have."""
 
     @classmethod
-    def of(cls, said: dict[str, Any]) -> Counts:
+    def of(cls, said: Object) -> Counts:
         """Return counts from a dict of them that was JSON, which has no tuples."""
         names = {name: tuple(said[name]) for name in ("unread", "stated")}
         return cls(**{**said, **names})

@@ -19,6 +19,7 @@ from lora_jax.generate.sampling import GREEDY, Sampling, choose, penalise
 from lora_jax.models.decoder import Cache, Decoder, positions_of
 from lora_jax.parallel.processes import on_host
 from lora_jax.progress import at
+from lora_jax.types import Collections
 
 NO_TOKEN, NOT_FINITE = -1, -2
 """In place of a token: the row has ended; its logits are NaN or infinite, which ends it."""
@@ -30,7 +31,7 @@ Seen = Bool[Array, "batch vocab"]
 
 def stream(
     model: Decoder,
-    variables: Any,
+    variables: Collections,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -65,7 +66,7 @@ def stream(
 
 def complete(
     model: Decoder,
-    variables: Any,
+    variables: Collections,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -86,7 +87,7 @@ def complete(
 @partial(jax.jit, static_argnames=("model", "slots"))
 def prefill(
     model: Decoder,
-    variables: Any,
+    variables: Collections,
     tokens: Int[Array | np.ndarray, "batch length"],
     segments: Int[Array | np.ndarray, "batch length"],
     slots: int,
@@ -100,7 +101,7 @@ def prefill(
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def advance(
     model: Decoder,
-    variables: Any,
+    variables: Collections,
     cache: Cache,
     tokens: Int[Array | np.ndarray, " batch"],
     positions: Int[Array | np.ndarray, " batch"],
@@ -147,7 +148,7 @@ def bucket(length: int) -> int:
 
 def _read(
     model: Decoder,
-    variables: Any,
+    variables: Collections,
     tokens: Int[Array, "batch length"],
     positions: Int[Array, "batch length"],
     segments: Int[Array, "batch length"],

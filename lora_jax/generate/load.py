@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from lora_jax.adapters.notes import read_notes
 from lora_jax.adapters.read import Adapter, adapter_trees, base_of, note_of_base, open_adapter
@@ -18,6 +17,7 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.layers import variables
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.pretrained import Pretrained, open_pretrained
+from lora_jax.types import Collections, Tokenizer, Values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class Opened:
 
     base: Pretrained
     """With the vocabulary of the adapter, and with the weights that it brings."""
-    tokenizer: Any
+    tokenizer: Tokenizer
     adapter: Adapter | None
-    settings: Mapping[str, Any]
+    settings: Values
     """What generation_config.json holds; nothing where there is none."""
 
     @property
@@ -60,7 +60,7 @@ class Loaded(Opened):
     """A model that is ready to run: `model.apply(variables, tokens, positions, segments)`."""
 
     model: Decoder
-    variables: Mapping[str, Any]
+    variables: Collections
 
 
 def load_for_inference(options: ModelOptions, adapter: str | None = None) -> Loaded:

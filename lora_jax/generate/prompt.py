@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
@@ -11,6 +10,7 @@ from lora_jax.data.formats import ChatExample
 from lora_jax.data.tokens import tokenise
 from lora_jax.errors import UserError
 from lora_jax.hub.tokenizer import end_token_id, plain_ids, without_double_bos
+from lora_jax.types import Tokenizer, Values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,16 +47,12 @@ def encode_prompt(
     return ids
 
 
-def end_ids(
-    settings: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any, *, chat: bool
-) -> frozenset[int]:
+def end_ids(settings: Values, config: Values, tokenizer: Tokenizer, *, chat: bool) -> frozenset[int]:
     """Return the tokens that end a completion (see `stop_ids`)."""
     return frozenset(stop_ids(settings, config, tokenizer, chat=chat))
 
 
-def stop_ids(
-    settings: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any, *, chat: bool
-) -> list[int]:
+def stop_ids(settings: Values, config: Values, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
     """Return the tokens that end a completion, each once.
 
     They are `eos_token_id`, one id or several, of generation_config.json (`settings`), else of config.json,
@@ -71,7 +67,7 @@ def stop_ids(
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
-def named_ends(settings: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
+def named_ends(settings: Values, config: Values) -> list[int]:
     """Return `eos_token_id`, one id or several, of generation_config.json (`settings`), else of config.json."""
     named = settings.get("eos_token_id")
     named = config.get("eos_token_id") if named is None else named
@@ -91,7 +87,7 @@ def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase, system: str | None, 
         raise UserError(f"{option}: the chat template rejects it ({error}); {remedy}") from error
 
 
-def _turn_end(tokenizer: Any) -> int | None:
+def _turn_end(tokenizer: Tokenizer) -> int | None:
     """Return the special token that training teaches to end a turn with; None where it cannot be told."""
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
     try:

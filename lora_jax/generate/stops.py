@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lora_jax.generate.prompt import named_ends, stop_ids
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.checkpoint import CONFIG_FILE, Checkpoint
 from lora_jax.hub.json_file import read_json_object
 from lora_jax.hub.tokenizer import GENERATION_CONFIG_FILE, generation_config
+from lora_jax.types import Tokenizer, Values
 
 _WITH_THEM = ("bos_token_id", "pad_token_id")
 """What transformers takes from config.json where there is no generation_config.json."""
 
 
-def generation_settings(source: Path, own: Path | None = None) -> Mapping[str, Any]:
+def generation_settings(source: Path, own: Path | None = None) -> Values:
     """Return what generation_config.json of the folder `own`, else of the source, holds; nothing without one."""
     path = generation_config(source, own)
     return {} if path is None else read_json_object(path, "fix it or delete it")
 
 
 def write_stops(
-    folder: Path, base: Checkpoint, tokenizer: Any, rows: int, own: Path | None = None
+    folder: Path, base: Checkpoint, tokenizer: Tokenizer, rows: int, own: Path | None = None
 ) -> list[str]:
     """Make the settings in a folder stop at what training ends a text and a turn with, and return the tokens added.
 
@@ -47,5 +46,5 @@ def write_stops(
     return [f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in added]
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def _write(path: Path, content: Values) -> None:
     write_text(path, json.dumps(dict(content), indent=2, sort_keys=True) + "\n")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from lora_jax.types import Tokenizer
 
 _INCOMPLETE = "\ufffd"
 
 
-def decoded(tokens: list[int], tokenizer: Any) -> str:
+def decoded(tokens: list[int], tokenizer: Tokenizer) -> str:
     """Return the text of tokens without the special ones."""
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -15,7 +15,7 @@ def decoded(tokens: list[int], tokenizer: Any) -> str:
 class TextStream:
     """Text in pieces whose sum is the text of all tokens: a character is held back until its last byte is there."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
         self._given = ""

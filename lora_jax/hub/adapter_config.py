@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.json_file import read_json_object
 from lora_jax.hub.links import cached_snapshots, lost_target
+from lora_jax.types import Object
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
@@ -64,7 +65,7 @@ class AdapterConfig:
         The keys are sorted, names too; patterns keep their order, because the first that matches a module
         holds, and so do token indices, which the rows of the saved tensor follow.
         """
-        content: dict[str, Any] = {
+        content: Object = {
             "alpha_pattern": {name: _whole(alpha) for name, alpha in self.alpha_pattern.items()},
             "auto_mapping": None,
             "base_model_name_or_path": self.base_model_name_or_path,
@@ -114,7 +115,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 class _Reader:
     """The keys of one file, with errors that say which key of which file is wrong."""
 
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+    def __init__(self, path: Path, content: Object) -> None:
         self.path = path
         self.content = content
 
@@ -210,7 +211,7 @@ class _Reader:
             return {name: self._integer_list(key, tokens) for name, tokens in value.items()}
         return () if value is None else self._integer_list(key, value)
 
-    def _pattern(self, key: str) -> dict[str, Any]:
+    def _pattern(self, key: str) -> Object:
         value = self.content.get(key) or {}
         legal = _is_rank if key == "rank_pattern" else _is_scale
         if not isinstance(value, dict) or not all(legal(item) for item in value.values()):

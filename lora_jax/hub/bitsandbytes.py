@@ -9,13 +9,13 @@ tensors, that is an error rather than a guess.
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
 
 from lora_jax.errors import UserError, listing
+from lora_jax.types import Object, Values
 
 Bits = Literal[4, 8]
 Value = str | bool | int | float | list[str] | None
@@ -89,7 +89,7 @@ class Packed4bit:
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
         """Return the tensors that stand in a checkpoint for the weight `name`."""
-        state: dict[str, Any] = {
+        state: Object = {
             "quant_type": self.quant_type,
             "blocksize": self.blocksize,
             "dtype": self.dtype.name,
@@ -127,7 +127,7 @@ class Packed8bit:
 
 
 def read_quantization_config(
-    config: Mapping[str, Any], where: object, remedy: str = REMEDY
+    config: Values, where: object, remedy: str = REMEDY
 ) -> QuantizationConfig | None:
     """Return what config.json says of quantization, or None where it says nothing.
 

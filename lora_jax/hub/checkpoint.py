@@ -18,6 +18,7 @@ from lora_jax.hub.bitsandbytes import Packed4bit, Packed8bit, QuantizationConfig
 from lora_jax.hub.json_file import read_json_object
 from lora_jax.hub.links import cached_snapshots, leads_outside, lost_target
 from lora_jax.hub.safetensors_file import SafetensorsFile
+from lora_jax.types import Object
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -42,7 +43,7 @@ class Checkpoint:
     def __init__(
         self,
         folder: Path,
-        config: dict[str, Any],
+        config: Object,
         files: dict[str, SafetensorsFile],
         stored: Mapping[str, str] | None = None,
     ) -> None:

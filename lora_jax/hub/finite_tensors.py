@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.errors import UserError
 
@@ -34,7 +33,7 @@ def not_finite(values: np.ndarray) -> str:
     return f"{count:,} of {values.size:,} values {'is' if count == 1 else 'are'} {' or '.join(found)}"
 
 
-def converted(values: np.ndarray, dtype: Any, name: str, option: str) -> np.ndarray:
+def converted(values: np.ndarray, dtype: DTypeLike, name: str, option: str) -> np.ndarray:
     """Return values in another dtype; raises UserError where finite ones are too large for it (see `too_large`)."""
     found = cast(values, dtype)
     if found.dtype != values.dtype and not finite(found) and finite(values):
@@ -42,13 +41,13 @@ def converted(values: np.ndarray, dtype: Any, name: str, option: str) -> np.ndar
     return found
 
 
-def cast(values: np.ndarray, dtype: Any) -> np.ndarray:
+def cast(values: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     """Return values in another dtype, infinite where it cannot hold them."""
     with np.errstate(over="ignore"):
         return values.astype(dtype)
 
 
-def too_large(values: np.ndarray, dtype: Any, name: str, option: str) -> UserError:
+def too_large(values: np.ndarray, dtype: DTypeLike, name: str, option: str) -> UserError:
     """Return the error for a tensor of finite values that `dtype`, which `option` chooses, cannot hold."""
     kind, most = np.dtype(dtype).name, float(ml_dtypes.finfo(dtype).max)
     return UserError(

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.errors import UserError
+from lora_jax.types import Object
 
 
 class DuplicateKeyError(ValueError):
     """An object of a JSON text has the same key twice; which value counts depends on who reads it."""
 
 
-def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: Iterable[tuple[str, Any]]) -> Object:
     """Return the object of a JSON text (`object_pairs_hook`); raises DuplicateKeyError."""
-    found: dict[str, Any] = {}
+    found: Object = {}
     for key, value in pairs:
         if key in found:
             raise DuplicateKeyError(f"duplicate key {json.dumps(key)[:80]}")
@@ -22,7 +23,7 @@ def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+def read_json_object(path: Path, remedy: str) -> Object:
     """Return the object that a JSON file holds.
 
     Raises UserError with `remedy` where the file cannot be read, is not JSON, has a duplicate key or holds

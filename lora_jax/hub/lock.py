@@ -20,12 +20,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 from lora_jax.errors import UserError
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.bucket import Place
+from lora_jax.types import Object
 
 LOCK = ".lora_jax.lock"
 BEAT, SILENCE = 15.0, 45.0
@@ -129,14 +129,14 @@ class Lock:
     def _write(self) -> None:
         write_text(self.path, json.dumps(self._content | {"token": self._token}))
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> Object:
         try:
             found = json.loads(self.path.read_text())
         except Exception:  # not there, or half written: each kind of place raises its own
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _taken(self, found: dict[str, Any]) -> UserError:
+    def _taken(self, found: Object) -> UserError:
         return UserError(
             f"{self._option}: a run is writing there ({_whose(found)}); wait until it ends, stop it, or give "
             "another folder"
@@ -164,7 +164,7 @@ def _made(folder: Place, option: str) -> list[Path]:
     return missing
 
 
-def _whose(found: dict[str, Any]) -> str:
+def _whose(found: Object) -> str:
     if not found:
         return "it has just started"
     return f"pid {found.get('pid')}, host {found.get('host')}, since {found.get('since')}"

@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from lora_jax.hub.adapter_config import AdapterConfig
 from lora_jax.hub.resolve import looks_like_id
+from lora_jax.types import Object
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _metadata(
             )
             for kind, name, value in figures
         ]
-    more: dict[str, Any] = {"base_model_relation": relation} if base_id else {}
+    more: Object = {"base_model_relation": relation} if base_id else {}
     data = ModelCardData(
         base_model=base_id,
         datasets=list(facts.datasets) or None,

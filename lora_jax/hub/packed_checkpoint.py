@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +25,7 @@ from lora_jax.hub.bitsandbytes import (
 from lora_jax.hub.checkpoint import CONFIG_FILE, Checkpoint
 from lora_jax.hub.finite_tensors import finite, not_finite
 from lora_jax.hub.json_file import unique
+from lora_jax.types import Object, Values
 
 _DTYPES: Final = {
     "float32": np.dtype(np.float32),
@@ -134,7 +135,7 @@ class PackedCheckpoint(Checkpoint):
             nested=self._nested(name, state, absmax) if nested else None,
         )
 
-    def _nested(self, name: str, state: Mapping[str, Any], codes: np.ndarray) -> Nested:
+    def _nested(self, name: str, state: Values, codes: np.ndarray) -> Nested:
         blocksize, offset = state.get("nested_blocksize"), state.get("nested_offset")
         if blocksize not in _BLOCKSIZES:
             raise self._bad(
@@ -163,7 +164,7 @@ class PackedCheckpoint(Checkpoint):
             self.config.get("dtype") or self.config.get("torch_dtype") or "float16", CONFIG_FILE
         )
 
-    def _state(self, name: str) -> dict[str, Any]:
+    def _state(self, name: str) -> Object:
         key = self._states[name][0]
         text = self._array(key, np.uint8).tobytes()
         try:
@@ -174,7 +175,7 @@ class PackedCheckpoint(Checkpoint):
             raise self._bad(f"{key} contains a JSON {type(state).__name__}, not an object")
         return state
 
-    def _shape_of(self, state: Mapping[str, Any], name: str) -> tuple[int, int]:
+    def _shape_of(self, state: Values, name: str) -> tuple[int, int]:
         match state.get("shape"):
             case [int(out), int(rows)] if out > 0 and rows > 0:
                 return out, rows

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from lora_jax.errors import UserError
@@ -34,6 +35,7 @@ from lora_jax.progress import at
 from lora_jax.quant.dequantize import dequantize
 from lora_jax.quant.gptq import calibrated, output_error
 from lora_jax.quant.leaf import BLOCK, Quantized, may_be_grouped
+from lora_jax.types import Params
 
 SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """Modules that read what another one reads."""
@@ -75,7 +77,7 @@ def calibrated_tensors(
     gain: Gain,
     *,
     dtype: str = "auto",
-    compute: Any = jnp.float32,
+    compute: DTypeLike = jnp.float32,
 ) -> Iterator[tuple[str, np.ndarray | Quantized]]:
     """Yield the tensors of a checkpoint in the order of the name table, its linear layers as fitted 4-bit kernels.
 
@@ -140,12 +142,12 @@ def _kernel(
     return kernel
 
 
-def _leaf(entry: TensorName, tensor: np.ndarray, compute: Any) -> Array:
+def _leaf(entry: TensorName, tensor: np.ndarray, compute: DTypeLike) -> Array:
     return jnp.asarray(tensor.T if entry.transposed else tensor, compute)
 
 
 def _embedded(
-    config: ModelConfig, table: np.ndarray, tokens: np.ndarray, segments: np.ndarray, compute: Any
+    config: ModelConfig, table: np.ndarray, tokens: np.ndarray, segments: np.ndarray, compute: DTypeLike
 ) -> _Hidden:
     slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     on_device = jnp.asarray(segments)
@@ -154,7 +156,7 @@ def _embedded(
     return _Hidden(jnp.asarray(table[tokens], compute), sight, on_device != 0)
 
 
-def _all_moments(config: ModelConfig, params: Any, hidden: Sequence[_Hidden], index: Array) -> Moments:
+def _all_moments(config: ModelConfig, params: Params, hidden: Sequence[_Hidden], index: Array) -> Moments:
     """Return Σ x xᵀ of a layer's inputs over all real tokens."""
     total: Any = None
     for states, sight, real in hidden:
@@ -170,7 +172,7 @@ def _sum(total: Moments, found: Moments) -> Moments:
 
 @partial(jax.jit, static_argnums=0)
 def _moments(
-    config: ModelConfig, params: Any, states: Array, sight: Sight, real: Array, index: Array
+    config: ModelConfig, params: Params, states: Array, sight: Sight, real: Array, index: Array
 ) -> Moments:
     moments: Moments = {}
 
@@ -190,5 +192,5 @@ def _moments(
 
 
 @partial(jax.jit, static_argnums=0)
-def _layer(config: ModelConfig, params: Any, states: Array, sight: Sight, index: Array) -> Array:
+def _layer(config: ModelConfig, params: Params, states: Array, sight: Sight, index: Array) -> Array:
     return Layer(config, 0.0).apply({FROZEN: params}, states, sight, index, None)[0]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from lora_jax.models.attention.attend import attend, attend_over, of_layer
@@ -160,7 +161,7 @@ class Decoder(nn.Module):
     """The whole model: embedding, scanned layers, final norm, head."""
 
     config: ModelConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     lora_dropout: float = 0.0
     gradient_checkpointing: bool = False
     offload_inputs: bool = False

@@ -6,7 +6,7 @@ differ in biases, head norms and windows, which is all that stands here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +16,7 @@ from lora_jax.hub.bitsandbytes import read_quantization_config
 from lora_jax.models.decoder import ACTIVATIONS
 from lora_jax.models.model_config import ModelConfig, decoder_config, windows_of_layer_types
 from lora_jax.models.rope import ROPE_TYPES
+from lora_jax.types import Object, Values
 
 
 def llama(config: Any) -> ModelConfig:
@@ -48,7 +49,7 @@ FAMILIES: dict[str, Callable[[Any], ModelConfig]] = {
 }
 
 
-def read_config(config: Mapping[str, Any], where: object) -> ModelConfig:
+def read_config(config: Values, where: object) -> ModelConfig:
     """Return the ModelConfig of a parsed config.json; `where` names it in errors.
 
     Raises UserError for a model_type, rope type, activation or quantization that is not supported, and for
@@ -78,7 +79,7 @@ def read_config(config: Mapping[str, Any], where: object) -> ModelConfig:
     return model
 
 
-def own_code(config: Mapping[str, Any]) -> str | None:
+def own_code(config: Values) -> str | None:
     """Return what a config.json names that is not its family's code in transformers, None where there is nothing."""
     known = _classes(config["model_type"])
     named = config.get("architectures")
@@ -89,7 +90,7 @@ def own_code(config: Mapping[str, Any]) -> str | None:
     return " and ".join(found) or None
 
 
-def _check_code(config: Mapping[str, Any], model_type: str, where: object) -> None:
+def _check_code(config: Values, model_type: str, where: object) -> None:
     """Refuse a config whose model is code that comes with it, under a name of its own."""
     others = [name for name in _model_code(config) if name.rpartition(".")[2] not in _classes(model_type)]
     if others:
@@ -99,7 +100,7 @@ def _check_code(config: Mapping[str, Any], model_type: str, where: object) -> No
         )
 
 
-def _model_code(config: Mapping[str, Any]) -> list[str]:
+def _model_code(config: Values) -> list[str]:
     named = config.get("auto_map")
     models = ("AutoModel", "AutoModelForCausalLM")
     return [str(named[key]) for key in models if key in named] if isinstance(named, dict) else []
@@ -111,7 +112,7 @@ def _classes(model_type: str) -> tuple[str, str]:
     return f"{name}ForCausalLM", f"{name}Model"
 
 
-def _as_declared(config: Mapping[str, Any], known: Any) -> dict[str, Any]:
+def _as_declared(config: Values, known: Any) -> Object:
     """Return a config with numbers of the types that its class declares, where they mean the same: 0 for 0.0."""
     declared = {field.name: str(field.type) for field in fields(known)}
 

@@ -22,17 +22,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lora_jax.parallel.mesh import PARAMETERS, SAME, constrained
 from lora_jax.quant.leaf import is_quantized
 from lora_jax.quant.matmul import matmul as quantized_matmul
+from lora_jax.types import Facts, Object, Params, Trained
 
 FROZEN, TRAINABLE, ADAPTER, STACKS = "params", "lora", "adapter", "stacks"
 SCANNED = "layers"
 
 
-def variables(frozen: Any, trainable: Any, adapter: Any) -> dict[str, Any]:
+def variables(frozen: Params, trainable: Trained, adapter: Facts) -> Object:
     """Return the collections that the decoder is applied to; quantized kernels of scanned layers are set apart."""
     leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(frozen))
     stacks = {path: leaf for path, leaf in leaves.items() if path[0] == SCANNED and is_quantized(leaf)}
@@ -148,7 +150,7 @@ class Linear(Leaves):
 class Embedding(Leaves):
     """Token embedding; the head reads the same table where the two are tied."""
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
         """Look the tokens up."""

@@ -17,6 +17,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from lora_jax.config import ModelOptions
 from lora_jax.errors import UserError
@@ -36,8 +37,9 @@ from lora_jax.parallel.rules import spec_of
 from lora_jax.progress import at, stage
 from lora_jax.quant.leaf import Quantized
 from lora_jax.quant.stack import empty_stack, place
+from lora_jax.types import Object
 
-Params = dict[str, Any]
+Params = Object
 
 
 @stage("loading the model")
@@ -142,7 +144,7 @@ def _on_mesh(path: Path, kernel: Quantized, mesh: Mesh | None) -> Quantized:
     return next(iter(placed(tree, shardings(tree, mesh)).values()))
 
 
-def _empty(entry: TensorName, layers: int, dtype: Any, mesh: Mesh | None) -> jax.Array:
+def _empty(entry: TensorName, layers: int, dtype: DTypeLike, mesh: Mesh | None) -> jax.Array:
     """Return zeros for a leaf of all layers, each device its own part."""
     shape = (layers, *_tree_shape(entry))
     device = None if mesh is None else NamedSharding(mesh, spec_of("/".join(entry.path), shape, mesh.shape))
@@ -159,7 +161,7 @@ def _cut_tensor(entry: TensorName, tensor: np.ndarray, mesh: Mesh | None) -> jax
 
 
 @partial(jax.jit, static_argnames=("dtype", "transposed"))
-def _convert(tensor: jax.Array, dtype: Any, transposed: bool) -> jax.Array:
+def _convert(tensor: jax.Array, dtype: DTypeLike, transposed: bool) -> jax.Array:
     return (tensor.T if transposed else tensor).astype(dtype)
 
 

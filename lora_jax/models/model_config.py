@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lora_jax.types import Object
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -62,7 +64,7 @@ class ModelConfig:
 def decoder_config(config: Any, **fields: Any) -> ModelConfig:
     """Return the ModelConfig of a transformers config; `fields` are what the family's own names decide."""
     layers = config.num_hidden_layers
-    given: dict[str, Any] = {
+    given: Object = {
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

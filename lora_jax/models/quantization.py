@@ -27,6 +27,7 @@ from lora_jax.quant.dequantize import dequantize
 from lora_jax.quant.encode import abstract_int8, abstract_quantized, quantize, quantize_int8
 from lora_jax.quant.leaf import Quantized
 from lora_jax.quant.repack import from_bitsandbytes
+from lora_jax.types import Object
 
 SKIP = "llm_int8_skip_modules"
 
@@ -79,7 +80,7 @@ def resolved_model_options(options: ModelOptions, quantization: QuantizationConf
     """
     bits = 0 if quantization is None else quantization.bits
     skipped = options.llm_int8_skip_modules or ()
-    values: dict[str, Any] = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, SKIP: skipped}
+    values: Object = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, SKIP: skipped}
     if quantization is not None and bits == 4:
         values["bnb_4bit_quant_type"] = quantization.quant_type
         values["bnb_4bit_use_double_quant"] = quantization.use_double_quant

@@ -7,10 +7,10 @@ interleaved pairs of the original Llama files).
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lora_jax.models.model_config import Rope
@@ -44,7 +44,7 @@ def frequencies(rope: Rope, head_dim: int, positions: Int[Array, "batch length"]
 
 
 def angles(
-    rope: Rope, head_dim: int, positions: Int[Array, "batch length"], dtype: Any
+    rope: Rope, head_dim: int, positions: Int[Array, "batch length"], dtype: DTypeLike
 ) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:
     """Return cosine and sine of every position's angles, computed in float32, cast to dtype."""
     turned = positions[..., None].astype(jnp.float32) * frequencies(rope, head_dim, positions)

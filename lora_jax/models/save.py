@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
 
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import whole_folder, write_text
@@ -26,6 +27,7 @@ from lora_jax.models.quantization import quantized_kernel
 from lora_jax.parallel.processes import on_host
 from lora_jax.progress import at, stage
 from lora_jax.quant.repack import to_bitsandbytes
+from lora_jax.types import Object, Params, Values
 
 CHECKED_ONE_IN = 16
 """The first tensor and, by its name, about one in so many others are read back and compared after writing."""
@@ -38,7 +40,7 @@ def save_model(
     folder: Place,
     source: Checkpoint,
     tensors: NamedTensors,
-    changes: Mapping[str, Any],
+    changes: Values,
     *,
     own: Path | None = None,
     max_shard_size: str = "5GB",
@@ -81,9 +83,7 @@ def save_model(
         _read_back(aside, sums)
 
 
-def tree_tensors(
-    params: Mapping[str, Any], config: ModelConfig, dtype: Any
-) -> Iterator[tuple[str, np.ndarray]]:
+def tree_tensors(params: Params, config: ModelConfig, dtype: DTypeLike) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the checkpoint tensors of a parameter tree in torch's layout, converted to dtype.
 
     Raises UserError, which names the tensor, where dtype cannot hold it.
@@ -107,7 +107,7 @@ def packed_tensors(
             yield name, tensor
 
 
-def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _changed(config: Values, changes: Values) -> Object:
     changed = {
         key: value
         for key, value in (dict(config) | dict(changes)).items()

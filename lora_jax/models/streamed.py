@@ -19,6 +19,7 @@ from lora_jax.models.layers import SCANNED, RMSNorm, product
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import name_table
 from lora_jax.models.rope import angles
+from lora_jax.types import Params
 
 Tensors = dict[str, np.ndarray]
 
@@ -62,5 +63,5 @@ def streamed_logits(
 
 
 @partial(jax.jit, static_argnums=0)
-def _layer(config: ModelConfig, params: Any, hidden: Array, sight: Sight, index: Array) -> Array:
+def _layer(config: ModelConfig, params: Params, hidden: Array, sight: Sight, index: Array) -> Array:
     return Layer(config, 0.0).apply({"params": params}, hidden, sight, index, None)[0]

@@ -21,6 +21,7 @@ from lora_jax.options.unknown import Unknown, refuse
 from lora_jax.options.values import checked, kind_of, takes_several
 from lora_jax.options.yaml_file import entries, read_yaml
 from lora_jax.paths import on_disk
+from lora_jax.types import Hint
 
 Options = TypeVar("Options")
 Flags = dict[str, list[str]]
@@ -69,15 +70,19 @@ def parse(
 
 
 def option_names(kind: type) -> dict[str, Any]:
-    """Return every option's dotted name with its type; a field such as for_ is the option for."""
-    names: dict[str, Any] = {}
+    """Return every option's dotted name with its type; a field such as for_ is the option for.
+
+    The type of an option that may be left unset (`config.unset`) lacks None, which nobody writes for it.
+    """
+    names: dict[str, Hint] = {}
     hints = get_type_hints(kind)
     for field in fields(kind):
         if is_dataclass(hints[field.name]):
             nested = option_names(hints[field.name])
             names |= {f"{field.name}.{name}": hint for name, hint in nested.items()}
         else:
-            names[field.name.rstrip("_")] = hints[field.name]
+            hint = hints[field.name]
+            names[field.name.rstrip("_")] = kind_of(hint) if DEFAULT in field.metadata else hint
     return names
 
 
@@ -121,14 +126,14 @@ def _without_none(kind: type) -> Iterator[None]:
             kind.__annotations__.update(before)
 
 
-def _words(name: str, hint: Any, values: list[str]) -> list[str]:
+def _words(name: str, hint: Hint, values: list[str]) -> list[str]:
     """Return an option as tyro reads it; a lone value is joined on, since it may start with a dash."""
     if hint is bool and "." not in name:
         return [f"--{name}"] if values == ["True"] else []
     return [f"--{name}", *values] if takes_several(hint) and len(values) != 1 else [f"--{name}={values[0]}"]
 
 
-def _typed_flags(arguments: list[str], names: Mapping[str, Any]) -> Flags:
+def _typed_flags(arguments: list[str], names: Mapping[str, Hint]) -> Flags:
     flags: Flags = {}
     name = ""
     for argument in arguments:
@@ -149,7 +154,7 @@ def _typed_flags(arguments: list[str], names: Mapping[str, Any]) -> Flags:
     return flags
 
 
-def _yaml_flags(path: Path, names: Mapping[str, Any]) -> Flags:
+def _yaml_flags(path: Path, names: Mapping[str, Hint]) -> Flags:
     where = f"config file {path}"
     flags: Flags = {}
     unknown: list[Unknown] = []

@@ -6,10 +6,11 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 from lora_jax.errors import UserError, listing, nearest
 from lora_jax.options.foreign import ADVICE, MISSING, RENAMED, UNNEEDED, VALUES
+from lora_jax.types import Hint
 
 Kind = Literal["renamed", "advice", "unneeded", "missing", "guess"]
 HELP = "--help lists all options"
@@ -37,7 +38,7 @@ class Answer(NamedTuple):
     with_value: bool = False
 
 
-def refuse(unknown: Sequence[Unknown], names: Mapping[str, Any], where: str, dashes: str) -> NoReturn:
+def refuse(unknown: Sequence[Unknown], names: Mapping[str, Hint], where: str, dashes: str) -> NoReturn:
     """Raise UserError with an answer to each unknown option; `where` is the file, `dashes` are "--" for flags."""
     if len(unknown) == 1:
         raise UserError(f"{where}{_one(unknown[0], names, dashes)}")
@@ -66,7 +67,7 @@ def refuse(unknown: Sequence[Unknown], names: Mapping[str, Any], where: str, das
     raise UserError(f"{where}{len(unknown)} unknown options. {told}. {HELP}")
 
 
-def answer_to(unknown: Unknown, names: Mapping[str, Any]) -> Answer:
+def answer_to(unknown: Unknown, names: Mapping[str, Hint]) -> Answer:
     """Return what to do about an option that is none of `names`."""
     last = unknown.name.rpartition(".")[2].lower()
     value = " ".join(unknown.values).lower()
@@ -132,7 +133,7 @@ def _with_value(option: str, value: str) -> str:
     return f"{option} {spelt}" if spelt and " " not in spelt else option
 
 
-def _one(unknown: Unknown, names: Mapping[str, Any], dashes: str) -> str:
+def _one(unknown: Unknown, names: Mapping[str, Hint], dashes: str) -> str:
     answer = answer_to(unknown, names)
     sections = sorted({known.partition(".")[0] for known in names if "." in known})
     if unknown.is_section and answer.kind == "guess" and "." not in unknown.name:

@@ -7,11 +7,12 @@ import os
 import re
 from collections.abc import Callable
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 from lora_jax.errors import UserError, listing, nearest
 from lora_jax.options.unknown import in_words, translated
 from lora_jax.paths import expanded
+from lora_jax.types import Hint
 
 PATHS = (
     "path", "eval_path", "eval_paths", "output_dir", "output", "adapter", "base", "init_from", "checkpoint", "models",
@@ -21,37 +22,37 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 """Bytes of a name, and of a path, that file systems take."""
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _NAMES = re.compile(r"[\w.]+(?:\s*[,\s]\s*[\w.]+)+")
-_NUMBERS: dict[Any, tuple[Callable[[str], float], str]] = {
+_NUMBERS: dict[Hint, tuple[Callable[[str], float], str]] = {
     int: (int, "a whole number"),
     float: (float, "a finite number"),
 }
 
 
-def takes_several(hint: Any) -> bool:
+def takes_several(hint: Hint) -> bool:
     """Say whether an option of this type takes any number of values."""
-    return get_origin(kind_of(hint)) in (tuple, dict)
+    return get_origin(hint) in (tuple, dict)
 
 
-def kind_of(hint: Any) -> Any:
+def kind_of(hint: Hint) -> Hint:
     """Return the type of an option's one value, None left out."""
     return next((item for item in get_args(hint) if item is not NoneType), hint) if _optional(hint) else hint
 
 
-def checked(name: str, hint: Any, values: list[str], label: str) -> list[str]:
+def checked(name: str, hint: Hint, values: list[str], label: str) -> list[str]:
     """Return an option's values spelled as tyro reads them; raises UserError where they do not fit its type.
 
     `label` is the option as the user wrote it, a flag or a key of a file.
     """
     if (takes_several(hint) or _optional(hint)) and values in (["None"], ["null"]):
         return ["None"] if _optional(hint) else []
-    kind = kind_of(hint)
-    kinds = get_args(kind)
-    if get_origin(kind) is tuple:
+    kinds = get_args(hint)
+    if get_origin(hint) is tuple:
         if values == ["none"] and get_origin(kinds[0]) is Literal:  # as transformers has it, for report_to
             return []
         return [_value(name, kinds[0], value, label) for value in values]
-    if get_origin(kind) is dict:
+    if get_origin(hint) is dict:
         return _pairs(name, kinds, values, label)
+    kind = kind_of(hint)
     if not values or values == ["None"]:
         remedy = "give True or False" if kind is bool else "give one, or drop the option"
         raise UserError(f"{label}: needs a value; {remedy}")
@@ -60,11 +61,11 @@ def checked(name: str, hint: Any, values: list[str], label: str) -> list[str]:
     return [_value(name, kind, values[0], label)]
 
 
-def _optional(hint: Any) -> bool:
+def _optional(hint: Hint) -> bool:
     return NoneType in get_args(hint)
 
 
-def _pairs(name: str, kinds: tuple[Any, ...], values: list[str], label: str) -> list[str]:
+def _pairs(name: str, kinds: tuple[Hint, ...], values: list[str], label: str) -> list[str]:
     given = f"{label} {' '.join(values)}"
     if len(values) % 2:
         form = (
@@ -76,7 +77,7 @@ def _pairs(name: str, kinds: tuple[Any, ...], values: list[str], label: str) -> 
     return [_value(name, kinds[index % 2], value, label) for index, value in enumerate(values)]
 
 
-def _value(name: str, kind: Any, text: str, label: str) -> str:
+def _value(name: str, kind: Hint, text: str, label: str) -> str:
     spelt = _spelt(kind, text)
     if spelt is None or kind is str:
         if (ours := translated(name, text)) is not None:
@@ -93,7 +94,7 @@ def _value(name: str, kind: Any, text: str, label: str) -> str:
     raise UserError(f"{label} {text}: is not one of: {listing(choices)}{hint and f'.{hint}'}")
 
 
-def _spelt(kind: Any, text: str) -> str | None:
+def _spelt(kind: Hint, text: str) -> str | None:
     """Return a value as it is spelled here, None where it is none of this type."""
     word = text.lower()
     if kind is str:

@@ -14,6 +14,7 @@ import yaml
 
 from lora_jax.errors import UserError
 from lora_jax.options.unknown import Unknown
+from lora_jax.types import Hint
 
 _KEPT = ("null", "merge", "str", "seq", "map")
 _TEXTS = ("int", "float", "bool", "timestamp")
@@ -91,7 +92,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     return content
 
 
-def entries(content: Mapping[Any, Any], names: Mapping[str, Any], where: str) -> Iterator[Entry | Unknown]:
+def entries(content: Mapping[Any, Any], names: Mapping[str, Hint], where: str) -> Iterator[Entry | Unknown]:
     """Yield every option of a file, and what is none; raises UserError for a value of the wrong form."""
     sections = sorted({known.partition(".")[0] for known in names if "." in known})
     for key, value in content.items():
@@ -105,7 +106,7 @@ def entries(content: Mapping[Any, Any], names: Mapping[str, Any], where: str) ->
             raise UserError(f"{where}: {name} is a section; write its options below it, indented")
 
 
-def _entry(name: str, value: Any, names: Mapping[str, Any], where: str) -> Entry | Unknown:
+def _entry(name: str, value: Any, names: Mapping[str, Hint], where: str) -> Entry | Unknown:
     if name not in names:
         return Unknown(name, _texts(value, None), is_section=isinstance(value, dict))
     if isinstance(value, dict) and get_origin(names[name]) is not dict:

@@ -21,6 +21,7 @@ from lora_jax.train.feed import abstract_batch
 from lora_jax.train.offload import HOST, has_host_memory, offloaded, offloads_activations
 from lora_jax.train.optim import make_optimizer
 from lora_jax.train.step import TrainState, init_state, make_train_step
+from lora_jax.types import Facts, Params, PyTree
 
 STEPS = 100
 """Of the run; a schedule's shape costs nothing."""
@@ -32,8 +33,8 @@ class AbstractStep:
 
     step: Any
     state: TrainState
-    frozen: Any
-    adapter: Any
+    frozen: Params
+    adapter: Facts
     batch: Batch
     mesh: Mesh
 
@@ -81,14 +82,14 @@ def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
     )
 
 
-def _placed(tree: Any, where: Any) -> Any:
+def _placed(tree: PyTree, where: Any) -> Any:
     """Return a tree of shapes with the sharding of each."""
     return jax.tree.map(
         lambda leaf, here: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree, where
     )
 
 
-def held_bytes(tree: Any) -> int:
+def held_bytes(tree: PyTree) -> int:
     """Return the bytes that a device holds of a tree of abstract arrays; what is in the host's memory it does not."""
     return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from lora_jax.plan.compiled import Figures, figures
 from lora_jax.plan.roofline import Roofline, roofline
 from lora_jax.plan.subject import Subject, read_subject
 from lora_jax.plan.topologies import Target
+from lora_jax.types import Object
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Estimate:
         """What the peak has beyond what is held: activations, gradients, gathered weights and the compiler's own."""
         return max(0, self.figures.peak - self.held.whole)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Object:
         """Return the record for scripts."""
         return {
             "topology": self.target.name,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+
+import numpy as np
 
 from lora_jax.adapters.targets import Plan
 from lora_jax.config import RunConfig
@@ -31,7 +32,7 @@ class Subject:
         return self.base.config
 
     @property
-    def compute_dtype(self) -> Any:
+    def compute_dtype(self) -> np.dtype:
         """Dtype of the matrix products on the platform."""
         return self.base.compute_dtype(self.platform)
 

@@ -21,6 +21,7 @@ from lora_jax.errors import UserError, listing, nearest
 from lora_jax.install import install_command
 from lora_jax.parallel.chips import GPUS, TPUS, Chip
 from lora_jax.parallel.memory import host_memory
+from lora_jax.types import Object
 
 Platform = Literal["tpu", "cuda", "cpu"]
 
@@ -125,7 +126,7 @@ def _tpu(name: str, kind: str, sizes: tuple[int, ...]) -> Target:
         raise UserError(f"--topology {name}: the TPU compiler is not installed; {install_command('tpu')}")
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {}
+    options: Object = {}
     if prod(sizes) < prod(HOST):
         options["chips_per_host_bounds"] = [*sizes, *(1,) * (3 - len(sizes))]
     try:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 from lora_jax.quant.codebooks import Table
@@ -69,7 +70,7 @@ def ordered_after(x: Array, table: Table) -> Float32[Array, " codes"]:
 
 
 def halves(
-    kernel: QuantizedKernel, dtype: Any, table: Float32[Array, " codes"] | None = None
+    kernel: QuantizedKernel, dtype: DTypeLike, table: Float32[Array, " codes"] | None = None
 ) -> tuple[Array, Array]:
     """Return the weights of a grouped kernel's low and high nibbles, [..., 64 G, out] each.
 
@@ -86,7 +87,7 @@ def halves(
 
 
 @partial(jax.jit, static_argnames="dtype")
-def dequantize(kernel: Quantized, dtype: Any = None) -> Float[Array, "... in out"]:
+def dequantize(kernel: Quantized, dtype: DTypeLike | None = None) -> Float[Array, "... in out"]:
     """Return the weights [..., in, out] in `dtype`, by default the one they had: bitsandbytes' bit for bit."""
     dtype = dtype or kernel.dtype
     if isinstance(kernel, Int8Kernel):
@@ -101,7 +102,7 @@ def dequantize(kernel: Quantized, dtype: Any = None) -> Float[Array, "... in out
 
 
 def flat_weights(
-    kernel: QuantizedKernel, dtype: Any, table: Float32[Array, " codes"] | None = None
+    kernel: QuantizedKernel, dtype: DTypeLike, table: Float32[Array, " codes"] | None = None
 ) -> Float[Array, "... out in"]:
     """Return the weights of a flat kernel in torch's order, [..., out, in]; `table` stands in for its own."""
     values = kernel.table if table is None else table

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from lora_jax.errors import UserError
@@ -78,7 +79,7 @@ def quantize_int8(weight: Float[np.ndarray, "out in"], name: str = "weight") -> 
 
 def abstract_quantized(
     shape: tuple[int, int],
-    dtype: Any,
+    dtype: DTypeLike,
     quant_type: QuantType = "nf4",
     double_quant: bool = True,
     layers: int | None = None,
@@ -108,7 +109,7 @@ def abstract_quantized(
     )
 
 
-def abstract_int8(shape: tuple[int, int], dtype: Any, layers: int | None = None) -> Int8Kernel:
+def abstract_int8(shape: tuple[int, int], dtype: DTypeLike, layers: int | None = None) -> Int8Kernel:
     """Return the shapes and dtypes of what `quantize_int8` makes of a weight [out, in], stacked likewise."""
     (out, rows), lead = shape, () if layers is None else (layers,)
     return Int8Kernel(

@@ -11,12 +11,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import plotly.graph_objects as go
 
 from lora_jax.report.movement import Moved
 from lora_jax.report.runs import EVAL_LOSS, RunFiles
+from lora_jax.types import Values
 
 COLOURS = 6
 """Colors that tell runs apart, --c1 to --c6; further runs begin anew."""
@@ -42,7 +42,7 @@ class Figure:
 
     key: str
     title: str
-    figure: Mapping[str, Any]
+    figure: Values
     caption: str = ""
 
 
@@ -202,7 +202,7 @@ def moved_value(moved: Moved, relative: bool) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _data(run: RunFiles, name: str) -> Mapping[str, Any] | None:
+def _data(run: RunFiles, name: str) -> Values | None:
     data = run.record.get("data")
     found = data.get(name) if isinstance(data, Mapping) else None
     return found if isinstance(found, Mapping) else None

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, AdapterConfig, read_
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.json_file import read_json_object
 from lora_jax.run_folder import ADAPTER, MODEL
+from lora_jax.types import Values
 
 CHEAP = 4 * 2**30
 """Bytes of the base that are read at most, for the norms of its weights."""
@@ -51,7 +51,7 @@ class Movement:
         return self.without_base is None
 
 
-def movement(folder: Path, options: Mapping[str, Any]) -> Movement | None:
+def movement(folder: Path, options: Values) -> Movement | None:
     """Return what a run's files tell, None where it left no adapter or model that can be read.
 
     `options` are those of the base model, which a model that was trained whole does not name itself.
@@ -100,7 +100,7 @@ def low_rank_norms(config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> 
     return norms
 
 
-def _of_model(folder: Path, options: Mapping[str, Any]) -> Movement | None:
+def _of_model(folder: Path, options: Values) -> Movement | None:
     trained = Checkpoint.open(folder / MODEL)
     base, _ = _base(options.get("path"), options.get("revision"))
     if base is None or trained.nbytes > CHEAP:

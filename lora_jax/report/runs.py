@@ -16,6 +16,7 @@ import yaml
 from lora_jax.errors import UserError
 from lora_jax.report.movement import Movement, movement
 from lora_jax.run_folder import ADAPTER, CONFIG, METRICS, MODEL, RECORD, SAMPLES
+from lora_jax.types import Object, Values
 
 EVAL_LOSS = re.compile(r"eval_(?:(.+)_)?loss")
 """The loss on the evaluation rows, or on those of a named set."""
@@ -35,9 +36,9 @@ class RunFiles:
 
     name: str
     folder: Path
-    lines: Sequence[Mapping[str, Any]]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)
+    lines: Sequence[Values]
+    options: Values = field(default_factory=dict)
+    record: Values = field(default_factory=dict)
     samples: Sequence[Sample] = ()
     movement: Movement | None = None
 
@@ -139,7 +140,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
     return [replace(run, name=f"{run.name} ({_apart(run.folder, folders)})") for run in runs]
 
 
-def read_lines(folder: Path) -> list[dict[str, Any]]:
+def read_lines(folder: Path) -> list[Object]:
     """Return what a run has logged, one object a step."""
     return _merged(_objects(folder / METRICS))
 
@@ -166,7 +167,7 @@ def read_run(folder: Path) -> RunFiles:
     )
 
 
-def section(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def section(options: Values, name: str) -> Values:
     """Return a section of the options, empty where there is none."""
     found = options.get(name)
     return found if isinstance(found, Mapping) else {}
@@ -193,9 +194,9 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _objects(path: Path) -> list[dict[str, Any]]:
+def _objects(path: Path) -> list[Object]:
     """Return the objects of a file of JSON lines, without what a killed run left of its last one."""
-    found: list[dict[str, Any]] = []
+    found: list[Object] = []
     for line in _text(path).splitlines():
         try:
             value = json.loads(line)
@@ -206,7 +207,7 @@ def _objects(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(path: Path) -> Object:
     try:
         value = json.loads(_text(path))
     except ValueError:
@@ -214,7 +215,7 @@ def _object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _options(path: Path) -> dict[str, Any]:
+def _options(path: Path) -> Object:
     try:
         value = yaml.safe_load(_text(path))
     except yaml.YAMLError:
@@ -222,15 +223,15 @@ def _options(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _merged(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _merged(lines: Sequence[Object]) -> list[Object]:
     """Return one object a step, in order; of what is there twice the later holds."""
-    steps: dict[int, dict[str, Any]] = {}
+    steps: dict[int, Object] = {}
     for line in lines:
         steps.setdefault(line["step"], {}).update(line)
     return [steps[step] for step in sorted(steps)]
 
 
-def _samples(lines: Sequence[dict[str, Any]]) -> list[Sample]:
+def _samples(lines: Sequence[Object]) -> list[Sample]:
     prompts: dict[str, dict[int, str]] = {}
     for line in lines:
         if isinstance(line.get("prompt"), str) and isinstance(line.get("text"), str):

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from lora_jax.report.figures import moved_value
 from lora_jax.report.runs import RunFiles
 from lora_jax.run_folder import CONFIG, figure_name
+from lora_jax.types import Values
 
 Fact = tuple[str, str]
 
@@ -144,7 +145,7 @@ def surroundings(run: RunFiles) -> list[Fact]:
     ]
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping(value: Any) -> Values:
     return value if isinstance(value, Mapping) else {}
 
 
@@ -169,7 +170,7 @@ def _perplexity(loss: float | None) -> str | None:
     return None if loss is None or not loss < 50 else f"{math.exp(loss):,.2f}"
 
 
-def _share(parameters: Mapping[str, Any]) -> str | None:
+def _share(parameters: Values) -> str | None:
     trainable, total = parameters.get("trainable"), parameters.get("all")
     if not isinstance(trainable, int) or not isinstance(total, int) or not total:
         return None

@@ -44,6 +44,7 @@ from lora_jax.run.checksums import (
 from lora_jax.run.stopping import Goal
 from lora_jax.run_folder import figure_name
 from lora_jax.train.step import TrainState
+from lora_jax.types import Object, Values
 
 FREE = frozenset(
     {
@@ -86,10 +87,10 @@ EVAL_LOSS = Goal(figure_name("", "loss"), greater_is_better=False)
 class Identity:
     """What has to be the same for a run to go on: its options, flat, and the fingerprint of its base."""
 
-    options: Mapping[str, Any]
+    options: Values
     base: Mapping[str, str]
 
-    def check(self, stored: Mapping[str, Any]) -> None:
+    def check(self, stored: Values) -> None:
         """Raise UserError, naming what differs, unless the `plain` form of another identity equals this one's.
 
         Raises KeyError where that has other names, as another version gives them.
@@ -109,7 +110,7 @@ class Identity:
                 "--overwrite; to continue training, use --lora.init_from"
             )
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> Object:
         """Return what is stored."""
         options = {name: value for name, value in self.options.items() if name not in FREE | LENGTH}
         return {"options": options, "base": dict(self.base)}
@@ -124,7 +125,7 @@ class Progress(NamedTuple):
 
     window: list[float]
     """Sums since the last logged step (`Window.sums`)."""
-    unlogged: dict[str, Any] | None = None
+    unlogged: Object | None = None
     """This step's line of metrics.jsonl, where the run was stopped in the evaluation that belongs to it."""
     best: float | None = None
     """The best figure of all evaluations so far."""
@@ -251,7 +252,7 @@ class Checkpoints:
             self.best = Best(step, value)
         return value
 
-    def _best_noted(self) -> dict[str, Any] | None:
+    def _best_noted(self) -> Object | None:
         return {"best": self.best._asdict()} if self.best else None
 
     def check(self) -> None:
@@ -445,6 +446,6 @@ def _arrays(state: TrainState) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differences(stored: Values, now: Values) -> list[str]:
     changed = sorted(name for name in now.keys() | stored.keys() if now.get(name) != stored.get(name))
     return [f"{name} was {stored.get(name)}, is {now.get(name)}" for name in changed]

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from hashlib import blake2b, file_digest
 from pathlib import Path
-from typing import Any
 
 from lora_jax.hub.atomic import write_text
+from lora_jax.types import Object
 
 CHECKSUMS = "checksums.json"
 METADATA = "_CHECKPOINT_METADATA"
@@ -65,7 +65,7 @@ def damage(folder: Path, arrays: bool = True) -> str | None:
 def _stored(folder: Path) -> dict[str, str] | None:
     if not has_checksums(folder):
         return None
-    found: dict[str, Any] = json.loads((folder / CHECKSUMS).read_bytes())
+    found: Object = json.loads((folder / CHECKSUMS).read_bytes())
     return dict(found["files"].items())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from lora_jax.errors import UserError
 from lora_jax.generate.decode import NO_TOKEN, NOT_FINITE, stream
@@ -13,6 +12,7 @@ from lora_jax.generate.text import decoded
 from lora_jax.models.layers import variables
 from lora_jax.progress import stage
 from lora_jax.run.in_memory import InMemory
+from lora_jax.types import Facts, Object, Trained
 
 
 class Completions:
@@ -46,8 +46,8 @@ class Completions:
     @stage("sampling")
     def texts(
         self,
-        trainable: Any,
-        adapter: Any,
+        trainable: Trained,
+        adapter: Facts,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         batch: int,
@@ -60,7 +60,7 @@ class Completions:
             part = [*prompts[start : start + batch]]
             filled = part + [part[0]] * (batch - len(part))
             rows: list[list[int]] = [[] for _ in filled]
-            how: dict[str, Any] = {"end_ids": self.end_ids, "shortest": longest}
+            how: Object = {"end_ids": self.end_ids, "shortest": longest}
             given = (self.base.model, collections, filled)
             for done, tokens in enumerate(stream(*given, max_new_tokens=max_new_tokens, **how), start=1):
                 for row, token in zip(rows, tokens, strict=True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from lora_jax.run_folder import figure_name
 from lora_jax.train.feed import EvalSizes, evaluation, evaluation_plan, evaluation_shapes
 from lora_jax.train.programs import Programs
 from lora_jax.train.step import EvalSums, make_eval_step
+from lora_jax.types import Facts, Object, Trained
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Evaluation:
 
     figures: dict[str, float] = field(default_factory=dict)
     """By their names in metrics.jsonl."""
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[Object] = field(default_factory=list)
     """Prompt and text of each line of samples.jsonl."""
 
     def __bool__(self) -> bool:
@@ -73,7 +73,7 @@ class Evaluator:
         self._check_room(section)
 
     @stage("evaluating")
-    def __call__(self, trainable: Any, adapter: Any = None) -> Evaluation:
+    def __call__(self, trainable: Trained, adapter: Facts | None = None) -> Evaluation:
         """Measure a trainable tree, with the facts of `adapter`, unset those of the base in memory.
 
         Raises what `interrupted` raises.
@@ -98,7 +98,7 @@ class Evaluator:
         sums = self._sums(next(iter(self.sets.values())), {}, {})
         return float(sums.loss / sums.weight)
 
-    def compile(self, trainable: Any) -> None:
+    def compile(self, trainable: Trained) -> None:
         """Run what an evaluation runs, shortly, so that nothing is compiled between a signal and its checkpoint."""
         adapter = self.base.adapter
         for rows in self.sets.values():
@@ -108,7 +108,7 @@ class Evaluator:
         for given in filter(None, self.questions.values()):
             self._completed(given, trainable, adapter, passes=2)
 
-    def _sums(self, rows: TokenDataset, trainable: Any, adapter: Any) -> EvalSums:
+    def _sums(self, rows: TokenDataset, trainable: Trained, adapter: Facts) -> EvalSums:
         total = np.zeros(len(EvalSums._fields))
         queued: EvalSums | None = None
         count = evaluation_plan(rows, self.sizes).steps_per_epoch
@@ -126,7 +126,7 @@ class Evaluator:
     def _batches(self, rows: TokenDataset) -> Iterator[Batch]:
         return evaluation(rows, self.sizes, self.base.mesh, self.padding_id)
 
-    def _samples(self, trainable: Any, adapter: Any, passes: int = 0) -> list[dict[str, Any]]:
+    def _samples(self, trainable: Trained, adapter: Facts, passes: int = 0) -> list[Object]:
         if not self.prompts:
             return []
         count, options = len(self.prompts), self.options
@@ -135,7 +135,7 @@ class Evaluator:
         pairs = zip(options.sample_prompts, texts, strict=True)
         return [{"prompt": prompt, "text": text} for prompt, text in pairs]
 
-    def _scores(self, given: list[Question], trainable: Any, adapter: Any) -> dict[str, float]:
+    def _scores(self, given: list[Question], trainable: Trained, adapter: Facts) -> dict[str, float]:
         answers = [decoded(question.answer, self.base.tokenizer) for question in given]
         found = self._completed(given, trainable, adapter)
         return scores(self.options.generation_metrics, found, answers)
@@ -149,7 +149,9 @@ class Evaluator:
             prompts, batch = [question.prompt for question in given], min(self.sizes.batch, len(given))
             room(prompts, options.generation_max_new_tokens, batch, f"{section}generation_max_new_tokens")
 
-    def _completed(self, given: list[Question], trainable: Any, adapter: Any, passes: int = 0) -> list[str]:
+    def _completed(
+        self, given: list[Question], trainable: Trained, adapter: Facts, passes: int = 0
+    ) -> list[str]:
         batch, most = min(self.sizes.batch, len(given)), self.options.generation_max_new_tokens
         prompts = [question.prompt for question in given]
         return self.completions.texts(trainable, adapter, prompts, most, batch, passes)

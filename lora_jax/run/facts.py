@@ -23,14 +23,15 @@ from lora_jax.run.loop import Outcome, Training
 from lora_jax.run.setup import Run
 from lora_jax.train.feed import Sizes
 from lora_jax.train.offload import HOST
+from lora_jax.types import PyTree
 
 
-def tree_bytes(tree: Any) -> int:
+def tree_bytes(tree: PyTree) -> int:
     """Return the bytes of a tree's arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def print_facts(console: Console, run: Run, opt_state: Any, sizes: Sizes) -> None:
+def print_facts(console: Console, run: Run, opt_state: PyTree, sizes: Sizes) -> None:
     """Print PEFT's line of parameters, then devices, bytes, tokens a step, steps and where the output goes."""
     train, packing, steps, plan = run.config.train, run.config.data.packing, sizes.steps, sizes.plan
     console.print(trainable_line(*run.parameters))
@@ -100,7 +101,7 @@ def _devices(mesh: Mesh) -> str:
     return f"{mesh.size} x {kind}{processes} ({shares})"
 
 
-def _place(opt_state: Any) -> str:
+def _place(opt_state: PyTree) -> str:
     hosted = any(leaf.sharding.memory_kind == HOST for leaf in jax.tree.leaves(opt_state))
     return " in the host's memory" if hosted else ""
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -12,6 +10,7 @@ from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.pretrained import Pretrained
+from lora_jax.types import Facts, Params, Tokenizer, Values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +19,11 @@ class InMemory:
 
     base: Pretrained
     model: Decoder
-    tokenizer: Any
-    settings: Mapping[str, Any]
+    tokenizer: Tokenizer
+    settings: Values
     """What generation_config.json holds, of the adapter or else of the base."""
-    frozen: Any
-    adapter: Any
+    frozen: Params
+    adapter: Facts
     mesh: Mesh
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from lora_jax.run_folder import BASE_LOSS, EVALUATED, WARNINGS
 from lora_jax.train.feed import Sizes
 from lora_jax.train.optim import schedule
 from lora_jax.train.skipped import Skipped
-from lora_jax.trees import Trained
+from lora_jax.types import Object, Trained, Values
 
 
 class Journal:
@@ -54,7 +53,7 @@ class Journal:
             self._write(entry | evaluation.figures)
         self._write_samples(0, evaluation)
 
-    def entry(self, step: int, window: Window, skipped: Skipped, padding: float) -> dict[str, Any]:
+    def entry(self, step: int, window: Window, skipped: Skipped, padding: float) -> Object:
         """Return the line of a step, its evaluation aside; waits for the steps that it is about."""
         loss, figures = window.figures()
         if self._utilisation is not None:
@@ -71,7 +70,7 @@ class Journal:
             "skipped_steps": skipped.total,
         }
 
-    def write(self, entry: dict[str, Any], trainable: Trained, evaluation: Evaluation, ends: bool) -> None:
+    def write(self, entry: Object, trainable: Trained, evaluation: Evaluation, ends: bool) -> None:
         """Write a step's line, with its evaluation and warnings; `ends` says that the run ends with this step."""
         self._note(entry, evaluation)
         self.warn(self.warnings.about_step(entry, trainable, ends))
@@ -80,11 +79,11 @@ class Journal:
         self._write(entry | evaluation.figures)
         self._write_samples(entry["step"], evaluation)
 
-    def _note(self, entry: Mapping[str, Any], evaluation: Evaluation) -> None:
+    def _note(self, entry: Values, evaluation: Evaluation) -> None:
         if evaluation.figures:
             self.evaluations[entry["step"]] = evaluation.figures
 
-    def _write(self, entry: Mapping[str, Any]) -> None:
+    def _write(self, entry: Values) -> None:
         line = {name: number(value) for name, value in entry.items()}
         if self._unwritten:
             line, self._unwritten = line | {WARNINGS: self._unwritten}, []
@@ -97,7 +96,7 @@ class Journal:
             self.reporter.sampled(sample)
 
 
-def evaluated_figures(line: Mapping[str, Any]) -> dict[str, float]:
+def evaluated_figures(line: Values) -> dict[str, float]:
     """Return what a line of metrics.jsonl holds of an evaluation; NaN for what is no number."""
     found = {name: value for name, value in line.items() if name.startswith(EVALUATED)}
     return {name: math.nan if value is None else value for name, value in found.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -27,6 +26,7 @@ from lora_jax.train.feed import Feed, Sizes
 from lora_jax.train.programs import Programs
 from lora_jax.train.skipped import Skipped, places
 from lora_jax.train.step import TrainState
+from lora_jax.types import Object
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Loop:
         self._judge(evaluation)
         self.journal.start(evaluation, base_loss)
 
-    def _make_up_for(self, entry: dict[str, Any], state: TrainState) -> None:
+    def _make_up_for(self, entry: Object, state: TrainState) -> None:
         """Make the evaluation in which the run was stopped, and write its line."""
         step, evaluation = int(state.step), self.evaluator(state.trainable)
         self._judge(evaluation)
@@ -202,7 +202,7 @@ class Loop:
         if evaluation.figures:
             self.patience = self.patience.after(evaluation.figures)
 
-    def _check_finite(self, step: int, state: TrainState, unlogged: dict[str, Any] | None = None) -> None:
+    def _check_finite(self, step: int, state: TrainState, unlogged: Object | None = None) -> None:
         """Save, and raise UserError, where too many steps in a row were not finite."""
         if self.skipped.too_many:
             self._save(state, unlogged)
@@ -227,9 +227,7 @@ class Loop:
         if told or self._saves(step) or at_end:
             self._save(state, value=value)
 
-    def _save(
-        self, state: TrainState, unlogged: dict[str, Any] | None = None, value: float | None = None
-    ) -> None:
+    def _save(self, state: TrainState, unlogged: Object | None = None, value: float | None = None) -> None:
         self.journal.logs.sync()  # a resumption needs all lines up to its checkpoint
         self.skipped.read()
         counts = (self.patience.best, self.patience.worse, self.skipped.total, self.skipped.in_a_row)

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from lora_jax.config import FOUR_BIT, RunConfig
+from lora_jax.config import FOUR_BIT, RunConfig, unset_names
 from lora_jax.data.locate import is_local
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import remove_leftovers, write_text, writing_to
@@ -21,6 +21,7 @@ from lora_jax.hub.lock import Lock
 from lora_jax.parallel.processes import wait_for_all, writes
 from lora_jax.paths import home
 from lora_jax.run_folder import BESIDE, CONFIG, METRICS, OURS, RECORD, SAMPLES, TENSORBOARD, WANDB
+from lora_jax.types import Object
 
 STARTING = (
     "resume", "overwrite", "distributed", "push_to_hub", "hub_private_repo", "hub_revision",
@@ -186,14 +187,16 @@ def _whole_template(chosen: str) -> str:
 
 
 def config_yaml(config: RunConfig) -> str:
-    """Return all options as resolved, less those of a quantized base where it is not, as a YAML file for train."""
+    """Return the options that are set, less those of a quantized base where it is not, as a YAML file for train."""
     options = _plain(asdict(config))
     model = config.model
     idle = [name for name in options["model"] if name.startswith(FOUR_BIT) and not model.load_in_4bit]
     if not (model.load_in_4bit or model.load_in_8bit):
         idle.append("llm_int8_skip_modules")
-    for name in idle:
+    for name in {*idle, *unset_names(model)}:
         options["model"].pop(name)
+    for name in unset_names(config.lora):
+        options["lora"].pop(name)
     for name in STARTING:
         options.pop(name)
     return yaml.safe_dump(options, sort_keys=False)
@@ -214,11 +217,11 @@ class MetricsLog:
     SECONDS = 30
 
     def __init__(
-        self, path: Place, keep_to: int | None = None, also: Callable[[dict[str, Any]], None] | None = None
+        self, path: Place, keep_to: int | None = None, also: Callable[[Object], None] | None = None
     ) -> None:
         """Open the file; on resuming, lines past the step `keep_to` are cut first. `also` is given each new object."""
         self.path, self._also = path, also
-        kept: list[dict[str, Any]] = []
+        kept: list[Object] = []
         if keep_to is not None and path.exists():
             for line in path.read_bytes().decode(errors="replace").splitlines():
                 if (entry := _parsed(line)) is not None and entry["step"] <= keep_to:
@@ -232,7 +235,7 @@ class MetricsLog:
             with writing_to(path):
                 self._file = path.open("a", encoding="utf-8")
 
-    def write(self, entry: dict[str, Any]) -> None:
+    def write(self, entry: Object) -> None:
         """Append one object."""
         if self._also is not None:
             self._also(entry)
@@ -268,7 +271,7 @@ class Logs:
         folder: Place,
         keep_to: int | None = None,
         samples: bool = False,
-        also: Callable[[dict[str, Any]], None] | None = None,
+        also: Callable[[Object], None] | None = None,
     ) -> None:
         """Open those of an output folder; samples.jsonl where there is a prompt to sample, or was before a resumption.
 
@@ -278,7 +281,7 @@ class Logs:
         samples |= keep_to is not None and (folder / SAMPLES).exists()
         self.samples = MetricsLog(folder / SAMPLES, keep_to) if samples else None
 
-    def write_samples(self, lines: Iterable[dict[str, Any]]) -> None:
+    def write_samples(self, lines: Iterable[Object]) -> None:
         """Append lines to samples.jsonl."""
         for line in lines:
             assert self.samples is not None
@@ -295,7 +298,7 @@ class Logs:
             log.close()
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parsed(line: str) -> Object | None:
     """Return the object of a line, None where it is none of a log: a crash leaves a part, or zeros."""
     try:
         entry = json.loads(line)

@@ -32,6 +32,7 @@ from lora_jax.run.trackers import Status
 from lora_jax.run_folder import RECORD
 from lora_jax.streams import losses
 from lora_jax.train.feed import Sizes
+from lora_jax.types import Object
 from lora_jax.version import __version__
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -56,7 +57,7 @@ class Record:
     def __init__(self, folder: Place, resumed_at: int | None = None) -> None:
         """Begin; where a run goes on, with what it had recorded."""
         self.path = folder / RECORD
-        self.content: dict[str, Any] = {}
+        self.content: Object = {}
         if resumed_at is not None:
             try:
                 found = json.loads(self.path.read_text(encoding="utf-8"))
@@ -75,7 +76,7 @@ class Record:
         if writes():
             write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
-    def end(self, status: Status, results: dict[str, Any] | None = None) -> None:
+    def end(self, status: Status, results: Object | None = None) -> None:
         """Note how the run ended."""
         self.note(status=status, ended=now(), results=results or {})
 
@@ -85,7 +86,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def run_facts(run: Run, sizes: Sizes) -> dict[str, Any]:
+def run_facts(run: Run, sizes: Sizes) -> Object:
     """Return what is known before the first step."""
     trainable, total = run.parameters
     return {
@@ -110,14 +111,14 @@ def run_facts(run: Run, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def data_facts(rows: TokenDataset) -> dict[str, Any]:
+def data_facts(rows: TokenDataset) -> Object:
     """Return the counts of a data set and the histogram of its lengths."""
     names = ("name", "rows", "tokens", "trained_tokens", "truncated", "dropped", "longest", "max_length")
     facts = {name: getattr(rows, name) for name in names}
     return facts | {"dropped": rows.dropped + rows.counts.long, "lengths": histogram(rows.lengths)}
 
 
-def histogram(lengths: np.ndarray) -> dict[str, Any]:
+def histogram(lengths: np.ndarray) -> Object:
     """Return the number of rows in bars of a round width, at most BINS of them."""
     least = -(-int(lengths.max(initial=1)) // BINS)
     scale = 1
@@ -136,7 +137,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def jax_settings() -> dict[str, Any]:
+def jax_settings() -> Object:
     """Return the settings of JAX that decide a result, by the environment variables that set them."""
     return {name: getattr(jax.config, name.lower()) for name in DECIDING}
 
@@ -155,9 +156,9 @@ def command_line(asked: RunConfig) -> str:
     return " ".join(words)
 
 
-def flat_options(config: RunConfig) -> dict[str, Any]:
+def flat_options(config: RunConfig) -> Object:
     """Return the options by their dotted names, those of starting left out."""
-    flat: dict[str, Any] = {}
+    flat: Object = {}
     for name, value in vars(config).items():
         section = vars(value).items() if is_dataclass(value) else ()
         flat |= {f"{name}.{option}": item for option, item in section} or {name: value}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +16,7 @@ from rich.progress import (
 )
 
 from lora_jax.progress import shown_by, spoke
+from lora_jax.types import Object
 
 TRAINING = "training"
 
@@ -52,7 +52,7 @@ class Reporter:
         """Move the bar."""
         self.progress.update(self.task, completed=step)
 
-    def logged(self, entry: dict[str, Any]) -> None:
+    def logged(self, entry: Object) -> None:
         """Show a line of metrics.jsonl."""
         parts = [f"step {entry['step']}/{self.steps}"]
         if "loss" in entry:
@@ -69,7 +69,7 @@ class Reporter:
         if found or not self.console.is_terminal:
             self._print("  ".join([*parts, *found]))
 
-    def sampled(self, sample: dict[str, Any]) -> None:
+    def sampled(self, sample: Object) -> None:
         """Show a line of samples.jsonl, cut to what fits a line."""
         prompt, text = (json.dumps(sample[part], ensure_ascii=False) for part in ("prompt", "text"))
         shown = f"sample {_shortened(prompt, 40)} -> {_shortened(text, 80)}"

@@ -26,7 +26,7 @@ from lora_jax.pretrained import Pretrained
 from lora_jax.run.loop import Outcome
 from lora_jax.run.setup import Run
 from lora_jax.run_folder import ADAPTER, MODEL
-from lora_jax.trees import Trained
+from lora_jax.types import Trained
 from lora_jax.version import __version__
 
 

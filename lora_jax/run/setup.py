@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +40,7 @@ from lora_jax.train.adapted import adapted, check_full
 from lora_jax.train.feed import Sizes, eval_sizes, shaping
 from lora_jax.train.offload import has_host_memory, offloads_activations
 from lora_jax.train.optim import make_optimizer
+from lora_jax.types import Facts, Params, PyTree, Tokenizer, Trained, Values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,12 @@ class Run(InMemory):
     train_rows: TokenDataset
     eval_rows: Mapping[str, TokenDataset]
     """The sets to evaluate on by their names; a single one without a name has the empty one."""
-    trainable: Any
+    trainable: Trained
     """Before the first step, which consumes the arrays; their shapes stay."""
     plan: Plan | None
     adapter_config: AdapterConfig | None
     key: jax.Array
-    carried: Mapping[str, Any] = field(default_factory=dict)
+    carried: Values = field(default_factory=dict)
     """Weights of the base that the adapter to go on with brought, and brings on."""
 
     @property
@@ -118,14 +118,14 @@ def make_run(
     base: Pretrained,
     rows: tuple[TokenDataset, Mapping[str, TokenDataset]],
     mesh: Mesh,
-    frozen: Any,
-    trainable: Any,
-    facts: Any,
+    frozen: Params,
+    trainable: Trained,
+    facts: Facts,
     *,
     asked: RunConfig | None = None,
     plan: Plan | None = None,
     adapter_config: AdapterConfig | None = None,
-    carried: Mapping[str, Any] | None = None,
+    carried: Values | None = None,
 ) -> Run:
     """Return a run over trees that are on the mesh; its first step consumes `trainable`.
 
@@ -209,7 +209,7 @@ def run_keys(config: RunConfig) -> tuple[jax.Array, jax.Array]:
     return init_key, run_key
 
 
-def _check_finite(params: Any, base: Pretrained, config: RunConfig) -> None:
+def _check_finite(params: Params, base: Pretrained, config: RunConfig) -> None:
     """Raise UserError where weights that are all trained, and written at the end, are not finite."""
     finite = jax.jit(
         lambda tree: jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
@@ -230,7 +230,7 @@ def _check_memory(config: RunConfig, base: Pretrained, plan: Plan | None) -> Non
     check_fits("the run", {name: _bytes(tree) for name, tree in held.items()})
 
 
-def _bytes(tree: Any) -> int:
+def _bytes(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -246,7 +246,7 @@ def read_run_rows(config: RunConfig, base: Pretrained) -> tuple[TokenDataset, Ma
 
 
 def evaluation_rows(
-    data: DataOptions, tokenizer: Any, vocab_size: int, console: Console
+    data: DataOptions, tokenizer: Tokenizer, vocab_size: int, console: Console
 ) -> Mapping[str, TokenDataset]:
     """Return the sets of eval_path or eval_paths by their names, a single one by the empty name; none for neither."""
     paths, option = data.eval_paths, "--data.eval_paths"

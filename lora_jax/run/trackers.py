@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from lora_jax.hub.bucket import Place
 from lora_jax.run_folder import TENSORBOARD
+from lora_jax.types import Values
 
 PROJECT = "lora_jax"
 """Name of the project, or experiment, that runs are gathered under where the environment names none."""
@@ -27,7 +28,7 @@ class Start:
 
     name: str
     folder: Place
-    options: Mapping[str, Any]
+    options: Values
     resumed_at: int | None
     run_id: str | None
 

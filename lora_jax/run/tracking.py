@@ -14,7 +14,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import PurePath
-from typing import Any
 
 from rich.console import Console
 
@@ -25,6 +24,7 @@ from lora_jax.install import install_command
 from lora_jax.parallel.processes import writes
 from lora_jax.run.record import Record, flat_options
 from lora_jax.run.trackers import TRACKERS, Start, Status, Tracker
+from lora_jax.types import Object, Values
 
 MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 """What each tracker's client is imported as."""
@@ -87,7 +87,7 @@ class Tracking:
         if ids:
             record.note(tracking=ids)
 
-    def log(self, entry: Mapping[str, Any]) -> None:
+    def log(self, entry: Values) -> None:
         """Send a line of metrics.jsonl."""
         step, figures = entry["step"], named(entry)
         for name, tracker in tuple(self._open.items()):
@@ -134,7 +134,7 @@ class Tracking:
                 )  # fmt: skip
 
 
-def plain_options(config: RunConfig) -> dict[str, Any]:
+def plain_options(config: RunConfig) -> Object:
     """Return the options of a run, flat, lists and pairs as text."""
     return {
         name: value if isinstance(value, str | int | float | None) else str(value)
@@ -142,7 +142,7 @@ def plain_options(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def named(entry: Mapping[str, Any]) -> dict[str, float]:
+def named(entry: Values) -> dict[str, float]:
     """Return the figures of a logged line under the names that transformers gives them in trackers."""
     figures: dict[str, float] = {}
     for name, value in entry.items():

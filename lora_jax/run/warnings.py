@@ -47,6 +47,7 @@ from lora_jax.parallel.mesh import row_shards
 from lora_jax.run.setup import Run
 from lora_jax.train.feed import Sizes
 from lora_jax.train.optim import warmup_steps
+from lora_jax.types import Trained, Values
 
 BULK = 0.05
 """Share of the rows from which on something about them is worth a warning."""
@@ -94,7 +95,7 @@ class RunWarnings:
         self._moved: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None = None
         self._given = {text.partition(":")[0] for text in given}
 
-    def compile(self, trainable: Any) -> None:
+    def compile(self, trainable: Trained) -> None:
         """Compile what a warning has to compute, so that nothing is compiled after the first step."""
         leaves = matrices(trainable)
         if leaves and "untouched" not in self._given:
@@ -114,7 +115,7 @@ class RunWarnings:
         rows = about_rows(run.train_rows) | about_leaks(run.train_rows, run.eval_rows)
         return self._new(options | rows)
 
-    def about_start(self, figures: Mapping[str, Any], base_loss: float | None = None) -> list[str]:
+    def about_start(self, figures: Values, base_loss: float | None = None) -> list[str]:
         """Return the reason to warn of the first loss that is known; `base_loss` is that of the base alone."""
         losses = [
             (name, value if math.isfinite(value) else None)
@@ -127,7 +128,7 @@ class RunWarnings:
         cause = broken_base(self.run) if loss is None else None
         return self._new({"start": start(name, loss, vocabulary, base_loss, cause)})
 
-    def about_step(self, entry: Mapping[str, Any], trainable: Any, ends: bool) -> list[str]:
+    def about_step(self, entry: Values, trainable: Trained, ends: bool) -> list[str]:
         """Return the reasons to warn of a logged step; `ends` says that it is the run's last."""
         found: dict[str, str | None] = {}
         if entry.get("grad_norm") == 0 and entry["loss"] > 0:  # a batch of padding has neither
@@ -140,7 +141,7 @@ class RunWarnings:
             found["untouched"] = self._untouched(entry["step"], trainable)
         return self._new(found)
 
-    def _untouched(self, step: int, trainable: Any) -> str | None:
+    def _untouched(self, step: int, trainable: Trained) -> str | None:
         leaves = matrices(trainable)
         names = [] if self._moved is None else untouched(self._moved(leaves))
         if not names:
@@ -310,7 +311,7 @@ def untouched(flags: Mapping[str, jax.Array]) -> list[str]:
     return [name for name, flag in flags.items() if not bool(flag)]
 
 
-def matrices(trainable: Any) -> dict[str, jax.Array]:
+def matrices(trainable: Trained) -> dict[str, jax.Array]:
     """Return of each adapted module, by its path, the stacked matrix that starts at zero: B, an embedding's A."""
     flat: Any = flatten_dict(dict(trainable))
     return {

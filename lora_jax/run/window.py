@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
 
 import jax
 
 from lora_jax.train.step import StepMetrics
+from lora_jax.types import Object
 
 
 class Window:
@@ -49,7 +49,7 @@ class Window:
                 trained += int(metrics.trained_tokens)
         return [loss, weight, right, trained]
 
-    def figures(self) -> tuple[float, dict[str, Any]]:
+    def figures(self) -> tuple[float, Object]:
         """Return the mean loss, and the other figures of a logged line; waits for the steps."""
         loss, weight, right, trained = self.sums()
         seconds = time.perf_counter() - self.started

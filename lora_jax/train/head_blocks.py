@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.layers import product
 from lora_jax.quant.leaf import is_quantized
-from lora_jax.trees import Collections, Trained
+from lora_jax.types import Collections, Trained
 
 BLOCK = 16384
 """Tokens of the vocabulary whose logits exist at once; a smaller vocabulary is not cut."""

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.config import TrainOptions
+from lora_jax.types import PyTree
 
 HOST = "pinned_host"
 
@@ -58,14 +59,14 @@ def nowhere_to_go(train: TrainOptions, device: Any) -> str | None:
     return f"note: {option} {value}: a {device.platform.upper()} has no memory besides the host's; nothing is offloaded"
 
 
-def fetched(opt_state: Any) -> Any:
+def fetched(opt_state: PyTree) -> Any:
     """Return optimizer state in the device's memory; called inside a step."""
     return jax.tree.map(
         lambda x: jax.device_put(x, jax.memory.Space.Device) if _in_host_memory(x) else x, opt_state
     )
 
 
-def put_back(opt_state: Any, like: Any) -> Any:
+def put_back(opt_state: PyTree, like: Any) -> Any:
     """Return new optimizer state where the old one, `like`, came from; called inside a step."""
     return jax.tree.map(
         lambda x, before: jax.device_put(x, jax.memory.Space.Host) if _in_host_memory(before) else x,

@@ -12,6 +12,7 @@ import optax
 
 from lora_jax.config import TrainOptions
 from lora_jax.train.adam8bit import adamw8bit
+from lora_jax.types import PyTree
 
 DECAYED = frozenset({"lora_A", "lora_B", "kernel", "embedding", "token_rows"})
 
@@ -44,7 +45,7 @@ def schedule(train: TrainOptions, steps: int) -> Callable[[jax.typing.ArrayLike]
     return rate
 
 
-def decay_mask(tree: Any) -> Any:
+def decay_mask(tree: PyTree) -> Any:
     """Return True for the leaves that weight decay applies to: matrices, not biases or norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, tree)
 

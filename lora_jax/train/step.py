@@ -24,6 +24,7 @@ from lora_jax.models.sharding import placed, shardings
 from lora_jax.progress import stage
 from lora_jax.train.losses import head_variables, summed_loss
 from lora_jax.train.offload import fetched, offloaded, put_back
+from lora_jax.types import Object
 
 Tree = Any
 
@@ -106,7 +107,7 @@ def make_train_step(
 
     `where` holds the shardings of the state on a mesh, which it keeps.
     """
-    kept: dict[str, Any] = {} if where is None else {"out_shardings": (where, where.step)}
+    kept: Object = {} if where is None else {"out_shardings": (where, where.step)}
 
     @partial(jax.jit, donate_argnums=0, **kept)
     def train_step(

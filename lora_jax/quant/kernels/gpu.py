@@ -7,7 +7,7 @@ array is masked.
 """
 
 from functools import partial, reduce
-from typing import Any, Final
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from lora_jax.quant.codebooks import Table
 from lora_jax.quant.dequantize import select
 from lora_jax.quant.kernels.gpu_tiles import Tile, chip, tile_for, usable
 from lora_jax.quant.leaf import BLOCK, GROUP, groups
+from lora_jax.types import Traced
 
 __all__ = ["backward", "forward", "usable"]
 
@@ -64,7 +65,7 @@ def backward(
 
 
 def _product(
-    body: Any,
+    body: Traced,
     x: Array,
     codes: Array,
     scales: Array,
@@ -98,7 +99,9 @@ def _product(
     )(layer.reshape(1), x, codes, scales, *tables)
 
 
-def _forward(layer: Any, x: Any, codes: Any, scales: Any, *rest: Any, table: Table, tile: Tile) -> None:
+def _forward(
+    layer: Traced, x: Traced, codes: Traced, scales: Traced, *rest: Traced, table: Table, tile: Tile
+) -> None:
     """Write one tile [batch, outs] of x · W. Arguments: references to whole arrays, the result's the last."""
     *tables, y = rest
     (batch, rows), outs = x.shape, y.shape[1]
@@ -106,7 +109,7 @@ def _forward(layer: Any, x: Any, codes: Any, scales: Any, *rest: Any, table: Tab
     here, columns, at = pl.ds(first, tile.batch), pl.ds(left, tile.outs), layer[0]
     in_batch, in_outs = _rows(tile.batch, batch), _columns(left, tile.outs, outs)
 
-    def step(group: Any, total: Any) -> Any:
+    def step(group: Traced, total: Traced) -> Traced:
         packed = _load(codes.at[at, pl.ds(group * BLOCK, BLOCK), columns], in_outs)
         for half in range(2):
             start = group * GROUP + half * BLOCK
@@ -120,7 +123,9 @@ def _forward(layer: Any, x: Any, codes: Any, scales: Any, *rest: Any, table: Tab
     plt.store(y.at[here, columns], total.astype(y.dtype), mask=_all(in_batch, in_outs))
 
 
-def _backward(layer: Any, dy: Any, codes: Any, scales: Any, *rest: Any, table: Table, tile: Tile) -> None:
+def _backward(
+    layer: Traced, dy: Traced, codes: Traced, scales: Traced, *rest: Traced, table: Table, tile: Tile
+) -> None:
     """Write one tile [batch, 128] of dy · Wᵀ. Arguments: references to whole arrays, the result's the last."""
     *tables, dx = rest
     (batch, outs), rows = dy.shape, dx.shape[1]
@@ -128,7 +133,7 @@ def _backward(layer: Any, dy: Any, codes: Any, scales: Any, *rest: Any, table: T
     group, here, at = jax.lax.div(left, GROUP), pl.ds(first, tile.batch), layer[0]
     in_batch = _rows(tile.batch, batch)
 
-    def step(index: Any, totals: Any) -> Any:
+    def step(index: Traced, totals: Traced) -> Traced:
         start = index * tile.outs
         columns, in_outs = pl.ds(start, tile.outs), _columns(start, tile.outs, outs)
         values = _load(dy.at[here, columns], in_batch, in_outs)
@@ -148,7 +153,7 @@ def _backward(layer: Any, dy: Any, codes: Any, scales: Any, *rest: Any, table: T
         plt.store(dx.at[here, pl.ds(start, BLOCK)], total.astype(dx.dtype), mask=mask)
 
 
-def _place(index: Any, batch: int, size: int, height: int, width: int) -> tuple[Any, Any]:
+def _place(index: Traced, batch: int, size: int, height: int, width: int) -> tuple[Traced, Traced]:
     """Return the first row and column of a program's tile: bands of rows, each band column by column."""
     down, across = pl.cdiv(batch, height), pl.cdiv(size, width)
     above = jax.lax.div(index, _BAND * across) * _BAND
@@ -161,34 +166,36 @@ def _place(index: Any, batch: int, size: int, height: int, width: int) -> tuple[
     return first, jax.lax.div(index, tall) * width
 
 
-def _rows(height: int, batch: int) -> Any:
+def _rows(height: int, batch: int) -> Traced:
     """Return which rows [height, 1] of a tile are there: all of them, None, but where one tile is too tall."""
     return None if batch >= height else (jnp.arange(height) < batch)[:, None]
 
 
-def _columns(start: Any, width: int, outs: int) -> Any:
+def _columns(start: Traced, width: int, outs: int) -> Traced:
     """Return which columns [1, width] from `start` on are there; None where widths divide `outs`: all."""
     return None if outs % width == 0 else (start + jnp.arange(width) < outs)[None]
 
 
-def _block(half: int, start: Any, rows: int) -> Any:
+def _block(half: int, start: Traced, rows: int) -> Traced:
     """Return whether a half group that starts there is there [1, 1]; None where all are."""
     return jnp.full((1, 1), start < rows) if half and rows % GROUP else None
 
 
-def _all(*masks: Any) -> Any:
+def _all(*masks: Traced) -> Traced:
     """Return what all masks have in common, None of none."""
     there = [mask for mask in masks if mask is not None]
     return reduce(jnp.logical_and, there) if there else None
 
 
-def _load(ref: Any, *masks: Any) -> Any:
+def _load(ref: Traced, *masks: Traced) -> Traced:
     """Return what a reference holds, zeros where a mask is false."""
     mask = _all(*masks)
     return plt.load(ref) if mask is None else plt.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=0)
 
 
-def _decoded(packed: Any, half: int, scale: Any, table: Table, tables: list[Any], dtype: Any) -> Any:
+def _decoded(
+    packed: Traced, half: int, scale: Traced, table: Table, tables: list[Traced], dtype: Traced
+) -> Traced:
     """Return the weights of one half of a tile of bytes: float32 products, rounded once."""
     if not tables:
         return (select(packed, table, first_bit=4 * half) * scale).astype(dtype)
@@ -207,7 +214,7 @@ def _halved(table: Table) -> UInt16[Array, " parts"]:
     return jnp.asarray(np.concatenate([bits & 0xFFFF, bits >> 16]).astype(np.uint16))
 
 
-def _dot(x: Any, weights: Any, axis: int) -> Any:
+def _dot(x: Traced, weights: Traced, axis: int) -> Traced:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         x, weights, (((1,), (axis,)), ((), ())), precision, preferred_element_type=jnp.float32

@@ -6,7 +6,7 @@ The compiler cannot divide such a call among devices: under a mesh it is made in
 """
 
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 from lora_jax.quant.codebooks import Table
 from lora_jax.quant.kernels.tpu_tiles import LANES, Tiles, chip, tiles, vmem
 from lora_jax.quant.leaf import BLOCK
+from lora_jax.types import Traced
 
 SUBLANES: Final = 8
 
@@ -34,7 +35,7 @@ def forward(
     layer: Int32[Array, ""],
     *,
     table: Table,
-    interpret: Any = False,
+    interpret: Traced = False,
     tile: Tiles | None = None,
 ) -> Float[Array, "batch out"]:
     """Return x · W in x's dtype, summed in float32, for the kernel W of one layer of a stack of codes.
@@ -54,7 +55,7 @@ def backward(
     *,
     rows: int,
     table: Table,
-    interpret: Any = False,
+    interpret: Traced = False,
     tile: Tiles | None = None,
 ) -> Float[Array, "batch in"]:
     """Return dy · Wᵀ [batch, rows] in dy's dtype, from the same codes, as `forward` does."""
@@ -68,7 +69,7 @@ def _product(
     layer: Array,
     rows: int,
     table: Table,
-    interpret: Any,
+    interpret: Traced,
     tile: Tiles | None,
     transposed: bool,
 ) -> Array:
@@ -78,14 +79,14 @@ def _product(
     depth, width = (tile.outs, tile.rows) if transposed else (tile.rows, tile.outs)
     grid = (pl.cdiv(batch, tile.batch), pl.cdiv(results, width), pl.cdiv(contracted, depth))
 
-    def along(result: Any, step: Any) -> tuple[Any, Any]:
+    def along(result: Traced, step: Traced) -> tuple[Traced, Traced]:
         """Return the place of a tile of weights along `in` and `out`."""
         return (result, step) if transposed else (step, result)
 
-    def codes_at(_: Any, result: Any, step: Any, at: Any) -> tuple[Any, ...]:
+    def codes_at(_: Traced, result: Traced, step: Traced, at: Traced) -> tuple[Traced, ...]:
         return (at[0], *along(result, step))
 
-    def scales_at(_: Any, result: Any, step: Any, at: Any) -> tuple[Any, ...]:
+    def scales_at(_: Traced, result: Traced, step: Traced, at: Traced) -> tuple[Traced, ...]:
         block, out = along(result, step)
         return (block, 0, out)
 
@@ -121,13 +122,13 @@ def _product(
 
 
 def _step(
-    layer: Any,
-    x: Any,
-    codes: Any,
-    scales: Any,
-    lanes: Any,
-    y: Any,
-    total: Any,
+    layer: Traced,
+    x: Traced,
+    codes: Traced,
+    scales: Traced,
+    lanes: Traced,
+    y: Traced,
+    total: Traced,
     *,
     table: Table,
     lookup: str,
@@ -168,7 +169,9 @@ def _step(
         y[...] = total[...].astype(y.dtype)
 
 
-def _decoded(codes: Any, scales: Any, lanes: Any, table: Table, lookup: str, dtype: Any) -> Any:
+def _decoded(
+    codes: Traced, scales: Traced, lanes: Traced, table: Table, lookup: str, dtype: Traced
+) -> Traced:
     """Return a tile of weights [rows, outs] of codes [rows / 2, outs]: float32 products, rounded once."""
     wide = codes.astype(jnp.int32)
     halves = [
@@ -182,9 +185,9 @@ def _decoded(codes: Any, scales: Any, lanes: Any, table: Table, lookup: str, dty
     return jnp.concatenate(parts, axis=0)
 
 
-def _selected(codes: Any, table: Table) -> Any:
+def _selected(codes: Traced, table: Table) -> Traced:
     """Return table[codes] by selects on the bits of the codes."""
-    values: list[Any] = [np.float32(value) for value in table]
+    values: list[Traced] = [np.float32(value) for value in table]
     bit = 1
     while len(values) > 1:
         one = (codes & bit) != 0
@@ -193,7 +196,7 @@ def _selected(codes: Any, table: Table) -> Any:
     return values[0]
 
 
-def _gathered(codes: Any, lanes: Any) -> Any:
+def _gathered(codes: Traced, lanes: Traced) -> Traced:
     """Return table[codes] by permuting the table's lanes, one register's width of codes at a time."""
     rows, outs = codes.shape
     values = jnp.broadcast_to(lanes[:1], (rows, LANES))
@@ -209,7 +212,7 @@ def _lanes(table: Table) -> Float32[Array, "sublanes lanes"]:
     return jnp.tile(jnp.asarray(table, jnp.float32), (SUBLANES, LANES // len(table)))
 
 
-def _first(values: Any, count: int, axis: int) -> Any:
+def _first(values: Traced, count: int, axis: int) -> Traced:
     """Return the first `count` values along an axis, and 0 in place of the others."""
     place = jax.lax.broadcasted_iota(jnp.int32, values.shape, axis)
     return jnp.where(place < count, values, jnp.zeros_like(values))
