@@ -1,1 +1,0 @@
-"""Moved to lora_jax/run/training.py."""
