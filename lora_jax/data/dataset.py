@@ -349,7 +349,7 @@ def _check_vocabulary(
         row = part.store.first_with(vocab_size)
         token = int(part.store[row].input_ids.max())
         raise UserError(
-            f"{dataset.where(int(start) + row)}: token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) is beyond "
+            f"{dataset.where(int(start) + row)}: token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) is outside "
             f"the model's vocabulary of {vocab_size}; use --model.resize_vocab True, or the checkpoint's own tokenizer"
         )
 

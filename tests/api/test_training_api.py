@@ -42,6 +42,7 @@ def test_losses_and_files_are_those_of_the_command_line(
     assert result.checkpoints == [4]
 
 
+@pytest.mark.slow
 def test_the_adapter_holds_what_was_trained_and_the_model_is_as_it_was(
     model: lj.Model, rows: Path, tmp_path: Path
 ) -> None:
@@ -54,6 +55,7 @@ def test_the_adapter_holds_what_was_trained_and_the_model_is_as_it_was(
     assert not np.array_equal(model(tokens), model(tokens, result.adapter))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint(model: lj.Model, rows: Path, tmp_path: Path) -> None:
     whole = trained(model, rows, tmp_path / "whole")
     adapter = model.add_adapter(lj.LoraConfig(r=2))
@@ -63,6 +65,7 @@ def test_a_run_goes_on_from_its_checkpoint(model: lj.Model, rows: Path, tmp_path
     assert result.steps == whole.steps
 
 
+@pytest.mark.slow
 def test_rows_may_be_dicts(model: lj.Model, rows: Path, tmp_path: Path) -> None:
     """A notebook has its rows in a list or a data set, not in a file."""
     of_file = trained(model, rows, tmp_path / "file")
@@ -70,6 +73,7 @@ def test_rows_may_be_dicts(model: lj.Model, rows: Path, tmp_path: Path) -> None:
     assert of_dicts.losses == of_file.losses
 
 
+@pytest.mark.slow
 def test_a_run_without_a_folder_gets_a_new_one(
     model: lj.Model, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +98,7 @@ def test_errors_name_fields_and_no_flags(model: lj.Model, rows: Path, tmp_path: 
     assert "--" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_saved_and_merged_folders_generate_what_the_model_does(
     model: lj.Model, rows: Path, tmp_path: Path
 ) -> None:

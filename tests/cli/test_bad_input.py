@@ -588,6 +588,7 @@ def test_nothing_of_a_file_is_dropped_or_flattened(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_data_are_shown_by_a_runs_own_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = train_arguments(home / "model", home / "rows.jsonl", home / "out")
     run(*arguments)
@@ -600,6 +601,7 @@ def test_data_are_shown_by_a_runs_own_file(home: Path, capsys: pytest.CaptureFix
     assert (home / "out" / "adapter").is_dir()
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_that_kept_no_checkpoint_is_refused(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,6 +100,7 @@ def test_inspecting_shows_the_rows_and_the_adapter(home: Path, capsys: pytest.Ca
     assert "1·+·1·=⟦2·.·</s>⟧" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_inspecting_a_mixture_shows_the_shares_that_training_takes(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,6 +121,7 @@ def test_rows_of_padding_alone_are_finite_and_give_no_gradient() -> None:
     assert all((leaf[1] == 0).all() and (leaf[0] != 0).any() for leaf in gradients)
 
 
+@pytest.mark.slow
 def test_memory_on_a_cpu_grows_with_the_length_not_its_square() -> None:
     def temporary(length: int) -> int:
         *x, pull = (jax.ShapeDtypeStruct((1, length, count, 16), jnp.float32) for count in (4, 1, 1, 4))

@@ -286,6 +286,7 @@ def test_a_signal_ends_a_process_that_waits_for_the_others_and_the_watchdog_says
     assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_error_of_the_only_process_of_a_cluster_is_one_line(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -106,7 +106,7 @@ def test_a_model_and_its_quantised_self_are_two_and_an_adapter_stops_where_its_o
     adapter = shutil.copytree(trained / "adapter", tmp_path / "adapter")
     (adapter / "generation_config.json").write_text('{"eos_token_id": [7]}')
     quantised = ModelOptions(path=str(model), load_in_4bit=True)
-    found = candidates(quantised, (str(adapter),), (str(model),), True, ())
+    found = candidates(quantised, (str(adapter),), (str(model),), True)
     assert [one.quantization is None for one in found] == [False, False, True]
     assert [one.opened.settings.get("eos_token_id") for one in found] == [None, [7], None]
 
@@ -116,7 +116,7 @@ def test_adapters_of_one_base_share_it_and_other_bases_wait(
 ) -> None:
     other = write_checkpoint(tmp_path / "other", CONFIGS["llama"])
     adapter = str(trained / "adapter")
-    found = candidates(ModelOptions(), (adapter,), (str(other),), True, ())
+    found = candidates(ModelOptions(), (adapter,), (str(other),), True)
     assert [[one.base for one in group] for group in on_one_base(found)] == [[str(model)] * 2, [str(other)]]
     assert all(one.opened.adapter is None for one in found)
 
@@ -130,12 +130,12 @@ def test_a_base_is_shared_only_where_its_weights_are_the_same(
     table = open_folder(model).checkpoint.tensor(EMBEDDING_NAME)
     config, tensors = read_adapter(adapter)
     write_adapter(bringing, config, tensors | {EMBEDDING_NAME: table + 1})
-    found = candidates(ModelOptions(), (str(adapter), str(bringing)), (), True, ())
+    found = candidates(ModelOptions(), (str(adapter), str(bringing)), (), True)
     assert [[one.adapter_folder for one in group] for group in on_one_base(found)] == [
         [None, adapter],
         [bringing],
     ]
-    found = candidates(ModelOptions(load_in_4bit=True), (str(adapter),), (str(model),), False, ())
+    found = candidates(ModelOptions(load_in_4bit=True), (str(adapter),), (str(model),), False)
     assert [[one.quantization is None for one in group] for group in on_one_base(found)] == [[False], [True]]
 
 

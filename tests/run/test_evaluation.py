@@ -63,6 +63,7 @@ def test_each_named_set_has_figures_of_its_own(watched: tuple[list[str], Path]) 
     assert not any("warnings" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_run_ends_early_and_exports_the_best_of_its_checkpoints(
     watched: tuple[list[str], Path], tmp_path: Path
 ) -> None:
@@ -119,6 +120,7 @@ def test_without_the_evaluation_at_the_start_the_rest_of_a_run_is_the_same(
     run("report", str(output))
 
 
+@pytest.mark.slow
 def test_samples_are_what_generate_writes_with_the_adapter(
     watched: tuple[list[str], Path], model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

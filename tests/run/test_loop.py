@@ -84,6 +84,7 @@ def test_a_run_leaves_an_adapter_a_log_its_options_and_a_checkpoint(evaluated: P
     assert f"{last['eval_loss']:.4f}" in card
 
 
+@pytest.mark.slow
 def test_config_yaml_is_a_config_of_the_same_run(evaluated: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     run("train", str(evaluated / "config.yaml"), "--output_dir", str(again))
@@ -171,6 +172,7 @@ def test_evaluation_takes_its_own_split_and_all_rows_of_a_file_without_one(
         assert f"eval     {rows}: {count} rows" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_run(model: Path, rows: Path, tmp_path: Path, evaluated: Path) -> None:
     losses = []
     for name, seed in (("a", "42"), ("b", "7")):

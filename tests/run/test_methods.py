@@ -71,6 +71,7 @@ def test_an_adapter_that_is_trained_on_or_merged_starts_where_it_ended(
     assert eval_losses(tmp_path / "on merged")[0] == pytest.approx(after, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_all_that_was_asked_for_was_trained(model: Path, rows: Path, tmp_path: Path) -> None:
     evaluated = ("--data.eval_path", str(rows))
     run(*train_arguments(model, rows, tmp_path / "out", *evaluated, *EVERYTHING))

@@ -145,6 +145,7 @@ def test_missing_client_is_one_error_before_the_run_that_names_what_to_install(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_run_writes_its_record_its_trace_its_events_and_its_utilisation(
     tmp_path: Path,
     model: Path,

@@ -135,6 +135,7 @@ def test_a_step_without_a_trained_token_is_finite_and_moves_nothing(parts: Any) 
     jax.tree.map(np.testing.assert_array_equal, state.trainable, parts[1])
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_anew_for_every_step_and_pass_and_repeats_with_the_seed(parts: Any) -> None:
     base, trainable, adapter = parts
     step = train_step(Decoder(base.config, lora_dropout=0.5))
