@@ -108,7 +108,9 @@ def train_ours(
     config = continued_config(LoraOptions(init_from="here"), asked, stored, known)
     plan = make_plan(config, known, strict=False)
     empty, adapter = init_adapter(jax.random.key(0), plan, base.params, base.config.num_hidden_layers, "true")
-    trainable = import_tensors(tensors, empty, plan, start)
+    # Without the tables of the base that PEFT writes beside an adapter of one of them.
+    own = {name: tensor for name, tensor in tensors.items() if "base_layer" not in name}
+    trainable = import_tensors(own, empty, plan, start)
     optimizer = make_optimizer(OPTIONS, STEPS)
     step = make_train_step(Decoder(base.config, lora_dropout=config.lora_dropout), optimizer)
     state = init_state(trainable, optimizer, jax.random.key(0))
