@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,14 @@ def is_kernel(shape: str, tensor: int) -> bool:
     return last in kernels or last[::-1] in kernels
 
 
-def check_on_eight_devices(bits: int) -> None:
-    """Compare every mesh with one device, and look at what the compiled step gathers."""
+def check_on_eight_devices(bits: int, meshes: Sequence[tuple[int, ...]] = MESHES) -> None:
+    """Compare each mesh with one device, and look at what the compiled step gathers."""
     folder = write_checkpoint(Path(tempfile.mkdtemp()) / "tiny", CONFIG if bits == 4 else NARROW)
     base = open_base(folder)
     alone = make_mesh(MeshOptions(), jax.devices()[:1])
     losses, trained, _ = losses_and_adapter(base, bits, alone)
     assert len(set(losses)) == STEPS
-    for sizes in MESHES:
+    for sizes in meshes:
         mesh = make_mesh(MeshOptions(*sizes))
         found, tree, text = losses_and_adapter(base, bits, mesh)
         np.testing.assert_allclose(found, losses, rtol=1e-5)
@@ -139,6 +140,13 @@ def test_what_a_run_starts_from_is_on_no_device_whole() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [16, 4])
-def test_five_steps_on_every_mesh_are_those_of_one_device(bits: int) -> None:
-    on_eight_devices(f"from tests.parallel.test_meshes import check_on_eight_devices as check; check({bits})")
+@pytest.mark.parametrize("arguments", ["16", "4, [(2, 2, 2, 1)]"])
+def test_five_steps_on_a_mesh_are_those_of_one_device(arguments: str) -> None:
+    on_eight_devices(
+        f"from tests.parallel.test_meshes import check_on_eight_devices as check; check({arguments})"
+    )
+
+
+@pytest.mark.exhaustive
+def test_five_steps_in_4_bits_on_every_mesh_are_those_of_one_device() -> None:
+    on_eight_devices("from tests.parallel.test_meshes import check_on_eight_devices as check; check(4)")
