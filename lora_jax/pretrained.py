@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +118,13 @@ class Pretrained:
         dtype = "auto" if self.stored_quantized else self.options.dtype
         return Notes(self.config.vocab_size, dtype, quantization, self.stored_quantized, self.fingerprint)
 
+    def replace(self, **changes: Any) -> Pretrained:
+        """Return this with other fields and the same tokenizer, in which a run may have set a chat template."""
+        other = replace(self, **changes)
+        if "tokenizer" in vars(self):
+            vars(other)["tokenizer"] = self.tokenizer
+        return other
+
     def with_options(self, options: ModelOptions) -> Pretrained:
         """Return the base as the options ask: how it is quantized, and with which rows of the vocabulary.
 
@@ -127,13 +135,13 @@ class Pretrained:
         if options.resize_vocab:
             config = replace(config, vocab_size=max(config.vocab_size, len(self.tokenizer)))
         options = resolved_model_options(options, quantization)
-        return replace(self, config=config, options=options, quantization=quantization)
+        return self.replace(config=config, options=options, quantization=quantization)
 
     def with_adapter(self, adapter: Adapter | None) -> Pretrained:
         """Return the base with the vocabulary that an adapter has, and with the weights that it brings."""
         if adapter is None:
             return self
-        base = replace(self, checkpoint=adapter.over(self.checkpoint), config=adapter.model_config)
+        base = self.replace(checkpoint=adapter.over(self.checkpoint), config=adapter.model_config)
         base.check_adapted(adapter.plan)
         return base
 

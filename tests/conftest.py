@@ -3,6 +3,7 @@
 import atexit
 import os
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,3 +66,15 @@ def real_model() -> Path:
     folder = Path(os.environ[REAL_MODEL]).expanduser()
     assert (folder / "config.json").is_file(), f"{REAL_MODEL}={folder} holds no config.json"
     return folder
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Compile as users do, for tests whose programs take far longer to run than to compile."""
+    import jax  # only now, since its variables are set above
+
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)

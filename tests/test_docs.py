@@ -73,6 +73,7 @@ def runs_something(page: Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("page", [page for page in PAGES if runs_something(page)], ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "examples/fennel-2m", tmp_path / "Qwen/Qwen2.5-0.5B-Instruct")

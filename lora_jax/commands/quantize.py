@@ -80,7 +80,7 @@ def quantize(options: QuantizeOptions, console: Console | None = None) -> int:
         skipped = tuple(dict.fromkeys(("lm_head", *(quantization.skip_modules or ()))))
         quantization = replace(quantization, compute_dtype=compute, skip_modules=skipped)
     counts = _Counts()
-    base = replace(base, quantization=quantization)
+    base = base.replace(quantization=quantization)
     calibration = Calibration(options.calibration, base) if options.calibration.path else None
     tensors = _tensors(base, quantization) if calibration is None else calibration.tensors()
     save_model(

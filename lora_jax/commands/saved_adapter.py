@@ -67,7 +67,7 @@ def saved_adapter(given: str) -> Saved:
         )
     base = open_pretrained(config.model)
     found = adapted(config, base.config)
-    base = replace(base, config=found.model_config)
+    base = base.replace(config=found.model_config)
     step, trained, notes_of_files = _read(folder / CHECKPOINTS, which, given, base)
     tensors = export_tensors(trained, found.plan) | found.carried(base.checkpoint)
     facts = replace(

@@ -50,6 +50,6 @@ def read_subject(config: RunConfig, platform: Platform) -> Subject:
     if config.method == "lora":
         found = adapted(config, base.config)
         config, plan = found.config, found.plan
-        base = replace(base, config=found.model_config)
+        base = base.replace(config=found.model_config)
         base.check_adapted(plan)
     return Subject(config, base, plan, platform)

@@ -87,7 +87,7 @@ def prepare(config: RunConfig, mesh: Mesh) -> Run:
     carried, over = found.carried(base.checkpoint), base.with_adapter(start)
     check_resized(over, plan)
     over.check_adapted(plan)
-    base = replace(base, config=over.config)
+    base = base.replace(config=over.config)
     rows = read_run_rows(config, base)
     _check_memory(config, base, plan)
     frozen = over.params(mesh)

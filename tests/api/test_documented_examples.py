@@ -20,6 +20,7 @@ from scripts.run_notebook import executed
 
 ROOT = Path(__file__).parent.parent.parent
 RULES = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @pytest.fixture

@@ -527,7 +527,7 @@ def test_one_line_says_what_is_wrong_and_nothing_is_written(
         (
             "merge.py",
             (*MERGE[1:], "--base", "rows.jsonl"),
-            "error: --base rows.jsonl: a file; give the folder",
+            "error: --base rows.jsonl: is a file; give the folder",
         ),
     ],
 )

@@ -42,7 +42,7 @@ def test_lines_in_a_file_are_whole_and_plain(home: Path) -> None:
         r"train    .*rows.jsonl: 8 rows, 56 tokens, 24 trained, longest row 7",
         r"eval     .*rows.jsonl: 20 rows, 140 tokens, 60 trained, longest row 7",
         r"a step   4 rows \(micro-batches: 2\)",
-        r"buckets  16 x 2 steps an epoch; 56\.2% padding",
+        r"buckets  16 x 2 steps per epoch; 56\.2% padding",
         r"steps    4 \(2.00 epochs\)",
         r"output   .*a folder with a long name/out",
         r"warning: leaked: 8 of 20 \(40\.0%\) rows of the evaluation set are also training rows, .*",

@@ -19,6 +19,7 @@ from lora_jax.models.calibration import Gain, calibrated_tensors
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
 from lora_jax.models.layers import variables
+from lora_jax.pretrained import open_folder
 from lora_jax.quant.dequantize import dequantize
 from lora_jax.quant.encode import quantize as quantize_weight
 from tests.runs import metrics, run, train_arguments, write_rows
@@ -140,13 +141,13 @@ def test_conversations_take_the_chat_template_that_is_given(tmp_path: Path) -> N
     model = write_checkpoint(tmp_path / "model", WIDE)
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])
-    config = read_config(WIDE, model)
+    base = open_folder(model)
     with pytest.raises(UserError, match=r"no chat template .*; give one with --calibration\.chat_template"):
-        Calibration(CalibrationOptions(str(rows)), model, config)
+        Calibration(CalibrationOptions(str(rows)), base)
     template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}</s>{% endfor %}"
     (tmp_path / "own.jinja").write_text(template)
     chosen = CalibrationOptions(str(rows), chat_template=str(tmp_path / "own.jinja"))
-    assert any("8 tokens are fewer" in line for line in Calibration(chosen, model, config).lines())
+    assert any("8 tokens are fewer" in line for line in Calibration(chosen, base).lines())
 
 
 def test_modules_that_are_skipped_or_whose_blocks_run_over_ends_of_rows_are_left_as_ever(
