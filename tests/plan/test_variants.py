@@ -81,7 +81,7 @@ def test_gradient_checkpointing_alone_is_what_fits_a_deep_model(
     assert found[0] == "--train.gradient_checkpointing True"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_search_tries_nothing_that_training_would_refuse(config_file: Path) -> None:
     run = options(config_file)
     run = replace(run, train=replace(run.train, gradient_checkpointing=True, offload="activations"))

@@ -146,7 +146,7 @@ def test_of_two_runs_in_one_folder_one_wins_however_they_are_started(
         assert 0.5 not in [line["learning_rate"] for line in metrics(output)]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_lock_of_a_killed_run_is_gone_with_it(model: Path, rows: Path, tmp_path: Path) -> None:
     """kill -9: --resume works at once."""
     output, alone = tmp_path / "out", tmp_path / "alone"

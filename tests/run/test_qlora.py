@@ -162,7 +162,7 @@ def test_quantising_anew_is_asked_for_and_tells_what_is_lost(trained: Path, tmp_
     assert open_checkpoint(tmp_path / "merged").config["quantization_config"]["load_in_4bit"] is True
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("targets", [("q_proj", "lm_head", "embed_tokens"), ("q_proj", "up_proj")])
 def test_quantising_anew_takes_what_is_tied_and_what_is_named_elsewhere(
     base: Path, rows: Path, tmp_path: Path, targets: tuple[str, ...]

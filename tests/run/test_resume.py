@@ -423,7 +423,7 @@ def test_a_disk_that_fills_up_is_one_clear_error_and_the_run_goes_on_once_there_
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
