@@ -186,7 +186,7 @@ def test_transformers_stops_where_training_taught_a_merged_model_to(
     plan = make_plan(config, modules(read_config(opened.config, base)))
     write_adapter(tmp_path / "adapter", config, random_adapter(plan))
     assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 0
-    assert "stop at <|im_end|> (2) too" in capsys.readouterr().out
+    assert "also stop at <|im_end|> (2)" in capsys.readouterr().out
 
     def written(folder: Path) -> list[int]:
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -109,7 +109,7 @@ def train_ours(
     plan = make_plan(config, known, strict=False)
     empty, adapter = init_adapter(jax.random.key(0), plan, base.params, base.config.num_hidden_layers, "true")
     # Without the tables of the base that PEFT writes beside an adapter of one of them.
-    own = {name: tensor for name, tensor in tensors.items() if "base_layer" not in name}
+    own = {name: tensor for name, tensor in tensors.items() if not name.endswith("base_layer.weight")}
     trainable = import_tensors(own, empty, plan, start)
     optimizer = make_optimizer(OPTIONS, STEPS)
     step = make_train_step(Decoder(base.config, lora_dropout=config.lora_dropout), optimizer)

@@ -40,7 +40,8 @@ def track(
     folder: Path, name: str, *, resumed_at: int | None = None, lines: list[dict[str, Any]] = LINES
 ) -> str:
     """Send the lines to one tracker as a run does; return what was printed."""
-    config = RunConfig(train=TrainOptions(report_to=(name,), run_name="night run"), output_dir=str(folder))  # type: ignore[arg-type]
+    options = TrainOptions(report_to=(name,), run_name="night run")  # type: ignore[arg-type]
+    config = resolved(RunConfig(train=options, output_dir=str(folder)))
     console = Console(file=(folder / "printed").open("w"), width=400)
     tracking = Tracking(config, folder, Record(folder, resumed_at), resumed_at, console)
     for line in lines:
