@@ -12,6 +12,7 @@ import pytest
 
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
+from lora_jax.train import head_blocks, losses
 from lora_jax.train.head_blocks import BLOCK, losses_in_blocks, wide_table
 from lora_jax.train.losses import CHUNK, head_variables, right_tokens, summed_loss, token_losses
 from tests.tiny import CONFIGS, Base, adapted, lora, tiny_base
@@ -120,7 +121,7 @@ def test_no_buffer_of_the_compiled_step_holds_all_positions_logits(
 
     What a chunk is goes by the vocabulary: here by what would be too many logits.
     """
-    monkeypatch.setattr("lora_jax.train.losses.LOGITS", CHUNK // share * 5003)
+    monkeypatch.setattr(losses, "LOGITS", CHUNK // share * 5003)
     base = tiny_base(tmp_path / "wide", "llama", vocab_size=5003)
     constant = head_variables({"params": base.params, "adapter": {}}, base.config.tie_word_embeddings)
     rows, length = 16, 256
@@ -202,7 +203,7 @@ def test_a_head_in_blocks_of_the_vocabulary_gives_what_the_whole_head_gives(
         return token_losses(logits, targets)
 
     assert wide_table({}, constant, base.config.tie_word_embeddings) is None
-    monkeypatch.setattr("lora_jax.train.head_blocks.BLOCK", 40)
+    monkeypatch.setattr(head_blocks, "BLOCK", 40)
     table = wide_table({}, constant, base.config.tie_word_embeddings)
     assert table is not None
     assert wide_table({"lm_head": jnp.ones(1)}, constant, base.config.tie_word_embeddings) is None
