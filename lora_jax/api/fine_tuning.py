@@ -34,6 +34,7 @@ from lora_jax.console import plain_console
 from lora_jax.errors import INTERRUPTED, UserError
 from lora_jax.hub.chat_templates import set_chat_template
 from lora_jax.run import training
+from lora_jax.run.checkpoints import steps_in
 from lora_jax.run.setup import Run, make_run, read_run_rows
 from lora_jax.run_folder import ADAPTER, CHECKPOINTS, EVALUATED, METRICS, WARNINGS
 
@@ -92,8 +93,7 @@ class TrainResult:
     @property
     def checkpoints(self) -> list[int]:
         """Steps of the checkpoints that are kept."""
-        kept = self.folder / CHECKPOINTS
-        return sorted(int(path.name) for path in kept.glob("*") if path.name.isdecimal())
+        return steps_in(self.folder / CHECKPOINTS)
 
     def report(self) -> Path:
         """Write an HTML page about the run, as `lora-jax report` does; return it.

@@ -41,7 +41,7 @@ from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import modules
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.pretrained import Pretrained, open_pretrained
-from lora_jax.run.setup import check_resized
+from lora_jax.run.setup import check_resized, run_keys
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -137,7 +137,7 @@ class Model:
             plan = make_plan(wanted, modules(self.config))
             check_resized(self.base, plan)
             self.base.check_adapted(plan)
-            key = jax.random.split(jax.random.key(42))[0] if key is None else key
+            key = run_keys(RunConfig())[0] if key is None else key
             layers = self.config.num_hidden_layers
             trained, facts = start_adapter(
                 key, plan, self.params, layers, options.init_lora_weights, self.mesh

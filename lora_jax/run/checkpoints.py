@@ -31,6 +31,7 @@ from etils import epath
 
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.atomic import write_failure, write_text, writing_to
+from lora_jax.hub.bucket import Place
 from lora_jax.parallel.processes import lost, wait_for_all, writes
 from lora_jax.progress import stage
 from lora_jax.run.checksums import (
@@ -392,7 +393,7 @@ class Checkpoints:
         return SavingError(write_failure(self.folder, error))
 
 
-def steps_in(folder: Path) -> list[int]:
+def steps_in(folder: Place) -> list[int]:
     """Return the steps of the checkpoints in a folder, in order."""
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
 
@@ -400,7 +401,7 @@ def steps_in(folder: Path) -> list[int]:
 def lengths_of_steps(folder: Path | epath.Path) -> list[int] | None:
     """Return those that the newest checkpoint's run has, by which its order of rows goes; None where none tells."""
     place = epath.Path(folder)
-    steps = [int(path.name) for path in place.glob("*") if path.name.isdecimal()] if place.is_dir() else []
+    steps = steps_in(place) if place.is_dir() else []
     if isinstance(folder, Path):
         steps = [step for step in steps if damage(folder / str(step), arrays=False) is None]
     try:
