@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import lora_jax as lj
+from tests.api.by_hand import trained_by_hand
 
 TREE = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -25,21 +26,7 @@ def batches(model: lj.Model, rows: Path) -> lj.Batches:
 
 
 def test_a_jitted_loop_over_trained_learns(model: lj.Model, adapter: lj.Adapter, batches: lj.Batches) -> None:
-    optimizer = optax.adamw(1e-2)
-
-    @jax.jit
-    def step(model: lj.Model, adapter: lj.Adapter, state: Any, batch: lj.Batch) -> Any:
-        def objective(trained: Any) -> Any:
-            return lj.loss(model, adapter.replace(trained=trained), batch)
-
-        loss, grads = jax.value_and_grad(objective)(adapter.trained)
-        updates, state = optimizer.update(grads, state, adapter.trained)
-        return adapter.replace(trained=optax.apply_updates(adapter.trained, updates)), state, loss
-
-    state, losses = optimizer.init(adapter.trained), []
-    for batch in list(batches) * 4:
-        adapter, state, loss = step(model, adapter, state, batch)
-        losses.append(float(loss))
+    losses, _ = trained_by_hand(model, adapter, list(batches) * 4, optax.adamw(1e-2))
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 

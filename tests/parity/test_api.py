@@ -1,9 +1,7 @@
 """The Python API beside PEFT's get_peft_model: the same losses over ten steps, and the same adapter files."""
 
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 import optax
 import pytest
@@ -11,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel
 
 import lora_jax as lj
+from tests.api.by_hand import trained_by_hand
 from tests.parity.peers import VARIANTS, peft_model, peft_tensors, quiet, save, torch_base
 from tests.runs import ROWS
 from tests.tiny import VOCAB
@@ -41,23 +40,7 @@ def train_peft(model: PeftModel, batches: list[lj.Batch]) -> list[float]:
 def train_ours(
     model: lj.Model, adapter: lj.Adapter, batches: list[lj.Batch]
 ) -> tuple[list[float], lj.Adapter]:
-    """Train as a plain loop of JAX does."""
-    optimizer = optax.adamw(RATE, weight_decay=0.1)
-
-    @jax.jit
-    def step(model: lj.Model, adapter: lj.Adapter, state: Any, batch: lj.Batch) -> Any:
-        def objective(trained: Any) -> Any:
-            return lj.loss(model, adapter.replace(trained=trained), batch)
-
-        loss, grads = jax.value_and_grad(objective)(adapter.trained)
-        updates, state = optimizer.update(grads, state, adapter.trained)
-        return adapter.replace(trained=optax.apply_updates(adapter.trained, updates)), state, loss
-
-    state, losses = optimizer.init(adapter.trained), []
-    for batch in batches:
-        adapter, state, loss = step(model, adapter, state, batch)
-        losses.append(float(loss))
-    return losses, adapter
+    return trained_by_hand(model, adapter, batches, optax.adamw(RATE, weight_decay=0.1))
 
 
 @pytest.mark.parametrize("name", ["plain", "all linear, tied", "rslora and patterns"])
