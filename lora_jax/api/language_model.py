@@ -195,7 +195,6 @@ class Model:
             check_generation(options)
             loaded = Loaded(
                 base=self.base,
-                tokenizer=self.tokenizer,
                 adapter=None,
                 settings=generation_settings(self.base.folder),
                 model=self.module,

@@ -235,8 +235,8 @@ def _measured(
         )
         if same not in evaluators:
             base = InMemory(
-                base=first.base, model=model, frozen=frozen, adapter={},
-                tokenizer=one.opened.tokenizer, settings=one.opened.settings, mesh=mesh,
+                base=one.opened.base, model=model, frozen=frozen, adapter={},
+                settings=one.opened.settings, mesh=mesh,
             )  # fmt: skip
             evaluators[same] = Evaluator(base, sets[one], sizes, options.scoring, section=SECTION)
         line = _line(one, sets[one], evaluators[same](*trees).figures)

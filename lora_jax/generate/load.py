@@ -26,10 +26,14 @@ class Opened:
 
     base: Pretrained
     """With the vocabulary of the adapter, and with the weights that it brings."""
-    tokenizer: Tokenizer
     adapter: Adapter | None
     settings: Values
     """What generation_config.json holds; nothing where there is none."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base's tokenizer, or the adapter's where it brings one."""
+        return self.base.tokenizer
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -99,10 +103,10 @@ def open_for_inference(options: ModelOptions, adapter: str | None = None) -> Ope
         tokenizer_files=folder,
         option="base model (--model.path)",
     )
+    base.tokenizer  # noqa: B018 - what is wrong with it is said here
     opened = None if folder is None else open_adapter(folder, base.config)
     return Opened(
         base=base.with_adapter(opened),
-        tokenizer=base.tokenizer,
         adapter=opened,
         settings=generation_settings(base.folder, folder),
     )

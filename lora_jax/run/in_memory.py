@@ -15,16 +15,20 @@ from lora_jax.types import Facts, Params, Tokenizer, Values
 
 @dataclass(frozen=True, kw_only=True)
 class InMemory:
-    """A base on the mesh, the facts of the adapter over it, and the tokenizer."""
+    """A base on the mesh, and the facts of the adapter over it."""
 
     base: Pretrained
     model: Decoder
-    tokenizer: Tokenizer
     settings: Values
     """What generation_config.json holds, of the adapter or else of the base."""
     frozen: Params
     adapter: Facts
     mesh: Mesh
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base's tokenizer, or the adapter's where it brings one."""
+        return self.base.tokenizer
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -142,7 +142,7 @@ def make_run(
     )
     train_rows, eval_rows = rows
     return Run(
-        base=base, model=model, tokenizer=base.tokenizer, frozen=frozen, adapter=facts, mesh=mesh,
+        base=base, model=model, frozen=frozen, adapter=facts, mesh=mesh,
         asked=config if asked is None else asked, config=config, train_rows=train_rows, eval_rows=eval_rows,
         trainable=trainable, plan=plan, adapter_config=adapter_config, key=run_keys(config)[1],
         carried=carried or {}, settings=generation_settings(base.folder),
