@@ -1,6 +1,6 @@
 """Fine-tune a Hugging Face checkpoint: python train.py [CONFIG.yaml] [--option value …]; --help lists all.
 
-The stages are in lora_jax/run/training.py; this is `lora-jax train`.
+The stages are in lora_jax/run/stages.py; this is `lora-jax train`.
 """
 
 import sys

@@ -27,9 +27,9 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
 from lora_jax.models.load import abstract_params
 from lora_jax.models.names import modules
-from lora_jax.train import head_blocks, losses
-from lora_jax.train.optim import make_optimizer
-from lora_jax.train.step import init_state, make_train_step
+from lora_jax.training import head_blocks, losses
+from lora_jax.training.optim import make_optimizer
+from lora_jax.training.step import init_state, make_train_step
 
 ROWS, LENGTH = 4, 512
 CONFIG = {

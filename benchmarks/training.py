@@ -81,8 +81,8 @@ def our_steps(
     from lora_jax.models.load import load_params
     from lora_jax.models.names import modules
     from lora_jax.models.quantization import quantization_of
-    from lora_jax.train.optim import make_optimizer
-    from lora_jax.train.step import init_state, make_train_step
+    from lora_jax.training.optim import make_optimizer
+    from lora_jax.training.step import init_state, make_train_step
 
     checkpoint = open_checkpoint(Path(model))
     config = read_config(checkpoint.config, model)

@@ -16,11 +16,6 @@ What `__all__` names is public, and imported, JAX with it, when it is first used
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# `lora_jax.train` is also a package. Importing it here, empty as it is, and dropping its name leaves the name to the
-# function: Python binds a package in the one above it only once, when it is first imported.
-import_module(f"{__name__}.train")
-globals().pop("train")
-
 if TYPE_CHECKING:
     from lora_jax.api.adapter import Adapter
     from lora_jax.api.fine_tuning import TrainResult, merge, train

@@ -183,7 +183,7 @@ def _train(arguments: Sequence[str], program: str) -> int:
     if config.distributed.process_id:
         hush()
     from lora_jax.parallel.processes import leave
-    from lora_jax.run.training import train
+    from lora_jax.run.stages import train
 
     try:
         return train(config)

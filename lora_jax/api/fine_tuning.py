@@ -33,7 +33,7 @@ from lora_jax.config import (
 from lora_jax.console import plain_console
 from lora_jax.errors import INTERRUPTED, UserError
 from lora_jax.hub.chat_templates import set_chat_template
-from lora_jax.run import training
+from lora_jax.run import stages
 from lora_jax.run.checkpoints import steps_in
 from lora_jax.run.setup import Run, make_run, read_run_rows
 from lora_jax.run_folder import ADAPTER, CHECKPOINTS, EVALUATED, METRICS, WARNINGS
@@ -156,7 +156,7 @@ def train(
         config, folder = _config(model, adapter, rows, args, data or DataConfig(), eval_rows)
         config = replace(config, resume=resume, overwrite=overwrite)
         prepare = partial(_prepare, model, adapter)
-        code = training.train(config, plain_console(quiet=quiet), prepare)
+        code = stages.train(config, plain_console(quiet=quiet), prepare)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         finished = (folder / ADAPTER).is_dir()

@@ -26,8 +26,8 @@ from lora_jax.hub.tokenizer import padding_token_id
 from lora_jax.models import sharding
 from lora_jax.parallel import mesh as meshes
 from lora_jax.parallel.mesh import POSITIONS, ROWS
-from lora_jax.train.feed import shaping
-from lora_jax.train.step import batch_loss
+from lora_jax.training.feed import shaping
+from lora_jax.training.step import batch_loss
 
 WHOLE = "modules_to_save"
 """What the branches of one tree are called that hold leaves trained whole, beside the base's own."""

@@ -49,7 +49,7 @@ from lora_jax.run.scores import check_installed, score_names
 from lora_jax.run.setup import evaluation_rows
 from lora_jax.run.stopping import FIGURES
 from lora_jax.run_folder import figure_name
-from lora_jax.train.feed import eval_sizes
+from lora_jax.training.feed import eval_sizes
 from lora_jax.types import Object, Tokenizer
 
 SECTION = "--"

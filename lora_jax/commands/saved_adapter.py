@@ -29,7 +29,7 @@ from lora_jax.run.checkpoints import steps_in, unheard_callbacks
 from lora_jax.run.checksums import METADATA, damage, has_checksums
 from lora_jax.run.results import planned_facts
 from lora_jax.run_folder import CHECKPOINTS, CONFIG, figure_name
-from lora_jax.train.adapted import adapted
+from lora_jax.training.adapted import adapted
 
 BEST, LAST = "best", "last"
 TRAINABLE = "trainable."

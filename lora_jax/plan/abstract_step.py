@@ -17,10 +17,10 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.sharding import cut, shardings
 from lora_jax.parallel.mesh import POSITIONS, ROWS, row_shards
 from lora_jax.plan.subject import Subject
-from lora_jax.train.feed import abstract_batch
-from lora_jax.train.offload import HOST, has_host_memory, offloaded, offloads_activations
-from lora_jax.train.optim import make_optimizer
-from lora_jax.train.step import TrainState, init_state, make_train_step
+from lora_jax.training.feed import abstract_batch
+from lora_jax.training.offload import HOST, has_host_memory, offloaded, offloads_activations
+from lora_jax.training.optim import make_optimizer
+from lora_jax.training.step import TrainState, init_state, make_train_step
 from lora_jax.types import Facts, Params, PyTree
 
 STEPS = 100

@@ -11,7 +11,7 @@ from lora_jax.config import RunConfig
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.plan.topologies import Platform
 from lora_jax.pretrained import Pretrained, open_config
-from lora_jax.train.adapted import adapted, check_full
+from lora_jax.training.adapted import adapted, check_full
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from lora_jax.run.checksums import (
 )
 from lora_jax.run.stopping import Goal
 from lora_jax.run_folder import figure_name
-from lora_jax.train.step import TrainState
+from lora_jax.training.step import TrainState
 from lora_jax.types import Object, Values
 
 FREE = frozenset(

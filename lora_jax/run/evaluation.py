@@ -23,9 +23,9 @@ from lora_jax.run.completions import Completions
 from lora_jax.run.in_memory import InMemory
 from lora_jax.run.scores import Question, questions, scores
 from lora_jax.run_folder import figure_name
-from lora_jax.train.feed import EvalSizes, evaluation, evaluation_plan, evaluation_shapes
-from lora_jax.train.programs import Programs
-from lora_jax.train.step import EvalSums, make_eval_step
+from lora_jax.training.feed import EvalSizes, evaluation, evaluation_plan, evaluation_shapes
+from lora_jax.training.programs import Programs
+from lora_jax.training.step import EvalSums, make_eval_step
 from lora_jax.types import Facts, Object, Trained
 
 

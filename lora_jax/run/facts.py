@@ -21,8 +21,8 @@ from lora_jax.quant.leaf import is_quantized
 from lora_jax.run.checkpoints import Best
 from lora_jax.run.loop import Outcome, Training
 from lora_jax.run.setup import Run
-from lora_jax.train.feed import Sizes
-from lora_jax.train.offload import HOST
+from lora_jax.training.feed import Sizes
+from lora_jax.training.offload import HOST
 from lora_jax.types import PyTree
 
 

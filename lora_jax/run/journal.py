@@ -15,9 +15,9 @@ from lora_jax.run.utilisation import utilisation_of_a_token
 from lora_jax.run.warnings import RunWarnings
 from lora_jax.run.window import Window
 from lora_jax.run_folder import BASE_LOSS, EVALUATED, WARNINGS
-from lora_jax.train.feed import Sizes
-from lora_jax.train.optim import schedule
-from lora_jax.train.skipped import Skipped
+from lora_jax.training.feed import Sizes
+from lora_jax.training.optim import schedule
+from lora_jax.training.skipped import Skipped
 from lora_jax.types import Object, Trained, Values
 
 

@@ -22,10 +22,10 @@ from lora_jax.run.signals import Interrupted, Signals
 from lora_jax.run.stopping import Goal, Patience
 from lora_jax.run.warnings import broken_base
 from lora_jax.run.window import Window
-from lora_jax.train.feed import Feed, Sizes
-from lora_jax.train.programs import Programs
-from lora_jax.train.skipped import Skipped, places
-from lora_jax.train.step import TrainState
+from lora_jax.training.feed import Feed, Sizes
+from lora_jax.training.programs import Programs
+from lora_jax.training.skipped import Skipped, places
+from lora_jax.training.step import TrainState
 from lora_jax.types import Object
 
 

@@ -31,7 +31,7 @@ from lora_jax.run.setup import Run
 from lora_jax.run.trackers import Status
 from lora_jax.run_folder import RECORD
 from lora_jax.streams import losses
-from lora_jax.train.feed import Sizes
+from lora_jax.training.feed import Sizes
 from lora_jax.types import Object
 from lora_jax.version import __version__
 

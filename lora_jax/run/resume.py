@@ -15,8 +15,8 @@ from lora_jax.run.checkpoints import LENGTHS_OF_STEPS, Checkpoints, Identity, Pr
 from lora_jax.run.record import Record, jax_settings
 from lora_jax.run.setup import Run
 from lora_jax.run_folder import ADAPTER, MODEL
-from lora_jax.train.feed import Sizes, padding_multiple
-from lora_jax.train.step import TrainState
+from lora_jax.training.feed import Sizes, padding_multiple
+from lora_jax.training.step import TrainState
 
 
 class Start(NamedTuple):

@@ -36,10 +36,10 @@ from lora_jax.parallel.mesh import row_shards
 from lora_jax.parallel.processes import writes
 from lora_jax.pretrained import Pretrained, open_pretrained
 from lora_jax.run.in_memory import InMemory
-from lora_jax.train.adapted import adapted, check_full
-from lora_jax.train.feed import Sizes, eval_sizes, shaping
-from lora_jax.train.offload import has_host_memory, offloads_activations
-from lora_jax.train.optim import make_optimizer
+from lora_jax.training.adapted import adapted, check_full
+from lora_jax.training.feed import Sizes, eval_sizes, shaping
+from lora_jax.training.offload import has_host_memory, offloads_activations
+from lora_jax.training.optim import make_optimizer
 from lora_jax.types import Facts, Params, PyTree, Tokenizer, Trained, Values
 
 

@@ -45,8 +45,8 @@ from lora_jax.errors import listing
 from lora_jax.models.finite import broken_weights
 from lora_jax.parallel.mesh import row_shards
 from lora_jax.run.setup import Run
-from lora_jax.train.feed import Sizes
-from lora_jax.train.optim import warmup_steps
+from lora_jax.training.feed import Sizes
+from lora_jax.training.optim import warmup_steps
 from lora_jax.types import Trained, Values
 
 BULK = 0.05

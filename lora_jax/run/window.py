@@ -7,7 +7,7 @@ import time
 
 import jax
 
-from lora_jax.train.step import StepMetrics
+from lora_jax.training.step import StepMetrics
 from lora_jax.types import Object
 
 

@@ -31,8 +31,8 @@ from lora_jax.plan.subject import Subject
 from lora_jax.plan.topologies import Target
 from lora_jax.quant.encode import quantize
 from lora_jax.quant.leaf import QuantizedKernel, is_quantized
-from lora_jax.train.optim import make_optimizer
-from lora_jax.train.step import TrainState, sharded_state
+from lora_jax.training.optim import make_optimizer
+from lora_jax.training.step import TrainState, sharded_state
 from scripts.gpu_sections.shared import DRY, case, finish
 
 WARM, TIMED = (1, 2) if DRY else (2, 8)

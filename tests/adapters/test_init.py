@@ -15,7 +15,7 @@ from lora_jax.adapters.targets import make_plan
 from lora_jax.config import TrainOptions
 from lora_jax.models.families import read_config
 from lora_jax.models.names import modules
-from lora_jax.train.optim import make_optimizer
+from lora_jax.training.optim import make_optimizer
 from tests.tiny import CONFIGS, LAYERS, Base, adapted_logits, lora, text, tiny_base
 
 EVERYTHING: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ import lora_jax
 print(time.perf_counter() - start)
 heavy = {"jax", "flax", "transformers", "numpy"} & set(sys.modules)
 assert not heavy, heavy
-import lora_jax.train.step
+import lora_jax.training.step
 assert lora_jax.train.__name__ == "train" and callable(lora_jax.train)
 """
 

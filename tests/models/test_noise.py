@@ -13,7 +13,7 @@ import pytest
 from lora_jax.data.batches import Batch, make_batch
 from lora_jax.data.tokens import Tokens
 from lora_jax.models.decoder import Decoder, embedding_noise, segment_lengths
-from lora_jax.train.step import batch_loss, make_eval_step
+from lora_jax.training.step import batch_loss, make_eval_step
 from tests.tiny import Base, tiny_base
 
 ALPHA = 5.0

@@ -31,8 +31,8 @@ from lora_jax.quant.dequantize import dequantize
 from lora_jax.quant.encode import quantize
 from lora_jax.quant.leaf import is_quantized
 from lora_jax.quant.repack import to_bitsandbytes
-from lora_jax.train.optim import make_optimizer
-from lora_jax.train.step import init_state, make_train_step
+from lora_jax.training.optim import make_optimizer
+from lora_jax.training.step import init_state, make_train_step
 from tests.conftest import ROOT
 from tests.tiny import (
     CONFIGS,

@@ -16,8 +16,8 @@ from lora_jax.data.tokens import Tokens
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.sharding import placed, shardings
 from lora_jax.parallel.mesh import POSITIONS, make_mesh
-from lora_jax.train.feed import EvalSizes, Feed, Sizes
-from lora_jax.train.step import make_eval_step
+from lora_jax.training.feed import EvalSizes, Feed, Sizes
+from lora_jax.training.step import make_eval_step
 from tests.apart import on_eight_devices
 from tests.tiny import CONFIGS, VOCAB, adapted, lora, tiny_base
 

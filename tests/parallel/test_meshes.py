@@ -26,7 +26,7 @@ from lora_jax.models.sharding import placed, shardings
 from lora_jax.options import parse
 from lora_jax.parallel.mesh import POSITIONS, ROWS, make_mesh
 from lora_jax.run.setup import prepare
-from lora_jax.train.step import init_state, make_train_step, sharded_state
+from lora_jax.training.step import init_state, make_train_step, sharded_state
 from tests.apart import on_eight_devices
 from tests.runs import train_arguments, write_rows
 from tests.tiny import CONFIGS, Base, adapted, lora, open_base, write_checkpoint

@@ -21,8 +21,8 @@ from lora_jax.parallel.mesh import AXES, mesh_shape, rows_and_positions
 from lora_jax.parallel.processes import start
 from lora_jax.parallel.rules import RULES, dividing, spec_of
 from lora_jax.quant.leaf import is_quantized
-from lora_jax.train.optim import make_optimizer
-from lora_jax.train.step import init_state
+from lora_jax.training.optim import make_optimizer
+from lora_jax.training.step import init_state
 from tests.tiny import CONFIGS
 
 SIZES = {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 1}

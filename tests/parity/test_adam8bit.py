@@ -18,7 +18,7 @@ import torch
 
 from lora_jax.config import TrainOptions
 from lora_jax.quant.codebooks import dynamic_map
-from lora_jax.train.optim import make_optimizer
+from lora_jax.training.optim import make_optimizer
 from tests.quant.reference import unsigned_map
 
 with warnings.catch_warnings():

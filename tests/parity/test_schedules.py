@@ -10,7 +10,7 @@ import torch
 from transformers import get_scheduler
 
 from lora_jax.config import TrainOptions
-from lora_jax.train.optim import schedule, warmup_steps
+from lora_jax.training.optim import schedule, warmup_steps
 
 STEPS = 50
 

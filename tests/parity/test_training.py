@@ -20,8 +20,8 @@ from lora_jax.data.tokens import Tokens
 from lora_jax.hub.adapter_files import read_adapter
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.names import modules
-from lora_jax.train.optim import DECAYED, make_optimizer
-from lora_jax.train.step import init_state, make_train_step
+from lora_jax.training.optim import DECAYED, make_optimizer
+from lora_jax.training.step import init_state, make_train_step
 from tests.parity.peers import VARIANTS, peft_model, peft_tensors, save, torch_base
 from tests.tiny import VOCAB, open_base
 

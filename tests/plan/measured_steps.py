@@ -20,9 +20,9 @@ from lora_jax.config import RunConfig
 from lora_jax.options import parse
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.run.setup import prepare, run_sizes
-from lora_jax.train.feed import Feed
-from lora_jax.train.optim import make_optimizer
-from lora_jax.train.step import make_train_step, sharded_state
+from lora_jax.training.feed import Feed
+from lora_jax.training.optim import make_optimizer
+from lora_jax.training.step import make_train_step, sharded_state
 
 
 def resident(name: str) -> int:

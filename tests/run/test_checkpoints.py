@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lora_jax.errors import UserError
 from lora_jax.run.checkpoints import Best, Checkpoints, Identity, Progress
 from lora_jax.run.checksums import damage, write_checksums
-from lora_jax.train.step import TrainState, init_state
+from lora_jax.training.step import TrainState, init_state
 from tests.conftest import ROOT
 from tests.runs import tree
 

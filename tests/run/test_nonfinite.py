@@ -18,8 +18,8 @@ from lora_jax.data.batches import Batch, make_batch
 from lora_jax.data.tokens import Tokens
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
-from lora_jax.train.optim import make_optimizer
-from lora_jax.train.step import TrainState, init_state, make_train_step
+from lora_jax.training.optim import make_optimizer
+from lora_jax.training.step import TrainState, init_state, make_train_step
 from tests.runs import metrics, run, timeless, train_arguments, tree, write_rows
 from tests.tiny import CONFIGS, Base, adapted, lora, open_base, random_tensors, write_checkpoint
 

@@ -93,7 +93,7 @@ import signal, sys
 from lora_jax.cli import main
 class Told:
     def find_spec(self, name, *_):
-        if name == "lora_jax.run.training":
+        if name == "lora_jax.run.stages":
             signal.raise_signal(signal.SIGTERM)
             print("went on")
 sys.meta_path.insert(0, Told())

@@ -30,7 +30,7 @@ from lora_jax.run.warnings import (
     untouched,
     warmup,
 )
-from lora_jax.train.optim import schedule
+from lora_jax.training.optim import schedule
 from tests.runs import ROWS, metrics, run, train_arguments, write_rows
 from tests.tiny import write_tokenizer
 

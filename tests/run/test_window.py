@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax.run.window import Window
-from lora_jax.train.step import StepMetrics
+from lora_jax.training.step import StepMetrics
 
 
 def step(loss: float, weight: float, right: int, trained: int, finite: bool = True) -> StepMetrics:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.config import TrainOptions
-from lora_jax.train.adam8bit import adamw8bit
+from lora_jax.training.adam8bit import adamw8bit
 from lora_jax.types import PyTree
 
 DECAYED = frozenset({"lora_A", "lora_B", "kernel", "embedding", "token_rows"})

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.decoder import Decoder
 from lora_jax.parallel.mesh import FEATURES, POSITIONS, rows_and_positions
-from lora_jax.train.head_blocks import Table, losses_in_blocks, wide_table
+from lora_jax.training.head_blocks import Table, losses_in_blocks, wide_table
 from lora_jax.types import Collections, Trained
 
 T = TypeVar("T")

@@ -13,8 +13,8 @@ import pytest
 
 from lora_jax.config import TrainOptions
 from lora_jax.quant.codebooks import dynamic_map
-from lora_jax.train.adam8bit import MIN_SIZE
-from lora_jax.train.optim import make_optimizer
+from lora_jax.training.adam8bit import MIN_SIZE
+from lora_jax.training.optim import make_optimizer
 from tests.quant.reference import unsigned_map
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from lora_jax.config import TrainOptions
-from lora_jax.train.optim import decay_mask, make_optimizer, schedule, warmup_steps
+from lora_jax.training.optim import decay_mask, make_optimizer, schedule, warmup_steps
 
 PEAK, STEPS = 2e-4, 40
 OPTIMISERS = ["adamw", "sgd", "lion", "adafactor", "adamw8bit"]

@@ -22,8 +22,8 @@ from lora_jax.models.decoder import NOISE, Decoder
 from lora_jax.models.layers import variables
 from lora_jax.models.sharding import placed, shardings
 from lora_jax.progress import stage
-from lora_jax.train.losses import head_variables, summed_loss
-from lora_jax.train.offload import fetched, offloaded, put_back
+from lora_jax.training.losses import head_variables, summed_loss
+from lora_jax.training.offload import fetched, offloaded, put_back
 from lora_jax.types import Object
 
 Tree = Any

@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from lora_jax.data.dataset import TokenDataset
-from lora_jax.train.step import StepMetrics
+from lora_jax.training.step import StepMetrics
 
 LISTED = 40
 """Rows that the last message names."""

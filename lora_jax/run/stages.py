@@ -3,7 +3,7 @@
     train        options checked, processes met, the output folder locked
     train_run    the step made, a checkpoint resumed from, the loop run, the result written and shown
 
-The loop is in `loop.py`; what a step computes, in `lora_jax/train/step.py`.
+The loop is in `loop.py`; what a step computes, in `lora_jax/training/step.py`.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ from lora_jax.run.signals import Signals
 from lora_jax.run.stopping import check_saves, goal
 from lora_jax.run.tracking import Tracking, check_tracking, tracked
 from lora_jax.run_folder import CHECKPOINTS
-from lora_jax.train.offload import nowhere_to_go
-from lora_jax.train.optim import make_optimizer
-from lora_jax.train.programs import Programs
-from lora_jax.train.step import TrainState, make_train_step, sharded_state
+from lora_jax.training.offload import nowhere_to_go
+from lora_jax.training.optim import make_optimizer
+from lora_jax.training.programs import Programs
+from lora_jax.training.step import TrainState, make_train_step, sharded_state
 
 Prepare = Callable[[RunConfig, Mesh], Run]
 

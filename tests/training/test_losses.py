@@ -12,9 +12,9 @@ import pytest
 
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
-from lora_jax.train import head_blocks, losses
-from lora_jax.train.head_blocks import BLOCK, losses_in_blocks, wide_table
-from lora_jax.train.losses import CHUNK, head_variables, right_tokens, summed_loss, token_losses
+from lora_jax.training import head_blocks, losses
+from lora_jax.training.head_blocks import BLOCK, losses_in_blocks, wide_table
+from lora_jax.training.losses import CHUNK, head_variables, right_tokens, summed_loss, token_losses
 from tests.tiny import CONFIGS, Base, adapted, lora, tiny_base
 
 HEADS: dict[str, tuple[str, Any]] = {

@@ -13,8 +13,8 @@ from lora_jax.config import TrainOptions
 from lora_jax.data.batches import Batch, make_batch
 from lora_jax.data.tokens import Tokens
 from lora_jax.models.decoder import Decoder
-from lora_jax.train.optim import make_optimizer
-from lora_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
+from lora_jax.training.optim import make_optimizer
+from lora_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 from tests.tiny import Base, adapted, lora
 
 LENGTHS = (5, 9, 3, 12, 7, 4, 11, 6)

@@ -17,8 +17,8 @@ from lora_jax.data.steps import Shaping, step_batch
 from lora_jax.data.tokens import Tokens
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.layers import variables
-from lora_jax.train.optim import make_optimizer
-from lora_jax.train.step import init_state, make_train_step
+from lora_jax.training.optim import make_optimizer
+from lora_jax.training.step import init_state, make_train_step
 from tests.tiny import VOCAB, Base, adapted, lora, tiny_base
 
 LENGTHS = np.array([5, 19, 3, 12, 7, 4, 11, 6, 20, 9])

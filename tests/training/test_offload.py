@@ -19,9 +19,9 @@ from lora_jax.data.batches import Batch
 from lora_jax.models.decoder import Decoder
 from lora_jax.quant.kernels.tpu_tiles import compiling_for
 from lora_jax.run.checkpoints import Checkpoints, Identity, Progress
-from lora_jax.train.offload import HOST, has_host_memory, nowhere_to_go, offloaded
-from lora_jax.train.optim import make_optimizer
-from lora_jax.train.step import TrainState, init_state, make_train_step
+from lora_jax.training.offload import HOST, has_host_memory, nowhere_to_go, offloaded
+from lora_jax.training.optim import make_optimizer
+from lora_jax.training.step import TrainState, init_state, make_train_step
 from tests.tiny import LAYERS, Base, adapted, lora, tiny_base
 
 BOTH = TrainOptions(optim="adamw8bit", offload="both")
