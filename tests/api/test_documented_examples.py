@@ -64,7 +64,7 @@ def test_the_page_is_that_of_the_docstrings() -> None:
     assert PAGE.read_text() == page(), "run python scripts/api_page.py"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_notebook_runs_from_top_to_bottom(examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
     kept = [len(cell["outputs"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]

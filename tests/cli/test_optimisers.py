@@ -9,6 +9,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from lora_jax.config import TrainOptions
+from tests.rarely import rarely
 from tests.runs import metrics, run, timeless, train_arguments, tree, write_rows
 from tests.tiny import CONFIGS, write_checkpoint
 
@@ -39,7 +40,7 @@ def test_every_optimiser_trains(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", ["adamw8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("optim", ["adamw8bit", *rarely(["paged_adamw_8bit"])])
 def test_a_run_in_8_bits_goes_on_from_a_checkpoint_to_the_bit(
     optim: str, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:

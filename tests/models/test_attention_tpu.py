@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.models.attention.attend import attend, of_layer
 from lora_jax.models.attention.splash import tile
 from lora_jax.parallel.mesh import AXES
+from tests.rarely import rarely
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 HEADS = {"v5e": (4, 2, 64), "v5p": (2, 1, 80), "v6e": (2, 2, 128)}
@@ -60,7 +61,7 @@ def abstract(where: Any, length: int, heads: int, kv_heads: int, head_dim: int, 
 
 @pytest.mark.slow
 @compiled_for_tpu
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("name", ["v5e", *rarely(name for name in TOPOLOGIES if name != "v5e")])
 def test_compiled_step_holds_no_array_of_all_queries_and_keys(topology: Any, name: str) -> None:
     windows = (None, 1000) if name == "v5e" else (None, None)
     here = SingleDeviceSharding(topology(name).devices[0])

@@ -113,7 +113,7 @@ def test_logits_of_the_model_are_nearer_on_the_rows_that_it_was_calibrated_on(fo
     assert gaps["fitted"] < 0.9 * gaps["plain"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_training_reads_the_calibrated_checkpoint_and_merging_its_adapter(folder: Path) -> None:
     run(*train_arguments(folder / "fitted", folder / "rows.jsonl", folder / "out"))
     losses = [entry["loss"] for entry in metrics(folder / "out") if "loss" in entry]
@@ -126,7 +126,7 @@ def test_training_reads_the_calibrated_checkpoint_and_merging_its_adapter(folder
     assert 0 < np.abs(merged - decoded).max() < 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_fp4_without_double_quantisation_gains_too(folder: Path) -> None:
     calibrate(
         folder, "fp4", "--model.bnb_4bit_quant_type", "fp4", "--model.bnb_4bit_use_double_quant", "False"

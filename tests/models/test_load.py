@@ -17,6 +17,7 @@ from lora_jax.models.families import read_config
 from lora_jax.models.load import abstract_params, load_params
 from lora_jax.models.names import name_table
 from lora_jax.models.save import save_model, tree_tensors
+from tests.rarely import rarely
 from tests.tiny import (
     CONFIGS,
     LAYERS,
@@ -129,7 +130,7 @@ def large_checkpoint(folder: Path, dtype: Any, **changes: Any) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory as Linux tells it")
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("dtype", ["auto", *rarely(["float32"])])
 def test_peak_memory_of_loading_is_the_model_and_little_more(tmp_path: Path, dtype: str) -> None:
     small = write_checkpoint(tmp_path / "small", CONFIGS["llama-tied"], dtype=jnp.bfloat16)
     large = large_checkpoint(tmp_path / "large", jnp.bfloat16)

@@ -270,7 +270,7 @@ print((after - before) * 1024, sum(leaf.nbytes for leaf in jax.tree.leaves(param
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_peak_memory_of_quantising_is_the_4bit_model_and_little_more(tmp_path: Path) -> None:
     large = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 12}
     for name, changes in (("small", large | {"num_hidden_layers": 1}), ("large", large)):

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from lora_jax.cli import main
 from tests.conftest import ROOT
+from tests.rarely import rarely
 from tests.runs import ROWS, metrics, train_arguments, without_progress, write_rows
 from tests.tiny import CONFIGS, write_checkpoint
 
@@ -174,7 +175,7 @@ def killed_in_the_middle(arguments: Sequence[str], output: Path, logs: Path, vic
     return (logs / f"{1 - victim}.log").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_other_ends_with_a_line_when_one_is_killed_and_a_rerun_goes_on(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -188,7 +189,7 @@ def test_the_other_ends_with_a_line_when_one_is_killed_and_a_rerun_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.parametrize("told", [1, *rarely([0])])
 def test_a_sigterm_to_one_process_before_the_first_step_stops_all(
     model: Path, rows: Path, tmp_path: Path, told: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ SIZES = {
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak can be set back on Linux alone"
 )

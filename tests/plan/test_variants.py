@@ -64,7 +64,7 @@ def test_each_device_of_fsdp_holds_its_share(config_file: Path) -> None:
     assert eight.adapter < alone.adapter
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_gradient_checkpointing_alone_is_what_fits_a_deep_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def assert_close(found: Any, x: Any, weight: np.ndarray, bound: float) -> None:
     assert (error <= bound * (np.abs(wide) @ np.abs(exact)) + smallest).all()
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=12)
 @given(
     st.sampled_from([1, 3, 16, 17, 40]),

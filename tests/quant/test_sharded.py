@@ -72,7 +72,7 @@ def check_on_eight_devices() -> None:
         assert placed.cut == CUTS[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_mesh_and_cut_gives_the_products_of_one_device_and_sends_codes_alone() -> None:
     on_eight_devices("from tests.quant.test_sharded import check_on_eight_devices; check_on_eight_devices()")
 
@@ -91,7 +91,7 @@ def test_cut_that_does_not_divide_is_one_clear_error(rows: int, cut: Axes, messa
     assert "layers.0.q_proj" in str(caught.value)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("cut", [("fsdp", None), (None, "tensor"), ("tensor", None)])
 def test_scanned_stack_compiles_for_four_tpu_chips(cut: Axes) -> None:

@@ -18,6 +18,7 @@ from lora_jax.hub.adapter_files import read_adapter, write_adapter
 from lora_jax.models.families import read_config
 from lora_jax.models.names import EMBEDDING_NAME
 from lora_jax.pretrained import open_folder
+from tests.rarely import rarely
 from tests.runs import ROWS, metrics, run, train_arguments, write_rows
 from tests.tiny import CONFIGS, GROUPED, random_tensors, write_checkpoint
 
@@ -239,7 +240,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["held out", *rarely(name for name in VARIANTS if name != "held out")])
 def test_figures_of_every_kind_of_run_are_those_that_it_logged(
     name: str, rows: Path, test_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

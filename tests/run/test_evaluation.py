@@ -174,7 +174,7 @@ def test_a_run_that_has_ended_early_trains_no_further_when_it_is_resumed(
     assert found == expected
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_going_on_from_an_adapter_is_compared_with_the_base_alone(
     watched: tuple[list[str], Path], model: Path, rows: Path, sets: list[str], tmp_path: Path
 ) -> None:
@@ -195,7 +195,7 @@ def test_going_on_from_an_adapter_is_compared_with_the_base_alone(
         assert not worse or f"is {first['base_eval_loss']:.4f} without it" in given[0]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_evaluation_of_many_rows_is_that_of_all_tokens_at_once(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:

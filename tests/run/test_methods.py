@@ -10,6 +10,7 @@ import yaml
 
 from lora_jax.hub.adapter_files import read_adapter
 from lora_jax.hub.checkpoint import Checkpoint
+from tests.rarely import rarely
 from tests.runs import metrics, run, timeless, train_arguments
 
 
@@ -52,7 +53,9 @@ HEAD = ("--lora.modules_to_save", "lm_head", "embed_tokens")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), EVERYTHING, HEAD], ids=["low-rank", "with all else", "head"])
+@pytest.mark.parametrize(
+    "options", [HEAD, *rarely([(), EVERYTHING])], ids=["head", "low-rank", "with all else"]
+)
 def test_an_adapter_that_is_trained_on_or_merged_starts_where_it_ended(
     options: tuple[str, ...], model: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -94,8 +97,11 @@ def test_all_that_was_asked_for_was_trained(model: Path, rows: Path, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [("--model.dtype", "float16"), ("--model.dtype", "bfloat16", "--model.compute_dtype", "bfloat16")],
-    ids=["float16", "bfloat16"],
+    [
+        ("--model.dtype", "bfloat16", "--model.compute_dtype", "bfloat16"),
+        *rarely([("--model.dtype", "float16")]),
+    ],
+    ids=["bfloat16", "float16"],
 )
 def test_a_16_bit_base_trains_a_float32_adapter(
     options: tuple[str, ...], model: Path, rows: Path, tmp_path: Path
@@ -114,7 +120,7 @@ def test_a_16_bit_base_trains_a_float32_adapter(
     }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_config_of_a_run_that_went_on_from_an_adapter_repeats_it(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -71,7 +71,7 @@ def test_loss_falls_and_the_adapter_notes_what_it_was_trained_on(trained: Path) 
     assert "nf4" in (trained / "adapter" / "README.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_config_of_the_run_repeats_it_and_the_quantised_checkpoint_gives_the_same(
     trained: Path, small: Path, tmp_path: Path, rows: Path
 ) -> None:

@@ -117,7 +117,7 @@ def test_resuming_with_other_options_is_refused_and_changes_nothing(
     assert tree(output) == before
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_other_passes_and_moved_files_make_no_difference_on_resuming(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -333,7 +333,7 @@ def test_a_finished_run_is_made_longer(
     assert found == expected
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_schedule_of_a_run_that_is_made_longer_is_that_of_its_new_length(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -120,7 +120,7 @@ def test_a_sigterm_does_not_stop_the_export_and_an_interrupt_does() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sigterm_while_compiling_ends_the_run_at_once_and_keeps_its_checkpoint(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -151,7 +151,7 @@ def test_a_sigterm_while_compiling_ends_the_run_at_once_and_keeps_its_checkpoint
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["2"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sigterm_while_evaluating_saves_and_the_evaluation_is_repeated_on_resuming(
     model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -227,7 +227,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_taken(
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_passes_and_rows_that_an_epoch_cannot_fill_are_not_computed_and_change_nothing(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
