@@ -1,7 +1,8 @@
-"""`lora-jax merge`: an adapter and its base become one Hugging Face folder."""
+"""`lora-jax merge`: merge an adapter into its base and write a Hugging Face folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from lora_jax.adapters.merging import merged_config
 from lora_jax.adapters.notes import NOTES_FILE, Notes
-from lora_jax.adapters.read import base_of, note_of_base, open_adapter
+from lora_jax.adapters.read import Adapter, base_of, note_of_base, open_adapter
 from lora_jax.commands.comparison import PROMPTS, Choice, Comparison, Precision, trained_notes
 from lora_jax.console import plain_console
 from lora_jax.errors import UserError, listing
@@ -27,9 +28,10 @@ from lora_jax.hub.resolve import resolve
 from lora_jax.hub.target import check_target
 from lora_jax.hub.tokenizer import carries_tokenizer, load_tokenizer
 from lora_jax.hub.writer import parse_size
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.save import save_model
 from lora_jax.paths import on_disk, output_on_disk
-from lora_jax.pretrained import open_folder
+from lora_jax.pretrained import Pretrained, open_folder
 from lora_jax.types import Object, Tokenizer
 from lora_jax.version import __version__
 
@@ -67,7 +69,7 @@ class MergeOptions:
 
 
 def base_folder(adapter: Path, config: AdapterConfig, given: str | None) -> Path:
-    """Return the folder of the base that is given, else of the one that the adapter names."""
+    """Return the folder of the given base, or else of the base that the adapter names."""
     if given:
         return resolve(given, option="--base")
     named = base_of(adapter, config)
@@ -75,84 +77,130 @@ def base_folder(adapter: Path, config: AdapterConfig, given: str | None) -> Path
 
 
 def merge(options: MergeOptions, console: Console | None = None) -> int:
-    """Merge as the options say; return the exit code. Raises UserError for whatever is wrong, and leaves nothing then.
+    """Merge as the options say, and return the exit code.
 
-    What the choice costs, where the base was quantized, is measured once the merged model is written.
+    If the base was quantized, the cost of each way to merge is measured after the merged model is written. Raises
+    UserError before anything is written.
     """
     console = console or plain_console()
+    _check_options(options)
+    subject = _open(options)
+    trained = trained_notes(subject.base, subject.folder)
+    choice = _choice(options, subject, trained)
+    comparison = Comparison(subject.base, subject.adapter, trained, choice)
+    tokenizer_notes = _write(options, subject, comparison)
+    for note in (*_notes(options, subject), *tokenizer_notes):
+        console.print(f"note: {note}")
+    quantized = trained.quantization is not None or choice.quantization is not None
+    how = f" ({choice.name})" if quantized else ""
+    console.print(f"merged {len(subject.adapter.plan.targets)} modules into {options.output}{how}")
+    output = Path(options.output).expanduser()
+    if quantized:
+        comparison.print(console, options.prompts, output)
+    push_output(output, options, console)
+    return 0
+
+
+def _check_options(options: MergeOptions) -> None:
     if not options.adapter or not options.output:
         raise UserError("merge: needs --adapter and --output; give both folders")
     output_on_disk(options.output)
     if options.push_to_hub is not None:
         check_push(options.push_to_hub, Path(options.output))
     parse_size(options.max_shard_size)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """An adapter and the base that it is merged into."""
+
+    folder: Path
+    """Folder of the adapter."""
+    lora_config: AdapterConfig
+    adapter: Adapter
+    opened: Pretrained
+    """The base as stored."""
+    base: Checkpoint
+    """The base with the weights that the adapter contains."""
+
+    @property
+    def merged_config(self) -> ModelConfig:
+        """Config of the merged model."""
+        return merged_config(self.adapter.model_config, self.adapter.plan)
+
+
+def _open(options: MergeOptions) -> _Subject:
+    """Open the adapter and its base; raises UserError if the output must not be written to."""
     folder = on_disk(options.adapter, "--adapter")
-    config = read_adapter_config(folder)
-    base_path = base_folder(folder, config, options.base)
+    lora_config = read_adapter_config(folder)
+    base_path = base_folder(folder, lora_config, options.base)
     check_target(options.output, "config.json", folder, base_path)
     opened = open_folder(base_path)
-    base, model_config = opened.checkpoint, opened.config
-    notes = [f"note: {remark}" for remark in opened.remarks]
-    adapter = open_adapter(folder, model_config)
-    if brought := adapter.changed(base):
-        notes.append(f"note: the adapter contains weights of the base, which are used: {listing(brought)}")
-    if (rows := adapter.model_config.vocab_size) < model_config.vocab_size:
-        notes.append(
-            f"note: the adapter's vocabulary has {rows} rows, the base's {model_config.vocab_size}: cut to {rows}"
-        )
-    base = adapter.over(base)
-    merged = merged_config(adapter.model_config, adapter.plan)
-    trained = trained_notes(base, folder)
-    written = str(jnp.dtype(base.dtype(base.names[0]))) if options.dtype == "auto" else options.dtype
-    chosen = Choice(
-        _precision(options.base_precision, base, trained, folder),
-        options.dtype,
-        _written_quantization(options.quantize, trained, written),
-    )
-    comparison = Comparison(base, adapter, trained, chosen)
+    adapter = open_adapter(folder, opened.config)
+    return _Subject(folder, lora_config, adapter, opened, adapter.over(opened.checkpoint))
+
+
+def _choice(options: MergeOptions, subject: _Subject, trained: Notes) -> Choice:
+    """Return the way to merge that the options ask for."""
+    precision = _precision(options.base_precision, subject.base, trained, subject.folder)
+    quantization = _written_quantization(options.quantize, trained, _written_dtype(options, subject.base))
+    return Choice(precision, options.dtype, quantization)
+
+
+def _written_dtype(options: MergeOptions, base: Checkpoint) -> str:
+    return str(jnp.dtype(base.dtype(base.names[0]))) if options.dtype == "auto" else options.dtype
+
+
+def _write(options: MergeOptions, subject: _Subject, comparison: Comparison) -> list[str]:
+    """Write the merged model, its model card and its tokenizer; return notes about the tokenizer."""
+    merged, quantization = subject.merged_config, comparison.chosen.quantization
     changes: Object = {
         "tie_word_embeddings": merged.tie_word_embeddings,
         "vocab_size": merged.vocab_size,
-        "dtype": written,
-        "quantization_config": None if chosen.quantization is None else chosen.quantization.to_json(),
+        "dtype": _written_dtype(options, subject.base),
+        "quantization_config": None if quantization is None else quantization.to_json(),
     }
-    named = options.base or base_of(folder, config)
-    facts = TrainingFacts(version=__version__, hub_id=options.push_to_hub)
-    tokenizer_notes: list[str] = []
+    base_name = options.base or base_of(subject.folder, subject.lora_config)
+    card = model_card(base_name, TrainingFacts(version=__version__, hub_id=options.push_to_hub))
+    notes: list[str] = []
 
-    def also(aside: Path) -> None:
-        write_text(aside / "README.md", model_card(named, facts))
-        tokenizer_notes.extend(_settle(aside, base, folder, merged.vocab_size))
+    def write_beside(aside: Path) -> None:
+        write_text(aside / "README.md", card)
+        notes.extend(_settle(aside, subject.base, subject.folder, merged.vocab_size))
 
     save_model(
         Path(options.output).expanduser(),
-        base,
+        subject.base,
         comparison.stored_tensors(),
         changes,
-        own=folder,
+        own=subject.folder,
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
-        also=also,
+        also=write_beside,
     )
-    if note := note_of_base(folder, config.base_model_name_or_path, base, options.base, "--base"):
-        console.print(f"note: {note}")
-    for note in notes:
-        console.print(note)
-    if model_config.tie_word_embeddings and not merged.tie_word_embeddings:
-        console.print("note: embedding and head differ now; config.json says tie_word_embeddings false")
-    for note in tokenizer_notes:
-        console.print(f"note: {note}")
-    quantized = trained.quantization is not None or chosen.quantization is not None
-    how = f" ({chosen.name})" if quantized else ""
-    console.print(f"merged {len(adapter.plan.targets)} modules into {options.output}{how}")
-    if quantized:
-        comparison.print(console, options.prompts, Path(options.output).expanduser())
-    push_output(Path(options.output).expanduser(), options, console)
-    return 0
+    return notes
+
+
+def _notes(options: MergeOptions, subject: _Subject) -> Iterator[str]:
+    """Yield what to say about the base and about what the adapter changes in it."""
+    named, adapter, stored = (
+        subject.lora_config.base_model_name_or_path,
+        subject.adapter,
+        subject.opened.config,
+    )
+    if note := note_of_base(subject.folder, named, subject.base, options.base, "--base"):
+        yield note
+    yield from subject.opened.remarks
+    if contained := adapter.changed(subject.opened.checkpoint):
+        yield f"the adapter contains weights of the base, which are used: {listing(contained)}"
+    if (rows := adapter.model_config.vocab_size) < stored.vocab_size:
+        yield f"the adapter's vocabulary has {rows} rows, the base's {stored.vocab_size}: cut to {rows}"
+    if stored.tie_word_embeddings and not subject.merged_config.tie_word_embeddings:
+        yield "embedding and head differ now; config.json says tie_word_embeddings false"
 
 
 def _settle(merged: Path, base: Checkpoint, adapter: Path, rows: int) -> list[str]:
-    """Make a merged folder stop where training ends a text; return notes about that and its tokenizer."""
+    """Make generation from a merged folder stop as in training; return notes about that and about its tokenizer."""
     if not carries_tokenizer(merged):
         return []
     tokenizer: Tokenizer = load_tokenizer(merged)

@@ -1,4 +1,4 @@
-"""`lora-jax quantize`: a checkpoint with its linear layers in 4 or 8 bits, as bitsandbytes stores it."""
+"""`lora-jax quantize`: quantize the linear layers of a checkpoint to 4 or 8 bits, in bitsandbytes' format."""
 
 from __future__ import annotations
 
@@ -41,12 +41,33 @@ class QuantizeOptions:
 
 
 def quantize(options: QuantizeOptions, console: Console | None = None) -> int:
-    """Quantize as the options say; return the exit code.
+    """Quantize as the options say, and return the exit code.
 
-    A checkpoint that is already quantized, as the options say, is written again as it is. Raises UserError for
-    whatever is wrong, and leaves nothing then.
+    A checkpoint that is already quantized as the options say is copied code for code. Raises UserError before
+    anything is written.
     """
     console = console or plain_console()
+    model = _checked_options(options)
+    opened = _open(options, model)
+    base = _with_quantization(opened, model)
+    calibration = Calibration(options.calibration, base) if options.calibration.path else None
+    counts = _write(options, base, calibration)
+    if base.stored_quantized:
+        console.print(f"note: {opened.folder} is already quantized; its codes are written as they are")
+    for remark in opened.remarks:
+        console.print(f"note: {remark}")
+    assert base.quantization is not None
+    console.print(
+        f"wrote {options.output}: {base.quantization.summary()}, {counts.bits_per_weight:.2f} bits per weight in "
+        f"{counts.modules} linear layers"
+    )
+    for line in () if calibration is None else calibration.lines():
+        console.print(line)
+    return 0
+
+
+def _checked_options(options: QuantizeOptions) -> ModelOptions:
+    """Return the model options, with 4 bits unless 8 are asked for; raises UserError for options that are wrong."""
     if not options.model.path or not options.output:
         raise UserError("quantize: needs --model.path and --output; give both folders")
     output_on_disk(options.output)
@@ -61,54 +82,56 @@ def quantize(options: QuantizeOptions, console: Console | None = None) -> int:
     model = replace(options.model, load_in_4bit=True if four else None)
     check_model(model)
     check_calibration(options.calibration, model)
+    return model
+
+
+def _open(options: QuantizeOptions, model: ModelOptions) -> Pretrained:
+    """Open the checkpoint; raises UserError if the output must not be written to, or if it is quantized otherwise."""
     folder = resolve(model.path, model.revision)
     check_target(options.output, "config.json", folder)
     opened = open_folder(folder)
     if opened.stored_quantized:
-        _check_as_it_is(model, opened)
+        _check_stored(model, opened)
         if options.calibration.path:
             raise UserError(
                 f"--calibration.path {options.calibration.path}: {folder} is already quantized; give the unquantized "
                 "checkpoint, or drop it"
             )
+    return opened
+
+
+def _with_quantization(opened: Pretrained, model: ModelOptions) -> Pretrained:
+    """Return the base with the quantization to write: the head is always skipped, the compute dtype always given."""
     base = opened.with_options(model)
-    quantization, stored = base.quantization, base.storage_dtype
+    quantization = base.quantization
     assert quantization is not None
-    if not base.stored_quantized:
-        asked = resolved(model).bnb_4bit_compute_dtype
-        compute = str(stored) if asked in ("auto", None) else asked
-        skipped = tuple(dict.fromkeys(("lm_head", *(quantization.skip_modules or ()))))
-        quantization = replace(quantization, compute_dtype=compute, skip_modules=skipped)
-    counts = _Counts()
-    base = base.replace(quantization=quantization)
-    calibration = Calibration(options.calibration, base) if options.calibration.path else None
+    if base.stored_quantized:
+        return base
+    asked = resolved(model).bnb_4bit_compute_dtype
+    compute = str(base.storage_dtype) if asked in ("auto", None) else asked
+    skipped = tuple(dict.fromkeys(("lm_head", *(quantization.skip_modules or ()))))
+    return base.replace(quantization=replace(quantization, compute_dtype=compute, skip_modules=skipped))
+
+
+def _write(options: QuantizeOptions, base: Pretrained, calibration: Calibration | None) -> _Counts:
+    """Write the quantized checkpoint; return the size of its linear layers."""
+    quantization, counts = base.quantization, _Counts()
+    assert quantization is not None
     tensors = _tensors(base, quantization) if calibration is None else calibration.tensors()
     save_model(
         Path(options.output).expanduser(),
         base.checkpoint,
         _stored(tensors, counts),
-        {"quantization_config": quantization.to_json(), "dtype": str(stored)},
+        {"quantization_config": quantization.to_json(), "dtype": str(base.storage_dtype)},
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
         also=None if calibration is None else calibration.write_notes,
     )
-    if base.stored_quantized:
-        console.print(f"note: {folder} is already quantized; its codes are written as they are")
-    for remark in opened.remarks:
-        console.print(f"note: {remark}")
-    bits = 8 * counts.nbytes / max(1, counts.weights)
-    console.print(
-        (
-            f"wrote {options.output}: {quantization.summary()}, {bits:.2f} bits per weight in {counts.modules} "
-            "linear layers"
-        ),
-    )
-    for line in () if calibration is None else calibration.lines():
-        console.print(line)
-    return 0
+    return counts
 
 
-def _check_as_it_is(model: ModelOptions, base: Pretrained) -> None:
+def _check_stored(model: ModelOptions, base: Pretrained) -> None:
+    """Raise UserError unless a quantized checkpoint is quantized as the options say."""
     stored = base.quantization
     assert stored is not None
     four, chosen = bool(model.load_in_4bit), resolved(model)
@@ -123,9 +146,15 @@ def _check_as_it_is(model: ModelOptions, base: Pretrained) -> None:
 
 @dataclass
 class _Counts:
+    """Sizes of the quantized linear layers, added up while they are written."""
+
     modules: int = 0
     weights: int = 0
     nbytes: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / max(1, self.weights)
 
 
 def _tensors(
