@@ -1,1 +1,1 @@
-"""Operations around the step: a run from options to files, and all that it is watched, stopped and resumed by."""
+"""Operations around the step: a run from options to files, how it is monitored, stopped and resumed."""

@@ -1,14 +1,14 @@
-"""Checkpoints by Orbax: the trainable tree, optimizer state, step and key; never the frozen base.
+"""Checkpoints by Orbax: the trained tree, optimizer state, step and key, but never the base.
 
-The data position needs no entry: the order of rows is a pure function of seed, epoch and step. A checkpoint is
-written aside and renamed, so that what has a step's name is whole:
+The data position is not stored: the order of rows is a pure function of seed, epoch and step. A checkpoint is written
+under a temporary name and then renamed, so a folder named after a step is complete:
 
     4/state      the arrays, each under its path in `TrainState`
-    4/options    what a resumption has to agree with (`Identity`)
+    4/options    what must match on resuming (`Identity`)
     4/progress   `Progress`
-    4/metrics    the figure that evaluations are compared by, where the model was evaluated at this step
-    4/_CHECKPOINT_METADATA    custom_metadata: the best such figure so far among checkpoints, and its step
-    4/checksums.json    of all these files; a checkpoint that is damaged is set aside as 4.damaged
+    4/metrics    the metric that evaluations are compared by, if the model was evaluated at this step
+    4/_CHECKPOINT_METADATA    custom_metadata: the best such metric among the checkpoints so far, and its step
+    4/checksums.json    of all these files; a damaged checkpoint is renamed to 4.damaged
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ FREE = frozenset(
     {
         "data.cache",
         "data.num_proc",
-        "data.path",  # checksums of the rows, and a fingerprint of the base, are compared instead
+        "data.path",  # checksums of the rows and the base's fingerprint are compared instead
         "data.eval_path",
-        "data.chat_template",  # what it makes of the rows is in their checksums
+        "data.chat_template",  # the checksums of the rows cover it
         "model.path",
         "train.logging_steps",
-        "train.eval_on_start",  # a checkpoint is behind the start
+        "train.eval_on_start",  # every checkpoint is later than the start
         "train.save_strategy",
         "train.save_steps",
         "train.save_total_limit",
@@ -65,7 +65,7 @@ FREE = frozenset(
         "train.gradient_checkpointing",
         "train.offload",
         "train.per_device_eval_batch_size",
-        "train.load_best_model_at_end",  # decides only what is exported in the end
+        "train.load_best_model_at_end",  # decides only what is exported at the end
         "train.max_nonfinite_steps",
         "train.sample_prompts",
         "train.sample_max_new_tokens",
@@ -74,27 +74,27 @@ FREE = frozenset(
         "train.profile_steps",
     }
 )
-"""Options that may differ between a run and its resumption: the result is the same, to float32's rounding.
+"""Options that may differ on resuming, because the result stays the same up to float32 rounding.
 
-Passes draw dropout each for itself, so that with it another number of them drops other numbers.
+With dropout the number of micro-batches must not change, because each one draws its own mask.
 """
 LENGTH = frozenset({"train.max_steps", "train.num_train_epochs"})
-"""Options that may differ on resuming, so that a run can be made longer: the schedule is that of the new length."""
+"""Options that may differ on resuming, to make a run longer; the schedule is that of the new length."""
 LENGTHS_OF_STEPS = "lengths of steps"
 EVAL_LOSS = Goal(figure_name("", "loss"), greater_is_better=False)
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What has to be the same for a run to go on: its options, flat, and the fingerprint of its base."""
+    """What must not change on resuming: the flat options, and the fingerprint of the base."""
 
     options: Values
     base: Mapping[str, str]
 
     def check(self, stored: Values) -> None:
-        """Raise UserError, naming what differs, unless the `plain` form of another identity equals this one's.
+        """Raise UserError, naming the differences, unless `stored` equals the `plain` form of this identity.
 
-        Raises KeyError where that has other names, as another version gives them.
+        Raises KeyError if `stored` has other names, as another version may.
         """
         now = json.loads(json.dumps(self.plain()))
         if bases := _differences(stored["base"], now["base"]):
@@ -112,7 +112,7 @@ class Identity:
             )
 
     def plain(self) -> Object:
-        """Return what is stored."""
+        """Return the form that is stored."""
         options = {name: value for name, value in self.options.items() if name not in FREE | LENGTH}
         return {"options": options, "base": dict(self.base)}
 
@@ -122,31 +122,31 @@ class SavingError(UserError):
 
 
 class Progress(NamedTuple):
-    """Where the loop stands beside its state."""
+    """Where the loop stands, besides its state."""
 
     window: list[float]
     """Sums since the last logged step (`Window.sums`)."""
     unlogged: Object | None = None
-    """This step's line of metrics.jsonl, where the run was stopped in the evaluation that belongs to it."""
+    """This step's line of metrics.jsonl, if a signal interrupted the evaluation that belongs to it."""
     best: float | None = None
-    """The best figure of all evaluations so far."""
+    """The best metric of all evaluations so far."""
     worse: int = 0
-    """Evaluations in a row that were no better."""
+    """Evaluations in a row without improvement."""
     skipped: int = 0
-    """Steps that changed nothing because their loss or gradient was not finite."""
+    """Steps skipped because their loss or gradient was not finite."""
     skipped_in_a_row: int = 0
-    """How many of them end at this step."""
+    """How many of them, in a row, end at this step."""
 
 
 class Best(NamedTuple):
-    """The best figure among the checkpoints that are kept, and its step."""
+    """The best metric among the checkpoints that are kept, and its step."""
 
     step: int
     value: float
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep`, all with None, and the one with the best figure."""
+    """The checkpoints of one run: the newest `keep`, or all if None, and the one with the best metric."""
 
     def __init__(
         self,
@@ -155,15 +155,15 @@ class Checkpoints:
         identity: Identity,
         goal: Goal = EVAL_LOSS,
     ) -> None:
-        """Open the folder, made if need be; `goal` is the figure to go by. Raises UserError where it is of no use."""
-        for name in ("absl", "concurrent.futures"):  # what they report is raised here, in one line
+        """Open the folder, creating it if needed; `goal` is the metric to compare. Raises UserError if that fails."""
+        for name in ("absl", "concurrent.futures"):  # their messages are raised here, in one line
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        whole = folder if "://" in str(folder) else Path(folder).absolute()  # Orbax takes no relative path
+        whole = folder if "://" in str(folder) else Path(folder).absolute()  # Orbax rejects relative paths
         self._place, self.folder, self.identity = whole, epath.Path(whole), identity
         self.goal = goal
         self._failed = self._cleaned = self._writing = False
         self.notes: list[str] = []
-        """What was found of the checkpoints that were there: damage, and that one has no checksums."""
+        """Notes about the existing checkpoints: damage, and missing checksums."""
         policies = ocp.checkpoint_managers
         kept: list[Any] = [policies.LatestN(keep)]
         if keep is not None:
@@ -182,26 +182,26 @@ class Checkpoints:
         )
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if isinstance(self._place, Path):  # what the first save would say is said before any step
+            if isinstance(self._place, Path):  # an error of the first save, before any step
                 tempfile.TemporaryFile(dir=self._place).close()
                 if writes():
                     self._set_damaged_aside(self._place)
             wait_for_all("damaged checkpoints")
             self.manager = ocp.CheckpointManager(self.folder, options=options)
         self.best = self._stored_best()
-        """The best of the checkpoints that are kept, None where none of them was made at an evaluation."""
+        """The best of the checkpoints that are kept; None if none of them was made at an evaluation."""
         self._heard = unheard_callbacks()
 
     def latest(self) -> int | None:
-        """Return the step of the newest whole checkpoint."""
+        """Return the step of the newest complete checkpoint."""
         return self.manager.latest_step()
 
     @stage("saving a checkpoint")
     def save(self, state: TrainState, progress: Progress, value: float | None = None) -> None:
-        """Write the state in the background, a step once; `value` is the figure of this very step.
+        """Write the state in the background, at most once per step; `value` is the metric at this step.
 
-        Returns when the arrays are copied, so that the step may consume them. Raises UserError where this
-        checkpoint or the one before cannot be written.
+        Returns when the arrays are copied, so that the step may donate them. Raises UserError if this checkpoint or the
+        previous one cannot be written.
         """
         step = int(state.step)
         if step in self.manager.all_steps():
@@ -220,21 +220,21 @@ class Checkpoints:
                 custom_metadata=self._best_noted(),
             )
             self._writing = True
-        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+        except Exception as error:  # Orbax, TensorStore and the file system raise different ones
             raise self._failure(error) from error
 
     def measured(self, step: int, value: float | None) -> None:
-        """Give a checkpoint the figure of its step's evaluation, in which the run that saved it was stopped.
+        """Add the metric to a checkpoint whose evaluation was interrupted when it was saved.
 
-        Two small files are replaced, each whole or not at all; the arrays stay as they are. Raises UserError where
-        that cannot be written.
+        Two small files are replaced, each completely or not at all; the arrays do not change. Raises UserError if a
+        file cannot be written.
         """
         if step not in self.manager.all_steps() or (value := self._noted(step, value)) is None:
             return
         if writes():
             place = self._place / str(step)
             known = array_checksums(place) if isinstance(place, Path) else {}
-            if known:  # where the run is killed in between, the checkpoint has none, rather than wrong ones
+            if known:  # a run killed in between leaves no checksums, rather than wrong ones
                 (place / CHECKSUMS).unlink()
             metadata = json.loads((place / METADATA).read_text())
             metadata["custom_metadata"] = self._best_noted()
@@ -246,7 +246,7 @@ class Checkpoints:
         self.manager.reload()
 
     def _noted(self, step: int, value: float | None) -> float | None:
-        """Return the figure of a step, None where it is no number; note whether it is the best."""
+        """Return the metric of a step, or None if it is NaN; note whether it is the best."""
         if value is None or not math.isfinite(value):
             return None
         if self.best is None or not self.goal.better(self.best.value, than=value):
@@ -257,21 +257,21 @@ class Checkpoints:
         return {"best": self.best._asdict()} if self.best else None
 
     def check(self) -> None:
-        """Raise UserError where the checkpoint that was being written has failed; waits for nothing."""
+        """Raise UserError if writing the last checkpoint has failed; do not wait."""
         if self._writing and not self.manager.is_saving_in_progress():
             self._writing = False
             self.wait()
 
     @stage("restoring a checkpoint")
     def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, Progress]:
-        """Return what `save` was given at a step, the last by default, in place of `state`, whose arrays are deleted.
+        """Return the state and progress saved at `step`, by default the last, in place of `state`, which is deleted.
 
-        Both at once would take twice the memory. Each array comes in the shape, dtype and sharding of the old one.
-        Raises UserError where it was made with other options or on another base, naming them, or cannot be read.
+        Holding both would take twice the memory. Each array is restored in the shape, dtype and sharding of the old
+        one. Raises UserError if the checkpoint was made with other options or on another base, or cannot be read.
         """
         self.wait()
         if step is None:
-            step = self.manager.latest_step()  # whole, as was found when the folder was opened
+            step = self.manager.latest_step()  # checked when the folder was opened
         json_restore = ocp.args.JsonRestore
         notes = self._read(step, options=json_restore(), progress=json_restore())
         try:
@@ -310,13 +310,13 @@ class Checkpoints:
         )
 
     def damage(self, step: int) -> str | None:
-        """Return what is damaged in a checkpoint, None where it is whole."""
+        """Return what is damaged in a checkpoint, or None if it is intact."""
         return damage(self._place / str(step)) if isinstance(self._place, Path) else None
 
     def _set_damaged_aside(self, place: Path) -> None:
-        """Rename checkpoints that are damaged, so that the newest is whole; raises UserError where none is.
+        """Rename damaged checkpoints until the newest is intact; raises UserError if none is.
 
-        The arrays of those before the newest whole one are not looked at.
+        Arrays of checkpoints before the newest intact one are not checked.
         """
         damaged: dict[int, str] = {}
         newest: int | None = None
@@ -342,7 +342,7 @@ class Checkpoints:
             )
 
     def _write_checksums(self) -> None:
-        """Write those of the checkpoint that is about to get its name."""
+        """Write the checksums of a checkpoint before it gets its final name."""
         if isinstance(self._place, Path):
             for path in self._place.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
                 write_checksums(path)
@@ -355,25 +355,25 @@ class Checkpoints:
         return Best(step, self._figure(metrics))
 
     def _figure(self, metrics: Mapping[str, float]) -> float:
-        # A run with another figure to go by left none of this name, and is refused for that when it is resumed.
+        # A run with another metric left none with this name; it is refused on resuming.
         return metrics.get(self.goal.metric, -math.inf if self.goal.greater_is_better else math.inf)
 
     def _remove_partial(self) -> None:
-        """Remove, once, what a run that was killed or found the disk full left of the checkpoint it was writing."""
+        """Remove, once, the partial checkpoint of a run that was killed or had a full disk."""
         if not self._cleaned and jax.process_index() == 0:
             for path in self.folder.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
                 path.rmtree(missing_ok=True)
         self._cleaned = True
 
     def close(self) -> None:
-        """Wait for the checkpoint being written; raises UserError where it cannot be."""
+        """Wait for the checkpoint that is being written; raises UserError if that fails."""
         if not self._failed:
             self.wait()
             self.manager.close()
             self._heard()
 
     def wait(self) -> None:
-        """Return when what is being written is whole; raises UserError where it cannot be written."""
+        """Wait until the current checkpoint is complete; raises UserError if it cannot be written."""
         try:
             self.manager.wait_until_finished()
         except Exception as error:
@@ -381,9 +381,9 @@ class Checkpoints:
 
     def _failure(self, error: Exception) -> UserError:
         self._failed = True
-        if (gone := lost(error)) is not None:  # processes meet where a checkpoint is written
+        if (gone := lost(error)) is not None:  # processes synchronize when a checkpoint is written
             return gone
-        found = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's errors are texts
+        found = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's errors are plain text
         if found:
             error = OSError(int(found[1]), os.strerror(int(found[1])))
         if not isinstance(error, OSError):
@@ -399,7 +399,7 @@ def steps_in(folder: Place) -> list[int]:
 
 
 def lengths_of_steps(folder: Path | epath.Path) -> list[int] | None:
-    """Return those that the newest checkpoint's run has, by which its order of rows goes; None where none tells."""
+    """Return the step lengths of the run that wrote the newest checkpoint, which decide its order of rows, or None."""
     place = epath.Path(folder)
     steps = steps_in(place) if place.is_dir() else []
     if isinstance(folder, Path):
@@ -412,7 +412,7 @@ def lengths_of_steps(folder: Path | epath.Path) -> list[int] | None:
 
 
 def _free(path: Path) -> Path:
-    """Return a name beside the path that nothing has yet."""
+    """Return an unused name beside the path."""
     count = 1
     free = path
     while free.exists():
@@ -422,9 +422,9 @@ def _free(path: Path) -> Path:
 
 
 def unheard_callbacks() -> Callable[[], None]:
-    """Keep quiet that of reads or writes that fail together all but one find their event loop gone.
+    """Silence callbacks of concurrent reads or writes that fail together: all but one find their event loop gone.
 
-    Returns what ends it, not to be called after a failure: some come late.
+    Returns a function that ends this. Do not call it after a failure: some callbacks come late.
     """
     before = sys.unraisablehook
 
@@ -441,7 +441,7 @@ def unheard_callbacks() -> Callable[[], None]:
 
 
 def _arrays(state: TrainState) -> dict[str, jax.Array]:
-    """Return a state's arrays by their paths, the key as numbers: whatever nodes the trees have, Orbax sees a dict."""
+    """Return a state's arrays by path, the key as numbers, so that Orbax sees a dict whatever the trees contain."""
     plain = state._replace(key=jax.random.key_data(state.key))
     leaves, _ = jax.tree_util.tree_flatten_with_path(plain)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

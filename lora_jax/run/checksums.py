@@ -1,8 +1,8 @@
-"""Checksums of a checkpoint's files, by which damage is found before anything is read from them.
+"""Checksums of a checkpoint's files, which reveal damage before anything is read.
 
-They are written into the checkpoint before it gets its name, so that each checkpoint has them, and cover every file
-below its folder, whatever mesh it is read on. Of the metadata, which Orbax completes when the name is given, they cover
-what is read of it here. In a bucket there are none: Google Cloud Storage checks objects by checksums of its own.
+They are written into a checkpoint before it gets its final name, so every checkpoint has them, and cover every file in
+its folder, whatever mesh it is restored on. Orbax completes its metadata when it renames the checkpoint, so checksums
+cover only the part that we read. There are none in a bucket: Google Cloud Storage keeps its own.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ _ARRAYS = "state"
 
 
 def write_checksums(folder: Path, keep: dict[str, str] | None = None) -> None:
-    """Write those of a checkpoint's folder; `keep` holds ones of files that have not changed."""
+    """Write the checksums of a checkpoint's folder; `keep` holds those of files that have not changed."""
     keep = keep or {}
     found = {name: keep.get(name) or _checksum(folder, name) for name in _files(folder)}
     write_text(folder / CHECKSUMS, json.dumps({"files": found}, indent=1) + "\n")
 
 
 def array_checksums(folder: Path) -> dict[str, str]:
-    """Return those of the arrays' files as they were written, none where there are no checksums."""
+    """Return the checksums of the array files as they were written, or nothing if there are none."""
     stored = _stored(folder) or {}
     return {name: text for name, text in stored.items() if name.startswith(f"{_ARRAYS}/")}
 
 
 def has_checksums(folder: Path) -> bool:
-    """Say whether a checkpoint has checksums: one of an older version has none."""
+    """Return whether a checkpoint has checksums; those of older versions have none."""
     return (folder / CHECKSUMS).exists()
 
 
 def damage(folder: Path, arrays: bool = True) -> str | None:
-    """Return which file of a checkpoint is damaged and how, None where it is whole; without `arrays` notes alone.
+    """Return which file of a checkpoint is damaged, and how; None if it is intact. Without `arrays`, skip the arrays.
 
-    Where there are no checksums only what is no JSON is found.
+    If there are no checksums, only invalid JSON is detected.
     """
     try:
         stored = _stored(folder)
@@ -86,7 +86,7 @@ def _unparsed(folder: Path) -> str | None:
     for name in ("options/metadata", "progress/metadata", "metrics/metrics"):
         try:
             json.loads((folder / name).read_bytes())
-        except FileNotFoundError:  # no figure, say; what has to be there is missed on reading
+        except FileNotFoundError:  # optional, such as metrics; a required file is missed when it is read
             continue
         except (OSError, ValueError):
             return f"{name} is not JSON"

@@ -1,4 +1,4 @@
-"""Greedy completions by the model as it stands between two steps, on the mesh that it is trained on."""
+"""Greedy completions from the current state of the model, on the training mesh."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lora_jax.types import Facts, Object, Trained
 
 
 class Completions:
-    """Prompts, completed by a base with any adapter of one structure, as the states of a run are."""
+    """Completions by a base with any adapter of one structure, such as the states of a run."""
 
     def __init__(self, base: InMemory, interrupted: Callable[[], None]) -> None:
-        """`interrupted` is called after every token of a batch, and may raise to end the writing."""
+        """Call `interrupted` after every token of a batch; it may raise, to abort."""
         self.base, self.interrupted = base, interrupted
         tokenizer = base.tokenizer
         self.chat = bool(tokenizer.chat_template)
         self.end_ids = end_ids(base.settings, base.checkpoint.config, tokenizer, chat=self.chat)
 
     def encoded(self, prompt: str) -> list[int]:
-        """Return a sample prompt's tokens, as a user's turn where there is a chat template."""
+        """Return a sample prompt's tokens, as a user turn if there is a chat template."""
         option = "--train.sample_prompts"
         tokens = encode_prompt(prompt, self.base.tokenizer, chat=self.chat, option=option)
         if max(tokens) >= self.base.model_config.vocab_size:
@@ -39,7 +39,7 @@ class Completions:
     def check_room(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch: int, option: str
     ) -> None:
-        """Raise UserError, naming the `option` of max_new_tokens, where the cache cannot fit into memory."""
+        """Raise UserError, naming the `option` for max_new_tokens, if the cache does not fit into memory."""
         if prompts:
             check_cache(self.base.model, batch, max(map(len, prompts)), max_new_tokens, option)
 
@@ -53,7 +53,7 @@ class Completions:
         batch: int,
         passes: int = 0,
     ) -> list[str]:
-        """Return the completion of each prompt, in batches of one shape; if not 0, `passes` tokens of one batch."""
+        """Return the completion of each prompt, in batches of one shape; `passes`, if not 0, limits the tokens."""
         collections = variables(self.base.frozen, trainable, adapter)
         longest, found = max(map(len, prompts)), []
         for start in range(0, batch if passes else len(prompts), batch):

@@ -1,7 +1,7 @@
-"""What is measured between two steps: figures on the evaluation sets, and completions of fixed prompts.
+"""Evaluation between two steps: metrics on the evaluation sets, and completions of fixed prompts.
 
-The loss is the weighted sum over all trained tokens of a set divided by their weight, so it depends neither on the rows
-in a batch nor on padding. Sums are added batch by batch; no logits are kept.
+The loss is the weighted sum over all trained tokens of a set, divided by the sum of their weights, so it depends
+neither on the batch size nor on padding. Sums are accumulated batch by batch; no logits are kept.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from lora_jax.types import Facts, Object, Trained
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation found."""
+    """The results of one evaluation."""
 
     figures: dict[str, float] = field(default_factory=dict)
-    """By their names in metrics.jsonl."""
+    """Metrics by their names in metrics.jsonl."""
     samples: list[Object] = field(default_factory=list)
-    """Prompt and text of each line of samples.jsonl."""
+    """Prompt and completion for each line of samples.jsonl."""
 
     def __bool__(self) -> bool:
         return bool(self.figures or self.samples)
 
 
 class Evaluator:
-    """The evaluations of a base with adapters, or with states of one, whose trees have the same shapes."""
+    """Evaluates a base with adapters whose trees all have the same shapes, such as the states of a run."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class Evaluator:
         interrupted: Callable[[], None] = lambda: None,
         section: str = "--train.",
     ) -> None:
-        """Encode the prompts; raises UserError for what cannot be measured.
+        """Encode the prompts; raises UserError for what cannot be evaluated.
 
-        `options` say what is completed and scored, `interrupted` is called after each batch, and may raise to break
-        the evaluation off. `section` is what the names of `options` begin with, for messages.
+        `options` say what to complete and score. `interrupted` is called after each batch and may raise, to abort the
+        evaluation. `section` is the prefix of option names in messages.
         """
         self.base, self.sets, self.sizes, self.options = base, sets, sizes, options
         self.interrupted = interrupted
@@ -74,7 +74,7 @@ class Evaluator:
 
     @stage("evaluating")
     def __call__(self, trainable: Trained, adapter: Facts | None = None) -> Evaluation:
-        """Measure a trainable tree, with the facts of `adapter`, unset those of the base in memory.
+        """Evaluate a trained tree with the facts in `adapter`, by default those of the base in memory.
 
         Raises what `interrupted` raises.
         """
@@ -92,14 +92,14 @@ class Evaluator:
         return Evaluation(figures, self._samples(trainable, adapter))
 
     def base_loss(self) -> float | None:
-        """Return the first set's loss by the base alone; None without a set."""
+        """Return the base's own loss on the first set, or None if there is no set."""
         if not self.sets:
             return None
         sums = self._sums(next(iter(self.sets.values())), {}, {})
         return float(sums.loss / sums.weight)
 
     def compile(self, trainable: Trained) -> None:
-        """Run what an evaluation runs, shortly, so that nothing is compiled between a signal and its checkpoint."""
+        """Run all programs of an evaluation briefly, so that nothing compiles between a signal and its checkpoint."""
         adapter = self.base.adapter
         for rows in self.sets.values():
             shapes = evaluation_shapes(rows, self.sizes, self.base.mesh)
@@ -115,7 +115,7 @@ class Evaluator:
         for number, batch in enumerate(self._batches(rows), start=1):
             at(f"batch {number} of {count}{f' of {rows.name}' if len(self.sets) > 1 else ''}")
             sums = self.eval_step(trainable, self.base.frozen, adapter, batch)
-            if queued is not None:  # read only when the next one is under way, so that no device waits
+            if queued is not None:  # read while the next one runs, so that no device waits
                 total += [float(part) for part in queued]
             queued = sums
             self.interrupted()
@@ -158,7 +158,7 @@ class Evaluator:
 
 
 def asked(rows: TokenDataset, options: TrainOptions, section: str) -> list[Question]:
-    """Return what of a set is completed to be scored; raises UserError where nothing can be."""
+    """Return the rows of a set to complete and score; raises UserError if there are none."""
     if not options.generation_metrics:
         return []
     found = list(islice(questions(rows), options.generation_rows))

@@ -1,4 +1,4 @@
-"""What a run prints before its first step, and after its last."""
+"""What a run prints before its first step and after its last."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from lora_jax.types import PyTree
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """Return the bytes of a tree's arrays."""
+    """Return the size of a tree's arrays in bytes."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def print_facts(console: Console, run: Run, opt_state: PyTree, sizes: Sizes) -> None:
-    """Print PEFT's line of parameters, then devices, bytes, tokens a step, steps and where the output goes."""
+    """Print PEFT's line of parameters, then devices, bytes, tokens per step, steps, and the output folder."""
     train, packing, steps, plan = run.config.train, run.config.data.packing, sizes.steps, sizes.plan
     console.print(trainable_line(*run.parameters))
     trained, optimizer = size_text(tree_bytes(run.trainable)), size_text(tree_bytes(opt_state))
@@ -50,7 +50,7 @@ def print_facts(console: Console, run: Run, opt_state: PyTree, sizes: Sizes) -> 
     }
     if whole := left_whole(run.mesh.shape, run.frozen, run.trainable):
         facts["uncut"] = f"whole along an axis: {listing(whole, 3)}"
-    if not console.is_terminal:  # a log is read and searched by line: none is wrapped
+    if not console.is_terminal:  # do not wrap lines of a log, which is searched by line
         spoke()
         for name, fact in facts.items():
             console.print(f"{name:<8} {fact}")
@@ -85,14 +85,14 @@ def print_end(
 
 
 def _evaluated(run: Run) -> dict[str, str]:
-    """Return a line for each set to evaluate on."""
+    """Return a line for each evaluation set."""
     if not run.eval_rows:
         return {"eval": "none (data.eval_path or data.eval_fraction)"}
     return {f"eval {name}".rstrip(): rows.summary() for name, rows in run.eval_rows.items()}
 
 
 def _devices(mesh: Mesh) -> str:
-    """Return the kind of the devices and, where there are several, how they share the work."""
+    """Return the kind of devices and, if there are several, how they share the work."""
     kind = mesh.devices.flat[0].device_kind
     if mesh.size == 1:
         return kind
@@ -107,7 +107,7 @@ def _place(opt_state: PyTree) -> str:
 
 
 def _bits(run: Run) -> str:
-    """Return how the base is quantized, the bits per weight of a linear layer, and which are not quantized."""
+    """Return how the base is quantized, the bits per weight of a linear layer, and which layers are skipped."""
     if run.base.quantization is None:
         return ""
     leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(run.frozen["layers"]))

@@ -1,4 +1,4 @@
-"""A model in memory: what an evaluation needs of it, whether it is being trained or not."""
+"""A model in memory: what an evaluation needs, during training or without it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lora_jax.types import Facts, Params, Tokenizer, Values
 
 @dataclass(frozen=True, kw_only=True)
 class InMemory:
-    """A base on the mesh, and the facts of the adapter over it."""
+    """A base on the mesh, and the facts of its adapter."""
 
     base: Pretrained
     model: Decoder
     settings: Values
-    """What generation_config.json holds, of the adapter or else of the base."""
+    """Contents of generation_config.json, from the adapter or else from the base."""
     frozen: Params
     adapter: Facts
     mesh: Mesh
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The base's tokenizer, or the adapter's where it brings one."""
+        """The base's tokenizer, or the adapter's if it has one."""
         return self.base.tokenizer
 
     @property
@@ -37,5 +37,5 @@ class InMemory:
 
     @property
     def model_config(self) -> ModelConfig:
-        """The base's config, with rows that are added to its vocabulary."""
+        """The base's config, including rows added to the vocabulary."""
         return self.base.config

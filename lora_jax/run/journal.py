@@ -1,4 +1,4 @@
-"""What a run writes as it goes: lines of metrics.jsonl and samples.jsonl, warnings among them, also on the terminal."""
+"""What a run writes while it runs: lines of metrics.jsonl and samples.jsonl, with warnings, also on the terminal."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ class Journal:
         kept = logs.metrics.kept
         self.warnings = RunWarnings(run, [text for line in kept for text in line.get(WARNINGS, [])])
         self.evaluations = {line["step"]: found for line in kept if (found := evaluated_figures(line))}
-        """Figures of all evaluations so far, by their steps."""
+        """Metrics of all evaluations so far, by step."""
         self._utilisation = utilisation_of_a_token(run)
-        # One program, not one for each operation.
+        # One program instead of one per operation.
         self._rate = jax.jit(schedule(run.config.train, sizes.steps))
         self._unwritten: list[str] = []
         """Warnings that belong to the next line."""
 
     def warn(self, texts: list[str]) -> None:
-        """Show warnings now, and write them into the next line."""
+        """Show warnings now, and add them to the next line."""
         for text in texts:
             self.reporter.warned(text)
         self._unwritten += texts
 
     def start(self, evaluation: Evaluation, base_loss: float | None) -> None:
-        """Write what was measured before the first step, where there is a figure; `base_loss` is the base's own."""
+        """Write the evaluation before the first step, if there is one; `base_loss` is the base's own loss."""
         entry = {"step": 0, "epoch": 0.0, "num_tokens": 0}
         if base_loss is not None:
             entry[BASE_LOSS] = base_loss
@@ -54,24 +54,24 @@ class Journal:
         self._write_samples(0, evaluation)
 
     def entry(self, step: int, window: Window, skipped: Skipped, padding: float) -> Object:
-        """Return the line of a step, its evaluation aside; waits for the steps that it is about."""
+        """Wait for the steps of the window; return the line of a step without its evaluation."""
         loss, figures = window.figures()
         if self._utilisation is not None:
             figures["mfu"] = self._utilisation * figures["tokens_per_second"]
-        # A step that is skipped does not take the schedule on.
+        # A skipped step does not advance the schedule.
         rate = float(self._rate(max(0, step - skipped.total - (skipped.in_a_row == 0))))
         return {
             "step": step,
             "epoch": round(step / self.sizes.steps_per_epoch, 4),
             "loss": loss,
-            "learning_rate": float(f"{rate:.7g}"),  # 0.0002, as float32 can tell
+            "learning_rate": float(f"{rate:.7g}"),  # 0.0002 rather than all digits of the float32
             **figures,
             "padding": round(padding, 4),
             "skipped_steps": skipped.total,
         }
 
     def write(self, entry: Object, trainable: Trained, evaluation: Evaluation, ends: bool) -> None:
-        """Write a step's line, with its evaluation and warnings; `ends` says that the run ends with this step."""
+        """Write a step's line with its evaluation and warnings; `ends` marks the last step of the run."""
         self._note(entry, evaluation)
         self.warn(self.warnings.about_step(entry, trainable, ends))
         if entry["step"] == 1 and 0 not in self.evaluations:
@@ -97,11 +97,11 @@ class Journal:
 
 
 def evaluated_figures(line: Values) -> dict[str, float]:
-    """Return what a line of metrics.jsonl holds of an evaluation; NaN for what is no number."""
+    """Return the evaluation metrics in a line of metrics.jsonl, with NaN for null."""
     found = {name: value for name, value in line.items() if name.startswith(EVALUATED)}
     return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def number(value: Any) -> Any:
-    """Return a value as JSON has it: null for what is no finite number."""
+    """Return a value as JSON can hold it: null if it is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

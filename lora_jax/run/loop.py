@@ -1,4 +1,4 @@
-"""The loop: steps, logging, evaluation, checkpoints, and stopping when asked to."""
+"""The training loop: steps, logging, evaluation, checkpoints, and stopping on request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lora_jax.types import Object
 
 @dataclass(frozen=True)
 class Training:
-    """What the loop goes through: a run, the sizes of its steps, its step, and how it is measured and judged."""
+    """What the loop runs: a run, the sizes of its steps, the step, the evaluator, and the goal."""
 
     run: Run
     sizes: Sizes
@@ -42,9 +42,9 @@ class Training:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the loop ended: the state to export, figures before and after, tokens seen, the signal that stopped it early.
+    """How the loop ended: state to export, metrics before and after, tokens seen, the signal that stopped it if any.
 
-    Figures are those of the evaluations before the first step and of the exported state, by their names.
+    Metrics are those of the evaluation before the first step, and those of the exported state.
     """
 
     state: TrainState
@@ -53,28 +53,28 @@ class Outcome:
     num_tokens: int
     stopped_by: int | None
     steps: int
-    """Steps that were trained, though an earlier one's state may be exported."""
+    """Number of steps trained, even if the state of an earlier step is exported."""
 
     @property
     def eval_before(self) -> float | None:
-        """The first set's loss before the first step, None where it was not measured."""
+        """The first set's loss before the first step, or None if it was not evaluated."""
         return _loss(self.before)
 
     @property
     def eval_after(self) -> float | None:
-        """The first set's loss of the exported state, None where it was not measured."""
+        """The first set's loss for the exported state, or None if it was not evaluated."""
         return _loss(self.after)
 
     @property
     def results(self) -> dict[str, float]:
-        """Final figures: those of the exported state, and before the first step by NAME_before."""
+        """Final metrics: those of the exported state, and under NAME_before those before the first step."""
         before = {f"{name}_before": value for name, value in self.before.items()}
         found = {"num_tokens": self.num_tokens, **before, **self.after}
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 class Loop:
-    """One run's loop over its steps."""
+    """One run's training loop."""
 
     def __init__(
         self,
@@ -90,14 +90,14 @@ class Loop:
         padding_id = padding_token_id(self.run.tokenizer, self.run.model_config.vocab_size)
         self.feed = Feed(self.run.train_rows, self.sizes, self.run.mesh, padding_id)
         self.state: TrainState | None = None
-        """That of the last step, where one was done."""
+        """State after the last step, once there is one."""
 
     @stage(TRAINING)
     def train(self, state: TrainState, progress: Progress | None = None) -> Outcome:
-        """Run from the state's step to the last one, until it stops early, or until SIGINT or SIGTERM.
+        """Run from the state's step to the last, until the run stops early, or until SIGINT or SIGTERM.
 
-        Saves what is asked for. `progress` is what the checkpoint held beside the state. Raises UserError where a
-        checkpoint cannot be written, and where too many steps in a row were not finite.
+        Saves checkpoints as the options say. `progress` is what the checkpoint holds besides the state. Raises
+        UserError if a checkpoint cannot be written, and if too many steps in a row are not finite.
         """
         first = int(state.step)
         self._before_steps(first, state, progress or Progress([]))
@@ -125,7 +125,7 @@ class Loop:
         return self._ended(state, stopped)
 
     def _before_steps(self, first: int, state: TrainState, progress: Progress) -> None:
-        """Take up the counts of the checkpoint, warn, evaluate where that is due, and compile all that steps run."""
+        """Restore the checkpoint's counts, warn, evaluate if that is due, and compile everything that steps run."""
         options, window = self.options, progress.window
         self.skipped = Skipped(options.max_nonfinite_steps, progress.skipped, progress.skipped_in_a_row)
         patience, threshold = options.early_stopping_patience, options.early_stopping_threshold
@@ -138,7 +138,7 @@ class Loop:
             self._make_up_for(progress.unlogged, state)
             window = []
         elif first < self.sizes.steps and not self.patience.over:
-            self.evaluator.compile(state.trainable)  # which an evaluation at the start would have done
+            self.evaluator.compile(state.trainable)  # an evaluation at the start has compiled already
         if first < self.sizes.steps and not self.patience.over:
             shapes = self.feed.shapes(first + 1)
             self.train_step.compile(state, self.run.frozen, self.run.adapter, batches=shapes)
@@ -153,16 +153,16 @@ class Loop:
         self.journal.start(evaluation, base_loss)
 
     def _make_up_for(self, entry: Object, state: TrainState) -> None:
-        """Make the evaluation in which the run was stopped, and write its line."""
+        """Repeat the evaluation that a signal interrupted, and write its line."""
         step, evaluation = int(state.step), self.evaluator(state.trainable)
         self._judge(evaluation)
         self.journal.write(entry, state.trainable, evaluation, self._ends(step))
         if self._saves(step) or (step == self.sizes.steps and self.options.save_strategy != "no"):
-            # By it the checkpoint may be the best, as if the run had never been stopped.
+            # The checkpoint may turn out to be the best, as if the run had not been stopped.
             self.checkpoints.measured(step, evaluation.figures.get(self.goal.metric))
 
     def _take(self, step: int, state: TrainState) -> TrainState:
-        """Queue a step, and return the state that it will leave."""
+        """Queue a step, and return the state after it."""
         self.profiler.before(step)
         at(f"step {step}/{self.sizes.steps}")
         batch = self.feed.batch(step)
@@ -176,15 +176,15 @@ class Loop:
         return state
 
     def _log(self, step: int, state: TrainState) -> float | None:
-        """Log and evaluate a step where that is due; return the figure to go by, if it was measured.
+        """Log and evaluate a step if that is due; return the metric that decides, if it was evaluated.
 
-        Raises Interrupted, once the state is saved, where a signal breaks the evaluation off.
+        Raises Interrupted, after saving the state, if a signal interrupts the evaluation.
         """
         evaluates = self._evaluates(step)
         if not evaluates and not self._logs(step):
             return None
         self.skipped.read()
-        # Before the evaluation, whose time is not a step's.
+        # Before the evaluation, so that its time is not counted as the step's.
         entry = self.journal.entry(step, self.window, self.skipped, self.feed.padding(step))
         if evaluates:
             self._check_finite(step, state, unlogged=entry)
@@ -203,13 +203,13 @@ class Loop:
             self.patience = self.patience.after(evaluation.figures)
 
     def _check_finite(self, step: int, state: TrainState, unlogged: Object | None = None) -> None:
-        """Save, and raise UserError, where too many steps in a row were not finite."""
+        """If too many steps in a row were not finite, save and raise UserError."""
         if self.skipped.too_many:
             self._save(state, unlogged)
             raise self._broken(self.skipped.too_many, step)
 
     def _broken(self, steps: range, saved: int) -> UserError:
-        """Return what to say of steps in a row that were not finite, once the state is saved."""
+        """Return the error for steps in a row that were not finite, after the state is saved."""
         self.signals.finishing()
         rows = [row for step in steps for row in self.feed.rows_of(step)]
         behind = ""
@@ -222,19 +222,19 @@ class Loop:
         )
 
     def _save_if_due(self, step: int, state: TrainState, value: float | None, told: bool) -> None:
-        """Save where a signal, the options or the end of the run ask for it; `value` is the figure of this step."""
+        """Save if a signal, the options or the end of the run require it; `value` is the metric at this step."""
         at_end = self._ends(step) and self.options.save_strategy != "no"
         if told or self._saves(step) or at_end:
             self._save(state, value=value)
 
     def _save(self, state: TrainState, unlogged: Object | None = None, value: float | None = None) -> None:
-        self.journal.logs.sync()  # a resumption needs all lines up to its checkpoint
+        self.journal.logs.sync()  # resuming needs all lines up to the checkpoint
         self.skipped.read()
         counts = (self.patience.best, self.patience.worse, self.skipped.total, self.skipped.in_a_row)
         self.checkpoints.save(state, Progress(self.window.sums(), unlogged, *counts), value)
 
     def _ended(self, state: TrainState, stopped: int | None) -> Outcome:
-        """Return the outcome, with the state to export where the run was not stopped."""
+        """Return the outcome, with the state to export unless the run was stopped."""
         self.signals.finishing()
         jax.block_until_ready(state)
         steps = int(state.step)
@@ -245,12 +245,12 @@ class Loop:
         return Outcome(state, before, after, self.feed.tokens_before(step + 1), stopped, steps)
 
     def _exported(self, state: TrainState) -> TrainState:
-        """Return the best checkpoint's state where that is asked for and another one, else the last."""
+        """Return the state of the best checkpoint if the options ask for it, otherwise the last."""
         best = self.checkpoints.best
         if not self.options.load_best_model_at_end or best is None or best.step == int(state.step):
             return state
         damaged = self.checkpoints.damage(best.step) if writes() else None
-        if not same_in_all(str(damaged)) or damaged is not None:  # all have to restore it, or none
+        if not same_in_all(str(damaged)) or damaged is not None:  # either all restore it, or none
             self.journal.reporter.warned(
                 f"the best checkpoint (step {best.step}) is damaged ({damaged}): exporting the last step instead"
             )

@@ -26,17 +26,17 @@ from lora_jax.types import Object
 STARTING = (
     "resume", "overwrite", "distributed", "push_to_hub", "hub_private_repo", "hub_revision",
 )  # fmt: skip
-"""Options that say how a run is started and where it goes, not what it does."""
+"""Options that say how a run is started and where its output goes, not what it computes."""
 HARMLESS = frozenset(
     {TENSORBOARD, WANDB, "lost+found", ".log", ".out", ".err", ".sh", ".sbatch", ".slurm", ".yaml", ".yml"}
 )
-"""Names and endings of what may lie in a folder that a run begins in."""
+"""Names and suffixes of files that are allowed in the folder of a new run."""
 SHARED = 60
-"""Seconds within which a shared file system shows what another machine wrote: NFS remembers what was not there."""
+"""Seconds until a shared file system shows what another machine wrote; NFS caches that a file is missing."""
 
 
 def check_place(config: RunConfig) -> None:
-    """Raise UserError where output_dir is no folder for a run, whoever uses it; writes nothing."""
+    """Raise UserError if output_dir cannot be the folder of any run; write nothing."""
     folder = output_folder(config)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file; give a folder")
@@ -54,7 +54,7 @@ def check_place(config: RunConfig) -> None:
 
 
 def check_output(config: RunConfig) -> None:
-    """Raise UserError where output_dir cannot take this run; writes nothing."""
+    """Raise UserError if output_dir cannot take this run; write nothing."""
     check_place(config)
     folder = output_folder(config)
     if holds_run(folder) and not (config.resume or config.overwrite):
@@ -69,9 +69,9 @@ def check_output(config: RunConfig) -> None:
 
 @contextmanager
 def only_writer(config: RunConfig, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Lock output_dir, in the process that writes; give what ends that early. Raises UserError where a run has it.
+    """Lock output_dir in the process that writes, and yield what releases it early. Raises UserError if it is in use.
 
-    `say` is told where it takes a while to find that out.
+    `say` receives a message if finding out takes a while.
     """
     if not writes():
         yield lambda: None
@@ -85,14 +85,14 @@ def only_writer(config: RunConfig, say: Callable[[str], None]) -> Iterator[Calla
 
 
 def holds_run(folder: Place) -> bool:
-    """Say whether a folder holds a run: its log, its record, or the config.yaml that each run begins with."""
+    """Return whether a folder holds a run: its log, its record, or the config.yaml that each run starts with."""
     if not folder.is_dir():
         return False
     return any((folder / name).exists() for name in (METRICS, RECORD)) or _is_ours(folder / CONFIG)
 
 
 def _is_ours(file: Place) -> bool:
-    """Say whether a run wrote this config.yaml: it holds every section, which hardly anybody types."""
+    """Return whether a run wrote this config.yaml: it has every section, which hardly anybody types."""
     try:
         found = yaml.safe_load(file.read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -101,14 +101,14 @@ def _is_ours(file: Place) -> bool:
 
 
 def _harmless(name: str) -> bool:
-    """Say whether a file may lie where a run begins: hidden ones, logs and scripts of its start, trackers' folders."""
-    if name == CONFIG:  # would be replaced
+    """Return whether a file is allowed in a new run's folder: hidden files, logs and scripts, tracker folders."""
+    if name == CONFIG:  # the run would replace it
         return False
     return name.startswith(".") or name in HARMLESS or PurePath(name).suffix in HARMLESS
 
 
 def output_folder(config: RunConfig) -> Place:
-    """Return output_dir as a path; raises UserError where it is in a bucket that cannot be reached."""
+    """Return output_dir as a path; raises UserError if its bucket cannot be reached."""
     return place(config.output_dir, "--output_dir")
 
 
@@ -124,10 +124,10 @@ def _sources(config: RunConfig) -> list[tuple[str, str | None]]:
 
 
 def open_output(config: RunConfig) -> Place:
-    """Make output_dir, emptied of an earlier run with overwrite, and write config.yaml; return the folder.
+    """Create output_dir, remove an earlier run if overwrite is set, and write config.yaml; return the folder.
 
-    Only what a run writes is removed, and what a killed run left half written. One process of a run does so, the
-    others wait for it; raises UserError in those that do not see what it wrote.
+    Only files that a run writes are removed, and partial files of a killed run. One process does this while the others
+    wait; raises UserError in those that do not see what it wrote.
     """
     folder = output_folder(config)
     if writes():
@@ -147,11 +147,11 @@ def open_output(config: RunConfig) -> Place:
 def _open(folder: Place, config: RunConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Folders of trackers belong to a run only where there is one: wandb's may lie in any folder.
+        # Tracker folders belong to a run only if there is one: any folder may contain wandb's.
         held = holds_run(folder)
         for name in (*OURS, *BESIDE) if held else OURS:
             remove_leftovers(folder / name)
-            if held and config.overwrite and name != CONFIG:  # by which a folder is known as a run's
+            if held and config.overwrite and name != CONFIG:  # removed last, as it identifies a run's folder
                 remove(folder / name)
         write_text(folder / CONFIG, config_yaml(_with_whole_paths(config)))
     except OSError as error:
@@ -161,9 +161,9 @@ def _open(folder: Place, config: RunConfig) -> None:
 
 
 def _with_whole_paths(config: RunConfig) -> RunConfig:
-    """Return the options with the absolute paths of what is on this disk, so that they hold in any folder; ids stay.
+    """Return the options with absolute paths for files on this disk, so that they work from any folder; ids stay.
 
-    lora.init_from stays as it was written, since a resumption compares it.
+    lora.init_from is not changed, because resuming compares it.
     """
     data = replace(
         config.data,
@@ -182,12 +182,12 @@ def _whole(path: str) -> str:
 
 
 def _whole_template(chosen: str) -> str:
-    """Return the absolute path of a chat template's file; a name stays, even where a folder is called so."""
+    """Return the absolute path of a chat template file; a template's name stays, even if a folder has that name."""
     return _whole(chosen) if Path(chosen).expanduser().is_file() else chosen
 
 
 def config_yaml(config: RunConfig) -> str:
-    """Return the options that are set, less those of a quantized base where it is not, as a YAML file for train."""
+    """Return the options that are set as a YAML file for train, without those for quantized bases if it is not one."""
     options = _plain(asdict(config))
     model = config.model
     idle = [name for name in options["model"] if name.startswith(FOUR_BIT) and not model.load_in_4bit]
@@ -209,9 +209,9 @@ def _plain(value: Any) -> Any:
 
 
 class MetricsLog:
-    """metrics.jsonl or samples.jsonl: one object a line, flushed as it is written, by one process of the run.
+    """metrics.jsonl or samples.jsonl: one object per line, flushed immediately, written by one process of the run.
 
-    In a bucket, where nothing can be appended, the whole of it is written every `SECONDS`, and by `sync`.
+    Objects in a bucket cannot be appended to, so there the whole file is written every `SECONDS`, and by `sync`.
     """
 
     SECONDS = 30
@@ -219,7 +219,7 @@ class MetricsLog:
     def __init__(
         self, path: Place, keep_to: int | None = None, also: Callable[[Object], None] | None = None
     ) -> None:
-        """Open the file; on resuming, lines past the step `keep_to` are cut first. `also` is given each new object."""
+        """Open the file; on resuming, cut lines after step `keep_to`. `also` receives each new object."""
         self.path, self._also = path, also
         kept: list[Object] = []
         if keep_to is not None and path.exists():
@@ -230,7 +230,7 @@ class MetricsLog:
         self._file: TextIO | None = None
         self.sync()
         self.kept = kept
-        """What was there on resuming."""
+        """Lines that were there on resuming."""
         if isinstance(path, Path) and writes():
             with writing_to(path):
                 self._file = path.open("a", encoding="utf-8")
@@ -250,7 +250,7 @@ class MetricsLog:
             self.sync()
 
     def sync(self) -> None:
-        """Return when all lines are in their place."""
+        """Return when all lines are written."""
         if self._file is None and writes():
             write_text(self.path, "".join(self._lines))
         self._synced = time.monotonic()
@@ -273,9 +273,9 @@ class Logs:
         samples: bool = False,
         also: Callable[[Object], None] | None = None,
     ) -> None:
-        """Open those of an output folder; samples.jsonl where there is a prompt to sample, or was before a resumption.
+        """Open the logs of an output folder; samples.jsonl if there are sample prompts, or were before resuming.
 
-        `also` is given each new object of metrics.jsonl.
+        `also` receives each new object of metrics.jsonl.
         """
         self.metrics = MetricsLog(folder / METRICS, keep_to, also)
         samples |= keep_to is not None and (folder / SAMPLES).exists()
@@ -288,7 +288,7 @@ class Logs:
             self.samples.write(line)
 
     def sync(self) -> None:
-        """Return when all lines are in their place."""
+        """Return when all lines are written."""
         for log in filter(None, (self.metrics, self.samples)):
             log.sync()
 
@@ -299,7 +299,7 @@ class Logs:
 
 
 def _parsed(line: str) -> Object | None:
-    """Return the object of a line, None where it is none of a log: a crash leaves a part, or zeros."""
+    """Return the object in a line; None if it is not one, since a crash can leave a partial line or zeros."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):

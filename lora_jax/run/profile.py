@@ -1,4 +1,4 @@
-"""A profiler trace of some steps (`train.profile_steps`), for xprof, alone or in TensorBoard."""
+"""A profiler trace of some steps (`train.profile_steps`), for xprof alone or in TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_jax.run_folder import PROFILE
 
 
 def check_profile(asked: tuple[int, ...], steps: int) -> None:
-    """Raise UserError where a run of so many steps does not come to the first step to trace."""
+    """Raise UserError if a run of `steps` steps never reaches the first step to trace."""
     if asked and asked[0] > steps:
         raise UserError(
             f"--train.profile_steps {' '.join(map(str, asked))}: the run has {steps:,} steps; give earlier ones"
@@ -22,10 +22,10 @@ def check_profile(asked: tuple[int, ...], steps: int) -> None:
 
 
 class Profiler:
-    """Traces from the first step asked for to the last, or to where the run ends."""
+    """Traces from the first requested step to the last, or to the end of the run."""
 
     def __init__(self, folder: Place, steps: tuple[int, ...]) -> None:
-        """Raise UserError where the folder is in a bucket, which JAX's profiler does not write to."""
+        """Raise UserError if the folder is in a bucket, which JAX's profiler cannot write to."""
         self.first, self.last = (steps[0], steps[-1]) if steps and writes() else (0, 0)
         self.path, self.tracing = folder / PROFILE, False
         if steps and not isinstance(folder, Path):
@@ -34,19 +34,19 @@ class Profiler:
             )
 
     def before(self, step: int) -> None:
-        """Begin where the step is the first one, or lies within where a run goes on."""
+        """Start at the first requested step, or in between if the run resumes there."""
         if not self.tracing and self.first <= step <= self.last:
             jax.profiler.start_trace(str(self.path))
             self.tracing = True
 
     def after(self, step: int, metrics: Any) -> None:
-        """End after the last one, whose metrics are waited for."""
+        """Stop after the last requested step; wait for its metrics."""
         if self.tracing and step >= self.last:
             jax.block_until_ready(metrics)
             self.close()
 
     def close(self) -> None:
-        """End a trace that the run did not reach the end of."""
+        """Stop a trace whose last step the run did not reach."""
         if self.tracing:
             self.tracing = False
             jax.profiler.stop_trace()

@@ -1,11 +1,10 @@
-"""run.json: what a run knows of itself beside its options and metrics; `lora-jax report` reads it.
+"""run.json: what a run knows about itself besides options and metrics; `lora-jax report` reads it.
 
-`status` is running, finished, stopped (by a signal) or failed; a run that was killed says running for ever. `started`
-and `ended` are times in UTC, `resumed` the times and steps that were gone on from. `command` is a command line of the
-options that were given, `tracking` what a tracker needs to go on with the same run, `results` the figures of the
-exported state, and by NAME_before those before the first step. `output_lost` says why stdout or stderr could no longer
-be written to. The lengths in `data` are {"width": w, "counts": [rows
-of 1 to w tokens, of w + 1 to 2w, …]}.
+`status` is running, finished, stopped (by a signal) or failed; a killed run stays "running". `started` and `ended` are
+times in UTC, `resumed` lists the times and steps that the run resumed at. `command` is a command line with the options
+that were given, `tracking` what a tracker needs to resume its run, `results` the metrics of the exported state, and
+under NAME_before those before the first step. `output_lost` says why stdout or stderr could no longer be written to.
+The lengths in `data` are {"width": w, "counts": [rows with 1 to w tokens, with w + 1 to 2w, …]}.
 """
 
 from __future__ import annotations
@@ -45,17 +44,17 @@ DECIDING = (
     "JAX_NUMPY_DTYPE_PROMOTION",
     "JAX_SOFTMAX_CUSTOM_JVP",
 )
-"""Environment variables of JAX under which the same options give other numbers: another start, order or rounding."""
+"""Environment variables of JAX that change the numbers: initial values, order of operations, or rounding."""
 BINS = 40
-"""Bars of a histogram at most."""
+"""Maximum number of bars in a histogram."""
 WIDTHS = (1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64)
 
 
 class Record:
-    """The record of one run, written anew at each change by one process of the run."""
+    """The record of one run, rewritten at each change by one process of the run."""
 
     def __init__(self, folder: Place, resumed_at: int | None = None) -> None:
-        """Begin; where a run goes on, with what it had recorded."""
+        """Start a record, or continue the existing one if the run was resumed."""
         self.path = folder / RECORD
         self.content: Object = {}
         if resumed_at is not None:
@@ -63,13 +62,13 @@ class Record:
                 found = json.loads(self.path.read_text(encoding="utf-8"))
                 self.content = found if isinstance(found, dict) else {}
             except (OSError, ValueError):
-                pass  # a run of an older version
+                pass  # written by an older version
         self.content.setdefault("started", now())
         if resumed_at is not None:
             self.content.setdefault("resumed", []).append({"time": now(), "step": resumed_at})
 
     def note(self, **facts: Any) -> None:
-        """Add facts, and write."""
+        """Add facts, and write the file."""
         self.content |= facts
         if lost := losses():
             self.content["output_lost"] = lost
@@ -77,7 +76,7 @@ class Record:
             write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
     def end(self, status: Status, results: Object | None = None) -> None:
-        """Note how the run ended."""
+        """Record how the run ended."""
         self.note(status=status, ended=now(), results=results or {})
 
 
@@ -112,14 +111,14 @@ def run_facts(run: Run, sizes: Sizes) -> Object:
 
 
 def data_facts(rows: TokenDataset) -> Object:
-    """Return the counts of a data set and the histogram of its lengths."""
+    """Return the counts of a data set, and the histogram of its lengths."""
     names = ("name", "rows", "tokens", "trained_tokens", "truncated", "dropped", "longest", "max_length")
     facts = {name: getattr(rows, name) for name in names}
     return facts | {"dropped": rows.dropped + rows.counts.long, "lengths": histogram(rows.lengths)}
 
 
 def histogram(lengths: np.ndarray) -> Object:
-    """Return the number of rows in bars of a round width, at most BINS of them."""
+    """Return the number of rows per bar, for at most BINS bars of a round width."""
     least = -(-int(lengths.max(initial=1)) // BINS)
     scale = 1
     while scale * WIDTHS[-1] < least:
@@ -129,7 +128,7 @@ def histogram(lengths: np.ndarray) -> Object:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what decides a result."""
+    """Return the versions of everything that affects the result."""
     return {
         "lora_jax": __version__,
         "python": platform.python_version(),
@@ -138,13 +137,13 @@ def versions() -> dict[str, str]:
 
 
 def jax_settings() -> Object:
-    """Return the settings of JAX that decide a result, by the environment variables that set them."""
+    """Return the JAX settings that affect the result, under their environment variables."""
     return {name: getattr(jax.config, name.lower()) for name in DECIDING}
 
 
 def command_line(asked: RunConfig) -> str:
-    """Return the options that are not at their defaults as one command line for a shell, those of starting left out."""
-    # An adapter to continue from decides what is unset, so that a default says something.
+    """Return the options that differ from their defaults as one shell command line, without those in STARTING."""
+    # Without --lora.init_from, unset options have defaults; with it, the adapter decides them.
     default = RunConfig() if asked.lora.init_from else resolved(RunConfig())
     words, defaults = ["lora-jax", "train"], flat_options(default)
     for name, value in flat_options(asked).items():
@@ -157,7 +156,7 @@ def command_line(asked: RunConfig) -> str:
 
 
 def flat_options(config: RunConfig) -> Object:
-    """Return the options by their dotted names, those of starting left out."""
+    """Return the options by their dotted names, without those in STARTING."""
     flat: Object = {}
     for name, value in vars(config).items():
         section = vars(value).items() if is_dataclass(value) else ()

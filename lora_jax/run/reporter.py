@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a progress bar or a line a logged step, samples and warnings."""
+"""What a run prints: a progress bar or a line per logged step, samples and warnings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAINING = "training"
 
 
 class Reporter:
-    """A progress bar with the stage, loss, tokens/s and time left on a terminal; a line a logged step elsewhere."""
+    """A progress bar with stage, loss, tokens/s and time left on a terminal; otherwise a line per logged step."""
 
     def __init__(self, console: Console, steps: int, done: int = 0) -> None:
         self.console, self.steps = console, steps
@@ -70,7 +70,7 @@ class Reporter:
             self._print("  ".join([*parts, *found]))
 
     def sampled(self, sample: Object) -> None:
-        """Show a line of samples.jsonl, cut to what fits a line."""
+        """Show a line of samples.jsonl, shortened to fit one line."""
         prompt, text = (json.dumps(sample[part], ensure_ascii=False) for part in ("prompt", "text"))
         shown = f"sample {_shortened(prompt, 40)} -> {_shortened(text, 80)}"
         self._print(shown)
@@ -85,7 +85,7 @@ class Reporter:
 
 
 def is_evaluated(name: str) -> bool:
-    """Say whether a figure of metrics.jsonl is that of an evaluation."""
+    """Return whether a metric in metrics.jsonl comes from an evaluation."""
     return name.startswith(("eval_", "base_eval_"))
 
 

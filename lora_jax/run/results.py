@@ -1,4 +1,4 @@
-"""What a finished run leaves: an adapter folder as PEFT writes it, or a whole model after full training."""
+"""The result of a finished run: an adapter folder as PEFT writes it, or a whole model after full fine-tuning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lora_jax.version import __version__
 
 
 def export(run: Run, trainable: Trained, folder: Place, facts: TrainingFacts) -> Place:
-    """Write what a run has trained into its folder, an adapter or the whole model; return the folder written."""
+    """Write the trained adapter or model into the run's folder; return the folder that was written."""
     written = export_model if run.plan is None else export_adapter
     return written(run, trainable, folder, facts)
 
@@ -39,7 +39,7 @@ def export(run: Run, trainable: Trained, folder: Place, facts: TrainingFacts) ->
 def export_adapter(run: Run, trainable: Trained, folder: Place, facts: TrainingFacts) -> Place:
     """Write adapter_config.json, adapter_model.safetensors, README.md and the tokenizer; return the folder.
 
-    All processes of a run gather the tensors, one writes them.
+    All processes gather the tensors; one writes them.
     """
     assert run.plan is not None
     assert run.adapter_config is not None
@@ -58,7 +58,7 @@ def write_adapter_folder(
     facts: TrainingFacts,
     chat_template: str | None = None,
 ) -> None:
-    """Write an adapter of a base, as PEFT does, with model card and tokenizer; what the folder holds is replaced."""
+    """Write an adapter folder as PEFT does, with model card and tokenizer; replace what is in the folder."""
     with whole_folder(target, overwrite=True) as aside:
         write_adapter(aside, config, tensors)
         copy_tokenizer(base.folder, aside)
@@ -69,7 +69,7 @@ def write_adapter_folder(
 
 
 def training_facts(run: Run, outcome: Outcome) -> TrainingFacts:
-    """Return what a model card says about a run."""
+    """Return what the model card says about a run."""
     return replace(
         planned_facts(run.config),
         steps=int(outcome.state.step),
@@ -83,7 +83,7 @@ def training_facts(run: Run, outcome: Outcome) -> TrainingFacts:
 
 
 def planned_facts(config: RunConfig) -> TrainingFacts:
-    """Return what a model card says about a run that its options alone tell."""
+    """Return what the model card can say from the options alone."""
     data = config.data.path
     eval_data = config.data.eval_path or next(iter(config.data.eval_paths.values()), "")
     evaluated = _on_hub(eval_data)
@@ -100,22 +100,22 @@ def planned_facts(config: RunConfig) -> TrainingFacts:
 
 
 def _on_hub(path: str) -> tuple[str, str | None] | None:
-    """Return the id of a data set on the Hub and its configuration; None for a file."""
+    """Return the id and configuration of a data set on the Hub; None for a file."""
     identifier, _, configuration = path.partition(":")
     file = Path(path).expanduser()
-    # A run's files may be gone when its checkpoint is exported.
+    # When a checkpoint is exported, the run's data files may be gone.
     if not looks_like_id(identifier) or kind_of(file) or file.exists():
         return None
     return identifier, configuration or None
 
 
 def export_model(run: Run, trainable: Trained, folder: Place, facts: TrainingFacts) -> Place:
-    """Write the fully trained model as a Hugging Face folder in the base's storage dtype; return the folder."""
+    """Write the fully fine-tuned model as a Hugging Face folder in the base's storage dtype; return the folder."""
     dtype = run.base.storage_dtype
     target = folder / MODEL
     tensors = tree_tensors(trainable, run.model_config, jnp.dtype(dtype))
     if not writes():
-        deque(tensors, maxlen=0)  # gathers each with the process that writes
+        deque(tensors, maxlen=0)  # takes part in gathering
         return target
     changes = {"dtype": str(dtype), "vocab_size": run.model_config.vocab_size}
     card = model_card(run.config.model.path, facts)

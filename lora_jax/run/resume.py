@@ -1,4 +1,4 @@
-"""What decides whether a run can be resumed: its identity, its length, and whether it is finished already."""
+"""Whether a run can be resumed: its identity, its length, and whether it is already finished."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_jax.training.step import TrainState
 
 
 class Start(NamedTuple):
-    """Where the loop begins: the state, what a checkpoint held beside it, and the step of that checkpoint."""
+    """Where the loop starts: the state, what the checkpoint holds besides it, and the checkpoint's step."""
 
     state: TrainState
     progress: Progress | None = None
@@ -30,9 +30,9 @@ class Start(NamedTuple):
 def resumed(
     run: Run, sizes: Sizes, state: TrainState, checkpoints: Checkpoints, folder: Place, console: Console
 ) -> Start | None:
-    """Return where the loop begins, and say so: at the last checkpoint where the options ask for it, else at `state`.
+    """Return where the loop starts, and print it: at the last checkpoint if the options say resume, else at `state`.
 
-    None where the run to resume is finished. Raises UserError where it cannot be resumed.
+    Returns None if the run to resume is finished. Raises UserError if it cannot be resumed.
     """
     latest = checkpoints.latest()
     if not run.config.resume:
@@ -61,12 +61,12 @@ def resumed(
 
 
 def result_name(run: Run) -> str:
-    """Return the name of the folder that a run's result is written to."""
+    """Return the name of the folder with the run's result."""
     return MODEL if run.plan is None else ADAPTER
 
 
 def check_length(done: int, steps: int) -> None:
-    """Raise UserError where more steps are done than the run now has."""
+    """Raise UserError if more steps are done than the run now has."""
     if done > steps:
         raise UserError(
             f"--resume: {done} steps are already done, but --train.max_steps or --train.num_train_epochs makes {steps} "
@@ -75,7 +75,7 @@ def check_length(done: int, steps: int) -> None:
 
 
 def is_done(run: Run, folder: Place, record: Record, latest: int, sizes: Sizes, progress: Progress) -> bool:
-    """Say whether the run to resume has come to its end, result and record included."""
+    """Return whether the run to resume is complete, including its result and record."""
     patience = run.config.train.early_stopping_patience
     ended = latest == sizes.steps or 0 < patience <= progress.worse
     whole = record.content.get("status") == "finished" and progress.unlogged is None
@@ -84,9 +84,9 @@ def is_done(run: Run, folder: Place, record: Record, latest: int, sizes: Sizes, 
 
 
 def check_unfinished(folder: Place) -> None:
-    """Raise UserError where a folder without a checkpoint holds what a finished run wrote."""
+    """Raise UserError if a folder without checkpoints holds the output of a finished run."""
     if Record(folder, 0).content.get("status") == "failed":
-        return  # the disk was full, say, before a checkpoint was whole
+        return  # for example, the disk was full before a checkpoint was complete
     if any((folder / name).is_dir() for name in (ADAPTER, MODEL)):
         raise UserError(
             f"--resume: {folder} contains a finished run and no checkpoint; add --overwrite to repeat it"
@@ -94,12 +94,12 @@ def check_unfinished(folder: Place) -> None:
 
 
 def row_checksums(run: Run) -> str:
-    """Return what tells a run's rows from others, and their order."""
+    """Return a checksum of a run's rows and their order."""
     return " ".join(str(rows.checksum) for rows in (run.train_rows, *run.eval_rows.values()))
 
 
 def identity_of(run: Run, sizes: Sizes) -> Identity:
-    """Return what has to be the same for a run to go on: its options, the sizes of its data and steps, its base."""
+    """Return what must not change on resuming: options, sizes of data and steps, and the base."""
     options = asdict(resolved(run.config))
     sections = {name: options[name] for name in ("model", "lora", "data", "train")}
     counted = {
@@ -111,7 +111,7 @@ def identity_of(run: Run, sizes: Sizes) -> Identity:
         LENGTHS_OF_STEPS: list(sizes.plan.buckets),
         "sets to evaluate on": list(run.eval_rows),
     }
-    del sections["data"]["eval_paths"]  # whose rows have checksums
+    del sections["data"]["eval_paths"]  # their rows have checksums
     flat = {
         "method": run.config.method,
         **flatten_dict(sections, is_leaf=lambda path, _: len(path) == 2, sep="."),
@@ -122,6 +122,6 @@ def identity_of(run: Run, sizes: Sizes) -> Identity:
 
 
 def kept_until(resumed_at: int | None, progress: Progress | None) -> int | None:
-    """Return the step to keep the logs to: one whose evaluation is made up for is written anew."""
+    """Return the step up to which the logs are kept; a line whose evaluation is repeated is written again."""
     again = progress is not None and progress.unlogged is not None
     return resumed_at - 1 if resumed_at is not None and again else resumed_at

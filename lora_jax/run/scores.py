@@ -1,6 +1,6 @@
-"""Scores of completions against the answers that were wanted, each by the library made for it.
+"""Scores of completions against reference answers, each computed by its usual library.
 
-exact_match    share of completions that equal their answer, white space at the ends aside, 0 to 1
+exact_match    share of completions that equal their answer, ignoring outer white space, 0 to 1
 bleu           corpus BLEU by sacrebleu, 0 to 100
 rouge          mean F-measures by rouge-score, 0 to 1: rouge1, rouge2, rougeL
 """
@@ -22,23 +22,23 @@ from lora_jax.install import install_command
 ROUGE = ("rouge1", "rouge2", "rougeL")
 _NAMES: dict[str, tuple[str, ...]] = {"exact_match": ("exact_match",), "bleu": ("bleu",), "rouge": ROUGE}
 _LIBRARIES = {"bleu": ("sacrebleu", "sacrebleu"), "rouge": ("rouge_score", "rouge-score")}
-"""What each score needs: the module, and the package that holds it."""
+"""Requirement of each score: module name, and package name."""
 
 
 class Question(NamedTuple):
-    """What a row asks the model to complete, and what its answer is."""
+    """The prompt that a row asks to complete, and its answer."""
 
     prompt: list[int]
     answer: list[int]
 
 
 def score_names(metrics: Collection[GenerationMetric]) -> tuple[str, ...]:
-    """Return the names of the figures that some scores have."""
+    """Return the metric names of the given scores."""
     return tuple(name for metric in metrics for name in _NAMES[metric])
 
 
 def check_installed(metrics: Collection[GenerationMetric], section: str = "--train.") -> None:
-    """Raise UserError for a score whose library is not installed; `section` is where the option stands."""
+    """Raise UserError for a score whose library is not installed; `section` is the prefix of the option's name."""
     for metric in metrics:
         module, package = _LIBRARIES.get(metric, ("", ""))
         if module and find_spec(module) is None:
@@ -50,7 +50,7 @@ def check_installed(metrics: Collection[GenerationMetric], section: str = "--tra
 def scores(
     metrics: Collection[GenerationMetric], found: Sequence[str], wanted: Sequence[str]
 ) -> dict[str, float]:
-    """Return the scores of completions, each against its answer."""
+    """Return the scores of completions, each compared with its answer."""
     figures: dict[str, float] = {}
     if "exact_match" in metrics:
         equal = [one.strip() == other.strip() for one, other in zip(found, wanted, strict=True)]
@@ -69,10 +69,10 @@ def scores(
 
 
 def questions(rows: Iterable[Tokens]) -> Iterator[Question]:
-    """Yield each whole row's last trained stretch as the answer, with all before it as the prompt.
+    """Yield for each complete row its last trained span as the answer, and everything before it as the prompt.
 
-    A row that was cut, or is a window of one, may lack the end of its answer, and one that is trained from its start,
-    as text is, has no prompt; neither is asked.
+    Rows that were cut, or are windows of a row, are skipped because the end of the answer may be missing; so are rows
+    trained from their start, such as plain text, because they have no prompt.
     """
     for row in rows:
         trained = np.flatnonzero(row.trained)

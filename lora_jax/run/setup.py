@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step, checked in the order of cost; nothing is written here."""
+"""Everything that a run needs before its first step, cheap checks first; nothing is written here."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ from lora_jax.types import Facts, Params, PyTree, Tokenizer, Trained, Values
 
 @dataclass(frozen=True, kw_only=True)
 class Run(InMemory):
-    """A run's model, data and adapter, as they stand before the first step."""
+    """A run's model, data and adapter before the first step."""
 
     asked: RunConfig
-    """The options as they were given."""
+    """The options as given."""
     config: RunConfig
-    """The options as they came to be, defaults and those of a base or an adapter put in."""
+    """The resolved options: with defaults, and with what the base or the adapter decides."""
     train_rows: TokenDataset
     eval_rows: Mapping[str, TokenDataset]
-    """The sets to evaluate on by their names; a single one without a name has the empty one."""
+    """The evaluation sets by name; a single set without a name has the empty one."""
     trainable: Trained
-    """Before the first step, which consumes the arrays; their shapes stay."""
+    """Before the first step, which donates the arrays; their shapes stay valid."""
     plan: Plan | None
     adapter_config: AdapterConfig | None
     key: jax.Array
     carried: Values = field(default_factory=dict)
-    """Weights of the base that the adapter to go on with brought, and brings on."""
+    """Weights of the base that the adapter to continue contains, and that are saved with it again."""
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -72,9 +72,9 @@ class Run(InMemory):
 
 
 def prepare(config: RunConfig, mesh: Mesh) -> Run:
-    """Read model, data and adapter of a run, the model onto the mesh.
+    """Read the model, data and adapter of a run, the model onto the mesh.
 
-    Raises UserError for whatever in them is wrong.
+    Raises UserError for whatever is wrong with them.
     """
     asked, base = config, open_pretrained(config.model)
     config = replace(config, model=base.options)
@@ -127,9 +127,9 @@ def make_run(
     adapter_config: AdapterConfig | None = None,
     carried: Values | None = None,
 ) -> Run:
-    """Return a run over trees that are on the mesh; its first step consumes `trainable`.
+    """Return a run over trees that are on the mesh; its first step donates `trainable`.
 
-    `asked` are the options as they were given, where those differ from `config`.
+    `asked` are the options as given, if they differ from `config`.
     """
     model = Decoder(
         base.config,
@@ -150,9 +150,9 @@ def make_run(
 
 
 def run_sizes(run: Run, lengths: Sequence[int] | None = None) -> Sizes:
-    """Return which rows each step takes, rows a pass and the number of steps of a run.
+    """Return the sizes of a run: which rows each step takes, rows per pass, and the number of steps.
 
-    `lengths` are those of the steps of the run that is gone on with: which are best depends on the number of steps.
+    `lengths` are the step lengths of the run to resume: the best choice depends on the number of steps.
     """
     train, data, mesh = run.config.train, run.config.data, run.mesh
     passes, shards = train.gradient_accumulation_steps, row_shards(mesh.shape)
@@ -184,7 +184,7 @@ def run_sizes(run: Run, lengths: Sequence[int] | None = None) -> Sizes:
 
 
 def notes_of_start(run: Run) -> list[str]:
-    """Return what to say of an adapter to go on with that was trained on something else than the run's base."""
+    """Return notes about an adapter to continue that was not trained on this run's base."""
     if run.config.lora.init_from is None:
         return []
     adapter = Path(run.config.lora.init_from).expanduser()
@@ -204,13 +204,13 @@ def notes_of_start(run: Run) -> list[str]:
 
 
 def run_keys(config: RunConfig) -> tuple[jax.Array, jax.Array]:
-    """Return the keys of a run's adapter at its start and of its steps."""
+    """Return the keys for a run's initial adapter and for its steps."""
     init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
     return init_key, run_key
 
 
 def _check_finite(params: Params, base: Pretrained, config: RunConfig) -> None:
-    """Raise UserError where weights that are all trained, and written at the end, are not finite."""
+    """Raise UserError if weights that will all be trained and written are not finite."""
     finite = jax.jit(
         lambda tree: jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
     )
@@ -219,7 +219,7 @@ def _check_finite(params: Params, base: Pretrained, config: RunConfig) -> None:
 
 
 def _check_memory(config: RunConfig, base: Pretrained, plan: Plan | None) -> None:
-    """Raise UserError where base, adapter and optimizer state do not fit into what is free; nothing is made."""
+    """Raise UserError if base, adapter and optimizer state do not fit into free memory; allocate nothing."""
     params = base.abstract_params()
     trained = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
     if plan is not None:
@@ -235,7 +235,7 @@ def _bytes(tree: PyTree) -> int:
 
 
 def read_run_rows(config: RunConfig, base: Pretrained) -> tuple[TokenDataset, Mapping[str, TokenDataset]]:
-    """Return the rows to train on, and the sets to evaluate on by their names."""
+    """Return the training rows, and the evaluation sets by name."""
     data, seed, tokenizer, vocab_size = config.data, config.train.seed, base.tokenizer, base.config.vocab_size
     console = plain_console(quiet=not writes())
     found = load_examples(data, tokenizer, data.path, data.split, vocab_size, console=console)
@@ -248,7 +248,7 @@ def read_run_rows(config: RunConfig, base: Pretrained) -> tuple[TokenDataset, Ma
 def evaluation_rows(
     data: DataOptions, tokenizer: Tokenizer, vocab_size: int, console: Console
 ) -> Mapping[str, TokenDataset]:
-    """Return the sets of eval_path or eval_paths by their names, a single one by the empty name; none for neither."""
+    """Return the sets in eval_path or eval_paths by name, a single one under the empty name; none for neither."""
     paths, option = data.eval_paths, "--data.eval_paths"
     if data.eval_path:
         paths, option = {"": data.eval_path}, "--data.eval_path"
@@ -261,7 +261,7 @@ def evaluation_rows(
 
 
 def check_resized(base: Pretrained, plan: Plan) -> None:
-    """Raise UserError where rows are added to the vocabulary that the adapter does not hold."""
+    """Raise UserError if rows are added to the vocabulary that the adapter does not store."""
     added = base.added_rows
     saved = {module.name for module in plan.saved}
     if not added or set(added) <= set(plan.token_indices) or {"model.embed_tokens", "lm_head"} <= saved:

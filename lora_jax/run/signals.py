@@ -1,20 +1,20 @@
-"""Being told to stop: what SIGINT and SIGTERM do at each stage of a run.
+"""What SIGINT and SIGTERM do at each stage of a run.
 
-    meeting     waiting for the other processes: both end the program at once
-    starting    loading, tokenizing, compiling: SIGTERM ends the program at once, there being nothing to save;
+    meeting     waiting for the other processes: both end the program immediately
+    starting    loading, tokenizing, compiling: SIGTERM ends the program immediately, because there is nothing to save;
                 SIGINT is Python's KeyboardInterrupt
-    stepping    both are noted, and the loop saves once the step under way is done
-    finishing   the last checkpoint is written and the adapter exported: SIGTERM changes nothing, SIGINT interrupts
+    stepping    both are noted; the loop saves after the current step
+    finishing   the last checkpoint is written and the adapter exported: SIGTERM is ignored, SIGINT interrupts
 
-SIGHUP, that the terminal is gone, is ignored: the run goes on without it. The second of the others interrupts a run
-whatever the stage. Python runs a signal's handler between two bytecodes of the main thread, so never while XLA
-compiles there, which takes minutes for a large model. But the interpreter also writes the signal's number to a pipe
-(`signal.set_wakeup_fd`), at once, and a thread that reads the pipe ends the program.
+SIGHUP is ignored: the run continues without its terminal. A second SIGINT or SIGTERM interrupts a run at any stage.
+Python runs signal handlers between two bytecodes of the main thread, so never while XLA compiles there, which takes
+minutes for a large model. But the interpreter also writes the signal's number to a pipe immediately
+(`signal.set_wakeup_fd`), and a thread that reads the pipe ends the program.
 
-Several processes do not pass from starting to stepping at the same time, but none of them has done a step before all
-have begun it. So where one that is starting leaves, all leave whatever their stage, and nothing is lost. One that is
-told to stop while it steps tells the others as well: those that are starting leave, and it with them; where there are
-none, the loop saves. Threads carry this from process to process (`Departure`), whatever the main ones wait for.
+Several processes do not pass from starting to stepping at the same time, but none finishes a step before all have begun
+it. So if a process leaves while it is starting, all leave at any stage, and nothing is lost. A process that is told to
+stop while stepping tells the others as well: if some are still starting, all leave; if not, the loop saves. Threads
+carry these messages between processes (`Departure`), whatever the main threads are waiting for.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ from lora_jax.parallel.processes import LEAVING, TOLD, Agreement, Departure, lea
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 MEETING, STARTING, STEPPING, FINISHING = "meeting", "starting", "stepping", "finishing"
 POLL = 0.5
-"""Seconds after which a process looks whether another one was told to stop."""
+"""Seconds between checks whether another process was told to stop."""
 _SWALLOWED = 0
-"""What stands in the pipe for an interrupt that was lost."""
+"""Value written to the pipe for an interrupt that was lost."""
 
 
 class Signals:
-    """A context in which signals are handled as the stage says; in a thread other than the main one, none is."""
+    """A context that handles signals according to the stage; outside the main thread it handles none."""
 
     def __init__(self) -> None:
         self.console: Console | None = None
         self.stage = MEETING
         self.resumed_at: int | None = None
-        """Step of the checkpoint that the run goes on from."""
+        """Step of the checkpoint that the run resumed from."""
         self.on_leaving: Callable[[], None] | None = None
-        """What is to be done before the program is ended at once."""
+        """Called before the program ends immediately."""
         self.on_exit: Callable[[], None] | None = None
-        """What is to be done last where the program is ended at once."""
+        """Called last, if the program ends immediately."""
         self._received: list[int] = []
         self._agreement: Agreement | None = None
         self._departure: Departure | None = None
         self._waits = True
         self.changing = threading.Lock()
-        """Held while the stage or `on_leaving` changes, and for ever by the thread that ends the program."""
+        """Held while the stage or `on_leaving` changes, and for good by the thread that ends the program."""
         self._over = threading.Event()
         self._listener: threading.Thread | None = None
 
@@ -80,29 +80,29 @@ class Signals:
         if not self._main:
             return
         if self._listener is not None:
-            self._listener.join(2 * POLL)  # it may wait for a store that is gone
+            self._listener.join(2 * POLL)  # it may be waiting for a store that is gone
         with self.changing:
-            pass  # where a thread ends the program this one goes no further
+            pass  # block if another thread is ending the program
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in zip(HANDLED, self._before, strict=True):
             signal.signal(number, handler)
         if self._departure is not None and self.stage == FINISHING:
-            # Process 0 may still export, and would not outlive this one.
+            # Process 0 may still be exporting, and would not outlive this process.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, self._hangup_before)
-        os.close(self._writer)  # the watcher reads the end of the pipe
+        os.close(self._writer)  # the watcher sees the end of the pipe
         self._watcher.join()
         os.close(self._reader)
 
     def met(self, departure: Departure | None = None) -> None:
-        """Note that all processes of the run are there, and how they leave together where there are several.
+        """Note that all processes of the run are present, and how several of them leave together.
 
-        JAX has taken SIGTERM for itself in the meantime.
+        Handles SIGTERM again, which JAX has taken over in the meantime.
         """
         self._departure = departure
         self._waits = False
         self._change(STARTING)
-        if signal.SIGINT in self._received:  # just now: neither the watcher nor `_note` has acted on it
+        if signal.SIGINT in self._received:  # just arrived: neither the watcher nor `_note` has acted on it
             raise KeyboardInterrupt
         if self._main:
             for number in HANDLED:
@@ -112,15 +112,15 @@ class Signals:
                 self._listener.start()
 
     def begin(self, console: Console, mesh: Mesh) -> None:
-        """Take what the run prints to, and the devices on which its processes agree."""
+        """Set the console, and the devices on which the processes agree."""
         self.console, self._agreement = console, Agreement(mesh)
 
     def compiling(self) -> None:
-        """Enter the loop: from here on SIGINT waits for the first step, to save it."""
+        """Enter the loop: from now on, SIGINT waits for the first step and saves it."""
         self._waits = True
 
     def stepping(self) -> None:
-        """Note that there is a step to save, and nothing left to compile before it is saved."""
+        """Note that there is a step to save, and that nothing has to compile before it is saved."""
         if self.stage != STEPPING:
             self._change(STEPPING)
 
@@ -130,10 +130,10 @@ class Signals:
         self._waits = False
 
     def received(self) -> int | None:
-        """Return the first signal that came, None where none did or there is no step to save yet.
+        """Return the first signal received; None if there was none, or if there is no step to save yet.
 
-        Where the run has several processes, all of them have to call this equally often, and the same call tells all
-        of them of a signal that one has received.
+        In a run with several processes, all must call this equally often; the same call tells all of them about a
+        signal that one has received.
         """
         if self.stage == STARTING or self._agreement is None:
             return None
@@ -141,12 +141,12 @@ class Signals:
         return (mine or signal.SIGTERM) if self._agreement.ask(mine is not None) else None
 
     def interrupted(self) -> None:
-        """Raise Interrupted where `received` returns a signal."""
+        """Raise Interrupted if `received` returns a signal."""
         if (number := self.received()) is not None:
             raise Interrupted(number)
 
     def swallowed(self) -> None:
-        """Interrupt again: whoever caught the interrupt has gone on, and what it was to end is still starting."""
+        """Interrupt again: the interrupt was caught on its way, and the run is still starting."""
         if self.stage == STARTING and not self._waits and not self._over.is_set():
             os.write(self._writer, bytes([_SWALLOWED]))
 
@@ -165,7 +165,7 @@ class Signals:
             if number[0] == signal.SIGTERM:
                 self._leave(told=True)
             elif number[0] == _SWALLOWED:
-                time.sleep(0.1)  # else it would come in the midst of `__del__`, which cannot raise
+                time.sleep(0.1)  # otherwise it would arrive inside `__del__`, which cannot raise
                 _thread.interrupt_main(signal.SIGINT)
             elif self.stage == MEETING:
                 with self.changing:
@@ -179,9 +179,9 @@ class Signals:
                 self._leave(whatever=set(said) != {TOLD})
 
     def _leave(self, told: bool = False, whatever: bool = False) -> None:
-        """End the program; where there is a step to save, and that does not count, tell the others alone.
+        """End the program; if there is a step to save, only tell the others, unless `whatever` is set.
 
-        `told` is that this process received the signal: it says so itself then, though it prints nothing else.
+        If `told`, this process received the signal and reports that itself, though it may print nothing else.
         """
         with self.changing:
             if self.stage in (STEPPING, FINISHING) and not whatever:
@@ -210,8 +210,8 @@ class Signals:
                 os._exit(0)
 
 
-class Interrupted(Exception):  # noqa: N818 - a way out, not an error
-    """A signal came in the midst of something that is broken off for it."""
+class Interrupted(Exception):  # noqa: N818 - control flow, not an error
+    """A signal arrived during something that is aborted for it."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class Interrupted(Exception):  # noqa: N818 - a way out, not an error
 
 
 class _Interrupt(KeyboardInterrupt):
-    """An interrupt that tells when it is gone: an import may catch whatever an optional module raises, and go on."""
+    """An interrupt that reports when it is discarded: an import may catch what an optional module raises."""
 
     def __init__(self, signals: Signals) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""A training run from options to files, as a list of its stages.
+"""A training run, from options to files, as a list of stages.
 
-    train        options checked, processes met, the output folder locked
-    train_run    the step made, a checkpoint resumed from, the loop run, the result written and shown
+    train        check the options, meet the other processes, lock the output folder
+    train_run    make the step, restore a checkpoint, run the loop, write and print the result
 
-The loop is in `loop.py`; what a step computes, in `lora_jax/training/step.py`.
+The loop is in `loop.py`, the step in `lora_jax/training/step.py`.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ Prepare = Callable[[RunConfig, Mesh], Run]
 
 
 def train(config: RunConfig, console: Console | None = None, prepare: Prepare = prepare) -> int:
-    """Train as the options say and leave the results in output_dir; return the exit code.
+    """Train as the options say, write the results to output_dir, and return the exit code.
 
-    `prepare` makes the run: from the files that the options name, or of a model that is in memory already.
+    `prepare` makes the run: from the files that the options name, or from a model that is already in memory.
 
-    0 when done or stopped by SIGTERM, 130 when interrupted by SIGINT after a save (see `signals`). Raises UserError
-    before anything is written, or where a checkpoint cannot be.
+    Returns 0 if the run finished or was stopped by SIGTERM, 130 if it was interrupted by SIGINT after a save (see
+    `signals`). Raises UserError before anything is written, or if a checkpoint cannot be written.
     """
     check(config)
     check_installed(config.train.generation_metrics)
@@ -96,7 +96,7 @@ def _checked(config: RunConfig, console: Console, signals: Signals, prepare: Pre
         if config.push_to_hub is not None and writes():
             check_push(config.push_to_hub, output_folder(config))
         given = f"{config_yaml(config)}{config.resume}{config.overwrite}"
-        if not same_in_all(given):  # and the output folder is checked by all
+        if not same_in_all(given):  # every process has checked the output folder
             raise UserError(
                 "the processes of this run were given different options; start all of them with the same command "
                 "line, except for --distributed.process_id"
@@ -106,7 +106,7 @@ def _checked(config: RunConfig, console: Console, signals: Signals, prepare: Pre
 
 
 def train_run(run: Run, console: Console, signals: Signals) -> int:
-    """Train what `prepare` has read, or go on with it, and write and show the result; return the exit code."""
+    """Train a prepared run, or resume it, and write and print the result; return the exit code."""
     config, folder = run.config, output_folder(run.config)
     for note in notes_of_start(run):
         console.print(f"note: {note}")
@@ -124,7 +124,7 @@ def train_run(run: Run, console: Console, signals: Signals) -> int:
             return 0
         signals.resumed_at = begun.resumed_at
         if goes_on:
-            open_output(config)  # only now: a resumption that is refused leaves the folder as it was
+            open_output(config)  # only now, so that a refused resume leaves the folder unchanged
         print_facts(console, run, begun.state.opt_state, training.sizes)
         result = _trained(training, begun, checkpoints, console, signals)
     if (number := result.outcome.stopped_by) is not None:
@@ -137,10 +137,10 @@ def train_run(run: Run, console: Console, signals: Signals) -> int:
 
 
 def _made(run: Run, folder: Place, signals: Signals) -> tuple[Training, TrainState]:
-    """Make optimizer, step, state and evaluation; nothing is written. Raises UserError for what cannot be done."""
+    """Make optimizer, step, state and evaluation; write nothing. Raises UserError for options that cannot work."""
     config = run.config
     sizes = run_sizes(run, lengths_of_steps(folder / CHECKPOINTS) if config.resume else None)
-    if not same_in_all(row_checksums(run)):  # else each would wait for the others in another step
+    if not same_in_all(row_checksums(run)):  # otherwise they would wait for each other in different steps
         raise UserError(
             "the processes of this run see different rows; give all of them the same files, tokenizer and template"
         )
@@ -155,7 +155,7 @@ def _made(run: Run, folder: Place, signals: Signals) -> tuple[Training, TrainSta
 
 
 def _opened(config: RunConfig, folder: Place) -> bool:
-    """Open the output folder, unless checkpoints in it are to be gone on with; return whether they are."""
+    """Open the output folder, unless there are checkpoints to resume from; return whether there are."""
     if config.resume and (folder / CHECKPOINTS).is_dir():
         return True
     if config.resume:
@@ -165,7 +165,7 @@ def _opened(config: RunConfig, folder: Place) -> bool:
 
 
 class Result(NamedTuple):
-    """How the loop ended, and the folder that was written; None where a signal stopped it."""
+    """How the loop ended, and the folder that was written; None if a signal stopped it."""
 
     outcome: Outcome
     written: Place | None
@@ -178,7 +178,7 @@ def _trained(
     console: Console,
     signals: Signals,
 ) -> Result:
-    """Run the loop and export, while trackers and the record are open."""
+    """Run the loop and export the result, with trackers and the record open."""
     run, folder = training.run, output_folder(training.run.config)
     record = Record(folder, begun.resumed_at)
     with signals.changing:
@@ -205,7 +205,7 @@ def _looped(
     console: Console,
     signals: Signals,
 ) -> Outcome:
-    """Run the loop, while the logs are open; return once its last checkpoint is whole."""
+    """Run the loop with the logs open; return when its last checkpoint is complete."""
     run, options = training.run, training.run.config.train
     folder, keep_to = output_folder(run.config), kept_until(begun.resumed_at, begun.progress)
     with (
@@ -225,14 +225,14 @@ def _looped(
 
 
 def _stopped(tracking: Tracking) -> None:
-    """Close a run that is ended at once; what goes wrong in it meanwhile, as the others are gone, does not count."""
+    """Close a run that has to exit immediately; errors do not count, because the other processes are gone."""
     tracking.done(whole=False, results={})
     tracking.leave()
 
 
 def _exported_at_least(run: Run, loop: Loop, folder: Place, error: SavingError) -> UserError:
-    """Write the adapter of the last step where no checkpoint of it can be; return what to say."""
-    if loop.state is None or jax.process_count() > 1:  # of several processes some may not know of the failure
+    """If no checkpoint of the last step can be written, write its adapter; return what to report."""
+    if loop.state is None or jax.process_count() > 1:  # other processes may not know of the failure
         return error
     step = int(loop.state.step)
     outcome = Outcome(loop.state, {}, {}, loop.feed.tokens_before(step + 1), None, step)

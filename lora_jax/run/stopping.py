@@ -1,4 +1,4 @@
-"""Which evaluation is the best, and when to stop: functions of the figures so far, so that a resumed run agrees."""
+"""Which evaluation is best, and when to stop: functions of the metrics so far, so that a resumed run decides alike."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lora_jax.run.scores import score_names
 from lora_jax.run_folder import EVALUATED, figure_name
 
 FIGURES = ("loss", "perplexity", "token_accuracy")
-"""What is measured on each set."""
+"""Metrics that are evaluated on each set."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """The figure that evaluations are compared by."""
+    """The metric that evaluations are compared by."""
 
     metric: str
     greater_is_better: bool
 
     def better(self, value: float, than: float, by: float = 0.0) -> bool:
-        """Say whether a value is better than another, by more than a margin."""
+        """Return whether a value is better than another by more than `by`."""
         ahead = value - than if self.greater_is_better else than - value
         return ahead > by
 
 
 def goal(train: TrainOptions, names: Sequence[str]) -> Goal:
-    """Return the figure to go by, of the sets named; eval_loss without a set. Raises UserError for one that is none."""
+    """Return the metric to compare, eval_loss by default; `names` are the sets. Raises UserError for an unknown one."""
     known = [
         figure_name(name, figure)
         for name in names or ("",)
@@ -46,7 +46,7 @@ def goal(train: TrainOptions, names: Sequence[str]) -> Goal:
 
 
 def check_saves(train: TrainOptions, steps_per_epoch: int) -> None:
-    """Raise UserError where the best of the checkpoints is asked for and they are not made at evaluations."""
+    """Raise UserError if the best checkpoint is asked for but checkpoints do not coincide with evaluations."""
     if train.load_best_model_at_end and train.save_strategy == "epoch" and steps_per_epoch % train.eval_steps:
         raise UserError(
             f"--train.eval_steps {train.eval_steps}: must divide the {steps_per_epoch} steps of an epoch for "
@@ -56,10 +56,10 @@ def check_saves(train: TrainOptions, steps_per_epoch: int) -> None:
 
 @dataclass(frozen=True)
 class Patience:
-    """The best figure so far, the one before the first step included, and evaluations in a row that were no better.
+    """The best metric so far, including that before the first step, and evaluations in a row without improvement.
 
-    As transformers' EarlyStoppingCallback counts them: one that is better by no more than the threshold is no better,
-    but is what the next is compared with.
+    As in transformers' EarlyStoppingCallback, an improvement by no more than the threshold does not count, but becomes
+    the value to beat.
     """
 
     goal: Goal
@@ -69,7 +69,7 @@ class Patience:
     worse: int = 0
 
     def after(self, figures: Mapping[str, float]) -> Patience:
-        """Return what holds after an evaluation; a figure that is no number is no better."""
+        """Return the count after an evaluation; a metric that is NaN is no improvement."""
         value = figures[self.goal.metric]
         if math.isnan(value):
             return replace(self, worse=self.worse + 1)
@@ -81,5 +81,5 @@ class Patience:
 
     @property
     def over(self) -> bool:
-        """Whether the run ends here."""
+        """Whether the run stops here."""
         return 0 < self.patience <= self.worse

@@ -1,4 +1,4 @@
-"""One class a tracker: opened with the run's facts, given figures by step, and closed with a status."""
+"""One class per tracker: opened with the run's facts, given metrics by step, and closed with a status."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_jax.run_folder import TENSORBOARD
 from lora_jax.types import Values
 
 PROJECT = "lora_jax"
-"""Name of the project, or experiment, that runs are gathered under where the environment names none."""
+"""Project or experiment that runs are grouped under, unless the environment names one."""
 
 
 Status = Literal["finished", "stopped", "failed"]
@@ -24,7 +24,7 @@ Status = Literal["finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Start:
-    """What a tracker is opened with: names, options, and where the run goes on its last step and the tracker's id."""
+    """What a tracker is opened with: names, options and, when resuming, the last step and the tracker's run id."""
 
     name: str
     folder: Place
@@ -37,19 +37,19 @@ class Tracker(Protocol):
     """An open run of a tracker."""
 
     run_id: str | None
-    """What the same run is found again by."""
+    """Id to resume the same run with."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Send the figures of a step."""
+        """Send the metrics of a step."""
         ...
 
     def finish(self, status: Status, results: Mapping[str, float]) -> None:
-        """Send the final figures and close."""
+        """Send the final metrics and close."""
         ...
 
 
 class TensorBoard:
-    """Event files in output_dir/tensorboard; what was written past the step to start from is hidden."""
+    """Event files in output_dir/tensorboard; entries after the step to resume from are hidden."""
 
     run_id: str | None = None
 
@@ -67,14 +67,14 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
 
     def finish(self, status: Status, results: Mapping[str, float]) -> None:
-        """Write the final figures as scalars of their own, and close the file."""
+        """Write the final metrics as separate scalars, and close the file."""
         for name, value in results.items():
             self.writer.add_scalar(f"final/{name}", value, 0)
         self.writer.close()
 
 
 class WandB:
-    """Weights & Biases; WANDB_MODE=offline keeps all in output_dir/wandb."""
+    """Weights & Biases; WANDB_MODE=offline keeps everything in output_dir/wandb."""
 
     def __init__(self, start: Start) -> None:
         wandb = _client("wandb")
@@ -90,11 +90,11 @@ class WandB:
         self.run_id: str | None = self.run.id
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log the figures of a step."""
+        """Log the metrics of a step."""
         self.run.log(dict(figures), step=step)
 
     def finish(self, status: Status, results: Mapping[str, float]) -> None:
-        """Put the final figures into the summary, and close."""
+        """Write the final metrics into the summary, and close."""
         self.run.summary.update(dict(results))
         self.run.finish(exit_code=1 if status == "failed" else 0)
 
@@ -105,7 +105,9 @@ class MLflow:
     STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # noqa: RUF012
 
     def __init__(self, start: Start) -> None:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # 7 hold a run up for minutes
+        os.environ.setdefault(
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"
+        )  # the default, 7, delays a run by minutes
         self.client, self.entities = _client("mlflow").MlflowClient(), _client("mlflow.entities")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         if start.run_id is None:
@@ -114,14 +116,14 @@ class MLflow:
             run = self.client.create_run(found, run_name=start.name)
             self.run_id: str | None = run.info.run_id
             options = [self.entities.Param(name, str(value)[:6000]) for name, value in start.options.items()]
-            for first in range(0, len(options), 100):  # as many as one request takes
+            for first in range(0, len(options), 100):  # the maximum per request
                 self.client.log_batch(run.info.run_id, params=options[first : first + 100])
         else:
             self.run_id = start.run_id
             self.client.update_run(start.run_id, status="RUNNING")
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log the figures of a step in one request."""
+        """Log the metrics of a step in one request."""
         assert self.run_id is not None
         at = int(1000 * time.time())
         self.client.log_batch(
@@ -130,14 +132,14 @@ class MLflow:
         )
 
     def finish(self, status: Status, results: Mapping[str, float]) -> None:
-        """Log the final figures, and set the run's status."""
+        """Log the final metrics, and set the run's status."""
         assert self.run_id is not None
         self.log(0, {f"final/{name}": value for name, value in results.items()})
         self.client.set_terminated(self.run_id, self.STATUS[status])
 
 
 class Trackio:
-    """trackio, on this machine or, with TRACKIO_SPACE_ID, in a Space; finds a run by its name, so each has its own."""
+    """trackio, local or, with TRACKIO_SPACE_ID, in a Space. It finds runs by name, so each run has its own."""
 
     def __init__(self, start: Start) -> None:
         resumes = "never" if start.run_id is None else "allow"
@@ -151,11 +153,11 @@ class Trackio:
         self.run_id: str | None = self.run.name
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log the figures of a step."""
+        """Log the metrics of a step."""
         self.run.log(dict(figures), step=step)
 
     def finish(self, status: Status, results: Mapping[str, float]) -> None:
-        """Log the final figures, and close."""
+        """Log the final metrics, and close."""
         if results:
             self.run.log({f"final/{name}": value for name, value in results.items()})
         self.run.finish()

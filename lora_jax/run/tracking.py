@@ -1,8 +1,8 @@
-"""Trackers beside metrics.jsonl (`train.report_to`), each through its own client, imported only when asked for.
+"""Trackers besides metrics.jsonl (`train.report_to`), each through its own client, imported only if used.
 
-A tracker is given the options, each logged line and the final figures; names are those that transformers gives them,
-train/loss and eval/loss. Where the run goes on, it goes on with the same run of the tracker. Whatever a client
-raises ends that tracker with one warning, never the run. Process 0 alone tracks.
+A tracker receives the options, each logged line and the final metrics, under transformers' names, such as train/loss
+and eval/loss. A resumed run resumes the tracker's run. An exception from a client ends that tracker with one warning,
+never the run. Only process 0 tracks.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from lora_jax.run.trackers import TRACKERS, Start, Status, Tracker
 from lora_jax.types import Object, Values
 
 MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
-"""What each tracker's client is imported as."""
+"""Module name of each tracker's client."""
 LEAVING = 10
-"""Seconds that trackers are given where a run is ended at once: a machine that is taken away gives half a minute."""
+"""Seconds that trackers get if a run has to exit immediately; a preempted machine often has half a minute."""
 
 
 def check_tracking(config: RunConfig) -> None:
-    """Raise UserError where the client of a tracker that is asked for is not installed."""
+    """Raise UserError if the client of a requested tracker is not installed."""
     for name in config.train.report_to:
         if find_spec(MODULES[name]) is None:
             raise UserError(
@@ -46,9 +46,9 @@ def check_tracking(config: RunConfig) -> None:
 def tracked(
     config: RunConfig, folder: Place, record: Record, resumed_at: int | None, console: Console
 ) -> Iterator[Tracking]:
-    """Give the run's trackers; on leaving they and the record are closed, as failed unless `done` was called.
+    """Yield the run's trackers; on exit, close them and the record, as failed unless `done` was called.
 
-    An interrupt stops a run that was not done.
+    After an interrupt, a run that was not done counts as stopped.
     """
     tracking = Tracking(config, folder, record, resumed_at, console)
     try:
@@ -59,17 +59,17 @@ def tracked(
     finally:
         status, results = tracking.outcome
         tracking.finish(status, results)
-        with suppress(UserError) if status == "failed" else nullcontext():  # a full disk is told of already
+        with suppress(UserError) if status == "failed" else nullcontext():  # a full disk was already reported
             record.end(status, results)
 
 
 class Tracking:
-    """The trackers of a run, those that failed left out."""
+    """The trackers of a run, without those that failed."""
 
     def __init__(
         self, config: RunConfig, folder: Place, record: Record, resumed_at: int | None, console: Console
     ) -> None:
-        """Open what the options ask for; notes in the record what a resumption needs."""
+        """Open the requested trackers; store in the record what is needed to resume them."""
         self.console, self.record = console, record
         self.outcome: tuple[Status, dict[str, float]] = ("failed", {})
         self._open: dict[str, Tracker] = {}
@@ -94,11 +94,11 @@ class Tracking:
             self._try(name, lambda tracker=tracker: tracker.log(step, figures))
 
     def done(self, whole: bool, results: dict[str, float]) -> None:
-        """Note that the run did not fail, whether it came to its end, and its final figures."""
+        """Note that the run did not fail, whether it reached its end, and its final metrics."""
         self.outcome = ("finished" if whole else "stopped", results)
 
     def leave(self) -> None:
-        """Close the record and the trackers as stopped, from any thread, at once: a client has LEAVING seconds."""
+        """Close the record and the trackers as stopped, from any thread; each client gets LEAVING seconds."""
         with suppress(UserError):
             self.record.end("stopped")
         until = time.monotonic() + LEAVING
@@ -114,7 +114,7 @@ class Tracking:
             thread.join(max(0.0, until - time.monotonic()))
 
     def finish(self, status: Status, results: Mapping[str, float]) -> None:
-        """Send the final figures and close."""
+        """Send the final metrics and close."""
         for name, tracker in tuple(self._open.items()):
             self._try(name, lambda tracker=tracker: tracker.finish(status, results))
         self._open.clear()
@@ -122,7 +122,7 @@ class Tracking:
     def _try(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
-        except (Exception, SystemExit) as error:  # a client may do anything; the run goes on
+        except (Exception, SystemExit) as error:  # a client may raise anything; the run continues
             self._open.pop(name, None)
             reason = next(iter(str(error).strip().splitlines()), "")[:200]
             with suppress(OSError):
@@ -135,7 +135,7 @@ class Tracking:
 
 
 def plain_options(config: RunConfig) -> Object:
-    """Return the options of a run, flat, lists and pairs as text."""
+    """Return the options of a run as a flat dict, with lists and pairs as text."""
     return {
         name: value if isinstance(value, str | int | float | None) else str(value)
         for name, value in flat_options(config).items()
@@ -143,7 +143,7 @@ def plain_options(config: RunConfig) -> Object:
 
 
 def named(entry: Values) -> dict[str, float]:
-    """Return the figures of a logged line under the names that transformers gives them in trackers."""
+    """Return the metrics of a logged line under the names that transformers gives them in trackers."""
     figures: dict[str, float] = {}
     for name, value in entry.items():
         if name != "step" and isinstance(value, int | float):

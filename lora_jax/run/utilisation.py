@@ -1,4 +1,4 @@
-"""Model FLOPs utilization: what training needs in operations, over what the devices could do at their bf16 peak."""
+"""Model FLOPs utilization (MFU): the operations that training needs, relative to the devices' bf16 peak."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lora_jax.run.setup import Run
 
 
 def utilisation_of_a_token(run: Run) -> float | None:
-    """Return the utilization that one real token a second is, the data's mean; None where no peak is known.
+    """Return the MFU at one real token per second, as a mean over the data; None if the peak is not known.
 
-    The peak is that of bfloat16 whatever the products are computed in.
+    The peak is that of bfloat16, whatever the compute dtype.
     """
     peak = peak_flops(run.mesh.devices.flat[0])
     if peak is None:

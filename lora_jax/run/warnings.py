@@ -1,26 +1,22 @@
-"""Warnings about a run that goes on but is likely not what was meant: one line each, with figures, once a run.
+"""Warnings about runs that are probably not what was meant: one line each, with figures, once per run.
 
-    base              its config.json and its tensors contradict each other, and how that was settled
-    learning_rate     one that suits the other method: adapters take about ten times that of full fine-tuning; or one
-                      that no run survives
-    warmup            the warmup is as long as the run: the learning rate never reaches its peak, or is 0 throughout
-    rank              r is above what a module's matrix can have
-    accumulation      a step asks for more rows than an epoch has
-    positions         rows are longer than the model's positions
-    max_length        more than 5 % of the training rows are cut, or were dropped because nothing was left to train
-    lost_words        trained words that the chat template drops or changes
-    empty_answers     rows that train nothing but an end token
-    control_tokens    rows with control tokens inside a message
-    date              rows with the current date, which the chat template writes
-    duplicates        more than 5 % of the training rows repeat another
-    leaked            rows of an evaluation set are also trained on
-    start             the loss before the first step is far worse than that of guessing evenly, ln(vocabulary), or that
-                      of going on from an adapter is worse than that of the base without it
-    no_gradient       a step had trained tokens and a gradient of zero
+    base              config.json and tensors contradict each other, and how that was resolved
+    learning_rate     it suits the other method (adapters need about ten times the rate of full fine-tuning), or no run
+                      survives it
+    warmup            the warmup is as long as the run: the learning rate never reaches its peak, or is always 0 rank
+    r is higher than the rank a module's matrix can have accumulation      a step needs more rows than an epoch has
+    positions         rows are longer than the model's maximum position max_length        more than 5 % of the training
+    rows are cut, or were dropped because nothing is left to train on lost_words        the chat template drops or
+    changes trained words empty_answers     rows train nothing but an end token control_tokens    rows have control
+    tokens inside a message date              the chat template writes the current date into rows duplicates        more
+    than 5 % of the training rows are duplicates leaked            rows of an evaluation set are also trained on start
+    the loss before the first step is far worse than ln(vocabulary), an even guess; or, when an adapter
+                      is continued, worse than without the adapter
+    no_gradient       a step has trained tokens and a gradient of zero
     untouched         modules whose update is still zero after `MOVED_BY` steps, or at the end: they were not trained
 
-A warning stands in the line of metrics.jsonl that is written next, under `warnings`, its name before a colon; which
-ones were given is read from there, so that a resumed run repeats none.
+A warning is written into the next line of metrics.jsonl, under `warnings`, with its name before a colon. A resumed run
+reads from there which ones were given, and repeats none.
 """
 
 from __future__ import annotations
@@ -50,19 +46,19 @@ from lora_jax.training.optim import warmup_steps
 from lora_jax.types import Trained, Values
 
 BULK = 0.05
-"""Share of the rows from which on something about them is worth a warning."""
+"""Share of rows above which something about them is worth a warning."""
 LEAST_FOR_LORA, MOST_FOR_FULL = 5e-5, 1e-4
-"""Learning rates of AdamW that suit the other method beyond these."""
+"""Learning rates for AdamW; those below the first suit full fine-tuning, those above the second adapters."""
 MOST = {"sgd": 1e3}
-"""Learning rates that lose all weights at once, where that is not 1: as far do AdamW and its like move each of them."""
+"""Learning rates that destroy all weights in one step, if not 1, the bound for AdamW and its relatives."""
 WORSE, FAR_WORSE = 0.1, 1.0
-"""Nats by which a loss has to be worse than without the adapter, or than an even guess, to be worth a warning.
+"""Nats above the loss without the adapter, or above an even guess, that are worth a warning.
 
-A small model on text of another kind is surely wrong, and so up to a nat worse than an even guess, without a fault; ids
-of another tokenizer, broken weights or positions that it never saw cost several.
+A small model can be sure and wrong on an unfamiliar kind of text, which costs up to a nat more than an even guess; that
+is no fault. The wrong tokenizer, broken weights or positions that the model never saw cost several.
 """
 MOVED_BY = 10
-"""Steps after which every B has moved, a warmup's first step of rate zero among them."""
+"""Number of steps after which every B has moved, even if the first step of a warmup has learning rate 0."""
 _REMARKED = {
     Remark.LOST: (
         "lost_words",
@@ -81,7 +77,7 @@ _REMARKED = {
         ),
     ),
 }
-"""What is warned of among the remarks about rows: a name, and what can be done."""
+"""The remarks about rows that become warnings: name and remedy."""
 ADAM_LIKE = ("adamw", "adamw8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor")
 
 
@@ -89,20 +85,20 @@ class RunWarnings:
     """The warnings of one run."""
 
     def __init__(self, run: Run, given: Collection[str] = ()) -> None:
-        """`given` are those that the run gave before it was resumed."""
+        """`given` are the warnings that the run gave before it was resumed."""
         self.run, self.mesh = run, run.mesh
         self.checked_at, self._checked = MOVED_BY, False
         self._moved: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None = None
         self._given = {text.partition(":")[0] for text in given}
 
     def compile(self, trainable: Trained) -> None:
-        """Compile what a warning has to compute, so that nothing is compiled after the first step."""
+        """Compile what warnings compute, so that nothing compiles after the first step."""
         leaves = matrices(trainable)
         if leaves and "untouched" not in self._given:
             self._moved = moved(self.mesh).lower(leaves).compile()
 
     def before_training(self, sizes: Sizes) -> list[str]:
-        """Return what options and rows give reason to warn of."""
+        """Return the warnings about options and rows."""
         run = self.run
         options = {
             "base": "; ".join(run.base.remarks) or None,
@@ -116,7 +112,7 @@ class RunWarnings:
         return self._new(options | rows)
 
     def about_start(self, figures: Values, base_loss: float | None = None) -> list[str]:
-        """Return the reason to warn of the first loss that is known; `base_loss` is that of the base alone."""
+        """Return the warnings about the first known loss; `base_loss` is the base's own."""
         losses = [
             (name, value if math.isfinite(value) else None)
             for name, value in figures.items()
@@ -129,9 +125,9 @@ class RunWarnings:
         return self._new({"start": start(name, loss, vocabulary, base_loss, cause)})
 
     def about_step(self, entry: Values, trainable: Trained, ends: bool) -> list[str]:
-        """Return the reasons to warn of a logged step; `ends` says that it is the run's last."""
+        """Return the warnings about a logged step; `ends` marks the last step of the run."""
         found: dict[str, str | None] = {}
-        if entry.get("grad_norm") == 0 and entry["loss"] > 0:  # a batch of padding has neither
+        if entry.get("grad_norm") == 0 and entry["loss"] > 0:  # both are 0 for a batch of padding
             found["no_gradient"] = (
                 f"step {entry['step']} has a gradient of exactly zero at a loss of {entry['loss']:.4f}: nothing is "
                 "learned; check that the adapted modules affect the trained tokens"
@@ -158,7 +154,7 @@ class RunWarnings:
 
 
 def learning_rate(config: RunConfig) -> str | None:
-    """Return a warning where the learning rate is one of the other method's, or of no method."""
+    """Return a warning if the learning rate suits the other method, or none."""
     rate, usual = config.train.learning_rate, 2e-4 if config.method == "lora" else 1e-5
     if rate > MOST.get(config.train.optim, 1.0):
         return f"{rate:g} destroys the weights in the first step; give a value such as {usual:g}"
@@ -172,9 +168,9 @@ def learning_rate(config: RunConfig) -> str | None:
 
 
 def warmup(train: TrainOptions, steps: int) -> str | None:
-    """Return a warning where the learning rate is still warming up when the run ends.
+    """Return a warning if the learning rate is still warming up when the run ends.
 
-    As with transformers' schedulers the first step of a warmup has rate 0, so that a run of one step learns nothing.
+    As with transformers' schedulers, the first step of a warmup has rate 0, so a run of one step learns nothing.
     """
     warm = warmup_steps(train, steps)
     if warm < steps:
@@ -195,7 +191,7 @@ def warmup(train: TrainOptions, steps: int) -> str | None:
 
 
 def rank(plan: Plan) -> str | None:
-    """Return a warning where an adapter has a higher rank than any matrix of its module's sizes."""
+    """Return a warning if an adapter's rank exceeds the rank of every matrix it applies to."""
     above = {
         f"{target.module.name.rpartition('.')[2]} {min(target.module.sizes)}": target.r
         for target in plan.targets
@@ -210,7 +206,7 @@ def rank(plan: Plan) -> str | None:
 
 
 def accumulation(train: TrainOptions, sizes: Sizes, shards: int) -> str | None:
-    """Return a warning where a step needs more micro-batches, or rows per micro-batch, than an epoch fills."""
+    """Return a warning if a step needs more micro-batches, or rows per micro-batch, than an epoch fills."""
     asked, batch = train.gradient_accumulation_steps, train.per_device_train_batch_size * shards
     if (asked, batch) == (sizes.accumulation, sizes.batch):
         return None
@@ -223,7 +219,7 @@ def accumulation(train: TrainOptions, sizes: Sizes, shards: int) -> str | None:
 
 
 def positions(known: int, rows: TokenDataset, sets: Mapping[str, TokenDataset]) -> str | None:
-    """Return a warning of rows that are longer than the model's positions."""
+    """Return a warning about rows that are longer than the model's maximum position."""
     lengths = np.concatenate([each.lengths for each in (rows, *sets.values())])
     long = int((lengths > known).sum())
     if not long:
@@ -235,7 +231,7 @@ def positions(known: int, rows: TokenDataset, sets: Mapping[str, TokenDataset]) 
 
 
 def about_rows(rows: TokenDataset) -> dict[str, str | None]:
-    """Return warnings of training rows that are cut, or repeat another, in bulk."""
+    """Return warnings if many training rows are cut or duplicated."""
     found: dict[str, str | None] = {}
     left_out = rows.counts.long + rows.counts.cut_empty
     long, all_rows = rows.truncated + left_out, len(rows) + left_out
@@ -247,7 +243,7 @@ def about_rows(rows: TokenDataset) -> dict[str, str | None]:
     for remark, (name, remedy) in _REMARKED.items():
         if remark in rows.remarks:
             found[name] = f"{rows.remarked(remark)}; {remedy}"
-    once = _digests(rows)[np.unique(rows.order, return_index=True)[1]]  # a mixture repeats rows on purpose
+    once = _digests(rows)[np.unique(rows.order, return_index=True)[1]]  # mixtures repeat rows on purpose
     repeated = len(once) - len(np.unique(once))
     if repeated > BULK * len(once):
         found["duplicates"] = (
@@ -257,7 +253,7 @@ def about_rows(rows: TokenDataset) -> dict[str, str | None]:
 
 
 def about_leaks(rows: TokenDataset, sets: Mapping[str, TokenDataset]) -> dict[str, str | None]:
-    """Return a warning of rows that are both trained on and evaluated on."""
+    """Return a warning about rows that are both trained on and evaluated on."""
     if not sets:
         return {}
     trained, parts = _digests(rows), []
@@ -272,16 +268,16 @@ def about_leaks(rows: TokenDataset, sets: Mapping[str, TokenDataset]) -> dict[st
 
 
 def broken_base(run: Run) -> str | None:
-    """Return what is wrong with the values of a run's base, whose weights are all read for it; None for nothing."""
+    """Read all weights of a run's base; return which values are not finite, or None if all are."""
     return broken_weights(run.checkpoint, run.model_config, run.config.model.dtype)
 
 
 def start(
     name: str, loss: float | None, vocabulary: int, base_loss: float | None, cause: str | None = None
 ) -> str | None:
-    """Return a warning where the first loss is no fine-tune's: worse than an even guess, or than the base alone.
+    """Return a warning if the first loss is worse than an even guess, or than the base's own loss.
 
-    `cause` is what is wrong with the base's values, where the loss is not finite and that is known.
+    `cause` says what is wrong with the base's values, if the loss is not finite and the cause is known.
     """
     if loss is None:
         why = (
@@ -302,17 +298,17 @@ def start(
 
 
 def moved(mesh: Mesh) -> Any:
-    """Return the jitted function that says of each array whether anything in it is not zero, to all processes."""
+    """Return a jitted function that tells all processes, for each array, whether it has nonzero elements."""
     return jax.jit(partial(jax.tree.map, jnp.any), out_shardings=NamedSharding(mesh, P()))
 
 
 def untouched(flags: Mapping[str, jax.Array]) -> list[str]:
-    """Return the paths of what has not moved."""
+    """Return the paths whose arrays are still zero."""
     return [name for name, flag in flags.items() if not bool(flag)]
 
 
 def matrices(trainable: Trained) -> dict[str, jax.Array]:
-    """Return of each adapted module, by its path, the stacked matrix that starts at zero: B, an embedding's A."""
+    """Return for each adapted module, by path, the stacked matrix that starts at zero: B, or A for an embedding."""
     flat: Any = flatten_dict(dict(trainable))
     return {
         "/".join(path[:-1]): leaf
@@ -321,9 +317,9 @@ def matrices(trainable: Trained) -> dict[str, jax.Array]:
     }
 
 
-@lru_cache(maxsize=1)  # the training rows are asked about twice, one time after the other
+@lru_cache(maxsize=1)  # the training rows are digested twice in a row
 def _digests(rows: TokenDataset) -> np.ndarray:
-    """Return a number for each row that rows of equal tokens share, and no others but by chance."""
+    """Return a number per row, equal for rows with equal tokens and, but for collisions, only for those."""
 
     def numbers() -> Iterator[int]:
         for row in rows:

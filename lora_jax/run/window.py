@@ -1,4 +1,4 @@
-"""The steps since the last logged one: their mean loss and accuracy, time and tokens."""
+"""The steps since the last logged one: their mean loss and accuracy, time, and tokens."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from lora_jax.types import Object
 
 
 class Window:
-    """The steps that one line of metrics.jsonl is about; those that were skipped count only in time and tokens."""
+    """The steps of one line in metrics.jsonl; skipped steps count only in time and tokens."""
 
     def __init__(self, tokens: int, sums: list[float]) -> None:
-        """`tokens` are those of all steps so far, `sums` what `sums` gave at the checkpoint that is gone on from."""
+        """`tokens` is the total of all steps so far, `sums` the value of `sums` in the checkpoint to resume from."""
         self.tokens = tokens
         self.restart()
-        if len(sums) == 3:  # a checkpoint from before rows' weights were summed beside their tokens
+        if len(sums) == 3:  # an older checkpoint, without the sum of weights
             sums = [*sums, sums[1]]
         self.carried = sums or self.carried
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Start a new window."""
         self.carried = [0.0, 0.0, 0.0, 0.0]
         self.pending: list[tuple[StepMetrics, int]] = []
         self.started = time.perf_counter()
 
     def add(self, tokens: int, metrics: StepMetrics) -> None:
-        """Add a step that is only queued; waits for the one before, so that a signal does not wait long.
+        """Add a queued step, and wait for the one before it, so that a signal is handled soon.
 
-        With two under way the device never waits.
+        With two steps queued, the device never waits.
         """
         self.tokens += tokens
         if self.pending:
@@ -39,7 +39,7 @@ class Window:
         self.pending.append((metrics, tokens))
 
     def sums(self) -> list[float]:
-        """Return weighted loss, weights, right and trained tokens, each summed; waits for the steps."""
+        """Wait for the steps; return their sums of weighted loss, weights, correct tokens and trained tokens."""
         loss, weight, right, trained = self.carried
         for metrics, _ in self.pending:
             if bool(metrics.finite):
@@ -50,7 +50,7 @@ class Window:
         return [loss, weight, right, trained]
 
     def figures(self) -> tuple[float, Object]:
-        """Return the mean loss, and the other figures of a logged line; waits for the steps."""
+        """Wait for the steps; return their mean loss, and the other metrics of a logged line."""
         loss, weight, right, trained = self.sums()
         seconds = time.perf_counter() - self.started
         last, _ = self.pending[-1]

@@ -1,1 +1,1 @@
-"""What a training step is made of: losses, optimizer, batches, the step. Nothing here knows of files or signals."""
+"""The training step and its parts: losses, optimizer, batches. Nothing here knows about files or signals."""

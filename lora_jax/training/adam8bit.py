@@ -1,18 +1,18 @@
-"""AdamW with its moments in 8 bits between steps: bitsandbytes' AdamW8bit (Dettmers et al. 2022, arXiv:2110.02861).
+"""AdamW with 8-bit moments between steps, as bitsandbytes' AdamW8bit (Dettmers et al. 2022, arXiv:2110.02861).
 
     m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2      u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
     p = (1 - lr wd) p - lr u
 
-m and v are codes of a dynamic map (`quant/dynamic.py`) times the largest magnitude of their block of 256 elements.
-As there, blocks run over the tensor that torch would hold: one for each layer of a stack, transposed, flattened row
-by row. Tensors below MIN_SIZE elements keep float32 moments, and so do whole embedding tables, as transformers
-arranges it for bitsandbytes. An element whose gradient is not finite starts anew at m = v = 0 and is not moved.
+m and v are codes of a dynamic map (`quant/dynamic.py`), scaled by the largest magnitude in their block of 256 elements.
+As in bitsandbytes, blocks run over the tensor that torch would hold: one per layer of a stack, transposed, flattened
+row by row. Tensors with fewer than MIN_SIZE elements keep float32 moments, and so do whole embedding tables, as
+transformers configures bitsandbytes. An element with a non-finite gradient restarts at m = v = 0 and is not updated.
 
-Weight decay goes before the step, as in torch and in bitsandbytes on a CPU; its CUDA kernel decays after the step,
-which differs by lr^2 wd u. A ragged rank's zeros are in our blocks and not in bitsandbytes'.
+Weight decay is applied before the step, as in torch and in bitsandbytes on a CPU. bitsandbytes' CUDA kernel decays
+after the step, which differs by lr^2 wd u. Our blocks contain the zeros that pad ragged ranks; bitsandbytes' do not.
 
-Both codes of an element share a uint16 in the parameter's shape and place in a tree, so that a mesh cuts them as it
-cuts the parameter. Two trees of bytes would do too, but the TPU compiler of jax 0.10 cannot move them to the host.
+Both codes of an element share a uint16 with the parameter's shape and path, so a mesh shards them like the parameter.
+Two uint8 trees would also work, but the TPU compiler of jax 0.10 cannot move them to the host.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from lora_jax.quant.dynamic import ZERO, decode_signed, decode_unsigned, encode_
 
 BLOCK, MIN_SIZE = 256, 4096
 _TRANSPOSED = frozenset({"lora_A", "lora_B", "kernel"})
-"""Leaves whose last two axes are the other way round in torch."""
+"""Leaves whose last two axes are swapped in torch."""
 
 
 class AdamW8bitState(NamedTuple):
-    """Steps done, and three things in each parameter's place.
+    """The number of steps done, and three values at each parameter's path.
 
-    codes    uint16 [*parameter], m's code in the low byte and v's in the high one; None for what stays in 32 bits
-    m, v     float32 [layer, rows, blocks], the largest |m| and v of each block; [*parameter], the moments
-             themselves, where there are no codes
+    codes    uint16 [*parameter]: m's code in the low byte, v's in the high byte; None for parameters kept in 32 bits
+    m, v     with codes, float32 [layer, rows, blocks]: the largest |m| and v of each block; without, float32
+             [*parameter]: the moments themselves
 
-    Rows are torch's where they are whole blocks; else a layer is one row, its last block ragged.
+    Rows are torch's if they consist of whole blocks; otherwise a layer is one row whose last block is ragged.
     """
 
     step: Int32[Array, ""]
@@ -57,7 +57,7 @@ def adamw8bit(
     weight_decay: float,
     mask: Callable[[Any], Any],
 ) -> optax.GradientTransformation:
-    """Return AdamW with 8-bit moments over trees of dicts; the arguments are those of `optax.adamw`."""
+    """Return AdamW with 8-bit moments over nested dicts; arguments as in `optax.adamw`."""
 
     def init(params: Any) -> AdamW8bitState:
         flat, tree = jax.tree_util.tree_flatten_with_path(params)
@@ -94,7 +94,7 @@ def adamw8bit(
 
 
 def _start(path: Any, p: Float[Array, "..."]) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """Return a parameter's codes, m and v before the first step, cut over a mesh as it is."""
+    """Return a parameter's codes, m and v before the first step, sharded like the parameter."""
     layers = p.shape[0] if _stacked(path) else 1
     if p.size // layers < MIN_SIZE or path[-1].key == "embedding":
         return None, jnp.zeros_like(p, jnp.float32), jnp.zeros_like(p, jnp.float32)
@@ -113,7 +113,7 @@ def _decoded(
 
 
 def _encoded(m: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return codes, m's scales and v's of m and v [layer, rows, blocks, BLOCK]."""
+    """Return the codes of m and v [layer, rows, blocks, BLOCK], and the scales of each."""
 
     def in_units(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         scale = jnp.max(jnp.abs(x), axis=-1)
@@ -125,9 +125,9 @@ def _encoded(m: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arra
 
 
 def _blocks(path: Any, leaf: Array, fill: int = 0) -> Array:
-    """Return a leaf as blocks [layer, rows, blocks, BLOCK] in torch's order, a ragged one filled up with `fill`.
+    """Return a leaf as blocks [layer, rows, blocks, BLOCK] in torch's order; a ragged block is padded with `fill`.
 
-    Rows that are whole blocks stay rows, so that they stay cut where a mesh cuts them.
+    Rows that consist of whole blocks stay separate, so that they stay sharded.
     """
     stack = leaf if _stacked(path) else leaf[None]
     stack = jnp.swapaxes(stack, -1, -2) if path[-1].key in _TRANSPOSED else stack
@@ -139,7 +139,7 @@ def _blocks(path: Any, leaf: Array, fill: int = 0) -> Array:
 
 
 def _unblocked(path: Any, blocks: Array, shape: tuple[int, ...]) -> Array:
-    """Return the leaf of `shape` that `_blocks` made blocks of."""
+    """Return the leaf of shape `shape` from its blocks; the inverse of `_blocks`."""
     layers = blocks.shape[0]
     inner = shape[1:] if _stacked(path) else shape
     turned = path[-1].key in _TRANSPOSED
@@ -153,5 +153,5 @@ def _stacked(path: Any) -> bool:
 
 
 def _one_minus_power(beta: float, power: Int32[Array, ""]) -> Float32[Array, ""]:
-    """Return 1 - beta^power; float32 would lose four digits of 1 - 0.999 after taking the power."""
+    """Return 1 - beta^power; taking the power first in float32 would lose four digits of 1 - 0.999."""
     return -jnp.expm1(power.astype(jnp.float32) * (math.log(beta) if beta else -math.inf))

@@ -1,4 +1,4 @@
-"""Who is adapted, of which model: a run's options with those of an adapter to go on with. No weight is read."""
+"""Which modules are adapted: a run's options, combined with those of an adapter to continue. Reads no weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_jax.paths import on_disk
 
 @dataclass(frozen=True)
 class Adapted:
-    """Options and model as the adapter to go on with decides, who is adapted, and that adapter's tensors, if any."""
+    """Options, model config and plan of a run, with the tensors of the adapter to continue, if any."""
 
     config: RunConfig
     model_config: ModelConfig
@@ -28,21 +28,21 @@ class Adapted:
     lora_config: AdapterConfig
     tensors: Tensors | None
     start: Adapter | None = None
-    """The adapter to go on with."""
+    """The adapter to continue."""
 
     def over(self, base: Checkpoint) -> Checkpoint:
-        """Return the base with the weights that the adapter to go on with brings."""
+        """Return the base with the base weights that the adapter to continue contains."""
         return base if self.start is None else self.start.over(base)
 
     def carried(self, base: Checkpoint) -> Tensors:
-        """Return the weights of the base that the adapter brings, and has to bring on, as its file names them."""
+        """Return the base weights that the adapter contains and has to save again, under the names in its file."""
         return {} if self.start is None else carried_tensors(self.start.changed(base), self.plan)
 
 
 def adapted(config: RunConfig, model_config: ModelConfig) -> Adapted:
-    """Return who is adapted, the adapter's options resolved.
+    """Return what is adapted, with the adapter's options resolved.
 
-    Raises UserError for targets that match nothing, and for an adapter to go on with that does not fit.
+    Raises UserError for targets that match nothing, and for an adapter to continue that does not fit.
     """
     asked = adapter_config(config.lora, config.model.path, config.model.revision)
     if config.lora.init_from is None:
@@ -59,7 +59,7 @@ def adapted(config: RunConfig, model_config: ModelConfig) -> Adapted:
 
 
 def check_full(config: RunConfig, quantization: QuantizationConfig | None) -> None:
-    """Raise UserError where every weight of a quantized base is to be trained."""
+    """Raise UserError if a full fine-tune is asked for and the base is quantized."""
     if config.method == "full" and quantization is not None:
         raise UserError(
             f"--method full: trains every weight, but the base has {quantization.bits} bits; train an adapter, or "

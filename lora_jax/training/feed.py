@@ -1,4 +1,4 @@
-"""Batches on the mesh: each process makes the rows that its devices take, and no others."""
+"""Batches on the mesh: each process makes only the rows that its own devices take."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_jax.parallel.mesh import POSITIONS, ROWS, row_shards
 
 @dataclass(frozen=True)
 class EvalSizes:
-    """The static sizes of an evaluation: rows in one pass over all devices, and how rows become batches."""
+    """Static sizes of an evaluation: rows per pass over all devices, and how rows become batches."""
 
     batch: int
     shaping: Shaping
@@ -30,9 +30,9 @@ class EvalSizes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The static sizes of a run: its steps have few shapes, so that each is compiled once.
+    """Static sizes of a run. Steps have few different shapes, and each is compiled once.
 
-    `batch` is rows in one pass over all devices, `steps` those of the whole run.
+    `batch` is the number of rows per pass over all devices, `steps` the number of steps in the run.
     """
 
     plan: StepPlan
@@ -43,20 +43,20 @@ class Sizes:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of one optimizer step over all devices, padding aside; where rows are packed, each holds several."""
+        """Rows per optimizer step over all devices, without padding rows; a packed row holds several examples."""
         return min(self.batch * self.accumulation, len(self.plan.bins))
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that see each row once."""
+        """Steps that cover each row once."""
         return self.plan.steps_per_epoch
 
 
 class Feed:
-    """The batches of a run's training rows; steps are counted from 1.
+    """The batches of a run's training rows. Steps are counted from 1.
 
-    A batch is made when it is asked for. The loop asks while the step before is under way, so that no device waits
-    where a batch is made in less time than a step.
+    A batch is made on request. The loop requests it while the previous step runs, so devices do not wait if making a
+    batch takes less time than a step.
     """
 
     def __init__(self, rows: Sequence[Tokens], sizes: Sizes, mesh: Mesh, padding_id: int) -> None:
@@ -64,7 +64,7 @@ class Feed:
         self.plan = sizes.plan
 
     def batch(self, step: int) -> Batch:
-        """Return the batch of a step, arrays [accumulation, batch, length] cut over the mesh."""
+        """Return the batch of a step: arrays [accumulation, batch, length], sharded over the mesh."""
         passes, plan = self.sizes.accumulation, self.plan
         shape = (passes, self.sizes.batch, plan.at(step - 1).length)
         here = NamedSharding(self.mesh, P(None, ROWS, POSITIONS))
@@ -75,7 +75,7 @@ class Feed:
         return _on_mesh(local, here, shape)
 
     def shapes(self, first: int) -> list[Batch]:
-        """Return a batch of each length that steps from the first one on have, the longest first: shapes alone."""
+        """Return abstract batches, one for each length used from step `first` on, longest first."""
         here = NamedSharding(self.mesh, P(None, ROWS, POSITIONS))
         return [
             abstract_batch((self.sizes.accumulation, self.sizes.batch, length), here)
@@ -83,19 +83,19 @@ class Feed:
         ]
 
     def rows_of(self, step: int) -> list[int]:
-        """Return the rows that a step takes all or some of, over all processes."""
+        """Return the rows of which a step takes all or a part, over all processes."""
         return self.plan.rows_of(step - 1)
 
     def tokens(self, step: int) -> int:
-        """Return the real tokens of a step, over all processes."""
+        """Return the number of tokens in a step, without padding, over all processes."""
         return self.plan.at(step - 1).tokens
 
     def tokens_before(self, step: int) -> int:
-        """Return the real tokens of all steps before a step."""
+        """Return the number of tokens, without padding, in all steps before this one."""
         return self.plan.tokens_before(step - 1)
 
     def padding(self, step: int) -> float:
-        """Return the share of padding in all that the steps up to this one, itself included, have computed."""
+        """Return the share of padding in everything computed up to and including this step."""
         return self.plan.padding_before(step)
 
 
@@ -106,13 +106,13 @@ def shaping(data: DataOptions, mesh: Mesh) -> Shaping:
 
 
 def eval_sizes(data: DataOptions, per_device: int, mesh: Mesh) -> EvalSizes:
-    """Return the sizes of evaluations with so many rows a device."""
+    """Return the sizes of an evaluation with `per_device` rows on each device."""
     packing = data.eval_packing or data.packing
     return EvalSizes(per_device * row_shards(mesh.shape), replace(shaping(data, mesh), packing=packing))
 
 
 def evaluation(rows: TokenDataset, sizes: EvalSizes, mesh: Mesh, padding_id: int) -> Iterator[Batch]:
-    """Yield all rows as arrays [batch, length] cut over the mesh, the longest first, padding filling the last batch."""
+    """Yield all rows as batches [batch, length], sharded over the mesh, longest first; the last one is padded."""
     plan, here = evaluation_plan(rows, sizes), NamedSharding(mesh, P(ROWS, POSITIONS))
     for step in range(plan.steps_per_epoch):
         shape = (sizes.batch, plan.at(step).length)
@@ -122,28 +122,28 @@ def evaluation(rows: TokenDataset, sizes: EvalSizes, mesh: Mesh, padding_id: int
 
 
 def evaluation_shapes(rows: TokenDataset, sizes: EvalSizes, mesh: Mesh) -> list[Batch]:
-    """Return a batch of each length that an evaluation has: shapes alone."""
+    """Return abstract batches, one for each length that an evaluation uses."""
     plan, here = evaluation_plan(rows, sizes), NamedSharding(mesh, P(ROWS, POSITIONS))
     return [abstract_batch((sizes.batch, length), here) for length in plan.steps_by_length]
 
 
 def padding_multiple(data: DataOptions, mesh: Mesh) -> int:
-    """Return what lengths are multiples of: what is asked for, else what the devices' attention pads to in any case."""
+    """Return the factor that lengths are rounded up to: the option, or else what the devices' attention pads to."""
     tpu = mesh.devices.flat[0].platform == "tpu"
     return data.pad_to_multiple_of or (128 if tpu else 64)
 
 
-@lru_cache(maxsize=16)  # for each set of rows
+@lru_cache(maxsize=16)  # one entry per set of rows
 def evaluation_plan(rows: TokenDataset, sizes: EvalSizes) -> StepPlan:
     """Return which rows each batch of an evaluation takes.
 
-    Lengths are those of a set that is measured twice, so that figures do not depend on how often it is.
+    Lengths are chosen as for a set that is evaluated twice, so that metrics do not depend on the number of evaluations.
     """
     return sizes.shaping.plan(rows.lengths, sizes.batch, None, epochs=2)
 
 
 def abstract_batch(shape: tuple[int, ...], here: NamedSharding) -> Any:
-    """Return a batch of a shape without its arrays."""
+    """Return a batch of abstract arrays of a shape."""
     whole, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=here) for dtype in (np.int32, np.float32))
     return Batch(whole, whole, whole, whole, weights)  # pyright: ignore[reportArgumentType]
 

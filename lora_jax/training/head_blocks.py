@@ -1,13 +1,13 @@
-"""Losses under a head that is not trained, its vocabulary a block at a time, as flash attention takes its keys.
+"""Losses under an untrained head, computed over blocks of the vocabulary, as flash attention does over keys.
 
-For each block W of the table, with running maximum m, sum s and mixture a, all starting at nothing:
+For each block W of the table, with running maximum m, sum s and mixture a, all starting from nothing:
 
     l = x Wᵀ        m' = max(m, max l)        s = s e^(m - m') + Σ e^(l - m')        a = a e^(m - m') + e^(l - m') W
 
-and in the end loss = log s + m - l[target], whose gradient is a / s - w[target]. No product is computed twice, and no
-array is wider than a block. What is trained in a head has a gradient that needs s first: such a head does without. So
-does a 16-bit table on a CPU, which XLA would widen as a whole before it cuts a block from it, and any on a TPU, whose
-compiler gives a step with blocks more memory (0.6 GiB of Qwen2-7B's), not less.
+At the end, loss = log s + m - l[target], with gradient a / s - w[target]. No product is computed twice, and no array is
+wider than a block. Blocks are not used in three cases. The gradient of a trained head needs the final s. On a CPU, XLA
+would widen a whole 16-bit table before slicing a block from it. On a TPU, the compiler gives a step with blocks more
+memory (0.6 GiB for Qwen2-7B), not less.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lora_jax.quant.leaf import is_quantized
 from lora_jax.types import Collections, Trained
 
 BLOCK = 16384
-"""Tokens of the vocabulary whose logits exist at once; a smaller vocabulary is not cut."""
+"""Tokens of the vocabulary per block; a smaller vocabulary is not split."""
 
 
 class Table(NamedTuple):
-    """The head's kernel: [embed, vocab], or the embedding [vocab, embed] where the two are tied."""
+    """The head's kernel [embed, vocab], or the embedding [vocab, embed] if the two are tied."""
 
     kernel: Array
     tied: bool
@@ -38,20 +38,20 @@ class Table(NamedTuple):
         return self.kernel.shape[0 if self.tied else 1]
 
     def block(self, start: Array) -> Array:
-        """Return the part of `BLOCK` tokens from one on."""
+        """Return the block of `BLOCK` tokens that begins at `start`."""
         return jax.lax.dynamic_slice_in_dim(self.kernel, start, BLOCK, axis=0 if self.tied else 1)
 
     def rows(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens embed"]:
-        """Return what belongs to tokens."""
+        """Return the rows of the given tokens."""
         return self.kernel[tokens] if self.tied else self.kernel[:, tokens].T
 
 
 Carry: TypeAlias = tuple[Array, Array, Array, Array | None]
-"""Of each token so far: the largest logit, the sum, the target's logit, and the mixture if asked for."""
+"""For each token so far: the largest logit, the sum, the target's logit, and the mixture if requested."""
 
 
 class Losses(NamedTuple):
-    """Of each token: -log softmax(logits)[target] in nats, whether no logit is above it, and the loss's gradient."""
+    """For each token: -log softmax(logits)[target] in nats, whether the target ranks first, and the loss's gradient."""
 
     loss: Float[Array, " tokens"]
     right: Bool[Array, " tokens"]
@@ -59,7 +59,7 @@ class Losses(NamedTuple):
 
 
 def wide_table(trainable: Trained, constant: Collections, tied: bool) -> Table | None:
-    """Return the table of a head to be taken in blocks, None where something in it is trained or it is no wider."""
+    """Return the head's table if it is processed in blocks; None if a part of it is trained or it fits in one block."""
     if jax.tree.leaves(trainable):
         return None
     leaves = constant["params"]["embed_tokens" if tied else "lm_head"]
@@ -73,12 +73,12 @@ def wide_table(trainable: Trained, constant: Collections, tied: bool) -> Table |
 def losses_in_blocks(
     table: Table, x: Float[Array, "tokens embed"], targets: Int[Array, " tokens"], with_gradient: bool
 ) -> Losses:
-    """Return the losses of hidden states; the logits are rounded to x's dtype, as the head's are."""
+    """Return the losses of hidden states. Logits are rounded to x's dtype, as those of the head are."""
     count, vocab = x.shape[0], table.vocab
 
     def body(number: Array, carry: Carry) -> Carry:
         largest, total, picked, mixed = carry
-        start = jnp.minimum(number * BLOCK, vocab - BLOCK)  # the last block reaches back into the one before
+        start = jnp.minimum(number * BLOCK, vocab - BLOCK)  # the last block overlaps the one before
         kernel = table.block(start)
         logits = product(x, kernel, table.tied).astype(x.dtype).astype(jnp.float32)
         place = targets - start

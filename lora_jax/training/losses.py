@@ -1,15 +1,15 @@
-"""Next-token cross-entropy, computed for trained positions alone and never on all logits at once.
+"""Next-token cross-entropy, computed only at trained positions and never on all logits at once.
 
-The head is the widest product of a step and only positions with a weight need it. They are sorted to the front and
-taken a chunk at a time, for as many chunks as there are trained positions; a chunk's logits are gone before the next
-begins, and the wider the vocabulary, the smaller a chunk. On CPUs, where nothing in the head is trained, they are
-formed a block of the vocabulary at a time (`head_blocks.py`). So memory is bounded for any vocabulary. The forward pass
-already forms the gradients with respect to the hidden states and to whatever is trained in the head, so the backward
-pass repeats no product: two head-sized products a trained token in all, and no residual of the size of the vocabulary.
-The same logits tell which tokens are right, at no measurable cost.
+The head is the widest product of a step, and only positions with a weight need it. These are sorted to the front and
+processed in chunks, for as many chunks as they fill; a chunk's logits are freed before the next chunk begins, and a
+wider vocabulary has smaller chunks. On CPUs, if nothing in the head is trained, a chunk is computed over blocks of the
+vocabulary (`head_blocks.py`). Memory is therefore bounded for any vocabulary. The forward pass also computes the
+gradients of the hidden states and of whatever is trained in the head, so the backward pass repeats no product: two
+head-sized products per trained token in all, and no residual as large as the vocabulary. Accuracy comes from the same
+logits, at no measurable cost.
 
-Under a mesh every device does so with positions of its own, whatever the axis that it shares out elsewhere: the head is
-gathered once, and nothing is sent while chunks are computed.
+On a mesh, each device processes positions of its own along every axis: the head is gathered once, and nothing is
+communicated while chunks are computed.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from lora_jax.types import Collections, Trained
 
 T = TypeVar("T")
 Sums: TypeAlias = tuple[Float[Array, ""], Float[Array, ""]]
-"""The weighted sum of losses in nats, and how many tokens with a weight are right."""
+"""The weighted sum of losses in nats, and the number of weighted tokens that are predicted correctly."""
 
 CHUNK = 512
-"""Positions whose logits exist at once; fewer make the head's products slower, as each reads its whole table.
+"""Positions per chunk. With fewer, the head's products are slower, because each chunk reads the whole table.
 
-What is left below a whole chunk is taken as a half and a quarter of one, so that few positions are computed in vain.
+A remainder is processed in halves and quarters of a chunk, so that few positions are computed in vain.
 """
 LOGITS = 2**26
-"""Logits that exist at once, 256 MiB in float32: a wider vocabulary than 131,072 has smaller chunks, to a quarter."""
+"""Logits per chunk, 256 MiB in float32: above a vocabulary of 131,072, chunks are smaller, down to a quarter."""
 
 
 @jax.custom_vjp
 def token_losses(
     logits: Float[Array, "tokens vocab"], targets: Int[Array, " tokens"]
 ) -> Float[Array, " tokens"]:
-    """Return -log softmax(logits)[target] of each token, nats."""
+    """Return -log softmax(logits)[target] of each token, in nats."""
     return _token_losses_forward(logits, targets)[0]
 
 
@@ -59,7 +59,7 @@ def _token_losses_forward(logits: Array, targets: Array) -> tuple[Array, tuple[A
 
 
 def _token_losses_backward(residuals: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, None]:
-    # One pass over the vocabulary; a gather's own gradient would scatter into a second array of that size.
+    # One pass over the vocabulary; the gradient of a gather would scatter into a second array of that size.
     powers, total, targets = residuals
     chosen = jnp.arange(powers.shape[-1]) == targets[:, None]
     return powers * (cotangent[:, None] / total) - jnp.where(chosen, cotangent[:, None], 0.0), None
@@ -71,16 +71,16 @@ token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 def right_tokens(
     logits: Float[Array, "tokens vocab"], targets: Int[Array, " tokens"]
 ) -> Bool[Array, " tokens"]:
-    """Return where no logit is above the target's: its maximum is there already, where an argmax is a pass of its own.
+    """Return whether the target ranks first: no logit is above it. The maximum is at hand; an argmax is another pass.
 
-    It differs from the argmax where 16-bit logits tie.
+    The result differs from an argmax only if 16-bit logits tie.
     """
     picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     return (picked >= jnp.max(logits, axis=-1, keepdims=True))[:, 0]
 
 
 def head_variables(variables: Collections, tied: bool) -> Collections:
-    """Return the part of each collection that the head reads, the embedding where it is tied to it."""
+    """Return the part of each collection that the head reads; that includes the embedding if the two are tied."""
     names = ("embed_tokens", "lm_head") if tied else ("lm_head",)
     return {
         collection: {name: tree[name] for name in names if name in tree}
@@ -97,12 +97,12 @@ def summed_loss(
     weights: Float[Array, "batch length"],
     key: Array | None,
 ) -> Sums:
-    """Return the weighted sum of the token losses, differentiable in `trainable` and `hidden`, and the tokens right.
+    """Return the weighted sum of token losses, differentiable in `trainable` and `hidden`, and the correct tokens.
 
-    Those right are counted among the positions that have a weight.
+    Correct tokens are counted among positions that have a weight.
 
-    `trainable` is the head's part of the `lora` collection, `constant` the dict of its other collections,
-    `key` the dropout key or None.
+    `trainable` is the head's part of the `lora` collection, `constant` its part of the others, and `key` the dropout
+    key or None.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -122,7 +122,7 @@ def summed_loss(
             key = jax.random.fold_in(key, jax.lax.axis_index(tuple(used)))
         return jax.lax.psum(_local_loss(model, trainable, constant, hidden, targets, weights, key), used)
 
-    # An axis that neither rows nor positions divide by computes the same on each of its devices.
+    # If an axis divides neither rows nor positions, all of its devices compute the same.
     return jax.shard_map(
         local,
         in_specs=(P(), P(), P(*rows), P(*rows), P(*rows), P()),
@@ -140,7 +140,7 @@ def _local_loss(
     weights: Float[Array, "batch length"],
     key: Array | None,
 ) -> Sums:
-    """Return what `summed_loss` returns, for the positions of one device."""
+    """Return `summed_loss` of the positions on one device."""
     tokens = targets.size
     sizes = _sizes(tokens, model.config.vocab_size)
     positions = _trained_first(targets.reshape(tokens), weights.reshape(tokens), sizes[-1])
@@ -148,12 +148,12 @@ def _local_loss(
 
 
 class _Positions(NamedTuple):
-    """The positions of one device, and the order in which chunks take them."""
+    """The positions of one device, and the order in which chunks process them."""
 
     order: Int[Array, " padded"]
-    """Trained positions first, padded to whole chunks with an index out of range: dropped, and read as 0."""
+    """Trained positions first, padded to whole chunks with an out-of-range index: dropped on write, 0 on read."""
     parts: Int[Array, ""]
-    """Chunks of the least size that hold all trained positions."""
+    """Number of smallest chunks that hold all trained positions."""
     labels: Int[Array, " tokens"]
     weights: Float[Array, " tokens"]
 
@@ -166,26 +166,26 @@ def _trained_first(labels: Int[Array, " tokens"], weights: Float[Array, " tokens
 
 
 class _Chunk(NamedTuple):
-    """What the loss of a chunk is computed from."""
+    """Inputs of a chunk's loss."""
 
     trainable: Trained
     rows: Int[Array, " rows"]
-    """Which positions it holds."""
+    """Positions in the chunk."""
     constant: Collections
     hidden: Float[Array, "rows embed"]
     labels: Int[Array, " tokens"]
-    """Of all positions, as the weights are."""
+    """Labels of all positions, like the weights."""
     weights: Float[Array, " tokens"]
     key: Array | None
 
     def labelled(self) -> tuple[Array, Array]:
-        """Return its own labels and weights."""
+        """Return the labels and weights of the chunk's positions."""
         labels, weights = (_at(array, self.rows) for array in (self.labels, self.weights))
         return labels, weights
 
 
 class _ChunkGradients(NamedTuple):
-    """What a chunk adds to the sums and to the gradients."""
+    """A chunk's contribution to the sums and to the gradients."""
 
     loss: Float[Array, ""]
     right: Float[Array, ""]
@@ -195,17 +195,17 @@ class _ChunkGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class _Head:
-    """The static part of the loss: how a chunk of hidden states is computed, and how long chunks are."""
+    """Static part of the loss: how a chunk of hidden states is computed, and the sizes of chunks."""
 
     model: Decoder
     sizes: tuple[int, ...]
 
     def sums(self, chunk: _Chunk) -> Sums:
-        """Return the summed loss of a chunk and its right tokens."""
+        """Return the summed loss of a chunk, and its correct tokens."""
         return self._chosen(self._sums, self._sums_in_blocks, chunk)
 
     def gradients(self, chunk: _Chunk) -> _ChunkGradients:
-        """Return the same with the gradients of what is trained in the head and of the hidden states."""
+        """Return the same, with the gradients of the head's trained leaves and of the hidden states."""
         return self._chosen(self._gradients, self._gradients_in_blocks, chunk)
 
     def _chosen(self, whole: Callable[[_Chunk], T], in_blocks: Callable[[_Chunk], T], chunk: _Chunk) -> T:
@@ -261,7 +261,7 @@ def _total(
     positions: _Positions,
     key: Array | None,
 ) -> Sums:
-    """Return the sums over all chunks; its backward pass scales gradients that the forward pass has formed."""
+    """Return the sums over all chunks; the backward pass scales gradients that the forward pass has computed."""
     _, _, labels, weights = positions
 
     def body(rows: Array, sums: Sums) -> Sums:
@@ -301,7 +301,7 @@ def _total_backward(
     head: _Head, residuals: tuple[Trained, Array], cotangents: Sums
 ) -> tuple[Trained, Array, None, None, None]:
     del head
-    cotangent, _ = cotangents  # a count has no gradient
+    cotangent, _ = cotangents  # the count of correct tokens has no gradient
     d_trainable, d_flat = jax.tree.map(lambda leaf: leaf * cotangent.astype(leaf.dtype), residuals)
     return d_trainable, d_flat, None, None, None
 
@@ -310,19 +310,19 @@ _total.defvjp(_total_forward, _total_backward)
 
 
 def _at(array: Array, rows: Array) -> Array:
-    """Return the entries at some positions, 0 for those out of range."""
+    """Return the entries at positions, 0 for positions out of range."""
     return array.at[rows].get(mode="fill", fill_value=0)
 
 
 def _sizes(tokens: int, vocab: int) -> tuple[int, ...]:
-    """Return the sizes of chunks for so many positions, each twice the next."""
+    """Return the chunk sizes for a number of positions, each twice the next."""
     least = min(CHUNK // 4, tokens)
     larger = (size for size in (CHUNK, CHUNK // 2) if least < size <= tokens and size * vocab <= LOGITS)
     return *larger, least
 
 
 def _over_chunks(body: Callable[[Array, T], T], start: T, positions: _Positions, sizes: tuple[int, ...]) -> T:
-    """Fold `body` over the chunks that hold trained positions, the largest first."""
+    """Fold `body` over the chunks with trained positions, largest first."""
     carry, done, left = start, jnp.int32(0), positions.parts * sizes[-1]
     for size in sizes:
         count = left // size

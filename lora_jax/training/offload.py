@@ -1,10 +1,10 @@
-"""The host's memory as an extension of the device's: what waits there between its uses.
+"""Offloading to host memory between uses.
 
-    optimizer state    fetched and put back once a step, as QLoRA's paged optimizers are (arXiv:2305.14314, section 3)
-    layers' inputs     put there by the forward pass, fetched by the backward pass (`models/decoder.py`)
+    optimizer state    fetched and put back once per step, like QLoRA's paged optimizers (arXiv:2305.14314, section 3)
+    layer inputs       written by the forward pass, fetched by the backward pass (`models/decoder.py`)
 
-An array is where its sharding says. A step fetches whatever optimizer state is in the host's memory and puts back
-what it fetched, so only `offloaded` knows the options.
+An array lives where its sharding says. A step fetches optimizer state that is in host memory and puts the new state
+back, so only `offloaded` needs to know the options.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ HOST = "pinned_host"
 
 
 def offloads_optimizer(train: TrainOptions) -> bool:
-    """Return whether the options keep optimizer state in the host's memory."""
+    """Return whether the options keep the optimizer state in host memory."""
     return train.offload in ("optimizer", "both") or train.optim.startswith("paged_")
 
 
 def offloads_activations(train: TrainOptions) -> bool:
-    """Return whether the options keep layers' inputs in the host's memory."""
+    """Return whether the options keep layer inputs in host memory."""
     return train.offload in ("activations", "both")
 
 
 def has_host_memory(device: Any) -> bool:
-    """Return whether a device can move arrays to the host's memory: a CPU has no memory besides it."""
+    """Return whether a device can move arrays to host memory; a CPU has no other memory."""
     return device.platform != "cpu" and any(memory.kind == HOST for memory in device.addressable_memories())
 
 
 def offloaded(shardings: Any, train: TrainOptions) -> Any:
-    """Return the shardings of a TrainState, its optimizer state in the host's memory where the options say so.
+    """Return the shardings of a TrainState with the optimizer state in host memory, if the options ask for it.
 
-    On a CPU they stay as they are. Elsewhere a sharding on one device becomes one on a mesh of that device: given
-    those without a mesh, JAX leaves the moves out of the program, and XLA takes the whole update to the host.
+    On a CPU they are unchanged. Elsewhere, a single-device sharding becomes one on a mesh of that device: without a
+    mesh, JAX drops the transfers, and XLA computes the whole update on the host.
     """
     leaves = jax.tree.leaves(shardings)
     able = all(has_host_memory(device) for sharding in leaves for device in sharding.device_set)
@@ -51,7 +51,7 @@ def offloaded(shardings: Any, train: TrainOptions) -> Any:
 
 
 def nowhere_to_go(train: TrainOptions, device: Any) -> str | None:
-    """Return what to tell the user who wants to offload from a device that cannot, if so."""
+    """Return a note if the options ask for offloading and the device cannot do it."""
     if has_host_memory(device) or not (offloads_optimizer(train) or offloads_activations(train)):
         return None
     option = "--train.offload" if train.offload != "none" else "--train.optim"
@@ -60,14 +60,14 @@ def nowhere_to_go(train: TrainOptions, device: Any) -> str | None:
 
 
 def fetched(opt_state: PyTree) -> Any:
-    """Return optimizer state in the device's memory; called inside a step."""
+    """Return the optimizer state in device memory; called inside a step."""
     return jax.tree.map(
         lambda x: jax.device_put(x, jax.memory.Space.Device) if _in_host_memory(x) else x, opt_state
     )
 
 
 def put_back(opt_state: PyTree, like: Any) -> Any:
-    """Return new optimizer state where the old one, `like`, came from; called inside a step."""
+    """Return the new optimizer state in the memory that the old one, `like`, came from; called inside a step."""
     return jax.tree.map(
         lambda x, before: jax.device_put(x, jax.memory.Space.Host) if _in_host_memory(before) else x,
         opt_state,

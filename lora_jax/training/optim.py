@@ -1,4 +1,4 @@
-"""Optimizers and schedules in the words of transformers' TrainingArguments, by optax."""
+"""Optimizers and schedules, by optax, with the names of transformers' TrainingArguments."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DECAYED = frozenset({"lora_A", "lora_B", "kernel", "embedding", "token_rows"})
 
 
 def warmup_steps(train: TrainOptions, steps: int) -> int:
-    """Return how many of `steps` warm up."""
+    """Return the number of warmup steps in a run of `steps`."""
     if train.lr_scheduler_type == "constant":
         return 0
     return train.warmup_steps or math.ceil(train.warmup_ratio * steps)
 
 
 def schedule(train: TrainOptions, steps: int) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-    """Return the learning rate as a function of the step's index from 0, as transformers' schedulers give it.
+    """Return the learning rate as a function of the step, counted from 0, as transformers' schedulers do.
 
     Linear warmup from 0, then constant, linear or half-cosine decay to `min_lr_ratio` of the peak.
     """
@@ -51,7 +51,7 @@ def decay_mask(tree: PyTree) -> Any:
 
 
 def make_optimizer(train: TrainOptions, steps: int) -> optax.GradientTransformation:
-    """Return the optimizer over the trainable tree, gradients clipped by their global norm first."""
+    """Return the optimizer of the trainable tree; gradients are first clipped by their global norm."""
     rate, decay = schedule(train, steps), train.weight_decay
     b1, b2 = train.adam_beta1, train.adam_beta2
     if train.optim in ("adamw8bit", "paged_adamw_8bit"):
@@ -61,8 +61,8 @@ def make_optimizer(train: TrainOptions, steps: int) -> optax.GradientTransformat
     elif train.optim == "lion":
         update = optax.lion(rate, b1, b2, weight_decay=decay, mask=decay_mask)
     elif train.optim == "adafactor":
-        # optax would add the decay after the learning rate, unscaled by it; here it is scaled as for the others.
-        factored = optax.adafactor(None, multiply_by_parameter_scale=False)  # ends with the sign of a descent
+        # optax would add weight decay unscaled by the learning rate; the other optimizers scale it.
+        factored = optax.adafactor(None, multiply_by_parameter_scale=False)  # its updates point downhill
         decayed = optax.add_decayed_weights(-decay, decay_mask)
         update = optax.chain(factored, decayed, optax.scale_by_learning_rate(rate, flip_sign=False))
     else:

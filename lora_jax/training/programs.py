@@ -1,6 +1,6 @@
-"""The programs of a run: a jitted step, compiled for each shape of batch before the first step is taken.
+"""The compiled programs of a run: a jitted step, compiled for each batch shape before the first step.
 
-While XLA compiles, no signal is handled (`signals`), so nothing is left to be compiled in the middle of a run.
+Signals are not handled while XLA compiles (`signals`), so nothing may be left to compile during the run.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from lora_jax.progress import at, stage
 
 
 class Programs:
-    """A jitted function whose last argument is a batch, and the programs compiled of it.
+    """A jitted function whose last argument is a batch, and its compiled programs.
 
-    There is one for each shape of batch and structure of the other arguments, whose own shapes stay the same.
+    There is one program per batch shape and structure of the other arguments, whose shapes must not change.
     """
 
     def __init__(self, function: Any, name: str, less_memory: str = A_STEP) -> None:
-        """`name` is what a user calls it, `less_memory` what to do where it does not fit."""
+        """Use `name` in messages, and `less_memory` as the remedy if a program does not fit into memory."""
         self._function, self._name, self._less_memory = function, name, less_memory
         self._compiled: dict[Any, Any] = {}
 
     def compile(self, *constant: Any, batches: Collection[Batch]) -> None:
-        """Compile for batches, arrays or shapes alone, behind the arguments that stay the same; runs nothing."""
+        """Compile for batches, which may be abstract, after the constant arguments; run nothing."""
         for number, batch in enumerate(batches, start=1):
             self._program(*constant, batch, far=f"{number} of {len(batches)}")
 
     def __call__(self, *arguments: Any) -> Any:
-        """Run the program of the batch's shape, compiled now where it has not been."""
+        """Run the program for the batch's shape; compile it first if necessary."""
         return self._program(*arguments)(*arguments)
 
     def _program(self, *arguments: Any, far: str = "") -> Any:
@@ -48,8 +48,8 @@ class Programs:
 
 
 def _taken(compiled: Any) -> int:
-    """Return the bytes that a program takes while it runs, beside its arguments."""
+    """Return the bytes that a program needs in addition to its arguments."""
     memory = compiled.memory_analysis()
-    if memory is None:  # not every platform says
+    if memory is None:  # not known on every platform
         return 0
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -1,4 +1,4 @@
-"""Steps that were skipped because their loss or gradient was not finite: how many, and when they are too many."""
+"""Count steps that are skipped because their loss or gradient is not finite, and notice when there are too many."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from lora_jax.data.dataset import TokenDataset
 from lora_jax.training.step import StepMetrics
 
 LISTED = 40
-"""Rows that the last message names."""
+"""Number of rows listed in the final message."""
 
 
 class Skipped:
-    """The count over a run, kept by reading each step's flag when the step is done."""
+    """The count over a run. A step's flag is read after the step has finished."""
 
     def __init__(self, limit: int, total: int = 0, in_a_row: int = 0) -> None:
-        """`limit` is how many in a row end the run; 0 is as 1."""
+        """Stop the run after `limit` skipped steps in a row; 0 counts as 1."""
         self.limit = max(1, limit)
         self.total, self.in_a_row = total, in_a_row
         self.too_many: range | None = None
-        """The steps that end the run, once there are that many in a row."""
+        """The steps that stop the run, once there are too many in a row."""
         self._unread: deque[tuple[int, StepMetrics]] = deque()
 
     def add(self, step: int, metrics: StepMetrics) -> None:
-        """Note a step that was queued, and read all before it."""
+        """Note a queued step, and read the flags of those before it."""
         self.read()
         self._unread.append((step, metrics))
 
     def read(self) -> None:
-        """Read the flags of all steps so far, waiting for them."""
+        """Wait for all steps so far and read their flags."""
         while self._unread:
             step, metrics = self._unread.popleft()
             finite = bool(metrics.finite)
@@ -40,7 +40,7 @@ class Skipped:
 
 
 def places(rows: TokenDataset, indices: Sequence[int]) -> str:
-    """Return where rows stand in their source, a list of numbers for each file."""
+    """Return the positions of rows in their source, listed per file."""
     found: defaultdict[str, list[int]] = defaultdict(list)
     for index in sorted(set(indices))[:LISTED]:
         name, _, number = rows.where(index).rpartition(" ")

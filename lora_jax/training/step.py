@@ -1,8 +1,7 @@
-"""The step: a pure function (state, frozen, adapter, batch) -> (state, metrics), compiled once.
+"""The training step: a pure function (state, frozen, adapter, batch) -> (state, metrics), compiled once per shape.
 
-The loss is the sum over the trained tokens of the whole global batch divided by their number, so it depends
-neither on how the batch is cut into accumulation steps nor on padding. A step whose loss or gradient is not finite
-changes nothing but the step's number.
+The loss is summed over the trained tokens of the whole global batch and divided by their number, so it depends neither
+on gradient accumulation nor on padding. If the loss or the gradient is not finite, the step changes only its number.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Tree = Any
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, and the key that its randomness is folded from."""
+    """Everything that a step changes, and the key for its randomness."""
 
     step: jax.Array
     trainable: Tree
@@ -39,26 +38,26 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step."""
+    """Scalar metrics of one step."""
 
     loss: jax.Array
-    """Mean over the trained tokens, weighted, nats."""
+    """Weighted mean over the trained tokens, in nats."""
     weight: jax.Array
-    """Sum of the trained tokens' weights, their number where no row has a weight of its own."""
+    """Sum of the trained tokens' weights; their number, unless rows have weights."""
     grad_norm: jax.Array
     """Before clipping."""
     trained_tokens: jax.Array
     right_tokens: jax.Array
-    """Trained tokens that are the most likely."""
+    """Trained tokens that the model ranks first."""
     finite: jax.Array
-    """Whether loss and gradient are; the step has changed nothing where not."""
+    """Whether loss and gradient are finite; if not, the step has changed nothing."""
 
 
 class EvalSums(NamedTuple):
     """Sums over the trained tokens of one batch, without dropout or noise."""
 
     loss: jax.Array
-    """Weighted, nats."""
+    """Weighted, in nats."""
     weight: jax.Array
     right_tokens: jax.Array
     trained_tokens: jax.Array
@@ -73,9 +72,9 @@ def init_state(trainable: Tree, optimizer: optax.GradientTransformation, key: ja
 def sharded_state(
     trainable: Tree, optimizer: optax.GradientTransformation, key: jax.Array, train: TrainOptions, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
-    """Return `init_state` on a mesh and its shardings; `trainable` is there already.
+    """Return `init_state` on a mesh, and its shardings; `trainable` must be on the mesh.
 
-    The optimizer's state is made where it is to be, in the host's memory where the options say so.
+    The optimizer state is created in place: in host memory if the options offload it.
     """
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), trainable, key=key)
     where = offloaded(shardings(state, mesh), train)
@@ -87,9 +86,9 @@ def sharded_state(
 def batch_loss(
     model: Decoder, trainable: Tree, frozen: Tree, adapter: Tree, batch: Batch, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the summed loss of one [batch, length] batch, and how many of its trained tokens are the most likely.
+    """Return the summed loss of one [batch, length] batch, and how many of its trained tokens are predicted correctly.
 
-    Dropout and the embedding's noise are on where a key is given.
+    Dropout and embedding noise are applied only if a key is given.
     """
     collections = variables(frozen, trainable, adapter)
     body_key, head_key = (None, None) if key is None else jax.random.split(key)
@@ -103,9 +102,9 @@ def batch_loss(
 def make_train_step(
     model: Decoder, optimizer: optax.GradientTransformation, where: TrainState | None = None
 ) -> Callable[[TrainState, Tree, Tree, Batch], tuple[TrainState, StepMetrics]]:
-    """Return the jitted step for batches [accumulation, batch, length]; it consumes the state given to it.
+    """Return the jitted step for batches [accumulation, batch, length]; it donates its state.
 
-    `where` holds the shardings of the state on a mesh, which it keeps.
+    `where` holds the shardings of the state on a mesh; the step keeps them.
     """
     kept: Object = {} if where is None else {"out_shardings": (where, where.step)}
 
