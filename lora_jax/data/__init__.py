@@ -1,4 +1,4 @@
-"""Rows -> examples -> tokens and what of them is trained -> batches."""
+"""Rows -> examples -> tokens with a mask of trained ones -> batches."""
 
 from lora_jax.data.batches import (
     Batch,

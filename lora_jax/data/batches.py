@@ -1,7 +1,7 @@
-"""Rows of tokens as arrays of a fixed shape, and the order in which an epoch takes them.
+"""Rows of tokens as arrays of a fixed shape, and the order of an epoch.
 
-The order of an epoch sorts the raw output of a bit generator, whose stream NumPy keeps from release to release;
-`Generator.permutation` has no such promise.
+An epoch's order sorts the raw output of a bit generator, whose stream NumPy keeps stable between releases;
+`Generator.permutation` gives no such guarantee.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from lora_jax.data.tokens import Tokens
 
 
 class Batch(NamedTuple):
-    """Arrays [..., length]; leading axes are [batch], or [accumulation, batch] for a step."""
+    """Arrays [..., length] with leading axes [batch], or [accumulation, batch] for a step."""
 
     tokens: np.ndarray
-    """int32: token ids, the padding id behind a row's end."""
+    """int32: token ids, the padding id after a row's end."""
     positions: np.ndarray
-    """int32: place in the segment from 0; 0 in padding."""
+    """int32: position in the segment from 0; 0 in padding."""
     segment_ids: np.ndarray
-    """int32: 1, 2, … for the examples that share the row, 0 in padding."""
+    """int32: 1, 2, … for the examples in a row, 0 in padding."""
     targets: np.ndarray
     """int32: the next token."""
     weights: np.ndarray
-    """float32: the weight of its row where the target is trained, else 0."""
+    """float32: the row's weight if the target is trained, otherwise 0."""
 
 
 def padded_length(longest: int, max_length: int, multiple: int = 64, parts: int = 1) -> int:
-    """Return the length that every row is padded to: a multiple, but no more than max_length.
+    """Return the length that every row is padded to: `longest` rounded up to `multiple`, but at most max_length.
 
-    It is a multiple of `parts`, the devices that share out a row's tokens, in any case.
+    In any case it is a multiple of `parts`, the number of devices that shard a row's tokens.
     """
     rounded = -(-longest // multiple) * multiple
     return -(-max(min(rounded, max_length), longest) // parts) * parts
 
 
 def make_batch(examples: Sequence[Tokens], rows: int, length: int, padding_id: int) -> Batch:
-    """Return examples as arrays [rows, length], each in a row of its own; rows of padding follow.
+    """Return examples as arrays [rows, length], one per row, followed by padding rows.
 
     Raises:
         ValueError: there are more examples than rows, or one is longer than length.
@@ -55,10 +55,10 @@ def packed_batch(
     padding_id: int,
     places: Sequence[int] | None = None,
 ) -> Batch:
-    """Return bins of examples as arrays [rows, length], at `places` (the first rows by default), which ascend.
+    """Return bins of examples as arrays [rows, length] at the ascending `places`, by default the first rows.
 
-    The examples of a bin are segments of its row, one after the other, and the first token of each is no target. Other
-    rows are padding.
+    The examples in a bin are consecutive segments of its row, and the first token of each is not a target. Other rows
+    are padding.
 
     Raises:
         ValueError: there are more bins than rows, or one is longer than length.
@@ -88,11 +88,11 @@ def packed_batch(
     return Batch(tokens, positions, segment_ids, targets, weights)
 
 
-@lru_cache(maxsize=4)  # successive steps share an epoch
+@lru_cache(maxsize=4)  # consecutive steps share an epoch
 def epoch_order(rows: int, seed: int, epoch: int, *draw: int) -> np.ndarray:
-    """Return the order of the rows in an epoch, int64 [rows]: a permutation that seed and epoch decide.
+    """Return the order of the rows in an epoch, int64 [rows]: a permutation decided by seed and epoch.
 
-    `draw` tells apart permutations of the same epoch.
+    `draw` distinguishes permutations of the same epoch.
     """
     stream = np.random.PCG64(np.random.SeedSequence((seed % 2**64, epoch, *draw)))
     order = np.argsort(stream.random_raw(rows), kind="stable")

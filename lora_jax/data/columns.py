@@ -1,7 +1,7 @@
 """Which columns of a row are read, and which are not.
 
-A column is read because the row's format, or an option, asks for it. A column that changes what the row means,
-pictures say, but cannot be trained on is an error. All others are counted, so that each is named once.
+A column is read if the row's format or an option asks for it. A column that changes the meaning of the row, such as
+images, but cannot be trained on is an error. All others are counted, and each is named once.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "question_answer": ("question", "answer"),
     "text": ("text",),
 }
-"""Columns that a format needs."""
+"""Columns that a format requires."""
 CONVERSATIONS = "conversations"
 """ShareGPT's name for messages."""
 CONTEXT = ("system", "history", "tools", "chat_template_kwargs")
-"""Columns that any row may have that becomes messages."""
+"""Optional columns of rows that become messages."""
 READ: dict[DataFormat, frozenset[str]] = {
     "messages": frozenset(("messages", CONVERSATIONS, *CONTEXT)),
     "prompt_completion": frozenset(("prompt", "completion", *CONTEXT)),
@@ -34,7 +34,7 @@ READ: dict[DataFormat, frozenset[str]] = {
     "text": frozenset(("text",)),
 }
 NONE = "none"
-"""In --data.columns: our column is to be read from none of the file's."""
+"""In --data.columns: read our column from none of the file's."""
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages")
@@ -82,7 +82,7 @@ _REFUSED: dict[str, str] = {
     )
     for name in names
 }
-"""What columns say that training cannot heed, and what to do."""
+"""What a column means that training cannot take into account, and the remedy."""
 
 _ASKED = ("question", "query", "prompt", "instruction", "problem", "input", "user", "human", "request")
 _ANSWERED = (
@@ -90,20 +90,20 @@ _ANSWERED = (
 )  # fmt: skip
 _TALKED = ("conversation", "dialogue", "dialog", "chat", "turns")
 _WRITTEN = ("content", "body", "document", "story", "article")
-"""Other names of what formats need, to suggest a mapping by."""
+"""Common names of required columns, used to suggest a mapping."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of rows: what options say of them, and what of them is read."""
+    """The columns of rows: what options say about them, and which are read."""
 
     names: Mapping[str, str]
-    """Our name of a column, then the file's, or none."""
+    """Our name of a column -> the file's name, or none."""
     text_field: str = DataOptions.text_field
     weight_field: str | None = None
 
     def check(self) -> None:
-        """Raise UserError for a name in --data.columns that is none of ours."""
+        """Raise UserError for an unknown name in --data.columns."""
         read = sorted(frozenset().union(*READ.values()))
         for ours, theirs in self.names.items():
             option = f"--data.columns {ours} {theirs}"
@@ -122,7 +122,7 @@ class Columns:
             )
 
     def named(self, row: Values) -> Values:
-        """Return a row by our names."""
+        """Return a row under our names."""
         if not self.names:
             return row
         theirs = {name for name in self.names.values() if name != NONE}
@@ -131,9 +131,9 @@ class Columns:
         return kept | {ours: row[name] for ours, name in self.names.items() if name in row and name != NONE}
 
     def recognise(self, columns: Iterable[str], stated: DataFormat, where: str) -> DataFormat:
-        """Return the format that the columns of a row fit, or the one that is stated.
+        """Return the format that the columns of a row fit, or the stated one.
 
-        Where they fit several, a column that an option names decides, then the order of COLUMNS.
+        If they fit several, a column that an option names decides, then the order of COLUMNS.
 
         Raises:
             UserError: the format is auto and the columns fit none.
@@ -154,7 +154,7 @@ class Columns:
         raise UserError(self._unfit(have, where))
 
     def _lacking(self, ours: Values, form: DataFormat) -> list[str]:
-        """Return the columns that a format needs and a row has not."""
+        """Return the columns that a format requires and a row lacks."""
         if form == "messages":
             return [] if "messages" in ours or CONVERSATIONS in ours else ["messages"]
         needed = (self.text_field,) if form == "text" else COLUMNS[form]
@@ -178,14 +178,14 @@ class Columns:
 
     @cached_property
     def _stated(self) -> list[tuple[str, str]]:
-        """What options name: the option, and the file's column."""
+        """The columns that options name, as pairs of option and the file's column."""
         said = [(f"--data.columns {ours} {name}", name) for ours, name in self.names.items() if name != NONE]
         if self.text_field != DataOptions.text_field:
             said.append((f"--data.text_field {self.text_field}", self.text_field))
         return said
 
     def check_found(self, found: Iterable[str], have: Iterable[str], name: str) -> None:
-        """Raise UserError where an option names a column that no row of the data has.
+        """Raise UserError if an option names a column that no row has.
 
         Args:
             found: the columns named by options that rows have.
@@ -202,20 +202,20 @@ class Columns:
 
     @cached_property
     def _refused(self) -> frozenset[str]:
-        """Columns that are errors: none that options name, and none of a pair of which they name one."""
+        """Columns that are errors, except those that options name, and pairs of which options name one."""
         mentioned = {*self.names, *self.names.values(), self.weight_field, self.text_field}
         refused = set(_REFUSED) - mentioned
-        if mentioned & set(_PREFERENCE):  # the user has said what to do about the pair
+        if mentioned & set(_PREFERENCE):  # the options decide about the pair
             refused -= set(_PREFERENCE)
         return frozenset(refused)
 
     def unread(self, row: Values, form: DataFormat, where: str) -> tuple[list[str], list[str]]:
-        """Return the columns of a row as the file has it that are not read, and those that options name and it has.
+        """Return the columns of a row, under the file's names, that are not read, and those that options name.
 
-        A column that is empty, or that the user left out, is not counted.
+        Columns that are empty, or that the user excluded, are not counted.
 
         Raises:
-            UserError: a column that the format needs is missing, or one says what training cannot heed.
+            UserError: a required column is missing, or a column means something that training cannot take into account.
         """
         self._check_needed(row, form, where)
         stated = [name for _, name in self._stated if name in row]
@@ -249,12 +249,12 @@ class Columns:
 
 
 def is_empty(value: object) -> bool:
-    """Tell whether a column says nothing."""
+    """Return whether a column is empty."""
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def _heeded(name: str, value: object, form: DataFormat) -> bool:
-    """Tell whether a column has the meaning that it would be refused for: text is whole, and classes are numbers."""
+    """Return whether a column has the meaning that makes it an error: whole texts, or numeric classes."""
     if name in _VERDICT:
         return form != "text" and (isinstance(value, bool) or str(value).lower() in ("true", "false"))
     return form != "text" or name not in _REASONING
@@ -265,7 +265,7 @@ def _or_rename(name: str, have: list[str]) -> str:
 
 
 def _suggested(have: list[str]) -> str:
-    """Return the option by which columns of other names would fit a format."""
+    """Return the option that would map columns with other names to a format."""
 
     def first(names: tuple[str, ...]) -> str | None:
         return next((column for name in names for column in have if column.lower() == name), None)

@@ -1,4 +1,4 @@
-"""From the data options to rows of tokens, checked against the model's vocabulary."""
+"""Turn data options into rows of tokens, checked against the model's vocabulary."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ class Part:
     name: str
     """The file, or the Hub id and split."""
     unit: str
-    """What `Tokens.row` counts: line or row."""
+    """Unit counted by `Tokens.row`: line or row."""
     form: DataFormat
     """Format of its rows."""
     store: Store
     counts: Counts
     """What was left out."""
     origin: str = ""
-    """What the user gave: the file, a folder or a pattern that it is of, or the Hub id and split."""
+    """The path as given: the file, a folder or pattern that it belongs to, or the Hub id and split."""
     path: int = 0
-    """Number of that among all that the user gave."""
+    """Index of that path among all paths given."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenDataset(Sequence[Tokens]):
-    """Rows of tokens of one or several sources. They are read from the disk when they are asked for."""
+    """Rows of tokens from one or several sources, read from disk on request."""
 
     parts: tuple[Part, ...]
     order: np.ndarray
-    """int64 [rows]: the rows by their place in the parts, one part after the other; one may stand there twice."""
+    """int64 [rows]: each row's index in the concatenated parts; an index may occur more than once."""
     max_length: int
-    """Greatest length of a row."""
+    """Maximum length of a row."""
     counts: Counts
     """What was left out of all parts."""
 
@@ -80,29 +80,29 @@ class TokenDataset(Sequence[Tokens]):
         return map(self.__getitem__, range(len(self)))
 
     def place(self, index: int) -> tuple[Part, int]:
-        """Return the part that a row is of, and its place there."""
+        """Return the part that a row belongs to, and its index there."""
         row = int(self.order[index])
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.parts[number], row - int(self.starts[number])
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Where each part starts among the rows of all, int64 [parts + 1]; the last is their number."""
+        """Offset of each part in the concatenated rows, int64 [parts + 1]; the last is their number."""
         return np.cumsum([0, *(len(part.store) for part in self.parts)], dtype=np.int64)
 
     @property
     def part_numbers(self) -> np.ndarray:
-        """Number of the part that each row is of, from 0, int64 [rows]."""
+        """Index of the part that each row belongs to, int64 [rows]."""
         return np.searchsorted(self.starts, self.order, side="right") - 1
 
     @property
     def path_numbers(self) -> np.ndarray:
-        """Number of the path, as the user gave it, that each row is of, from 0, int64 [rows]."""
+        """Index of the path, as given, that each row belongs to, int64 [rows]."""
         return np.array([part.path for part in self.parts], np.int64)[self.part_numbers]
 
     @property
     def paths(self) -> list[str]:
-        """What the user gave, in words; a folder or a pattern is one."""
+        """The paths as given, in words; a folder or a pattern counts as one."""
         return list({part.path: part.origin for part in self.parts}.values())
 
     def column(self, name: str) -> np.ndarray:
@@ -111,12 +111,12 @@ class TokenDataset(Sequence[Tokens]):
 
     @property
     def checksum(self) -> int:
-        """CRC-32 of what the rows hold, in their order."""
+        """CRC-32 of the rows' contents, in order."""
         parts = np.array([part.store.checksum for part in self.parts], np.uint32)
         return zlib.crc32(np.ascontiguousarray(self.order).data, zlib.crc32(parts.data))
 
     def select(self, chosen: np.ndarray) -> TokenDataset:
-        """Return the rows at these places, in this order."""
+        """Return the rows at these indices, in this order."""
         return replace(self, order=self.order[chosen])
 
     @property
@@ -126,17 +126,17 @@ class TokenDataset(Sequence[Tokens]):
 
     @property
     def rows(self) -> int:
-        """Rows that are used."""
+        """Number of rows used."""
         return len(self)
 
     @property
     def dropped(self) -> int:
-        """Rows left out because nothing in them would be trained."""
+        """Number of rows left out because nothing in them would be trained."""
         return self.counts.empty
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row, int64 [rows]."""
+        """Tokens per row, int64 [rows]."""
         return np.concatenate([part.store.lengths for part in self.parts])[self.order]
 
     @cached_property
@@ -156,7 +156,7 @@ class TokenDataset(Sequence[Tokens]):
 
     @cached_property
     def cut_tokens(self) -> int:
-        """Tokens beyond max_length, in the rows that were cut."""
+        """Tokens beyond max_length in the rows that were cut."""
         return int(self.column("cut").sum())
 
     @cached_property
@@ -165,7 +165,7 @@ class TokenDataset(Sequence[Tokens]):
         return int(self.lengths.max(initial=0))
 
     def where(self, index: int) -> str:
-        """Return the place of a row in its source, in words."""
+        """Return the position of a row in its source, in words."""
         part, row = self.place(index)
         window = part.store.columns["window"][row]
         place = f"{part.name} {part.unit} {part.store.columns['row'][row]}"
@@ -207,13 +207,13 @@ class TokenDataset(Sequence[Tokens]):
 
     @cached_property
     def remarks(self) -> dict[Remark, np.ndarray]:
-        """The places, in this data set, of the rows that each remark is about; without those that are about none."""
+        """For each remark that applies to any row, the indices of its rows in this data set."""
         said = self.column("remarks")
         found = {remark: np.flatnonzero(said & remark) for remark in WORDS}
         return {remark: places for remark, places in found.items() if len(places)}
 
     def remarked(self, remark: Remark) -> str:
-        """Return in words how many rows a remark is about, and which come first."""
+        """Return, in words, how many rows a remark is about, and the first of them."""
         places = self.remarks[remark]
         first = ", ".join(self.where(int(place)) for place in places[:3])
         more = f" and {len(places) - 3:,} more" if len(places) > 3 else ""
@@ -233,14 +233,14 @@ def load_examples(
 ) -> TokenDataset:
     """Return the rows of files or Hub data sets as tokens, one source after the other.
 
-    Tokens that an earlier run has left in the cache are taken from there, unless `options.cache` is False.
+    Tokens are read from the cache if an earlier run left them there, unless `options.cache` is False.
 
     Args:
-        options: what decides the tokens (see `Recipe`), num_proc and cache are used.
-        tokenizer: the model's.
-        path: file, folder, pattern or Hub id, or several.
+        options: the fields that decide the tokens (see `Recipe`), num_proc, and cache.
+        tokenizer: the model's tokenizer.
+        path: file, folder, pattern or Hub id, or several of them.
         split: split or slice of each.
-        vocab_size: number of token ids that the model has; None does not check.
+        vocab_size: size of the model's vocabulary; None skips the check.
         option: the option that gave the path, for messages.
         console: shows progress if it is a terminal.
 
@@ -254,7 +254,7 @@ def load_examples(
 
 @contextmanager
 def _options_of(option: str) -> Iterator[None]:
-    """Let errors name the options of another section, such as --calibration, where a path is one of its."""
+    """Let errors name the options of the section that gave the path, such as --calibration."""
     section = option.partition(".")[0]
     try:
         yield
@@ -283,7 +283,7 @@ def _loaded(
     rows = sum(len(part.store) for part in parts)
     counts = sum((part.counts for part in parts), Counts())
     found = TokenDataset(parts, np.arange(rows, dtype=np.int64), options.max_length, counts)
-    if not option.startswith("--data.eval"):  # rows to evaluate on may have columns of their own
+    if not option.startswith("--data.eval"):  # evaluation rows may have other columns
         recipe.named.check_found(counts.stated, counts.unread, found.name)
     _check_vocabulary(found, tokenizer, vocab_size)
     return found
@@ -313,10 +313,10 @@ def _part(
             token_cache.note(aside, about)
             token_cache.publish(aside, folder, key)
     except OSError as error:
-        if error.filename and not Path(error.filename).is_relative_to(aside):  # the rows are gone meanwhile
+        if error.filename and not Path(error.filename).is_relative_to(aside):  # the source was removed
             raise source.unreadable(error) from error
         raise write_failure(aside, error) from error
-    finally:  # what is mapped stays readable
+    finally:  # mapped files stay readable
         shutil.rmtree(aside, ignore_errors=True)
     return part
 

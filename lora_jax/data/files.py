@@ -1,7 +1,7 @@
-"""Readers of local files: each gives the rows, and the number by which a user finds each of them.
+"""Readers of local files: each gives rows, and numbers by which a user finds them.
 
-JSON Lines, CSV, text and Parquet files are read a row, or a batch of rows, at a time. A file that is one JSON value is
-held whole: nothing tells where its rows start before all of it is parsed.
+JSON Lines, CSV, text and Parquet files are read one row, or one batch of rows, at a time. A file that is a single JSON
+value is held in memory, because its rows are not known before all of it is parsed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RowSource(Protocol):
 
     @property
     def unit(self) -> str:
-        """What the numbers count: line or row."""
+        """Unit of the numbers: line or row."""
         ...
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ class RowSource(Protocol):
 
 
 def read_json(file: Path) -> RowSource:
-    """Return the objects of a JSON file: a list, an object whose "data" is a list, or in truth JSON Lines."""
+    """Return the objects in a JSON file: a list, an object whose "data" is a list, or JSON Lines despite its name."""
     with opened_text(file) as opened:
         raw = opened.read().removeprefix(codecs.BOM_UTF8)
     lines = enumerate(raw.splitlines(keepends=True), start=1)
@@ -59,7 +59,7 @@ def read_json(file: Path) -> RowSource:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # a second document after the first: JSON Lines by another name
+        if error.msg == "Extra data":  # a second document follows: this is JSON Lines
             return read_json_lines(file)
         raise UserError(
             f"{file} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}); fix the line"
@@ -81,7 +81,7 @@ def read_json(file: Path) -> RowSource:
 
 
 class _ListSource(list[Object]):
-    """Rows that are held in memory."""
+    """Rows held in memory."""
 
     unit = "row"
 
@@ -102,20 +102,20 @@ READERS: dict[str, Callable[[Path], RowSource]] = {
 
 
 def kind_of(file: Path) -> str:
-    """Return by which of READERS a file is read, "" where by none; a text file may be compressed: rows.jsonl.gz."""
+    """Return the key in READERS for a file, or "" if there is none; a text file may be compressed: rows.jsonl.gz."""
     packed = file.suffix.lower() in PACKED
     kind = Path(file.stem).suffix.lower() if packed else file.suffix.lower()
     return kind if kind in READERS and not (packed and kind == ".parquet") else ""
 
 
 def read_file(file: Path) -> RowSource:
-    """Return the rows of a file, whose kind is one of READERS."""
+    """Return the rows of a file of a type in READERS."""
     return READERS[kind_of(file)](file)
 
 
 @contextlib.contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Turn off the progress bars and log lines of `datasets`, and put them back as they were."""
+    """Turn off the progress bars and log messages of `datasets`, and restore them on exit."""
     import datasets
 
     verbosity = datasets.logging.get_verbosity()

@@ -1,12 +1,12 @@
-"""What a row means: its columns name a format, and the row becomes an example of it.
+"""What a row means: its columns determine a format, and the row becomes an example of it.
 
-Text and string prompts and completions are taken as they are. Conversations, and instructions and
-questions where the tokenizer has a chat template, become messages; without a template an instruction
-takes Alpaca's layout of headings, `alpaca_prompt`.
+Text and string prompts and completions are used as they are. Conversations become messages; so do instructions and
+questions if the tokenizer has a chat template. Without a template, an instruction is laid out with Alpaca's headings
+(`alpaca_prompt`).
 
-A message may say whether it is trained: `train`, true or false, or `weight`, 1 or 0. Calls of tools have one shape
-whatever they come as: ShareGPT's function_call, the function_call field of OpenAI's older files, or tool_calls. Which
-form of a message a template bears is for `rendering` to find out.
+A message may say whether it is trained: `train`, true or false, or `weight`, 1 or 0. Tool calls get one shape, whether
+they come as ShareGPT's function_call, as the function_call field of older OpenAI files, or as tool_calls. `rendering`
+finds out which form of a message a template accepts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESERVED = (
     "messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "return_assistant_tokens_mask",
 )  # fmt: skip
-"""Words for a template that are not a row's to say."""
+"""Template variables that a row must not set."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _SHAREGPT_ROLES = {
@@ -52,12 +52,12 @@ class TextExample:
 
 @dataclass(frozen=True)
 class CompletionExample:
-    """A completion to be trained on, after a prompt that is only read."""
+    """A trained completion after a prompt that is only read."""
 
     prompt: str
     completion: str
     whole: bool = False
-    """The prompt is trained on as well."""
+    """Whether the prompt is trained on as well."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,15 @@ class ChatExample:
 
     messages: list[Message]
     prompt_messages: int = 0
-    """Leading messages that are only read, whoever speaks."""
+    """Number of leading messages that are only read, whatever their role."""
     tools: list[Any] | None = None
     """Tools that the chat template describes to the model."""
     whole: bool = False
-    """All that follows the leading messages is trained on, whoever speaks."""
+    """Whether everything after the leading messages is trained on, whatever its role."""
     silent: frozenset[int] = frozenset()
-    """Indices of the assistant's turns that are only read."""
+    """Indices of assistant turns that are only read."""
     words: Values = field(default_factory=dict)
-    """What the row says to the chat template beside messages and tools."""
+    """Variables that the row passes to the chat template, besides messages and tools."""
 
 
 Example = TextExample | CompletionExample | ChatExample
@@ -90,17 +90,17 @@ def to_example(
     completion_only: bool | None = None,
     assistant_only: bool | None = None,
 ) -> Example:
-    """Return the example that a row holds.
+    """Return the example in a row.
 
     Args:
         row: the columns of one row.
         form: its format, not auto.
-        where: the row's place, for messages.
-        text_field: the column of the format text.
-        chat: the tokenizer has a chat template.
-        completion_only: prompts are only read; None, like True, except for what assistant_only says.
-        assistant_only: of conversations only the assistant's turns are trained on; None, like True, but for
-            prompts and completions with completion_only False, which are then trained on as a whole.
+        where: the row's position, for messages.
+        text_field: the column for the format text.
+        chat: whether the tokenizer has a chat template.
+        completion_only: prompts are only read; None means True, unless assistant_only says otherwise.
+        assistant_only: only the assistant's turns of conversations are trained on; None means True, except for prompts
+            and completions with completion_only False, which are trained on as a whole.
 
     Raises:
         UserError: a column is missing, or its value is null or of the wrong type.
@@ -124,7 +124,7 @@ def to_example(
 
 
 def _completed(row: Values, prompts_too: bool, whole: bool, where: str) -> Example:
-    """Return a prompt and its completion, both strings or both messages; `prompts_too` trains on the prompt as well."""
+    """Return a prompt and completion, both strings or both messages; with `prompts_too`, the prompt is trained on."""
     prompt, completion = _column(row, "prompt", where), _column(row, "completion", where)
     if isinstance(prompt, str) and isinstance(completion, str):
         texts = _text(row, "prompt", where), _text(row, "completion", where)
@@ -148,7 +148,7 @@ def _completed(row: Values, prompts_too: bool, whole: bool, where: str) -> Examp
 def _answered(
     row: Values, form: DataFormat, chat: bool, prompts_too: bool, whole: bool, where: str
 ) -> Example:
-    """Return an instruction or a question with its answer: a conversation where there is a template, else Alpaca's."""
+    """Return an instruction or question with its answer: a conversation if there is a template, otherwise Alpaca's."""
     asked, answer = ("instruction", "output") if form == "instruction" else ("question", "answer")
     instruction, response = _text(row, asked, where), _text(row, answer, where)
     extra = _text(row, "input", where) if form == "instruction" and row.get("input") is not None else ""
@@ -166,20 +166,20 @@ def _answered(
 
 
 HEAVIEST = 1_000_000
-"""Greatest weight of a row: weights are relative, and their sum has to fit into float32 beside losses."""
+"""Maximum weight of a row: the sum of weights has to fit into float32 together with the losses."""
 
 
 def row_weight(row: Values, column: str | None, where: str) -> float:
-    """Return the number by which a row is weighted, 1 where no column is named.
+    """Return a row's weight, or 1 if no column is named.
 
     Raises:
-        UserError: the column is missing, or holds no number from 0 to HEAVIEST.
+        UserError: the column is missing, or does not hold a number from 0 to HEAVIEST.
     """
     if column is None:
         return 1.0
     value = _column(row, column, where, "--data.weight_field")
     try:
-        weight = math.nan if isinstance(value, bool) else float(value)  # text too: CSV has nothing else
+        weight = math.nan if isinstance(value, bool) else float(value)  # strings too: CSV has nothing else
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not 0 <= weight <= HEAVIEST:
@@ -191,7 +191,7 @@ def row_weight(row: Values, column: str | None, where: str) -> float:
 
 
 def alpaca_prompt(instruction: str, extra: str = "") -> str:
-    """Return an instruction, and its input if any, in Alpaca's layout, up to where the response starts."""
+    """Return an instruction and its input, if any, in Alpaca's layout, up to the start of the response."""
     body = f"### Instruction:\n{instruction}\n\n"
     if extra.strip():
         body += f"### Input:\n{extra}\n\n"
@@ -203,7 +203,7 @@ def _turns(asked: str, answer: str) -> list[Message]:
 
 
 def _preceded(row: Values, messages: list[Message], where: str) -> list[Message]:
-    """Return messages behind what the columns system and history put before them, as in LLaMA-Factory and ms-swift."""
+    """Return messages preceded by those of the columns system and history, as in LLaMA-Factory and ms-swift."""
     system = _text(row, "system", where) if row.get("system") is not None else ""
     own = messages[:1] if messages[0]["role"] in ("system", "developer") else []
     if system.strip() and own and own[0].get("content") != system:
@@ -218,7 +218,7 @@ def _preceded(row: Values, messages: list[Message], where: str) -> list[Message]
 
 
 def _history(row: Values, where: str) -> list[Message]:
-    """Return the turns of the column history: pairs of what was asked and answered, or messages."""
+    """Return the turns in the column history: pairs of question and answer, or messages."""
     value = parsed(row.get("history"))
     if is_empty(value):
         return []
@@ -237,14 +237,14 @@ def _history(row: Values, where: str) -> list[Message]:
 
 
 def _check_plain(row: Values, where: str, reason: str) -> None:
-    """Raise UserError for a column that only messages can have beside them."""
+    """Raise UserError for a column that can only accompany messages."""
     for column in CONTEXT:
         if not is_empty(parsed(row.get(column), "{" if column == "chat_template_kwargs" else "[")):
             raise UserError(f"{where}: column {column} can only be used with messages, but {reason}")
 
 
 def _chat(row: Values, messages: list[Message], head: int, whole: bool, where: str) -> ChatExample:
-    """Return the conversation of a row without its messages' own marks of what is trained."""
+    """Return the conversation of a row, without the messages' own marks of what is trained."""
     silent = set[int]()
     for index, message in enumerate(messages):
         place = f"{where}: message {index + 1}"
@@ -267,7 +267,7 @@ def _chat(row: Values, messages: list[Message], head: int, whole: bool, where: s
 
 
 def _is_trained(message: Message, where: str) -> bool | None:
-    """Return what a message says of itself: `train`, or `weight` as in the files of OpenAI."""
+    """Return whether a message says that it is trained: by `train`, or by `weight` as in OpenAI's files."""
     said = {key: message[key] for key in ("train", "weight") if key in message}
     for key, value in said.items():
         if value not in (0, 1):
@@ -291,7 +291,7 @@ def _words(row: Values, where: str) -> Object:
 
 
 def _messages(value: Any, column: str, where: str) -> list[Message]:
-    """Return a column's messages with role and content, ShareGPT's from and value translated."""
+    """Return the messages in a column with role and content; ShareGPT's from and value are translated."""
     value = parsed(value)
     if not isinstance(value, list):
         raise UserError(f"{where}: column {column} is {kind(value)}; give a list of messages")
@@ -307,7 +307,7 @@ def _message(item: Any, where: str) -> Message:
         raise UserError(f"{where} is {kind(item)}; give an object with role and content")
     message = {
         key: value for key, value in item.items() if value is not None
-    }  # Arrow fills absent keys with nulls
+    }  # Arrow fills missing keys with nulls
     if "role" not in message and "from" in message:
         speaker = message["from"]
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
@@ -358,7 +358,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _called(said: Any, where: str) -> list[Any]:
-    """Return what a function_call holds, one call or several, as tool_calls."""
+    """Return the contents of a function_call, one call or several, as tool_calls."""
     said = parsed(parsed(said), "{")
     calls = said if isinstance(said, list) else [said]
     if not calls or not all(isinstance(call, dict) for call in calls):
@@ -378,7 +378,7 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
 
 
 def _encodable(value: Any, where: str) -> Any:
-    """Return a value whose every text can be written as UTF-8; raises UserError for half a surrogate pair."""
+    """Return a value all of whose strings are valid UTF-8; raises UserError for an unpaired surrogate."""
     if isinstance(value, str):
         _checked(value, where, "fix the text")
     for item in (
@@ -389,14 +389,14 @@ def _encodable(value: Any, where: str) -> Any:
 
 
 def _tools(row: Values, where: str) -> list[Any] | None:
-    tools = parsed(row.get("tools") or None)  # an empty field of a CSV file is none
+    tools = parsed(row.get("tools") or None)  # an empty CSV field counts as none
     if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         return _encodable(tools, f"{where}: column tools") or None
     raise UserError(f"{where}: column tools is {kind(tools)}; give a list of JSON schemas")
 
 
 def parsed(value: Any, opening: str = "[") -> Any:
-    """Return what a string holds as JSON, as CSV has no lists; other values are returned as they are."""
+    """Return a string parsed as JSON, because CSV has no lists; other values are returned as they are."""
     if not isinstance(value, str) or not value.lstrip().startswith(opening):
         return value
     try:
@@ -422,6 +422,6 @@ def _checked(value: Any, what: str, remedy: str) -> str:
         raise UserError(f"{what} is {kind(value)} instead of a string; {remedy}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, and no tokenizer takes it
+    except UnicodeEncodeError as error:  # JSON allows unpaired surrogates, which no tokenizer accepts
         raise UserError(f"{what} has half a surrogate pair, character {error.start + 1}; {remedy}") from error
     return value

@@ -1,4 +1,4 @@
-"""Rows as the model sees them, for a reader: every token, and which of them are trained."""
+"""Rows as the model sees them: every token, and which of them are trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 OPEN, CLOSE, BOUNDARY = "⟦", "⟧", "·"
 
 _ASCII = str.maketrans({OPEN: "[[", CLOSE: "]]", BOUNDARY: "|", "↵": "\\n"})
-"""What stands for the marks where they cannot be written."""
+"""Substitutes for the marks if they cannot be encoded."""
 
 _TRAINED = ("bold black on green", "bold black on bright_green")
 _CONTEXT = ("default", "dim")
@@ -26,14 +26,14 @@ _LONGEST_CHARACTER = 4
 
 
 def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, limit: int, *, marks: bool) -> Text:
-    """Return the first rows of each source of a dataset as tokens, under a line of counts and a legend.
+    """Return the first rows of each source of a dataset as tokens, below a line of counts and a legend.
 
     Args:
         dataset: the rows.
-        tokenizer: the one that made them.
-        limit: greatest number of rows to show of each source.
-        marks: mark trained tokens by brackets and boundaries by dots, for output without color; else
-            trained tokens have a green background and neighboring tokens differ in shade.
+        tokenizer: the tokenizer that made them.
+        limit: maximum number of rows to show per source.
+        marks: mark trained tokens with brackets and boundaries with dots, for output without color; otherwise trained
+            tokens have a green background, and adjacent tokens differ in shade.
     """
     shown = Text(dataset.summary() + "\n")
     if marks:
@@ -60,7 +60,7 @@ def render(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase, limit: int
 
 
 def encodable(shown: Text, encoding: str) -> Text:
-    """Return what is shown with its marks in ASCII, and without colors, where an encoding lacks the marks."""
+    """Return the text with its marks in ASCII and without colors, if the encoding lacks the marks."""
     try:
         f"{OPEN}{CLOSE}{BOUNDARY}↵".encode(encoding)
     except UnicodeEncodeError:
@@ -69,7 +69,7 @@ def encodable(shown: Text, encoding: str) -> Text:
 
 
 def _first_of_each(dataset: TokenDataset, limit: int) -> list[int]:
-    """Return the places of the first rows of each path."""
+    """Return the indices of the first rows of each path."""
     of_path = dataset.path_numbers
     return [
         int(index) for path in range(len(dataset.paths)) for index in np.flatnonzero(of_path == path)[:limit]
@@ -93,7 +93,7 @@ def _row(example: Tokens, tokenizer: PreTrainedTokenizerBase, marks: bool) -> Te
 
 
 def pieces(example: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """Return each token's text and whether it is trained; tokens that share a character are one piece."""
+    """Return each token's text and whether it is trained; tokens that share a character form one piece."""
     found: list[tuple[str, bool]] = []
     ids = example.input_ids.tolist()
     start = 0
@@ -103,9 +103,7 @@ def pieces(example: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[st
         while _UNDECODED in piece and end < min(start + _LONGEST_CHARACTER, len(ids)):
             end += 1
             piece = _decoded(ids, start, end, tokenizer)
-        if (
-            _UNDECODED in piece
-        ):  # not a character in pieces but one that the text itself holds, or bytes cut off
+        if _UNDECODED in piece:  # not a split character: the text contains it, or bytes were cut off
             end = start + 1
             piece = _decoded(ids, start, end, tokenizer)
         found.append((_printable(piece), bool(example.trained[end - 1])))
@@ -114,7 +112,7 @@ def pieces(example: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[st
 
 
 def _decoded(ids: list[int], start: int, end: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    # Decoded behind its neighbor, as many tokenizers drop the space of a first token.
+    # Decode after the previous token, because many tokenizers drop the space of a first token.
     context = max(start - 1, 0)
     before = _decode(ids[context:start], tokenizer)
     return _decode(ids[context:end], tokenizer)[len(before) :]
@@ -126,7 +124,7 @@ def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _printable(piece: str) -> str:
-    """Return text that a terminal shows and never obeys: control characters escaped, line ends as ↵."""
+    """Return text that is safe to print on a terminal: control characters escaped, line ends as ↵."""
     return "".join(
         "↵\n" if char == "\n" else char if char.isprintable() or char == " " else ascii(char)[1:-1]
         for char in piece

@@ -1,6 +1,6 @@
-"""Text files read a row at a time: what is held of a file is where each of its rows starts and ends.
+"""Text files read one row at a time; only the start and end of each row are held in memory.
 
-A row is first cut out as bytes, which is cheap, and parsed later, perhaps in another process.
+A row is first cut out as bytes, which is cheap, and parsed later, possibly in another process.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _KINDS: dict[type, str] = {
 
 
 Parser = Callable[[bytes, str], Object]
-"""Makes a row of its bytes and its place; raises UserError where they are none."""
+"""Parses a row from its bytes and its position; raises UserError if that fails."""
 
 
 @dataclass(frozen=True)
 class CutFile:
-    """The rows of a text file, each found by its bytes."""
+    """The rows of a text file, located by their bytes."""
 
     file: Path
     starts: array[int]
@@ -45,7 +45,7 @@ class CutFile:
     numbers: array[int]
     """1-based number of each row."""
     unit: str
-    """What the numbers count: line or row."""
+    """Unit of the numbers: line or row."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -71,7 +71,7 @@ def read_json_lines(file: Path) -> CutFile:
 
 
 def read_text_lines(file: Path) -> CutFile:
-    """Return the lines of a text file, as rows with a column text; blank ones are skipped but counted."""
+    """Return the lines of a text file as rows with a column "text"; blank lines are skipped but counted."""
     return _cut_at_lines(file, parse_text_line)
 
 
@@ -79,7 +79,7 @@ def _cut_at_lines(file: Path, parse: Parser) -> CutFile:
     starts, ends, numbers = array("q"), array("q"), array("q")
     with opened_text(file) as lines:
         start = 0
-        # Lines end at \n alone: str.splitlines would also cut inside strings, at U+2028 for one.
+        # Lines end at \n only: str.splitlines would also split strings, for example at U+2028.
         for number, raw in enumerate(lines, start=1):
             mark = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
             if raw[mark:].strip():
@@ -91,12 +91,12 @@ def _cut_at_lines(file: Path, parse: Parser) -> CutFile:
 
 
 def parse_text_line(raw: bytes, where: str) -> Object:
-    """Return a line without its end; raises UserError where it is not UTF-8."""
+    """Return a line without its line end; raises UserError if it is not UTF-8."""
     return {"text": decoded(raw, where).removesuffix("\n").removesuffix("\r")}
 
 
 def parse_json_line(raw: bytes, where: str) -> Object:
-    """Return the object that a line holds; raises UserError where it holds none."""
+    """Return the object in a line; raises UserError if there is none."""
     try:
         row = json.loads(decoded(raw, where))
     except json.JSONDecodeError as error:
@@ -113,7 +113,7 @@ def parse_json_line(raw: bytes, where: str) -> Object:
 
 
 def _of_several_lines(raw: bytes) -> str:
-    """Return what to do where a line is only the beginning of a value."""
+    """Return the remedy if a line is only the beginning of a value."""
     start = raw.strip()
     if start.startswith(b"["):
         return "; a file that is one list must be named .json"
@@ -121,19 +121,19 @@ def _of_several_lines(raw: bytes) -> str:
 
 
 def unreadable(error: Exception) -> str:
-    """Return why Python refuses JSON that is valid: its depth, or a number of thousands of digits."""
+    """Return why Python rejects valid JSON: its depth, or a number with thousands of digits."""
     return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
 
 
 @dataclass(frozen=True)
 class CsvRecord:
-    """Makes a row of a record: every field is text, as written."""
+    """Parses a CSV record: every field is text, as written."""
 
     header: tuple[str, ...]
     delimiter: str = ","
 
     def __call__(self, raw: bytes, where: str) -> Object:
-        """Return the columns of a row; raises UserError where the fields are not those of the header."""
+        """Return the columns of a row; raises UserError if the number of fields differs from the header."""
         try:
             fields = next(_records(io.StringIO(decoded(raw, where), newline=""), self.delimiter), [])
         except csv.Error as error:
@@ -147,7 +147,7 @@ class CsvRecord:
 
 
 def read_csv(file: Path, delimiter: str = ",") -> CutFile:
-    """Return the rows of a CSV file with a header; blank lines are neither rows nor counted."""
+    """Return the rows of a CSV file with a header; blank lines are skipped and not counted."""
     starts, ends = array("q"), array("q")
     header: tuple[str, ...] | None = None
     with opened_text(file) as opened:
@@ -174,7 +174,7 @@ def read_csv(file: Path, delimiter: str = ",") -> CutFile:
 
 
 class _Lines:
-    """The lines of a file as text, and how many bytes were read so far."""
+    """The lines of a file as text, and the number of bytes read so far."""
 
     def __init__(self, opened: Any, file: Path) -> None:
         self.opened, self.file, self.read, self.number = opened, file, 0, 0
@@ -188,19 +188,19 @@ class _Lines:
 
 
 def _records(lines: Any, delimiter: str) -> Iterator[list[str]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may be longer than csv's 128 KiB
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may exceed csv's limit of 128 KiB
     return csv.reader(lines, delimiter=delimiter, strict=True)
 
 
 def kind(value: object) -> str:
-    """Return what a JSON value is, in words."""
+    """Return the type of a JSON value in words."""
     if value is None:
         return "null"
     return _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def decoded(raw: bytes, where: str) -> str:
-    """Return bytes as text; raises UserError where they are not UTF-8."""
+    """Return bytes as text; raises UserError if they are not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""From what a user gives as data to files: one file, a folder of them, or a pattern."""
+"""Find the files that a user gives as data: one file, a folder, or a pattern."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""Words in the names of files that tell splits, as `datasets` has them."""
+"""Words in file names that indicate splits, as in `datasets`."""
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""Files in a folder of data that hold no rows."""
+"""Files in a data folder that hold no rows."""
 KINDS = f"{listing(READERS)}, text ones also with {' '.join(PACKED)}"
 
 
 def is_pattern(path: str) -> bool:
-    """Tell whether a path is a pattern, such as "d/*.parquet"; a file may have such a name."""
+    """Return whether a path is a pattern, such as "d/*.parquet"; a file may also have such a name."""
     return glob.has_magic(path) and not Path(path).expanduser().exists()
 
 
 def is_local(path: str) -> bool:
-    """Tell whether data is given as something on the disk, not as an id on the Hub."""
+    """Return whether data is given as a path on disk rather than an id on the Hub."""
     return is_pattern(path) or Path(path).expanduser().exists()
 
 
 def data_files(path: str, option: str) -> list[Path]:
-    """Return the files that a path stands for, in the order of their names; none where it is an id on the Hub.
+    """Return the files that a path stands for, ordered by name; none if it is an id on the Hub.
 
     Raises:
-        UserError: there is no such path, it stands for no file, or for one that cannot be data.
+        UserError: there is no such path, or it stands for no file or for one that cannot be data.
     """
     if not path:
         raise UserError(f"{option}: required; give a file, a folder, a pattern or a Hub id")
@@ -81,7 +81,7 @@ def _check_file(file: Path, option: str) -> None:
 
 
 def _of_folder(folder: Path, option: str) -> list[Path]:
-    """Return the files of data in a folder; raises UserError for one whose files are not one data set."""
+    """Return the data files in a folder; raises UserError if they do not form one data set."""
     names = sorted(child.name for child in folder.iterdir())
     if "state.json" in names or "dataset_dict.json" in names:
         raise UserError(
@@ -98,7 +98,7 @@ def _of_folder(folder: Path, option: str) -> list[Path]:
         remedy = f"give one of its folders: {listing(below)}" if below else f"give a file of {KINDS}"
         raise UserError(f"{option} {folder}: is a folder without data files; {remedy}")
     kinds = {kind_of(file): file.name for file in reversed(files)}
-    if ".txt" in kinds and len(kinds) > 1:  # a license or a note, whose lines would be trained on
+    if ".txt" in kinds and len(kinds) > 1:  # a license or a readme, which should not be trained on
         raise UserError(
             f"{option} {folder}: contains text besides other data ({listing(kinds.values())}); select files with a "
             f"pattern such as '{folder / '*'}{next(kind for kind in kinds if kind != '.txt')}*'"
@@ -123,7 +123,7 @@ def _has_data(folder: Path) -> bool:
 
 
 def _split_of(name: str) -> str | None:
-    """Return the split that a file's name tells."""
+    """Return the split that a file's name indicates."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((split for split, known in _SPLITS.items() if any(word in known for word in words)), None)
 

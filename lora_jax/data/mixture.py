@@ -1,6 +1,6 @@
-"""Which rows of which source an epoch has: rows held out, and sources mixed by weights.
+"""Which rows of which source an epoch uses: held-out rows, and sources mixed by weight.
 
-Rows are held out first, so that a row which the mixture repeats cannot be in both parts.
+Rows are held out first, so that a row that the mixture repeats cannot be in both parts.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from lora_jax.data.tokenising import Counts
 from lora_jax.errors import UserError
 
 _NO_EPOCH = 2**32 - 1
-"""Stands for the draw of the rows held out, so that no epoch's order repeats it; the draws of a mixture lie below."""
+"""Draw number for held-out rows, which no epoch's order uses; the draws of a mixture are below it."""
 
 LONGEST_EPOCH = 10**9
-"""Rows of an epoch that weights may ask for."""
+"""Maximum number of rows per epoch that weights may result in."""
 
 
 def hold_out(dataset: TokenDataset, fraction: float, seed: int) -> tuple[TokenDataset, TokenDataset | None]:
-    """Split off a share of the rows, drawn by the seed, for evaluation. Windows of one row stay together.
+    """Hold out a random share of the rows for evaluation. Windows of one row stay together.
 
     Returns:
-        The rows to train on and the rows held out, each in the order of the source; None for no share.
+        The training rows and the held-out rows, each in the order of the source; None for a share of 0.
 
     Raises:
-        UserError: a part would have no rows.
+        UserError: one part would have no rows.
     """
     if fraction == 0:
         return dataset, None
@@ -50,8 +50,8 @@ def hold_out(dataset: TokenDataset, fraction: float, seed: int) -> tuple[TokenDa
 
 
 def _documents(dataset: TokenDataset) -> np.ndarray:
-    """Return for each row the number, from 0, of the row of the source that it is a window of, int64 [rows]."""
-    # By part and row, not by the window's number: a window that has nothing to train on is not among the rows.
+    """Return for each row the number, from 0, of the source row that it is a window of, int64 [rows]."""
+    # By part and row, not by window number, because windows with nothing to train on have been left out.
     places = np.stack([dataset.part_numbers, dataset.column("row")])
     return np.cumsum(np.concatenate(([0], np.diff(places).any(axis=0))))
 
@@ -62,16 +62,16 @@ def mixed(
     stopping_strategy: Literal["first_exhausted", "all_exhausted"],
     seed: int,
 ) -> TokenDataset:
-    """Return an epoch in which the paths of a data set have the shares that the weights say.
+    """Return an epoch in which the paths of a data set have the shares given by the weights.
 
-    A path with share p of an epoch of T rows gives round(p T) of them, at least one. T is the greatest for which no
-    path repeats a row (first_exhausted), or the least for which each gives every row (all_exhausted). A path gives
-    its rows as often as they all fit, and once more those that the seed draws.
+    In an epoch of T rows, a path with share p has round(p T) rows, at least one. T is the largest number for which no
+    path repeats a row (first_exhausted), or the smallest for which each path uses every row (all_exhausted). A path
+    repeats all its rows as often as they fit; the rest is drawn with the seed.
 
     Args:
-        dataset: the rows of one or several paths, each row once; the files of a folder are one path.
-        weights: one for each path, in proportion to its share; none leaves the data set as it is.
-        stopping_strategy: see above; the words are those of `datasets.interleave_datasets`.
+        dataset: the rows of one or several paths, each row once; the files in a folder are one path.
+        weights: one per path, proportional to its share; if empty, the data set is not changed.
+        stopping_strategy: see above; the values are those of `datasets.interleave_datasets`.
         seed: seed of the draw.
 
     Raises:

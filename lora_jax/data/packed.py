@@ -1,6 +1,6 @@
-"""Text files that may be compressed, read as the bytes that they hold.
+"""Text files that may be compressed, read as their decompressed bytes.
 
-Nothing is unpacked onto the disk: rows are read in order, and going back means reading from the start again.
+Nothing is decompressed to disk: rows are read in order, and seeking back means reading from the start again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from lora_jax.errors import UserError
 
 LONGEST_LINE = 2**30
-"""Bytes of a line beyond which a compressed file is taken for one that is not text."""
+"""Bytes per line above which a compressed file is assumed not to be text."""
 _BLOCK = 2**18
 
 
@@ -33,13 +33,13 @@ PACKED: dict[str, Callable[[Path], Any]] = {
     ".xz": lzma.open,
     ".zst": _zstandard,
 }
-"""Openers, by the end of a file's name."""
+"""Openers by file name suffix."""
 
 
 def opened_text(file: Path) -> io.BufferedReader:
-    """Open a file whose name may end as one of PACKED; its bytes are those of the text.
+    """Open a file, decompressing it if its name has a suffix in PACKED.
 
-    Reading raises UserError where a compressed file is damaged or cut short, or has a line beyond LONGEST_LINE.
+    Reading raises UserError if a compressed file is damaged or truncated, or has a line longer than LONGEST_LINE.
     """
     opener = PACKED.get(file.suffix.lower())
     if opener is None:
@@ -48,7 +48,7 @@ def opened_text(file: Path) -> io.BufferedReader:
 
 
 class _Unpacked(io.RawIOBase):
-    """The text of a compressed file."""
+    """The decompressed bytes of a file."""
 
     def __init__(self, file: Path, opener: Callable[[Path], Any]) -> None:
         self._file, self._opener = file, opener
@@ -76,7 +76,7 @@ class _Unpacked(io.RawIOBase):
     def _read(self, size: int) -> bytes:
         try:
             piece = self._stream.read(size)
-        except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:  # what the formats raise
+        except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise UserError(

@@ -1,14 +1,14 @@
-"""Which rows share a row of a batch: packing, as a pure function of the rows' lengths.
+"""Packing: which rows share a row of a batch, as a pure function of the rows' lengths.
 
-    none      each row alone
-    bfd       best-fit decreasing: whole rows, the longest first, each into the fullest bin that still holds it
-    wrapped   rows one after the other, cut wherever a bin is full, so that only the last has padding
+    none      one row each
+    bfd       best-fit decreasing: whole rows, longest first, each into the fullest bin that still has room
+    wrapped   rows one after the other, cut whenever a bin is full, so that only the last bin has padding
 
-A bin holds pieces of rows. Each piece is a segment of its own with positions from 0, so it attends to itself alone and
-nothing in one piece predicts a token of another. A piece that starts inside its row has lost what came before: its
-first token is no target any more (`lost_targets`).
+A bin holds pieces of rows. Each piece is a segment with positions from 0, so it attends only to itself, and no piece
+predicts a token of another. A piece that starts inside its row has lost its context, so its first token is not a target
+(`lost_targets`).
 
-Best-fit decreasing never takes more than 11/9 of the fewest possible bins, plus four (Johnson 1973, Near-optimal bin
+Best-fit decreasing never needs more than 11/9 of the minimum number of bins, plus four (Johnson 1973, Near-optimal bin
 packing algorithms).
 """
 
@@ -25,40 +25,40 @@ from lora_jax.config import DataOptions, Packing
 from lora_jax.data.tokens import Tokens
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no equality of one truth value
+@dataclass(frozen=True, eq=False)  # comparing arrays gives no single truth value
 class Bins:
     """Pieces of rows, bin by bin; without packing each row is a bin."""
 
     rows: np.ndarray
-    """int64 [pieces]: the row that a piece is of."""
+    """int64 [pieces]: the row that a piece comes from."""
     starts: np.ndarray
     """int64 [pieces]: the piece's first token in its row."""
     sizes: np.ndarray
     """int64 [pieces]: tokens."""
     bounds: np.ndarray
-    """int64 [bins + 1]: pieces bounds[i] to bounds[i + 1] are those of bin i."""
+    """int64 [bins + 1]: bin i holds pieces bounds[i] to bounds[i + 1]."""
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each bin, int64 [bins]."""
+        """Tokens per bin, int64 [bins]."""
         return np.diff(np.concatenate(([0], np.cumsum(self.sizes)))[self.bounds])
 
     def examples(self, dataset: Sequence[Tokens], index: int) -> list[Tokens]:
-        """Return the pieces of a bin in their order."""
+        """Return the pieces of a bin in order."""
         pieces = slice(self.bounds[index], self.bounds[index + 1])
         parts = zip(self.rows[pieces], self.starts[pieces], self.sizes[pieces], strict=True)
         return [_piece(dataset[int(row)], int(start), int(start + size)) for row, start, size in parts]
 
     def lost_targets(self, dataset: Sequence[Tokens]) -> int:
-        """Return how many trained tokens are no targets, since their piece starts with them inside its row."""
+        """Return how many trained tokens are not targets because they are the first of a piece inside their row."""
         inside = np.flatnonzero(self.starts)
         return sum(bool(dataset[int(self.rows[piece])].trained[self.starts[piece]]) for piece in inside)
 
     def summary(self, packing: Packing, dataset: Sequence[Tokens]) -> str:
-        """Return how many rows share how many bins, and what that costs, in words."""
+        """Return in words how many rows share how many bins, and what that costs."""
         shared = (
             f"{packing}: {len(dataset):,} rows share {len(self):,} of at most {self.lengths.max():,} tokens"
         )
@@ -67,7 +67,7 @@ class Bins:
 
 
 def packs(data: DataOptions) -> bool:
-    """Return whether a row of some batch of the run may hold more than one segment."""
+    """Return whether a row of any batch in the run may hold more than one segment."""
     return data.packing != "none" or (data.eval_packing or "none") != "none"
 
 
@@ -75,7 +75,7 @@ def pack(lengths: np.ndarray, packing: Packing, capacity: int) -> Bins:
     """Return rows of given lengths in bins of at most `capacity` tokens.
 
     Raises:
-        ValueError: bfd is given a row without tokens, or one that is longer than a bin.
+        ValueError: for bfd, a row has no tokens, or is longer than a bin.
     """
     if packing == "wrapped":
         return _wrapped(lengths, capacity)
@@ -85,13 +85,13 @@ def pack(lengths: np.ndarray, packing: Packing, capacity: int) -> Bins:
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Return the bin of each row, int64 [rows], numbered in the order in which they are opened.
+    """Return the bin of each row, int64 [rows], with bins numbered in the order they are opened.
 
-    Rows of one length are placed together: the fullest bins that hold one take as many as go into each, before the
-    next fullest do. So the work grows with how many lengths there are, not with how many rows.
+    Rows of equal length are placed together: the fullest bins with room for one are filled with as many as fit, then
+    the next fullest. The work therefore grows with the number of different lengths, not with the number of rows.
 
     Raises:
-        ValueError: a row has no tokens, or more than a bin holds.
+        ValueError: a row has no tokens, or more than a bin can hold.
     """
     if len(lengths) and not 0 < lengths.min() <= lengths.max() <= capacity:
         raise ValueError(
@@ -100,8 +100,8 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     by_length = np.argsort(-lengths, kind="stable")
     sizes, firsts = np.unique(-lengths[by_length], return_index=True)
     bin_of = np.empty(len(lengths), np.int64)
-    spaces: list[int] = []  # in order
-    having: dict[int, list[np.ndarray]] = {}  # bins by the space that they have left
+    spaces: list[int] = []  # sorted
+    having: dict[int, list[np.ndarray]] = {}  # bins by their remaining space
     opened = 0
 
     def put_back(space: int, bins: np.ndarray) -> None:
@@ -135,7 +135,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def _bins_of(bin_of: np.ndarray, lengths: np.ndarray) -> Bins:
-    """Return whole rows in the bins given for each, the longest of a bin first."""
+    """Return whole rows in their given bins, the longest in a bin first."""
     rows = np.lexsort((-lengths, bin_of))
     bounds = np.searchsorted(bin_of[rows], np.arange(bin_of.max(initial=-1) + 2))
     return Bins(rows, np.zeros_like(rows), lengths[rows].astype(np.int64), bounds)
@@ -144,7 +144,7 @@ def _bins_of(bin_of: np.ndarray, lengths: np.ndarray) -> Bins:
 def _wrapped(lengths: np.ndarray, capacity: int) -> Bins:
     ends = np.cumsum(lengths, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
-    cuts = np.unique(np.concatenate(([0], ends, np.arange(0, total, capacity))))  # of rows and of bins
+    cuts = np.unique(np.concatenate(([0], ends, np.arange(0, total, capacity))))  # ends of rows and of bins
     starts = cuts[:-1]
     rows = np.searchsorted(ends, starts, side="right")
     bounds = np.searchsorted(starts, np.arange(0, total + capacity, capacity))

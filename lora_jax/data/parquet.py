@@ -1,4 +1,4 @@
-"""Parquet files read a batch of rows at a time."""
+"""Parquet files, read one batch of rows at a time."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lora_jax.errors import UserError
 from lora_jax.types import Object
 
 BATCH = 256
-"""Rows that are turned into Python's objects at once."""
+"""Number of rows converted to Python objects at once."""
 
 
 class ParquetFile:
-    """The rows of a file; only the batch that holds the row last asked for is in memory."""
+    """The rows of a file; only the batch around the last requested row is in memory."""
 
     def __init__(self, file: Path) -> None:
-        """Read the file's footer; raises UserError where it has none that can be read."""
+        """Read the file's footer; raises UserError if that fails."""
         self.file, self.unit = file, "row"
         self._batch: list[Object] = []
         self._start = 0
         try:
             groups = self._opened.metadata
             sizes = [groups.row_group(group).num_rows for group in range(groups.num_row_groups)]
-        except Exception as error:  # those of Arrow have no common base
+        except Exception as error:  # Arrow's exceptions have no common base
             raise _unreadable(f"{file}", error) from error
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._batches: Iterator[Any] = iter(())
@@ -55,7 +55,7 @@ class ParquetFile:
         return self._batch[index - self._start]
 
     def _advance(self, index: int) -> None:
-        """Read on to the next batch, or from the row's group on where it does not lie ahead in the same group."""
+        """Read the next batch, or start at the row's group unless the row lies ahead in the same group."""
         group = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[group - 1]) if group else 0
         behind = self._start + len(self._batch)
@@ -74,7 +74,7 @@ def _unreadable(where: str, error: Exception) -> UserError:
 
 
 def without_absent(value: Any, *, column: bool = True) -> Any:
-    """Return rows without the nulls by which Arrow fills the keys that a nested object lacks; columns keep theirs."""
+    """Return rows without the nulls with which Arrow fills missing keys of nested objects; columns keep theirs."""
     if isinstance(value, dict):
         return {
             key: without_absent(item, column=False)

@@ -1,4 +1,4 @@
-"""How rows become tokens: all options that decide it in one value, which also names the tokens in the cache."""
+"""The recipe from rows to tokens: all options that decide it in one value, which is also a part of the cache key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What of the data options decides the tokens per row; their names and meanings are those of DataOptions."""
+    """The data options that decide a row's tokens; names and meanings are those of DataOptions."""
 
     format: DataFormat
     text_field: str
@@ -34,22 +34,22 @@ class Recipe:
 
     @classmethod
     def of(cls, options: DataOptions) -> Recipe:
-        """Return the recipe of data options; raises UserError for columns that are none of ours."""
+        """Return the recipe of data options; raises UserError for unknown names in --data.columns."""
         recipe = cls(**{name: getattr(options, name) for name in cls.__dataclass_fields__})
         recipe.named.check()
         return recipe
 
     @cached_property
     def named(self) -> Columns:
-        """What the options say of columns."""
+        """What the options say about columns."""
         names = {ours: NONE if name.lower() == NONE else name for ours, name in self.columns.items()}
         return Columns(names, self.text_field, self.weight_field)
 
     def form(self, columns: Values, where: str) -> DataFormat:
-        """Return the format of a source by its first row.
+        """Return the format of a source, determined from its first row.
 
         Raises:
-            UserError: the columns fit none, or one that has not what the loss is to be taken of.
+            UserError: the columns fit no format, or lack what the loss needs.
         """
         form = self.named.recognise(columns, self.format, where)
         if self.completion_only_loss and form in ("text", "messages"):
@@ -72,9 +72,9 @@ class Recipe:
         where: str,
         number: int,
     ) -> list[Tokens]:
-        """Return a row's tokens, several for windows, none where the row is too long and to be left out.
+        """Return a row's tokens: several parts for windows, none if the row is too long and dropped.
 
-        Parts without a trained token are among them. Raises UserError for a row that does not fit.
+        Parts without a trained token are included. Raises UserError for a row that does not fit.
         """
         example = to_example(
             self.named.named(row),
@@ -87,7 +87,7 @@ class Recipe:
         )
         weight = row_weight(row, self.weight_field, where)
         ids, trained, remarks = encode(example, tokenizer, where, self.train_on_eos)
-        if weight == 0:  # what counts for nothing is not trained
+        if weight == 0:  # weight 0 means not trained
             trained = trained & False
         parts = fitted(ids, trained, self.max_length, self.truncation_mode, row=number, weight=weight)
         return [replace(part, remarks=remarks) for part in parts] if remarks else parts

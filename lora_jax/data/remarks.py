@@ -1,4 +1,4 @@
-"""What is worth saying of a row that trains: it is used, but likely not as it was meant."""
+"""Remarks about a trained row: it is used, but probably not as intended."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from enum import IntFlag
 
 
 class Remark(IntFlag):
-    """Remarks about one row; they are kept with its tokens as the bits of a number."""
+    """Remarks about one row, stored with its tokens as bits."""
 
     NONE = 0
     LOST = 1
-    """Words of a trained turn are not in the text that the chat template writes."""
+    """Words of a trained turn are missing from the text that the chat template writes."""
     KEPT = 2
-    """Words that the template cuts out of the last turn were put back."""
+    """Words that the template cuts from the last turn were restored."""
     EMPTY = 4
-    """A trained turn or completion is empty: its end token alone is trained."""
+    """A trained turn or completion is empty: only its end token is trained."""
     CONTROL = 8
-    """The text of a message holds a control token."""
+    """The text of a message contains a control token."""
     DATED = 16
     """The chat template writes the current date."""
 
@@ -28,4 +28,4 @@ WORDS = {
     Remark.CONTROL: "with control tokens inside a message",
     Remark.DATED: "with the current date, which the chat template writes",
 }
-"""What a row is, in the order in which that is said."""
+"""Remarks in words, in the order in which they are reported."""

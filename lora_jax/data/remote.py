@@ -1,4 +1,4 @@
-"""Data sets on the Hub, through `datasets` and its cache."""
+"""Data sets on the Hub, read through `datasets` and its cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_jax.types import Object
 
 
 class HubRows:
-    """The rows of a `datasets.Dataset`, which lies in its cache on the disk; one batch of them is in memory."""
+    """The rows of a `datasets.Dataset`, cached on disk; one batch of them is in memory."""
 
     unit = "row"
 
@@ -28,7 +28,7 @@ class HubRows:
 
     @property
     def fingerprint(self) -> str:
-        """What `datasets` tells these rows from all others by."""
+        """The fingerprint by which `datasets` identifies these rows."""
         return str(self.found._fingerprint)
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class HubRows:
             self._start = index - index % BATCH
             try:
                 batch = self.found[self._start : self._start + BATCH]
-            except Exception as error:  # what decodes a column, of images say, raises what it likes
+            except Exception as error:  # decoders of columns, such as images, may raise anything
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise UserError(
                     f"{self.name} row {self._start + 1} or later: cannot be read ({reason}); fix the data set"
@@ -57,12 +57,12 @@ def read_hub(path: str, split: str, option: str) -> HubRows:
     """Return the rows of a split of a Hub data set.
 
     Args:
-        path: its id, with the name of a configuration after a colon where it has several.
-        split: the split, slices included.
+        path: its id, with a colon and the name of a configuration if it has several.
+        split: the split or slice.
         option: the option that gave the path, for messages.
 
     Raises:
-        UserError: no such data set, configuration or split, or the Hub cannot be reached.
+        UserError: there is no such data set, configuration or split, or the Hub cannot be reached.
     """
     from datasets import DatasetDict, load_dataset
 
@@ -70,7 +70,7 @@ def read_hub(path: str, split: str, option: str) -> HubRows:
     try:
         with quiet_datasets():
             found = load_dataset(identifier, configuration or None, split=split)
-    except Exception as error:  # the errors of datasets, huggingface_hub and httpx have no common base
+    except Exception as error:  # datasets, huggingface_hub and httpx have no common base exception
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         remedy = _remedy(reason, identifier, configuration)
         raise UserError(f"{option} {path}: {remedy} ({reason})") from error

@@ -1,10 +1,10 @@
-"""A conversation as the text that a chat template writes.
+"""Render a conversation as the text that a chat template writes.
 
-Templates disagree about the form of a message. Some write a call's arguments as JSON themselves, others expect the
-JSON as text; some look for a call only where the content is null; some know no role but tool for a tool's answer;
-some read content as a list of parts. What does not suit a template is refused by it, or left out in silence. So the
-messages are given as the row has them, with arguments as objects, and rewritten in one of these ways only where the
-template refuses them, loses their words or writes a Python object where JSON belongs.
+Templates disagree about the form of a message. Some serialize a tool call's arguments themselves, others expect them as
+a JSON string; some look for a call only if the content is null; some know no other role than "tool" for a tool's
+answer; some read content as a list of parts. A template rejects what it does not expect, or silently drops it.
+Therefore messages are rendered as the row has them, with arguments as objects, and rewritten in one of these forms only
+if the template rejects them, loses words, or writes a Python object instead of JSON.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, A
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Fields of a message that hold what the assistant thought before it spoke."""
+"""Fields of a message with the assistant's reasoning."""
 _ANSWERING = ("function", "ipython")
-"""Roles of a tool's answer that fewer templates know than `tool`."""
+"""Roles for a tool's answer that fewer templates know than `tool`."""
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """A conversation's template, and the messages in the form that it bears."""
+    """A conversation's template, and its messages in a form that the template accepts."""
 
     chat: ChatExample
     tokenizer: PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ class Renderer:
 
     @cached_property
     def template(self) -> str:
-        """The template's source; raises UserError where there is none to choose."""
+        """The template's source; raises UserError if there is none, or no single one."""
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"{self.where}: the tokenizer has no chat template for messages; give one with "
@@ -62,12 +62,12 @@ class Renderer:
 
     @cached_property
     def has_marks(self) -> bool:
-        """The template marks what is generated."""
+        """Whether the template marks generated text."""
         return _GENERATION.search(self.template) is not None
 
     @property
     def messages(self) -> list[Message]:
-        """The messages in the form that the template bears."""
+        """The messages in a form that the template accepts."""
         return self._chosen[0]
 
     @property
@@ -82,9 +82,9 @@ class Renderer:
 
     @cached_property
     def _chosen(self) -> tuple[list[Message], str, list[tuple[int, int]]]:
-        """The first form in which nothing is lost, else the one that loses least.
+        """The first form that loses nothing, or else the one that loses least.
 
-        Raises UserError where the template refuses every form.
+        Raises UserError if the template rejects every form.
         """
         how = {"return_assistant_tokens_mask": True} if self.has_marks else {}
         refusals: list[Exception] = []
@@ -101,7 +101,7 @@ class Renderer:
             if not missing:
                 break
         if best is None:
-            # What the template says itself tells more than what jinja stumbles over.
+            # A message from the template is more helpful than jinja's error.
             refusal = next((error for error in refusals if type(error) is TemplateError), refusals[0])
             raise UserError(
                 f"{self.where}: the chat template rejects the messages ({refusal}); give messages that it accepts, or "
@@ -110,7 +110,7 @@ class Renderer:
         return best
 
     def upto(self, turn: int, *, ask: bool = False) -> str | None:
-        """Return the text of the messages before a turn; None where there are none or the template refuses them."""
+        """Return the text of the messages before a turn; None if there are none or the template rejects them."""
         if turn == len(self.messages) and not ask:
             return self.text
         if (turn, ask) not in self._begun:
@@ -122,7 +122,7 @@ class Renderer:
         return {}
 
     def render(self, messages: list[Message], *, ask: bool = False) -> str | None:
-        """Return messages as text, asking for the next turn or not; None where the template refuses them."""
+        """Return messages as text, with a generation prompt if `ask`; None if the template rejects them."""
         if not messages:
             return None
         try:
@@ -131,7 +131,7 @@ class Renderer:
             return None
 
     def _render(self, messages: list[Message], **how: bool) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        # What apply_chat_template calls; that one gives no places of characters.
+        # apply_chat_template calls this, but does not return the spans of characters.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         words: Object = {**self.tokenizer.special_tokens_map, **self.chat.words, **how}
@@ -141,12 +141,12 @@ class Renderer:
 
     @property
     def dated(self) -> bool:
-        """The text holds the current date."""
+        """Whether the text contains the current date."""
         return any(date in self.text for date in self._at_one_time[1] if date)
 
     @cached_property
     def _at_one_time(self) -> tuple[str, list[str]]:
-        """The template with the local time written out, one for all renderings of a row, and what is written."""
+        """The template with the local time filled in, so that all renderings of a row agree, and what was filled in."""
         now = datetime.now()
         dates: list[str] = []
 
@@ -158,7 +158,7 @@ class Renderer:
 
 
 def holds(text: str, message: Message) -> bool:
-    """Tell whether a text has all words of a message: its content, its reasoning and its calls, whitespace aside."""
+    """Return whether a text has all words of a message (content, reasoning and calls), ignoring whitespace."""
     thoughts = [message[name] for name in REASONING if isinstance(message.get(name), str)]
     return all(_has(text, words) for words in [spoken(message), *thoughts, *_called(message)] if words)
 
@@ -177,7 +177,7 @@ def _has(text: str, words: str) -> bool:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """Yield the texts in a call's arguments; numbers and the like are spelled in too many ways."""
+    """Yield the strings in a call's arguments; numbers and the like can be written in too many ways."""
     if isinstance(value, str):
         yield value
     for item in (
@@ -195,9 +195,9 @@ def _called(message: Message) -> Iterator[str]:
 
 
 def _misses(text: str, message: Message) -> bool:
-    """Tell whether a text lacks what another form of the message might give it, or has it as Python's.
+    """Return whether a text lacks something that another form of the message might give, or has it in Python syntax.
 
-    What the assistant thinks or says is not looked for: where a template cuts that, it does so in every form.
+    The assistant's reasoning and content are not checked: if a template cuts them, it does so in every form.
     """
     objects = [call.get("function", call).get("arguments") for call in message.get("tool_calls") or []]
     objects += [message.get("content")]
@@ -210,7 +210,7 @@ def _misses(text: str, message: Message) -> bool:
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield the messages in each form that a template may want, the most likely first."""
+    """Yield the messages in each form that a template may expect, the most likely first."""
     calls = [call.get("function", call) for message in messages for call in message.get("tool_calls") or []]
     bare = any(message.get("tool_calls") and not message.get("content") for message in messages)
     answers = any(message["role"] in _ANSWERING for message in messages)
@@ -241,7 +241,7 @@ def _formed(
 
 
 def _call(call: Object, form: str) -> Object:
-    """Return a call with its arguments as an object, or as JSON in text: the row's own where it has some."""
+    """Return a call with its arguments as an object or as a JSON string; a string from the row is kept as it is."""
     function = call.get("function", call)
     if "arguments" not in function:
         return call
@@ -255,12 +255,12 @@ def _call(call: Object, form: str) -> Object:
 
 
 def spoken(message: Message) -> str | None:
-    """Return a message's content as text, whichever form it has."""
+    """Return a message's content as text, in whichever form it is given."""
     content = message.get("content")
     return "".join(part["text"] for part in content) if isinstance(content, list) else content
 
 
 def saying(message: Message, text: str) -> Message:
-    """Return a message with other content, in the form that its content has."""
+    """Return a message with different content, in the form of its present content."""
     in_parts = isinstance(message.get("content"), list)
     return {**message, "content": [{"type": "text", "text": text}] if in_parts else text}

@@ -1,9 +1,8 @@
-"""Where the rows come from: local files, or a data set on the Hub.
+"""Sources of rows: local files, or a data set on the Hub.
 
-Hub data sets are read through `datasets`, Parquet files through Arrow. JSON Lines and CSV are parsed here: `datasets`
-reads JSON through Arrow, which gives every row the union of all columns (absent ones as nulls), refuses rows
-whose types differ, and knows blocks of bytes rather than lines, whereas a message about a row must name its line
-and the columns that it has.
+Hub data sets are read through `datasets`, Parquet files through Arrow. JSON Lines and CSV are parsed here, because a
+message about a row must name its line and the columns that it has: `datasets` reads JSON through Arrow, which gives
+every row the union of all columns (with nulls), rejects rows whose types differ, and reads blocks instead of lines.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ Row = Object
 
 
 class Rows:
-    """Rows in order, each with the place where the user finds it."""
+    """Rows in order, each with a position that the user can find."""
 
     def __init__(self, name: str, source: RowSource, kept: Sequence[int] | None = None) -> None:
-        """Take `kept` of a source's rows, all by default."""
+        """Take the `kept` rows of a source, by default all."""
         self.name = name
         self.unit = source.unit
         self._source = source
@@ -54,58 +53,58 @@ class Rows:
         return map(self.__getitem__, range(len(self)))
 
     def number(self, index: int) -> int:
-        """Return the 1-based number of a row: its line in JSON Lines, its place among all rows elsewhere."""
+        """Return the 1-based number of a row: its line in JSON Lines, otherwise its position among all rows."""
         return self._source.numbers[self._kept[index]]
 
     def where(self, index: int) -> str:
-        """Return the place of a row in words, such as "rows.jsonl line 3"."""
+        """Return the position of a row in words, such as "rows.jsonl line 3"."""
         return f"{self.name} {self.unit} {self.number(index)}"
 
     def pieces(self) -> Iterator[bytes | Row]:
-        """Yield the rows, those of a text file as bytes, which `parser` makes rows of, perhaps in another process."""
+        """Yield the rows; those of a text file as bytes, for `parser`, which may run in another process."""
         if isinstance(self._source, CutFile):
             return self._source.pieces(self._kept)
         return iter(self)
 
     @property
     def parser(self) -> Parser | None:
-        """What makes a row of its bytes; None where `pieces` yields rows."""
+        """Parser of a row's bytes; None if `pieces` yields rows."""
         return self._source.parse if isinstance(self._source, CutFile) else None
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that are there but not yet read: of one file, or of a data set on the Hub."""
+    """Rows that have been found but not yet read: those of one file, or of a data set on the Hub."""
 
     path: str
-    """What the user gave: a file, a folder or a pattern that the file is of, or an id on the Hub."""
+    """The path as given: a file, a folder or pattern that the file belongs to, or an id on the Hub."""
     split: str
     option: str
     """The option that gave the path, for messages."""
     file: Path | None
     """None for a data set on the Hub."""
     kept: tuple[range, ...] | None = None
-    """Rows of the file that a slice of several files takes; None takes those of the split."""
+    """Rows of the file that a slice over several files selects; None selects those of the split."""
 
     @property
     def name(self) -> str:
-        """What the user knows the rows by."""
+        """Name of the rows in messages."""
         return str(self.file) if self.file else self.origin
 
     @property
     def origin(self) -> str:
-        """What the user knows the path by."""
+        """Name of the path in messages."""
         return self.path if self.file else f"{self.path} {self.split}"
 
     @property
     def bytes(self) -> int:
-        """Size of the file, roughly where it is compressed; 0 for a data set on the Hub."""
+        """Size of the file, estimated if it is compressed; 0 for a data set on the Hub."""
         if self.file is None:
             return 0
         return self.file.stat().st_size * (4 if self.file.suffix.lower() in PACKED else 1)
 
     def state(self) -> tuple[int, int] | None:
-        """Return what changes when the file is written to; None for a data set on the Hub."""
+        """Return a value that changes when the file is written to; None for a data set on the Hub."""
         if self.file is None:
             return None
         found = self.file.stat()
@@ -116,7 +115,7 @@ class Source:
         return read_hub(self.path, self.split, self.option)
 
     def content(self) -> str:
-        """Return what tells these rows from others, wherever they lie; raises UserError where they cannot be read."""
+        """Return a digest of the rows, whatever their location; raises UserError if they cannot be read."""
         if self.file is None:
             return f"hub {self._hub.fingerprint}"
         try:
@@ -132,7 +131,7 @@ class Source:
         return f"{kind} {digest} {self.split if self.kept is None else self.kept}"
 
     def read(self) -> Rows:
-        """Return the rows, at least one; raises UserError where there are none or they cannot be read."""
+        """Return the rows, at least one; raises UserError if there are none or they cannot be read."""
         if self.file is None:
             return self._not_empty(Rows(self.origin, self._hub))
         rows = self.whole()
@@ -140,7 +139,7 @@ class Source:
         return self._not_empty(_take(rows, kept))
 
     def whole(self) -> Rows:
-        """Return all rows of the file, at least one; raises UserError where there are none or they cannot be read."""
+        """Return all rows of the file, at least one; raises UserError if there are none or they cannot be read."""
         if self.file is None:
             raise ValueError(f"{self.path} is no file")
         try:
@@ -152,7 +151,7 @@ class Source:
         return Rows(self.name, source)
 
     def unreadable(self, error: OSError) -> UserError:
-        """Return the error for rows that the system would not let be read."""
+        """Return the error for rows that the operating system could not read."""
         reason = error.strerror or type(error).__name__
         return UserError(f"{self.option} {self.name}: cannot be read ({reason}); check the file")
 
@@ -167,17 +166,17 @@ def _no_rows(option: str, name: str, split: str) -> UserError:
 
 
 def find_rows(path: str, split: str, *, option: str = "--data.path") -> list[Source]:
-    """Return the rows that a path stands for, not yet read: of a Hub data set, of a file, or of each of several files.
+    """Return the sources that a path stands for: a Hub data set, a file, or each of several files. Reads no rows.
 
     Args:
-        path: a file (see READERS), a folder, a pattern; else a data set's id on the Hub, with its configuration after
-            a colon where it has several ("openai/gsm8k:main").
-        split: a split, slices included ("train[:200]", "train[10%:]"); files have the one split "train", of which a
-            slice takes rows as if they were one file.
+        path: a file (see READERS), a folder or a pattern; otherwise the id of a data set on the Hub, with a colon and a
+            configuration if it has several ("openai/gsm8k:main").
+        split: a split or a slice ("train[:200]", "train[10%:]"). Files have one split, "train", and are sliced as if
+            they were one file.
         option: the option that gave the path, for messages.
 
     Raises:
-        UserError: there is no such path, or a file of another kind.
+        UserError: there is no such path, or the type of a file is unknown.
     """
     files = data_files(path, option)
     sources = [Source(path, split, option, file) for file in files or [None]]
@@ -197,7 +196,7 @@ def find_rows(path: str, split: str, *, option: str = "--data.path") -> list[Sou
 
 
 def read_rows(path: str, split: str, *, option: str = "--data.path") -> Rows:
-    """Return the rows of a file or of a Hub data set, found and read as `find_rows` and `Source.read` do."""
+    """Return the rows of a file or of a Hub data set, found and read as by `find_rows` and `Source.read`."""
     (source,) = find_rows(path, split, option=option)
     return source.read()
 
@@ -212,7 +211,7 @@ def _take(rows: Rows, kept: Sequence[range]) -> Rows:
 
 
 def _ranges(split: str, size: int, what: str) -> list[range]:
-    """Return the part of so many rows that the split names, by the rules of `datasets` itself."""
+    """Return the ranges of `size` rows that a split selects, by the rules of `datasets`."""
     if split in _WHOLE:
         return [range(size)]
     from datasets import ReadInstruction  # slow to import, and rarely needed for a file

@@ -1,13 +1,13 @@
-"""Which rows a step takes and to what length it pads them: a pure function of the rows' lengths, the seed and the step.
+"""Which rows a step takes, and the length it pads them to: a pure function of lengths, seed and step.
 
-So a step's number is the whole data position: a run that goes on from a checkpoint sees what an uninterrupted one would
-have seen, and all processes of a run know of each step without telling each other.
+The step number is therefore the whole data position: a resumed run sees the same data as an uninterrupted one, and all
+processes of a run know each step without communicating.
 
-In an epoch each bin (`packing`) is used once. Where there are several lengths, bins of one length meet in a step: the
-epoch's random order is sorted by length, longest first, and cut into steps, whose order is random again. So a step
-mixes lengths only where one length's bins run out. What meets what differs from epoch to epoch, but not how many steps
-of each length there are. The first step of an epoch is one of the longest, so that memory that does not suffice shows
-at once. The last one has the bins that are left over.
+Each epoch uses each bin (`packing`) once. If there are several lengths, a step has bins of one length: the epoch's
+random order is sorted by length, longest first, and cut into steps, which are then shuffled. A step mixes lengths only
+where the bins of one length run out. The composition of steps differs between epochs, but the number of steps per
+length does not. The first step of an epoch is one of the longest, so that insufficient memory shows immediately. The
+last step has the remaining bins.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from lora_jax.data.packing import Bins, pack
 from lora_jax.data.tokens import Tokens
 
 _STEPS = 1
-"""Stands for the draw of an epoch's order of steps, beside that of its rows."""
+"""Draw number for an epoch's order of steps, as opposed to its order of rows."""
 
 
 class Step(NamedTuple):
-    """The bins of a step, int64 [bins], fewer in an epoch's last; the length that they are padded to; real tokens."""
+    """A step: its bins, int64 [bins], fewer in an epoch's last; their padded length; tokens without padding."""
 
     bins: np.ndarray
     length: int
@@ -43,32 +43,32 @@ class StepPlan:
 
     bins: Bins
     buckets: tuple[int, ...]
-    """Lengths that steps are padded to, ascending, before they are made to divide."""
+    """Lengths that steps are padded to, ascending, before rounding up to a multiple of `parts`."""
     per_step: int
-    """Bins of a step over all devices."""
+    """Bins per step over all devices."""
     seed: int | None
-    """Of the order; None keeps the rows of a length in their own order, and the longest first."""
+    """Seed of the order; None keeps the rows of each length in order, longest first."""
     parts: int = 1
-    """Devices that share out a row's tokens, which therefore have to divide."""
+    """Number of devices that shard a row's tokens; lengths are multiples of it."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """The number of steps that see each bin once; padding fills the last one."""
+        """Number of steps that use each bin once; the last is padded."""
         return -(-len(self.bins) // self.per_step)
 
     @cached_property
     def steps_by_length(self) -> dict[int, int]:
-        """How many steps an epoch has of each length, ascending: the same in all epochs."""
+        """Number of steps per length in an epoch, by ascending length; the same in all epochs."""
         lengths, counts = np.unique(_epoch(self, 0).lengths, return_counts=True)
         return {int(length): int(count) for length, count in zip(lengths, counts, strict=True)}
 
     @property
     def padding(self) -> float:
-        """The share of padding in all that an epoch computes."""
+        """Share of padding in everything that an epoch computes."""
         return self.padding_before(self.steps_per_epoch)
 
     def at(self, step: int) -> Step:
-        """Return what a step takes."""
+        """Return the contents of a step."""
         epoch, place = divmod(step, self.steps_per_epoch)
         found = _epoch(self, epoch)
         start = found.starts[place]
@@ -76,53 +76,53 @@ class StepPlan:
         return Step(bins, int(found.lengths[place]), int(found.tokens[place]))
 
     def rows_of(self, step: int) -> list[int]:
-        """Return the rows that a step takes all or some of, in order."""
+        """Return the rows of which a step takes all or a part, in order."""
         bins = self.at(step).bins
         pieces = [self.bins.rows[self.bins.bounds[bin] : self.bins.bounds[bin + 1]] for bin in bins]
         return np.unique(np.concatenate(pieces)).tolist()
 
     def tokens_before(self, step: int) -> int:
-        """Return the real tokens of all steps before this one."""
+        """Return the number of tokens, without padding, in all steps before this one."""
         epochs, place = divmod(step, self.steps_per_epoch)
         return epochs * int(self.bins.lengths.sum()) + int(_epoch(self, epochs).tokens[:place].sum())
 
     def padding_before(self, step: int) -> float:
-        """Return the share of padding in all that the steps before this one computed; 0 before the first."""
+        """Return the share of padding in all steps before this one; 0 before the first."""
         epochs, place = divmod(step, self.steps_per_epoch)
         whole = sum(length * count for length, count in self.steps_by_length.items())
         computed = self.per_step * (epochs * whole + int(_epoch(self, epochs).lengths[:place].sum()))
         return 1 - self.tokens_before(step) / computed if computed else 0.0
 
     def lengths_of(self, steps: range) -> list[int]:
-        """Return the lengths that some steps have, the longest first."""
-        if len(steps) >= 2 * self.steps_per_epoch:  # one epoch at least is whole
+        """Return the lengths that occur in some steps, longest first."""
+        if len(steps) >= 2 * self.steps_per_epoch:  # contains at least one whole epoch
             return sorted(self.steps_by_length, reverse=True)
         return sorted({self.at(step).length for step in steps}, reverse=True)
 
     def summary(self) -> str:
-        """Return steps by length, and the share of padding, in words."""
+        """Return in words the number of steps per length, and the share of padding."""
         shown = ", ".join(f"{length:,} x {count:,} steps" for length, count in self.steps_by_length.items())
         return f"{shown} per epoch; {100 * self.padding:.1f}% padding"
 
 
 @dataclass(frozen=True)
 class Shaping:
-    """How rows become bins and steps: the options, and what the devices ask for."""
+    """How rows become bins and steps: the options, and what the devices require."""
 
     packing: Packing
     max_length: int
     most: int
-    """Lengths that steps may have."""
+    """Maximum number of step lengths."""
     multiple: int
     parts: int
 
     def plan(
         self, lengths: np.ndarray, per_step: int, seed: int | None, steps: int = 0, epochs: float = 0
     ) -> StepPlan:
-        """Return the plan of a run of so many steps, or epochs, over rows of given lengths."""
+        """Return the plan of a run with a number of steps, or epochs, over rows of given lengths."""
         bins = pack(lengths, self.packing, self.max_length)
         descending = np.sort(bins.lengths)[::-1]
-        # Sorted by length and cut, a step is as long as its first bin asks for.
+        # Sorted by length and cut, a step is as long as its first bin requires.
         needed = np.array(
             [padded_length(int(first), self.max_length, self.multiple) for first in descending[::per_step]]
         )
@@ -133,7 +133,7 @@ class Shaping:
 
 
 class _Epoch(NamedTuple):
-    """An epoch: its order of bins; where in it each step starts, its length, and its tokens, each int64 [steps]."""
+    """An epoch: its order of bins, and for each step its start, length and tokens, each int64 [steps]."""
 
     order: np.ndarray
     starts: np.ndarray
@@ -141,7 +141,7 @@ class _Epoch(NamedTuple):
     tokens: np.ndarray
 
 
-@lru_cache(maxsize=4)  # successive steps share an epoch
+@lru_cache(maxsize=4)  # consecutive steps share an epoch
 def _epoch(plan: StepPlan, epoch: int) -> _Epoch:
     count, size = len(plan.bins), plan.per_step
     order = np.arange(count) if plan.seed is None else epoch_order(count, plan.seed, epoch)
@@ -158,7 +158,7 @@ def _epoch(plan: StepPlan, epoch: int) -> _Epoch:
 
 
 def _longest_first(order: np.ndarray) -> np.ndarray:
-    """Return an order of steps, which are numbered from the longest, with number 0 in the first place."""
+    """Return an order of steps, which are numbered from the longest, with number 0 moved to the front."""
     found = order.copy()
     found[np.flatnonzero(order == 0)] = order[:1]
     found[:1] = 0
@@ -177,16 +177,16 @@ def step_batch(
     """Return the batch of an optimizer step, counted from 0 over all epochs.
 
     Args:
-        dataset: the rows that the plan is of.
-        plan: which of them the step takes.
+        dataset: the rows that the plan was made for.
+        plan: which rows the step takes.
         step: the step.
-        accumulation: forward passes in the step, which divide its bins among them.
+        accumulation: number of forward passes in the step, among which its bins are divided.
         padding_id: token id of the padding.
-        part: which rows of each forward pass to make, all by default.
+        part: which rows of each forward pass to make, by default all.
 
     Returns:
-        Arrays [accumulation, rows or len(part), length]. Where an epoch's last step has fewer bins, rows of padding
-        follow; real ones fill the passes in order.
+        Arrays [accumulation, rows or len(part), length]. If an epoch's last step has fewer bins, padding rows follow;
+        real rows fill the passes in order.
     """
     chosen, length, _ = plan.at(step)
     rows = plan.per_step // accumulation

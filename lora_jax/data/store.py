@@ -1,11 +1,11 @@
-"""Rows of tokens in an Arrow file that is mapped into memory, so that there may be more of them than fit into it.
+"""Rows of tokens in a memory-mapped Arrow file, so that they may exceed memory.
 
-The file is an Arrow stream, as `datasets.Dataset.from_file` reads it, of these columns:
+The file is an Arrow stream, as `datasets.Dataset.from_file` reads it, with these columns:
 
     input_ids list<int32>    trained list<bool>    targets int32 (trained tokens)    row int64    window int32
     cut int64 (tokens cut off)    weight float64    remarks uint8 (the bits of `Remark`)
 
-Of all columns but the first two the whole is held in memory: 37 bytes a row, and its length.
+All columns except the first two are held in memory, with the lengths: 37 bytes per row.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCALARS = {
 
 
 def as_batch(examples: Sequence[Tokens]) -> Any:
-    """Return rows of tokens as a pyarrow.RecordBatch of the columns of a store."""
+    """Return rows of tokens as a pyarrow.RecordBatch with the columns of a store."""
     import pyarrow as pa
 
     offsets = np.cumsum([0, *map(len, examples)], dtype=np.int32)
@@ -55,7 +55,7 @@ def as_batch(examples: Sequence[Tokens]) -> Any:
 
 
 class StoreWriter:
-    """An Arrow file while it is written, batch by batch; raises UserError where the system refuses."""
+    """An Arrow file that is written batch by batch; raises UserError if writing fails."""
 
     def __init__(self, file: Path) -> None:
         import pyarrow as pa
@@ -77,7 +77,7 @@ class StoreWriter:
                 self._sink.close()
 
     def write(self, batch: Any) -> None:
-        """Append a batch of `as_batch`."""
+        """Append a batch made by `as_batch`."""
         self.rows += batch.num_rows
         if batch.num_rows:
             with self._writing():
@@ -96,10 +96,10 @@ class StoreWriter:
 
 
 class Store(Sequence[Tokens]):
-    """The rows of an Arrow file. They stay readable when the file is removed."""
+    """The rows of an Arrow file. They stay readable after the file is removed."""
 
     def __init__(self, file: Path) -> None:
-        """Map the file; raises an error of Arrow where it is damaged."""
+        """Map the file; raises an Arrow exception if it is damaged."""
         import pyarrow as pa
 
         table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
@@ -132,12 +132,12 @@ class Store(Sequence[Tokens]):
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row, int64 [rows]."""
+        """Tokens per row, int64 [rows]."""
         return np.concatenate([np.zeros(0, np.int64), *(batch.lengths for batch in self._batches)])
 
     @cached_property
     def checksum(self) -> int:
-        """CRC-32 of what the rows hold: ids, lengths, numbers of trained tokens, weights."""
+        """CRC-32 of the rows' ids, lengths, numbers of trained tokens, and weights."""
         columns = (self.lengths, self.columns["targets"], self.columns["weight"])
         found = 0
         for array in (*(batch.ids for batch in self._batches), *columns):
@@ -145,18 +145,18 @@ class Store(Sequence[Tokens]):
         return found
 
     def largest(self) -> int:
-        """Return the greatest token id, -1 where there is none."""
+        """Return the largest token id, or -1 if there is none."""
         return max((int(batch.ids.max(initial=-1)) for batch in self._batches), default=-1)
 
     def first_with(self, token: int) -> int:
-        """Return the index of the first row that holds a token id of at least `token`."""
+        """Return the index of the first row with a token id of at least `token`."""
         return next(index for index, row in enumerate(self) if row.input_ids.max(initial=-1) >= token)
 
 
 class _Batch:
-    """One record batch, its tokens as a view of the file.
+    """One record batch, with its tokens as a view of the file.
 
-    Arrow's own `to_numpy` would import pandas where that is installed, for a second or so.
+    Arrow's `to_numpy` would import pandas if it is installed, which takes about a second.
     """
 
     def __init__(self, batch: Any) -> None:

@@ -1,7 +1,7 @@
-"""Tokens of earlier runs, by what decides them: the rows' bytes, the tokenizer, the options and the versions.
+"""A cache of tokens, keyed by what decides them: the rows' bytes, the tokenizer, the options, and versions.
 
-An entry is a folder KEY/ with rows.arrow and about.json. It is written aside and renamed, so that two runs which write
-it at once leave one whole entry, and it is used only if its size and checksum are those that were noted.
+An entry is a folder KEY/ with rows.arrow and about.json. It is written under a temporary name and renamed, so that two
+runs that write it at the same time leave one complete entry. It is used only if size and checksum match.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
 ROWS, ABOUT = "rows.arrow", "about.json"
 SIZE = 20 * 2**30
-"""Bytes that all entries may take; what was used longest ago goes first."""
+"""Maximum size of all entries in bytes; the least recently used are removed first."""
 LAYOUT = 4
-"""Changes with what an entry holds, or with the tokens that the same options give."""
+"""Incremented when the contents of entries change, or the tokens that the same options give."""
 
 ABANDONED = 86400
-"""Seconds after which what is half written belongs to no run any more."""
+"""Seconds after which a partial entry no longer belongs to any run."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Tokens on the disk, and what was noted of them."""
+    """Tokens on disk, and the facts recorded about them."""
 
     store: Store
     about: Object
 
 
 def key(content: str, options: Object, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the name of an entry; None for a tokenizer in Python, which does not say what it does."""
+    """Return the key of an entry; None for a tokenizer written in Python, whose behavior cannot be identified."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -65,19 +65,19 @@ def key(content: str, options: Object, tokenizer: PreTrainedTokenizerBase) -> st
 
 
 def find(folder: Path, name: str) -> Entry | None:
-    """Return an entry; None where there is none or it is damaged."""
+    """Return an entry, or None if there is none or it is damaged."""
     entry = folder / name
     try:
         found = opened(entry)
-    except Exception:  # whatever a damaged file makes json and Arrow raise
+    except Exception:  # a damaged file can make json and Arrow raise anything
         return None
-    with suppress(OSError):  # a cache that others fill
+    with suppress(OSError):  # another user may own the cache
         os.utime(entry)
     return found
 
 
 def opened(entry: Path) -> Entry:
-    """Return the entry of a folder; raises an error of any kind where it is damaged."""
+    """Return the entry in a folder; raises an exception of any type if it is damaged."""
     about = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
     if checksum(entry / ROWS) != about["checksum"]:
         raise ValueError("damaged")
@@ -85,7 +85,7 @@ def opened(entry: Path) -> Entry:
 
 
 def note(aside: Path, about: Object) -> None:
-    """Complete an entry whose rows are written."""
+    """Complete an entry after its rows are written."""
     content = {**about, "checksum": checksum(aside / ROWS)}
     (aside / ABOUT).write_text(json.dumps(content), encoding="utf-8")
 
@@ -100,7 +100,7 @@ def checksum(file: Path) -> list[int]:
 
 
 def begin(folder: Path) -> Path | None:
-    """Make a folder to write an entry into; None where the cache cannot be written to."""
+    """Create a temporary folder for an entry; None if the cache is not writable."""
     aside = folder / f".{uuid4().hex}.partial"
     try:
         aside.mkdir(parents=True)
@@ -111,7 +111,7 @@ def begin(folder: Path) -> Path | None:
 
 
 def publish(aside: Path, folder: Path, name: str) -> None:
-    """Give an entry its name. A damaged one of that name goes; a whole one, of another run, stays."""
+    """Rename a finished entry. A damaged entry of that name is replaced; an intact one, from another run, is kept."""
     with suppress(OSError):
         if (folder / name).exists() and find(folder, name) is None:
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -122,9 +122,9 @@ def publish(aside: Path, folder: Path, name: str) -> None:
 
 
 def _prune(folder: Path, name: str) -> None:
-    """Remove entries, oldest first, until all fit into SIZE; the one of this name stays.
+    """Remove entries, oldest first, until the rest fits into SIZE; the named entry is kept.
 
-    What runs that were killed left half written goes too, once it is older than any run would leave it untouched.
+    Partial entries of killed runs are also removed, when they are older than ABANDONED.
     """
     for partial in folder.glob(".*.partial"):
         if max(file.stat().st_mtime for file in (partial, *partial.iterdir())) < time.time() - ABANDONED:

@@ -1,7 +1,7 @@
-"""Rows of a source as an Arrow file of tokens, in this process or in several, a chunk of rows at a time.
+"""Tokenize the rows of a source into an Arrow file, in one or several processes, in chunks of rows.
 
-Chunks are written in the order of the rows, whoever tokenized them, so the file does not depend on the number of
-processes, and the first row that is wrong is the one that is named. Only a few chunks are in memory at once.
+Chunks are written in the order of the rows, so the file does not depend on the number of processes, and errors name the
+first bad row. Only a few chunks are in memory at once.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS, BYTES = 256, 2**20
-"""What a chunk holds at most, one row aside."""
+"""Maximum rows and bytes per chunk; a single row may be larger."""
 LARGE_FILE, LARGE_SET, MOST = 2**24, 30_000, 8
-"""From so many bytes, or rows where bytes are not known, processes are worth the seconds that they take to start."""
+"""Bytes, or rows if bytes are unknown, from which more processes are worth starting; and their maximum number."""
 
 MOST_NAMED = 100
-"""Columns that are held by name: rows may have keys that are data themselves."""
+"""Maximum number of column names remembered: some rows have keys that are data."""
 
 Piece = tuple[int, Any]
 """A row's number, and its bytes or its columns."""
@@ -54,19 +54,19 @@ class Counts:
     empty: int = 0
     """Rows without a trained token."""
     cut_empty: int = 0
-    """Those of them that lost tokens at the greatest length."""
+    """Those of them that lost tokens beyond the maximum length."""
     long: int = 0
-    """Rows left out as too long."""
+    """Rows dropped because they are too long."""
     windows: int = 0
-    """Windows without a trained token, of rows that have others."""
+    """Windows without a trained token, from rows that have other windows."""
     unread: tuple[str, ...] = ()
-    """Columns that say something and are not read, MOST_NAMED at most."""
+    """Nonempty columns that are not read, at most MOST_NAMED."""
     stated: tuple[str, ...] = ()
     """Columns that options name and rows have."""
 
     @classmethod
     def of(cls, said: Object) -> Counts:
-        """Return counts from a dict of them that was JSON, which has no tuples."""
+        """Return counts from a dict that was JSON, which has no tuples."""
         names = {name: tuple(said[name]) for name in ("unread", "stated")}
         return cls(**{**said, **names})
 
@@ -87,7 +87,7 @@ def _united(names: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Worker:
-    """Makes tokens of pieces of one source."""
+    """Tokenizes pieces of one source."""
 
     recipe: Recipe
     form: DataFormat
@@ -124,9 +124,9 @@ class Worker:
 
 
 def processes(num_proc: int | None, size: int, rows: int) -> int:
-    """Return how many processes tokenize: what was asked for, else several where the source is large.
+    """Return the number of processes that tokenize: `num_proc` if set, otherwise several for a large source.
 
-    `size` is the bytes of a file, 0 where not known. There are no more than chunks.
+    `size` is the file's size in bytes, or 0 if unknown. There are never more processes than chunks.
     """
     if num_proc is None:
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -136,9 +136,9 @@ def processes(num_proc: int | None, size: int, rows: int) -> int:
 
 
 def write_tokens(rows: Rows, worker: Worker, file: Path, workers: int, console: Console | None) -> Counts:
-    """Write the tokens of rows to an Arrow file, those without a trained token left out; return what was left out.
+    """Write the tokens of rows to an Arrow file, except rows without a trained token; return what was left out.
 
-    A terminal gets a progress bar. Raises UserError for the first row that does not fit, or where a process ended.
+    Shows a progress bar on a terminal. Raises UserError for the first bad row, or if a process died.
     """
     chunks = _chunks(rows)
     done = (
@@ -177,7 +177,7 @@ def _chunks(rows: Rows) -> Iterator[list[Piece]]:
 def _in_processes(
     worker: Worker, chunks: Iterable[list[Piece]], workers: int
 ) -> Iterator[tuple[Any, Counts, int]]:
-    # Not forked: JAX has threads, which a fork would leave in the middle of what they do.
+    # Not forked: a fork would leave JAX's threads in an undefined state.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(worker,))
     waiting = deque[Future[Any]]()
@@ -201,7 +201,7 @@ _worker: Worker | None = None
 
 
 def _start(worker: Worker) -> None:
-    """Make this process one that tokenizes: it leaves signals to its parent, and ends with it."""
+    """Initialize a worker process: it leaves signals to its parent, and ends with it."""
     global _worker
     _worker = worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,24 +1,25 @@
-"""Examples as tokens, each with whether it is trained.
+"""Examples as tokens, each with a flag whether it is trained.
 
-What is trained, and where the EOS token comes from:
+What is trained, and where EOS comes from:
 
-- text: every token; EOS is appended if the text does not end with it.
-- prompt and completion: the tokens of the completion and EOS, appended likewise; or all tokens. Where a token
-  would hold the end of the prompt and the start of the completion, the two are tokenized apart, since the model
-  that generates is given the prompt alone.
-- messages: the assistant's turns with their end tokens, as `turns` finds them. The template writes the end
-  token; only where it writes none after a closing turn is EOS appended, since nothing else would teach the
-  model to stop. Or the whole conversation.
+- text: every token; EOS is appended unless the text ends with it.
+- prompt and completion: the tokens of the completion and EOS, appended in the same way; or all tokens. If a token would
+  hold both the end of the prompt and the start of the completion, the two are tokenized separately, because generation
+  sees only the prompt.
+- messages: the assistant's turns with their end tokens, as `turns` finds them. The template writes the end token; EOS
+is
+  appended only if the template writes none after a final turn, because nothing else would teach the model to stop. Or
+  the whole conversation.
 
-Whether end tokens are trained can be asked for: those of all trained turns, the row's last one, or none.
+`train_on_eos` selects which end tokens are trained: those of all trained turns, the row's last one, or none.
 
-Plain text ends in one EOS, whether or not the tokenizer adds one or the text ends with it. A BOS token is what the
-tokenizer adds to plain text and what the template writes into a conversation, never both: a conversation is tokenized
-as transformers' `apply_chat_template` does, without additions, and text that starts with a written-out BOS gets no
-second one. A token that holds a character of a span belongs
-to the span, and none reaches across its start: what asks for a turn is tokenized without the turn, as it is for
-generation. The first token is never trained: there is nothing to predict it from. Whether a token is
-trained never depends on its id, so a padding token that is also EOS changes nothing.
+Plain text ends in exactly one EOS, whether or not the tokenizer adds one or the text ends with it. BOS is what the
+tokenizer adds to plain text, or what the template writes into a conversation, never both: a conversation is tokenized
+without special tokens, as in transformers' `apply_chat_template`, and text that starts with a literal BOS gets no
+second one. A token that holds a character of a span belongs to the span, and no token crosses the start of a span: the
+prompt before a turn is tokenized without the turn, as in generation. The first token is never trained, because nothing
+predicts it. Whether a token is trained never depends on its id, so a padding token that is also EOS makes no
+difference.
 """
 
 from __future__ import annotations
@@ -41,31 +42,31 @@ if TYPE_CHECKING:
 TrainOnEos = Literal["turn", "last", "none"]
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no equality of one truth value
+@dataclass(frozen=True, eq=False)  # comparing arrays gives no single truth value
 class Tokens:
     """One row as tokens."""
 
     input_ids: np.ndarray
     """int32 [length]"""
     trained: np.ndarray
-    """bool [length]: the token is a target of the loss."""
+    """bool [length]: whether the token is a target of the loss."""
     row: int
-    """1-based number of the row, or the line, that it comes from."""
+    """1-based number of its row or line."""
     cut: int = 0
-    """Tokens beyond the greatest length, which were cut off."""
+    """Number of tokens cut off beyond the maximum length."""
     weight: float = 1.0
-    """Factor of the row's trained tokens in the loss."""
+    """Weight of the row's trained tokens in the loss."""
     window: int = 0
-    """1-based number of the window of the row's text that this is; 0 where it is the row."""
+    """1-based number of this window of the row; 0 if it is the row itself."""
     remarks: Remark = Remark.NONE
-    """What is worth saying of the row."""
+    """Remarks about the row."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
     def truncated(self) -> bool:
-        """Some of the row's tokens were cut off."""
+        """Whether tokens were cut off."""
         return self.cut > 0
 
 
@@ -88,9 +89,9 @@ def tokenise(
     row: int = 0,
     train_on_eos: TrainOnEos = "turn",
 ) -> Tokens:
-    """Return an example as tokens, cut at the end to max_length; arguments and errors as of `encode`.
+    """Return an example as tokens, cut at the end to max_length; arguments and errors as in `encode`.
 
-    `row` is the row's number, to be kept with its tokens.
+    `row` is the row's number, which is stored with its tokens.
     """
     ids, trained, remarks = encode(example, tokenizer, where, train_on_eos)
     cut = max(len(ids) - max_length, 0)
@@ -100,16 +101,16 @@ def tokenise(
 def encode(
     example: Example, tokenizer: PreTrainedTokenizerBase, where: str, train_on_eos: TrainOnEos = "turn"
 ) -> Encoded:
-    """Return all tokens of an example, which of them are trained, and what is worth saying of it.
+    """Return all tokens of an example, which of them are trained, and remarks.
 
     Args:
-        example: what the row holds.
-        tokenizer: the model's; messages need its chat template.
-        where: the row's place, for messages.
+        example: the row's contents.
+        tokenizer: the model's tokenizer; messages need its chat template.
+        where: the row's position, for messages.
         train_on_eos: which end tokens are trained; text and completions have one.
 
     Raises:
-        UserError: the tokenizer lacks what the example needs, or its template hides what is the assistant's.
+        UserError: the tokenizer lacks something that the example needs, or the assistant's turns cannot be found.
     """
     remarks = Remark.NONE
     if isinstance(example, ChatExample):
@@ -129,7 +130,7 @@ def encode(
 
 
 def _prompted(example: CompletionExample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """Return the tokens of a prompt and its completion, and how many of them are only read."""
+    """Return the tokens of a prompt and its completion, and how many of them belong to the prompt."""
     ids = plain_ids(example.prompt + example.completion, tokenizer)
     if example.whole:
         return _ended(ids, tokenizer), 0
@@ -174,9 +175,9 @@ def _chat(
 
 
 def _placed(text: str, tokenizer: PreTrainedTokenizerBase, starts: list[int]) -> tuple[list[int], np.ndarray]:
-    """Return the tokens of a conversation and their characters, int64 [length, 2], none reaching across a start.
+    """Return the tokens of a conversation and their characters, int64 [length, 2]; no token crosses a start.
 
-    What is in front of a turn is what a model that generates is given, and it is tokenized without the turn.
+    The text before a turn is tokenized without the turn, as in generation.
     """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
@@ -196,10 +197,8 @@ def _placed(text: str, tokenizer: PreTrainedTokenizerBase, starts: list[int]) ->
 def _placed_within(
     text: str, tokenizer: PreTrainedTokenizerBase, starts: list[int]
 ) -> tuple[list[int], np.ndarray]:
-    """Return what `_placed` does for text that goes on from other text."""
-    end = (
-        f"{tokenizer.eos_token}"  # which nothing melts into, so that no space is put in front of a first word
-    )
+    """Return what `_placed` returns, for text that continues other text."""
+    end = f"{tokenizer.eos_token}"  # nothing merges with it, and no space is added before the first word
     ids, offsets = _placed(end + text, tokenizer, [start + len(end) for start in starts])
     return ids[1:], offsets[1:] - len(end)
 
@@ -208,8 +207,8 @@ def within(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
     """Return which tokens hold a character of a span.
 
     Args:
-        offsets: int [length, 2], the characters of each token, from start to before end.
-        spans: stretches of characters, in order.
+        offsets: int [length, 2], first character of each token, and the one after its last.
+        spans: spans of characters, in order.
 
     Returns:
         bool [length].
@@ -225,8 +224,8 @@ def within(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
 
 
 def _reaching(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each token starts and ends, int [length] each."""
-    # Some tokenizers trim spaces off their offsets, so a token reaches back to where the one before ended.
+    """Return the first character of each token and the one after its last, int [length] each."""
+    # Some tokenizers trim spaces from offsets, so a token begins where the previous one ended.
     ends = offsets[:, 1]
     before = np.concatenate(([0], np.maximum.accumulate(ends)[:-1])) if len(ends) else ends
     return np.minimum(offsets[:, 0], before), ends

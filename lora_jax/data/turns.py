@@ -1,24 +1,23 @@
-"""Where in a rendered conversation the assistant speaks.
+"""Find the assistant's turns in a rendered conversation.
 
-A chat template writes a conversation as one text. A turn's span runs from the end of what the template
-writes to ask for it (`add_generation_prompt`) to the end token that closes it, included. The whitespace
-some templates write after the end token is left out: whoever generates has stopped by then.
+A chat template renders a conversation as one text. A turn's span runs from the end of the generation prompt
+(`add_generation_prompt`) to the end token that closes it, inclusive. Whitespace that some templates write after the end
+token is excluded: generation has stopped by then.
 
 The span comes from, in this order,
 
-1. the template's `{% generation %}` marks, lengthened to the end token where they stop just before it;
-2. the text rendered up to the turn and through the turn, where each is a prefix of the whole text;
-3. the place of the message's own content in the whole text, for templates that write the past anew once
-   more turns follow (Qwen3 drops earlier reasoning, Mistral moves the system message). The place is found
-   by rendering the conversation with a mark put at an end of that content, and holds only if the rest of
-   the text is the same to the last character.
+1. the template's `{% generation %}` marks, extended to the end token if they stop just before it;
+2. the text rendered up to the turn and through the turn, if each is a prefix of the whole text;
+3. the position of the message's content in the whole text, for templates that rewrite the past when more turns follow
+   (Qwen3 drops earlier reasoning, Mistral moves the system message). The position is found by rendering the
+   conversation with a mark at one end of that content, and counts only if the rest of the text is identical.
 
-A turn that none of these finds is an error: a guess would train on the wrong tokens in silence. A conversation
-that is trained on as a whole has one span, to the end of the text.
+If none of these finds a turn, that is an error: a guess could silently train on the wrong tokens. A conversation that
+is trained as a whole has one span, up to the end of the text.
 
-Some templates close a turn in the header of the next message. That end token belongs to the turn, and the last
-turn gets it too. Words that a template cuts out of the last turn, where a model would generate them, are put back;
-out of earlier turns they stay cut, as they are when the model generates, which `Remark.LOST` tells.
+Some templates close a turn in the header of the next message. That end token belongs to the turn, and the last turn
+gets it too. Words that a template cuts from the last turn, where a model would generate them, are restored. Words cut
+from earlier turns stay cut, as they are in generation; `Remark.LOST` reports them.
 """
 
 from __future__ import annotations
@@ -42,17 +41,17 @@ _UNIT = r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|."
 
 
 class Span(NamedTuple):
-    """A stretch of characters, from start to before end."""
+    """A span of characters, from start up to but excluding end."""
 
     start: int
     end: int
     closed: bool
-    """It ends with an end token."""
+    """Whether it ends with an end token."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and what of it is trained."""
+    """A conversation as text, and its trained spans."""
 
     text: str
     spans: list[Span]
@@ -61,7 +60,7 @@ class Rendered:
 
 @lru_cache(maxsize=4)
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return the texts of a tokenizer's control tokens, the longest first."""
+    """Return the texts of a tokenizer's control tokens, longest first."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     if isinstance(tokenizer.eos_token, str):
         special.add(tokenizer.eos_token)
@@ -70,21 +69,21 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4)
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Return a pattern of a tokenizer's control tokens; of nothing where it has none."""
+    """Return a pattern that matches a tokenizer's control tokens; it matches nothing if there are none."""
     return re.compile("|".join(map(re.escape, special_texts(tokenizer))) or r"(?!)")
 
 
 @lru_cache(maxsize=4)
 def unit_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Return a pattern of what no span begins or ends within: a control token, a tag or a word."""
+    """Return a pattern of units that a span must not split: a control token, a tag or a word."""
     return re.compile(f"{special_pattern(tokenizer).pattern}|{_UNIT}", re.DOTALL)
 
 
 def render_turns(chat: ChatExample, tokenizer: PreTrainedTokenizerBase, where: str) -> Rendered:
-    """Return a conversation as the chat template writes it, and the spans of its trained assistant turns.
+    """Return a conversation as the chat template renders it, and the spans of its trained assistant turns.
 
     Raises:
-        UserError: there is no template, it refuses the messages, or a turn's place cannot be found.
+        UserError: there is no template, it rejects the messages, or a turn cannot be found.
     """
     conversation = _Conversation(chat, tokenizer, where)
     text = conversation.text
@@ -101,7 +100,7 @@ def render_turns(chat: ChatExample, tokenizer: PreTrainedTokenizerBase, where: s
 def without_ends(
     rendered: Rendered, tokenizer: PreTrainedTokenizerBase, *, whole: bool, keep_last: bool
 ) -> list[Span]:
-    """Return spans without the end tokens that close turns, but for the last one with keep_last."""
+    """Return spans without the end tokens that close turns; keep_last keeps the last one's."""
     text, spans = rendered.text, rendered.spans
     found: list[Span] = []
     for span in spans:
@@ -122,12 +121,12 @@ def without_ends(
 
 
 def _closing(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the special token that a text ends with, spaces aside."""
+    """Return the special token at the end of a text, ignoring spaces."""
     return next(reversed(_closings(text, tokenizer)), None)
 
 
 def _closings(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the special tokens that a text ends with, in their order, spaces aside."""
+    """Return the special tokens at the end of a text in order, ignoring spaces."""
     found: list[str] = []
     text = text.rstrip()
     while special := next((one for one in special_texts(tokenizer) if text.endswith(one)), None):
@@ -165,9 +164,9 @@ class _Conversation(Renderer):
         ending = self._ending(self.turns[-1]) if self.turns else None
         spans: list[Span] = []
         for start, end in marked:
-            if end < first:  # of the prompt
+            if end < first:  # part of the prompt
                 continue
-            if ending and text.startswith(ending, end):  # the marks stop just before it
+            if ending and text.startswith(ending, end):  # the marks stop just before the end token
                 spans.append(Span(start, end + len(ending), closed=True))
             elif start < end:
                 spans.append(self._close(text, start, end))
@@ -201,9 +200,9 @@ class _Conversation(Renderer):
         return spans
 
     def restored(self, rendered: Rendered) -> Rendered:
-        """Return the conversation with what the template cuts out of its last turn, and what it cuts elsewhere told.
+        """Return the conversation with the cut part of its last turn restored, and with remarks about other cuts.
 
-        What is put back stands as the row has it, behind what asks for the turn, as a model would generate it.
+        What is restored is the row's own text, after the generation prompt, as a model would generate it.
         """
         text, spans = rendered.text, rendered.spans
         lost = False
@@ -219,25 +218,25 @@ class _Conversation(Renderer):
                 continue
             before = self.upto(turn)
             start = len(before) if before is not None and text.startswith(before) else floor
-            if holds(text[start:end], message):  # with what the template writes to ask for the turn
+            if holds(text[start:end], message):  # including the generation prompt
                 continue
             last = turn == len(self.messages) - 1 and not self.has_marks
             put_back = self._with_last_turn_whole(text, spans) if last and spans else None
             if put_back is not None:
                 rendered = put_back
-            # Fields and calls that are no part of the content stay lost.
+            # Fields and calls outside of the content stay lost.
             lost |= put_back is None or not holds(put_back.text, message)
         return replace(rendered, remarks=rendered.remarks | Remark.LOST) if lost else rendered
 
     def _ends(self, text: str, spans: list[Span]) -> list[int]:
-        """Return for each trained turn a place behind it and, where it is known, before the next one's content."""
+        """Return for each trained turn a position after it and, if known, before the content of the next turn."""
         if not self.has_marks and not self.chat.whole:
             return [span.end for span in spans]
         texts = [self.upto(turn + 1) for turn in self.turns]
         return [len(one) if one is not None and text.startswith(one) else len(text) for one in texts]
 
     def _with_last_turn_whole(self, text: str, spans: list[Span]) -> Rendered | None:
-        """Return the conversation with the last message's content whole; None where it is not cut but changed."""
+        """Return the conversation with the last message's full content; None if it was changed rather than cut."""
         message = self.messages[-1]
         content = spoken(message) or ""
         mark = _unused(text)
@@ -251,10 +250,10 @@ class _Conversation(Renderer):
             return None
         asked = self.upto(len(self.messages) - 1, ask=True) or ""
         if before.startswith(asked) and before[len(asked) :].strip():
-            return None  # the template has something of its own to say, such as an empty thought
+            return None  # the template adds text, such as an empty thought
         opened = asked.removeprefix(before) if asked.startswith(before) else ""
         if opened.strip() and not content.lstrip().startswith(opened.strip()):
-            before = asked  # such as an opened <think>, which the content goes on from
+            before = asked  # such as an opened <think>, which the content continues
         whole = before + content + after
         if whole == text:
             return None
@@ -265,7 +264,7 @@ class _Conversation(Renderer):
         return Rendered(whole, [*spans[:-1], span], Remark.KEPT)
 
     def ended(self, rendered: Rendered) -> Rendered:
-        """Return the conversation with its last turn closed, where the template closes turns in the next header."""
+        """Return the conversation with its last turn closed, if the template closes turns in the next header."""
         text, spans = rendered.text, rendered.spans
         last = len(self.messages) - 1
         if not spans or spans[-1].closed or spans[-1].end != len(text) or last not in self.turns:
@@ -286,7 +285,7 @@ class _Conversation(Renderer):
         content = self._content_at(text, turn, end=False)
         plain = self.upto(turn)
         if asked is not None and plain is not None and asked.startswith(plain) and text.startswith(plain):
-            # The template asks with more than it keeps, such as an opened <think>: what both have is given.
+            # The generation prompt has more than the template keeps, such as an opened <think>; use the common part.
             common = self._shared(asked, text)
             return common if content is None else min(common, content)
         if content is not None:
@@ -294,7 +293,7 @@ class _Conversation(Renderer):
         return self._after_header(text, turn, floor)
 
     def _shared(self, asked: str, text: str) -> int:
-        """Return where two texts part, at the start of the tag or word in which they do."""
+        """Return where two texts diverge, moved to the start of that tag or word."""
         at = shared_prefix(asked, text)
         if at in (len(asked), len(text)):
             return at
@@ -303,7 +302,7 @@ class _Conversation(Renderer):
         return at if parted == at else self._shared(asked[:parted], text)
 
     def _after_header(self, text: str, turn: int, floor: int) -> int | None:
-        """Return where the last header ends, in the words that ask for a turn, before the content does."""
+        """Return the end of the last header, given as the words of the generation prompt, before the content."""
         asked = self.upto(len(self.messages), ask=True)
         end = self._content_at(text, turn, end=True)
         if asked is None or end is None or not asked.startswith(text):
@@ -322,13 +321,13 @@ class _Conversation(Renderer):
         following = self._content_at(text, turn + 1, end=False)
         ending = self._ending(turn)
         if end is None:
-            # A call of a tool has no content to mark: its end token has to be the only one before what follows.
+            # A tool call has no content to mark: its end token must be the only one before the next message.
             if not ending or following is None or text.count(ending, start, following) != 1:
                 return None
             return Span(start, text.index(ending, start) + len(ending), closed=True)
         if end < start:
             return None
-        # Some templates close a turn of the past otherwise than the last one: as the turn before it is closed.
+        # Some templates close past turns differently from the last one: as the previous turn is closed.
         for closing in (*reversed(self._endings(turn)), *(self._endings(turn - 1)[-1:] if turn else ())):
             at = text.find(closing, end)
             if at >= 0 and (not text[end:at].strip() if following is None else at <= following):
@@ -340,7 +339,7 @@ class _Conversation(Renderer):
         return Span(start, end, closed=False) if closing is None else Span(start, end + closing, closed=True)
 
     def _close(self, text: str, start: int, end: int) -> Span:
-        """Return the span without what follows its end token, with one that the next header brings."""
+        """Return the span up to its end token, or up to the one that the next header contains."""
         spoken_text = text[start:end].rstrip()
         if spoken_text.endswith(special_texts(self.tokenizer)):
             return Span(start, start + len(spoken_text), closed=True)
@@ -348,7 +347,7 @@ class _Conversation(Renderer):
         return Span(start, end, closed=False) if closing is None else Span(start, end + closing, closed=True)
 
     def _late_end(self, tail: str) -> int | None:
-        """Return where in what follows a turn the token ends that closes it; None where a message merely begins."""
+        """Return the end of the token that closes a turn in the text after it; None if a message merely begins."""
         token = special_pattern(self.tokenizer).match(tail, len(tail) - len(tail.lstrip()))
         if token is None or token.group() in self._openings:
             return None
@@ -356,7 +355,7 @@ class _Conversation(Renderer):
 
     @cached_property
     def _openings(self) -> set[str]:
-        """The special tokens that open messages of the assistant and of others alike, and so end nothing."""
+        """The special tokens that open messages of the assistant and of others alike, and therefore end nothing."""
         pattern = special_pattern(self.tokenizer)
         mark = _unused(self.text)
         first = [saying(self.messages[0], mark)]
@@ -365,7 +364,7 @@ class _Conversation(Renderer):
         return set(pattern.findall(opening)) & set(pattern.findall(asked))
 
     def _next_header(self, turn: int) -> str | None:
-        """Return what the template writes in front of the message that answers a turn."""
+        """Return what the template writes before the message that answers a turn."""
         calls = {key: value for key, value in self.messages[turn].items() if key in ("role", "tool_calls")}
         said = saying({**calls, "content": self.messages[turn].get("content")}, "Hello")
         role = "tool" if "tool_calls" in calls else "user"
@@ -377,21 +376,21 @@ class _Conversation(Renderer):
         return answered[len(through) :]
 
     def _ending(self, turn: int) -> str | None:
-        """Return the end token that the template writes after a turn when it is the last."""
+        """Return the end token that the template writes after a turn that is the last."""
         return next(reversed(self._endings(turn)), None)
 
     def _endings(self, turn: int) -> list[str]:
-        """Return the special tokens, in their order, that the template ends a turn with when it is the last."""
+        """Return the special tokens, in order, with which the template ends a turn that is the last."""
         return _closings(self.upto(turn + 1) or "", self.tokenizer)
 
     def _content_at(self, text: str, turn: int, *, end: bool) -> int | None:
-        """Return where a message's content ends, or starts, in the whole text; None if it cannot be told."""
+        """Return the end, or start, of a message's content in the whole text; None if it cannot be determined."""
         messages = self.messages
         content = spoken(messages[turn]) if turn < len(messages) else None
         if content is None:
             return None
         mark = _unused(text)
-        # Templates that trim the content keep a mark only behind the trimmed form.
+        # Templates that trim the content keep a mark only next to the trimmed text.
         for said in (content, content.rstrip() if end else content.lstrip()):
             message = saying(messages[turn], said + mark if end else mark + said)
             marked = self.render([*messages[:turn], message, *messages[turn + 1 :]])
@@ -405,7 +404,7 @@ def _unused(text: str) -> str:
 
 
 def _unit_start(text: str, line: int, at: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return where the tag or word begins that a place is within, else the place; a line starts outside of any."""
+    """Return the start of the tag or word around a position, or the position itself; lines start outside of both."""
     for unit in unit_pattern(tokenizer).finditer(text, line):
         if unit.end() > at:
             return min(unit.start(), at)
@@ -421,7 +420,7 @@ def shared_prefix(first: Sequence[object], second: Sequence[object]) -> int:
 
 
 def remarks_of(chat: ChatExample, tokenizer: PreTrainedTokenizerBase) -> Remark:
-    """Return what a conversation's messages give reason to remark, whatever the template makes of them."""
+    """Return the remarks about a conversation's messages that do not depend on the template."""
     found = Remark.NONE
     pattern = special_pattern(tokenizer)
     for index, message in enumerate(chat.messages):

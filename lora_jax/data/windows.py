@@ -1,4 +1,4 @@
-"""Rows longer than the greatest length: cut at the end, cut into windows, or left out."""
+"""Rows longer than the maximum length: cut at the end, split into windows, or dropped."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def fitted(
     row: int,
     weight: float = 1.0,
 ) -> list[Tokens]:
-    """Return a row's tokens as parts of at most max_length: one, its windows, or none where it is dropped.
+    """Return a row's tokens as parts of at most max_length tokens: one part, several windows, or none if dropped.
 
     Args:
         ids: int32 [length].
         trained: bool [length].
-        max_length: greatest number of tokens of a part.
-        mode: keep_start cuts what is beyond it off; windows cuts the row into parts that follow each other, each
-            full but for the last; drop leaves the row out.
+        max_length: maximum number of tokens per part.
+        mode: keep_start cuts off the rest; windows splits the row into consecutive parts, all full except the last;
+            drop leaves the row out.
         row: the row's number.
         weight: the row's weight.
 
-    The first token of a window is no target, as nothing in the window comes before it; all others are as in the
-    row. One token that would be left over, which could not be trained, takes another one into the last window.
+    The first token of a window is not a target, because nothing in the window precedes it; all others are as in the
+    row. If a single token would remain, which could not be trained, the last window takes one more.
     """
     length = len(ids)
     if length <= max_length:

@@ -1,1 +1,1 @@
-"""Completing prompts: a model and its adapter in memory, a cache of keys and values, the choice of tokens."""
+"""Generation: a model and its adapter in memory, a KV cache, and sampling."""

@@ -1,7 +1,7 @@
-"""Decoding with a cache of keys and values: the prompts in one pass, then one token a pass.
+"""Decoding with a KV cache: all prompts in one pass, then one token per pass.
 
-Prompts of unequal length are padded on the left, so that every row's next token stands in the same slot.
-Lengths are rounded up (`bucket`), so that prompts of many lengths share a few compiled programs.
+Prompts of different lengths are padded on the left, so that the next token of every row has the same slot. Lengths are
+rounded up (`bucket`), so that few programs are compiled.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yield the next token of every prompt, int32 [batch], pass by pass; -1 for a row that has ended, -2 as it breaks.
 
-    A row ends with a token of `end_ids`, which is yielded; all end after max_new_tokens. Prompts are token
-    ids below the vocabulary's size, at least one each. A row's draws depend on the seed, the pass and its
-    place in the batch alone. Shorter prompts are padded to `shortest` tokens, so that batches share a program.
+    A row ends with a token in `end_ids`, which is yielded; all rows end after max_new_tokens. Prompts are nonempty
+    token ids below the vocabulary size. A row's samples depend only on the seed, the pass and its position in the
+    batch. Shorter prompts are padded to `shortest` tokens, so that batches share a program.
     """
     tokens, segments = padded(prompts, shortest)
     lengths = segments.sum(axis=1, dtype=np.int32)
@@ -74,7 +74,7 @@ def complete(
     sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Return the tokens that `stream` yields, a list a prompt, with what ended it: an end token or -2, if any."""
+    """Return the tokens that `stream` yields, one list per prompt, with the token that ended it (or -2), if any."""
     passes = list(
         stream(
             model, variables, prompts,
@@ -92,7 +92,7 @@ def prefill(
     segments: Int[Array | np.ndarray, "batch length"],
     slots: int,
 ) -> tuple[Logits, Cache]:
-    """Read prompts padded on the left; return the logits of their next tokens and a cache of `slots` slots."""
+    """Process prompts padded on the left; return the logits of their next tokens, and a cache of `slots` slots."""
     cache = empty_cache(model, tokens.shape[0], slots)
     segments = jnp.asarray(segments)
     return _read(model, variables, jnp.asarray(tokens), positions_of(segments), segments, cache)
@@ -106,16 +106,16 @@ def advance(
     tokens: Int[Array | np.ndarray, " batch"],
     positions: Int[Array | np.ndarray, " batch"],
 ) -> tuple[Logits, Cache]:
-    """Read one more token a row, at its position; return the logits of the next and the cache, grown in place.
+    """Process one more token per row at its position; return the logits of the next token, and the updated cache.
 
-    The cache that is passed in is given up.
+    The cache passed in is donated.
     """
     ones = jnp.ones((len(tokens), 1), jnp.int32)
     return _read(model, variables, jnp.asarray(tokens)[:, None], jnp.asarray(positions)[:, None], ones, cache)
 
 
 def empty_cache(model: Decoder, batch: int, slots: int) -> Cache:
-    """Return a cache in the model's compute dtype with no slot filled."""
+    """Return an empty cache in the model's compute dtype."""
     config = model.config
     shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
     key, value = jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)
@@ -134,14 +134,14 @@ def padded(prompts: Sequence[Sequence[int]], shortest: int = 1) -> tuple[np.ndar
 
 
 def cache_bytes(model: Decoder, batch: int, longest: int, max_new_tokens: int) -> int:
-    """Return the size of the cache of `batch` prompts, the longest of `longest` tokens, in bytes."""
+    """Return the size in bytes of the cache for `batch` prompts, the longest of `longest` tokens."""
     config, slots = model.config, bucket(bucket(longest) + max_new_tokens - 1)
     heads = config.num_key_value_heads * config.head_dim
     return 2 * config.num_hidden_layers * batch * slots * heads * jnp.dtype(model.dtype).itemsize
 
 
 def bucket(length: int) -> int:
-    """Return a length rounded up, by less than 16 or at most a quarter of it, so that few different ones occur."""
+    """Return a length rounded up by less than 16 or at most a quarter, so that few different lengths occur."""
     step = max(SMALLEST_BUCKET, 1 << max(length.bit_length() - 3, 0))
     return -(-length // step) * step
 
@@ -177,7 +177,7 @@ def _seen(
     segments: Int[Array | np.ndarray, "batch length"],
     vocab: int,
 ) -> Seen:
-    """Return which tokens stand in each prompt; padding counts as none."""
+    """Return which tokens occur in each prompt; padding does not count."""
     rows = jnp.arange(tokens.shape[0])[:, None]
     real = jnp.where(jnp.asarray(segments) != 0, tokens, vocab)
     return jnp.zeros((tokens.shape[0], vocab), bool).at[rows, real].set(True, mode="drop")

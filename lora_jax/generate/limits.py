@@ -1,4 +1,4 @@
-"""What a model cannot write: more tokens than memory has room for, or than it has positions."""
+"""Limits of generation: tokens that neither memory nor the model's positions have room for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_jax.parallel.memory import devices_memory
 
 
 def check_cache(model: Decoder, batch: int, longest: int, max_new_tokens: int, option: str) -> None:
-    """Raise UserError, naming the `option` of max_new_tokens, where the cache alone is larger than the memory."""
+    """Raise UserError, naming the `option` for max_new_tokens, if the cache alone is larger than memory."""
     needed, there = cache_bytes(model, batch, longest, max_new_tokens), devices_memory()
     if needed > there:
         raise UserError(
@@ -19,7 +19,7 @@ def check_cache(model: Decoder, batch: int, longest: int, max_new_tokens: int, o
 
 
 def beyond_positions(positions: int, longest: int, max_new_tokens: int) -> str | None:
-    """Return what to note where a prompt of `longest` tokens, or what may follow it, leaves the model's positions."""
+    """Return a note if a prompt of `longest` tokens, or its completion, exceeds the model's maximum position."""
     if longest > positions:
         what = f"the prompt has {longest:,} tokens"
     elif longest + max_new_tokens > positions:

@@ -22,17 +22,17 @@ from lora_jax.types import Collections, Tokenizer, Values
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A model as its files say, before a weight of the base is read."""
+    """A model as described by its files, before any weight of the base is read."""
 
     base: Pretrained
-    """With the vocabulary of the adapter, and with the weights that it brings."""
+    """With the adapter's vocabulary, and with the base weights that the adapter contains."""
     adapter: Adapter | None
     settings: Values
-    """What generation_config.json holds; nothing where there is none."""
+    """Contents of generation_config.json; empty if there is none."""
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The base's tokenizer, or the adapter's where it brings one."""
+        """The base's tokenizer, or the adapter's if it has one."""
         return self.base.tokenizer
 
     @property
@@ -46,7 +46,7 @@ class Opened:
         return self.base.config
 
     def notes(self, options: ModelOptions) -> Iterator[str]:
-        """Yield what the user should know of how the base was read, and of how the adapter goes together with it."""
+        """Yield notes about how the base was read, and about how the adapter fits it."""
         yield from self.base.remarks
         if self.adapter is None:
             return
@@ -68,10 +68,10 @@ class Loaded(Opened):
 
 
 def load_for_inference(options: ModelOptions, adapter: str | None = None) -> Loaded:
-    """Read a model and, un-merged, an adapter, as `open_for_inference` finds them.
+    """Load a model and an unmerged adapter, opened as by `open_for_inference`.
 
-    With dtype auto the weights are held in the compute dtype, not as stored: they are read for every token,
-    and converting them each time takes most of it. A quantized base's codes stay as they are.
+    With dtype auto, weights are held in the compute dtype rather than the stored one: they are read for every token,
+    and converting them each time would take most of the time. Codes of a quantized base are kept.
     """
     found = open_for_inference(options, adapter)
     compute = found.base.compute_dtype()
@@ -85,10 +85,10 @@ def load_for_inference(options: ModelOptions, adapter: str | None = None) -> Loa
 
 
 def open_for_inference(options: ModelOptions, adapter: str | None = None) -> Opened:
-    """Open a model and an adapter; without a path the base is the one that the adapter names.
+    """Open a model and an adapter; without a path, the base is the one that the adapter names.
 
-    Each file of the tokenizer, and the generation settings, are the adapter's where it brings them. Raises UserError
-    for whatever is wrong with the files.
+    Tokenizer files and generation settings come from the adapter if it has them. Raises UserError for whatever is wrong
+    with the files.
     """
     folder = None if adapter is None else resolve(adapter, option="--adapter")
     path, revision = options.path, options.revision

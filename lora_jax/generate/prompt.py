@@ -1,4 +1,4 @@
-"""From what a user types to tokens, and the tokens at which a completion ends."""
+"""Prompts as tokens, and the tokens that end a completion."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def encode_prompt(
     system: str | None = None,
     option: str = "--prompt",
 ) -> list[int]:
-    """Return a prompt's tokens: as a user's turn, the assistant's asked for, or as it is.
+    """Return a prompt's tokens: as a user turn with a generation prompt, or as plain text.
 
-    With `chat` the template writes BOS if it wants one; otherwise the tokenizer adds it if it adds it to every text.
-    There are never two, and an EOS that the tokenizer adds is left out, since the model would take the text as done.
-    Raises UserError, naming the `option` that gave the prompt, where the template refuses the messages or no token
-    comes out.
+    With `chat`, the template writes BOS if it wants one; otherwise the tokenizer adds it if it does so for every text.
+    There are never two. An EOS that the tokenizer adds is removed, because the model would consider the text complete.
+    Raises UserError, naming the `option` that gave the prompt, if the template rejects the messages or there are no
+    tokens.
     """
     if chat:
         text = _asked(prompt, tokenizer, system, option)
@@ -53,11 +53,11 @@ def end_ids(settings: Values, config: Values, tokenizer: Tokenizer, *, chat: boo
 
 
 def stop_ids(settings: Values, config: Values, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
-    """Return the tokens that end a completion, each once.
+    """Return the tokens that end a completion, without duplicates.
 
-    They are `eos_token_id`, one id or several, of generation_config.json (`settings`), else of config.json,
-    as in transformers; the tokenizer's own end token; and in a chat the one that closes the assistant's turn
-    in the template, since a base model's files do not name what it was fine-tuned to stop at.
+    They are `eos_token_id`, one id or several, from generation_config.json (`settings`) or else from config.json, as in
+    transformers; the tokenizer's EOS; and in a chat the token that closes the assistant's turn in the template, because
+    a base model's files do not name the token that it was fine-tuned to stop at.
     """
     found: list[int | None] = [*named_ends(settings, config)]
     if tokenizer.eos_token_id is not None:
@@ -68,7 +68,7 @@ def stop_ids(settings: Values, config: Values, tokenizer: Tokenizer, *, chat: bo
 
 
 def named_ends(settings: Values, config: Values) -> list[int]:
-    """Return `eos_token_id`, one id or several, of generation_config.json (`settings`), else of config.json."""
+    """Return `eos_token_id`, one id or several, from generation_config.json (`settings`) or else from config.json."""
     named = settings.get("eos_token_id")
     named = config.get("eos_token_id") if named is None else named
     return [token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)]
@@ -88,12 +88,12 @@ def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase, system: str | None, 
 
 
 def _turn_end(tokenizer: Tokenizer) -> int | None:
-    """Return the special token that training teaches to end a turn with; None where it cannot be told."""
+    """Return the special token that training teaches to end a turn with; None if it cannot be determined."""
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
     try:
         tokens = tokenise(ChatExample(messages), tokenizer, _LONGEST_TURN, "--prompt")
     except UserError:
-        return None  # a template that cannot be trained with may still be good to generate with
+        return None  # a template that is unfit for training may still work for generation
     last = int(tokens.input_ids[tokens.trained][-1]) if tokens.trained.any() else -1
     added = tokenizer.added_tokens_decoder.get(last)
     return last if added is not None and added.special else None

@@ -1,7 +1,7 @@
-"""How the next token is chosen from its logits.
+"""Choose the next token from its logits.
 
-The order and the definitions are those of transformers' `generate`: repetition penalty, then, where
-tokens are drawn, temperature, top-k and top-p.
+Order and definitions follow transformers' `generate`: repetition penalty, then, for sampling, temperature, top-k and
+top-p.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Logits = Float[Array, "batch vocab"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """The rule of choice: greedy at temperature 0, else drawn from what top_k (0: all) and top_p leave."""
+    """Greedy at temperature 0; otherwise sampling from the tokens that top_k (0: all) and top_p keep."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -29,7 +29,7 @@ GREEDY = Sampling()
 
 
 def choose(key: Key[Array, ""], logits: Logits, sampling: Sampling) -> Int[Array, " batch"]:
-    """Return one token a row: the most likely at temperature 0, else a draw. The penalty is applied before."""
+    """Return one token per row: the most likely at temperature 0, otherwise a sample. Apply the penalty before."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -41,23 +41,23 @@ def choose(key: Key[Array, ""], logits: Logits, sampling: Sampling) -> Int[Array
 
 
 def penalise(logits: Logits, seen: Bool[Array, "batch vocab"], penalty: float) -> Logits:
-    """Return the logits with those of tokens seen made less likely: positive over the penalty, negative times.
+    """Return the logits with those of seen tokens made less likely: positive ones divided, negative ones multiplied.
 
-    Keskar et al. 2019, arXiv:1909.05858, section 4.1, with the sign taken into account as transformers does.
+    Keskar et al. 2019, arXiv:1909.05858, section 4.1, with the sign taken into account as in transformers.
     """
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def keep_top_k(logits: Logits, k: int) -> Logits:
-    """Return the logits with all but the k greatest at minus infinity; ties with the k-th are kept."""
+    """Return the logits with all but the k largest set to minus infinity; ties with the k-th are kept."""
     least = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
     return jnp.where(logits < least, -jnp.inf, logits)
 
 
 def keep_top_p(logits: Logits, p: float) -> Logits:
-    """Return the logits with all but the smallest set of most likely tokens of total probability p at -infinity.
+    """Return the logits with all but the smallest set of most likely tokens of total probability p set to -infinity.
 
-    The token that carries the total past p is in the set, so that at least one is kept.
+    The token that takes the total past p is kept, so at least one is.
     Holtzman et al. 2019, arXiv:1904.09751, section 3.1.
     """
     order = jnp.argsort(logits, axis=-1)

@@ -1,4 +1,4 @@
-"""Where a folder that training has written tells other programs to stop."""
+"""Stop tokens that a written folder tells to other programs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lora_jax.hub.tokenizer import GENERATION_CONFIG_FILE, generation_config
 from lora_jax.types import Tokenizer, Values
 
 _WITH_THEM = ("bos_token_id", "pad_token_id")
-"""What transformers takes from config.json where there is no generation_config.json."""
+"""What transformers reads from config.json if there is no generation_config.json."""
 
 
 def generation_settings(source: Path, own: Path | None = None) -> Values:
-    """Return what generation_config.json of the folder `own`, else of the source, holds; nothing without one."""
+    """Return the contents of generation_config.json in the folder `own` or else in `source`; empty if there is none."""
     path = generation_config(source, own)
     return {} if path is None else read_json_object(path, "fix it or delete it")
 
@@ -25,12 +25,12 @@ def generation_settings(source: Path, own: Path | None = None) -> Values:
 def write_stops(
     folder: Path, base: Checkpoint, tokenizer: Tokenizer, rows: int, own: Path | None = None
 ) -> list[str]:
-    """Make the settings in a folder stop at what training ends a text and a turn with, and return the tokens added.
+    """Make the settings in a folder stop where training ends texts and turns; return the tokens that were added.
 
-    transformers and vLLM stop at the eos_token_id of generation_config.json, or of config.json, alone, and a base's
-    does not name the token that ends a turn of the chat template. generation_config.json and, where there is one,
-    config.json get it. `own` is an adapter's folder, whose settings go before the base's. A token beyond the `rows` of
-    the model's vocabulary, which may be more than the base's, is left out.
+    transformers and vLLM stop only at the eos_token_id in generation_config.json, or else in config.json, and a base's
+    files do not name the token that ends a turn of the chat template. It is added to generation_config.json and, if
+    present, to config.json. `own` is an adapter's folder, whose settings take precedence over the base's. Tokens beyond
+    the model's vocabulary of `rows`, which may differ from the base's, are left out.
     """
     settings = generation_settings(base.folder, own)
     known = named_ends(generation_settings(base.folder), base.config)

@@ -1,4 +1,4 @@
-"""Tokens to text, while they come."""
+"""Decode tokens to text as they arrive."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ _INCOMPLETE = "\ufffd"
 
 
 def decoded(tokens: list[int], tokenizer: Tokenizer) -> str:
-    """Return the text of tokens without the special ones."""
+    """Return the text of tokens without special tokens."""
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class TextStream:
-    """Text in pieces whose sum is the text of all tokens: a character is held back until its last byte is there."""
+    """Text in pieces that add up to the decoded tokens; a character is held back until its last byte has arrived."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -21,18 +21,18 @@ class TextStream:
         self._given = ""
 
     def add(self, token: int) -> str:
-        """Return what can be shown now that a token has come; maybe nothing."""
+        """Return the text that can be shown after a token; it may be empty."""
         self._tokens.append(token)
         text = decoded(self._tokens, self._tokenizer)
         return self._rest(text.rstrip(_INCOMPLETE))
 
     def end(self) -> str:
-        """Return what was held back."""
+        """Return the text that was held back."""
         return self._rest(decoded(self._tokens, self._tokenizer))
 
     def _rest(self, text: str) -> str:
         if not text.startswith(self._given):
-            return ""  # what was shown is not taken back
+            return ""  # text that was shown cannot be withdrawn
         rest = text[len(self._given) :]
         self._given = text
         return rest
