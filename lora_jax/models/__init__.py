@@ -1,1 +1,1 @@
-"""The decoder, what its families differ in, and reading and writing whole models."""
+"""The decoder and its families, and reading and writing whole models."""

@@ -1,8 +1,8 @@
-"""A model quantized layer after layer, each fitted by GPTQ to the inputs that it gets on rows of tokens.
+"""Quantize a model layer by layer with GPTQ, each layer fitted to its inputs on rows of tokens.
 
-The rows go through the layers that are quantized already, so that a layer is fitted to the errors of those before
-it. Tensors come by as in `streamed`: in memory are a layer, one H = Σ x xᵀ for each of its inputs, and the rows'
-hidden states.
+The rows pass through layers that are already quantized, so a layer is also fitted to the errors of those before it.
+Tensors are streamed as in `streamed`: memory holds one layer, H = Σ x xᵀ for each of its inputs, and the rows' hidden
+states.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ from lora_jax.quant.leaf import BLOCK, Quantized, may_be_grouped
 from lora_jax.types import Params
 
 SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-"""Modules that read what another one reads."""
+"""Modules that read the same input as another one."""
 
 Rows = tuple[Int[np.ndarray, "_ _"], Int[np.ndarray, "_ _"]]
-"""Tokens and segments [batch, length] of one batch, sizes its own; segment 0 is padding."""
+"""Tokens and segments [batch, length] of one batch, each batch with its own shape; segment 0 is padding."""
 Moments = dict[str, Float32[Array, "_ _"]]
-"""Σ x xᵀ [in, in] of the inputs of a layer's modules, by name, less those of `SAME_INPUT`."""
+"""Σ x xᵀ [in, in] of the inputs of a layer's modules, by name, without those in `SAME_INPUT`."""
 
 
 @dataclass
 class Gain:
-    """What calibration gave, filled in as the layers go by.
+    """The effect of calibration, filled in layer by layer.
 
-    Errors are those of each module's outputs on the rows, as shares of the outputs (RMS).
+    Errors are those of each module's outputs on the rows, relative to the outputs (RMS).
     """
 
     plain: list[float] = field(default_factory=list)
-    """Errors of weights rounded to the nearest value."""
+    """Errors with weights rounded to the nearest value."""
     calibrated: list[float] = field(default_factory=list)
     """Errors of the same modules as they are written."""
     left_plain: list[str] = field(default_factory=list)
-    """Names of weights that were rounded to the nearest value, as blocks run over the ends of their rows."""
+    """Names of weights that were rounded to the nearest value because blocks cross the ends of their rows."""
 
 
 class _Hidden(NamedTuple):
@@ -79,19 +79,19 @@ def calibrated_tensors(
     dtype: str = "auto",
     compute: DTypeLike = jnp.float32,
 ) -> Iterator[tuple[str, np.ndarray | Quantized]]:
-    """Yield the tensors of a checkpoint in the order of the name table, its linear layers as fitted 4-bit kernels.
+    """Yield the tensors of a checkpoint in the order of the name table, with linear layers as calibrated 4-bit kernels.
 
     Args:
-        checkpoint: not quantized.
-        config: the model's.
-        quantization: of 4 bits; says which weights are quantized and how.
-        batches: the rows to fit to.
-        gain: is told what each module gained.
-        dtype: what weights are converted to before they are quantized, and others are written in (auto: as stored).
-        compute: dtype of the products of the forward pass.
+        checkpoint: an unquantized checkpoint.
+        config: its model config.
+        quantization: the 4-bit quantization, and which weights it applies to.
+        batches: the calibration rows.
+        gain: receives the effect on each module.
+        dtype: dtype of weights before quantization, and of the other tensors (auto: as stored).
+        compute: dtype of the products in the forward pass.
 
     Raises:
-        UserError: weights or inputs of a layer are infinite or not numbers.
+        UserError: weights or inputs of a layer are infinite or NaN.
     """
     names = quantized_names(config, quantization)
     hidden: list[_Hidden] = []
@@ -157,7 +157,7 @@ def _embedded(
 
 
 def _all_moments(config: ModelConfig, params: Params, hidden: Sequence[_Hidden], index: Array) -> Moments:
-    """Return Σ x xᵀ of a layer's inputs over all real tokens."""
+    """Return Σ x xᵀ of a layer's inputs over all tokens except padding."""
     total: Any = None
     for states, sight, real in hidden:
         found = _moments(config, params, states, sight, real, index)

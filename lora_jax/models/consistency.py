@@ -1,7 +1,7 @@
-"""A folder's checkpoint and config, held against each other: no tensor is missing, left over or passed over.
+"""Compare a folder's tensors with its config.json: no tensor may be missing, left over or ignored.
 
-Where config.json and the tensors contradict each other the tensors hold, as in transformers: a head that differs
-from the embedding is used, whatever `tie_word_embeddings` says.
+If the two contradict each other, the tensors decide, as in transformers: a head that differs from the embedding is
+used, whatever `tie_word_embeddings` says.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_jax.models.rope import frequencies
 
 _ROTARY = re.compile(r"(?:.*\.)?rotary_emb\.inv_freq")
 _ROUNDING = 1e-2, 1e-7
-"""Relative and absolute differences that storing frequencies in 16 bits makes, and some more."""
+"""Relative and absolute tolerance, a little more than 16-bit storage of frequencies needs."""
 _WRAPPERS = {
     "module.": "DistributedDataParallel or DeepSpeed",
     "_orig_mod.": "torch.compile",
@@ -35,7 +35,7 @@ _WRAPPERS = {
 
 @dataclass(frozen=True)
 class Consistent:
-    """A checkpoint, its config as the tensors show it, and what a user should know of how the two were read."""
+    """A checkpoint, its config corrected by the tensors, and remarks for the user."""
 
     checkpoint: Checkpoint
     config: ModelConfig
@@ -43,11 +43,11 @@ class Consistent:
 
 
 def consistent(checkpoint: Checkpoint, config: ModelConfig) -> Consistent:
-    """Return a checkpoint with the config that its tensors show; raises UserError where the two do not fit."""
+    """Return a checkpoint with the config that its tensors imply; raises UserError if the two do not fit."""
     checkpoint, tied = _tied(checkpoint, config)
     shown = replace(config, tie_word_embeddings=tied)
     if tied != config.tie_word_embeddings:
-        checkpoint = checkpoint.with_config(tie_word_embeddings=tied)  # for whoever writes the model again
+        checkpoint = checkpoint.with_config(tie_word_embeddings=tied)  # for code that writes the model again
     check_names(checkpoint, shown)
     return Consistent(checkpoint, shown, tuple(_remarks(checkpoint, config, shown)))
 
@@ -55,7 +55,7 @@ def consistent(checkpoint: Checkpoint, config: ModelConfig) -> Consistent:
 def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Raise one UserError that lists all missing, extra and misshapen tensors of a checkpoint.
 
-    `config` is the checkpoint's own, before any rows are added to its vocabulary.
+    `config` is the checkpoint's own, before rows are added to its vocabulary.
     """
     table = {entry.name: entry for entry in name_table(config)}
     found = set(checkpoint.names)
@@ -81,11 +81,11 @@ def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
             f"{_unwrapped(missing, extra) or remedy}"
         )
     for name in table:
-        checkpoint.dtype(name)  # raises for one that is not read
+        checkpoint.dtype(name)  # raises for an unsupported dtype
 
 
 def _tied(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Checkpoint, bool]:
-    """Return whether the head is the embedding; where a file has the head alone it is the embedding, too."""
+    """Return whether the head is tied to the embedding; if a file has only the head, it serves as the embedding too."""
     names = checkpoint.names
     if not config.tie_word_embeddings or HEAD_NAME not in names:
         return checkpoint, config.tie_word_embeddings
@@ -96,7 +96,7 @@ def _tied(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Checkpoint, bool
 
 
 def _is_spare(name: str, config: ModelConfig) -> bool:
-    """Say whether a tensor is one that is compared, not loaded: rotary buffers, the copy of a tied embedding."""
+    """Return whether a tensor is compared but not loaded: rotary buffers, or the copy of a tied embedding."""
     return bool(_ROTARY.fullmatch(name)) or (config.tie_word_embeddings and name == HEAD_NAME)
 
 
@@ -119,7 +119,7 @@ def _remarks(checkpoint: Checkpoint, config: ModelConfig, shown: ModelConfig) ->
 
 
 def _other_frequencies(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
-    """Return the first rotary buffer that holds neither the frequencies that config.json gives nor unscaled ones."""
+    """Return the first rotary buffer whose frequencies are neither those of config.json nor unscaled."""
     names = [name for name in checkpoint.names if _ROTARY.fullmatch(name)]
     if not names:
         return None
@@ -136,7 +136,7 @@ def _other_frequencies(checkpoint: Checkpoint, config: ModelConfig) -> str | Non
 
 
 def _unwrapped(missing: list[str], extra: list[str]) -> str | None:
-    """Return a remedy where the extra tensors are the missing ones inside a wrapper, else None."""
+    """Return a remedy if the extra tensors are the missing ones under a wrapper's prefix, otherwise None."""
     for part, origin in _WRAPPERS.items():
         if missing and set(missing) <= {standard_name(name.replace(part, "")) for name in extra}:
             return (

@@ -1,12 +1,11 @@
-"""One decoder-only transformer for every family, its layers scanned.
+"""One decoder-only transformer for every family, with scanned layers.
 
     collections = variables(frozen, trainable, adapter)
     hidden, cache = model.apply(collections, tokens, positions, segments)
     logits = model.apply(collections, hidden, method="logits")
 
-`trainable` may be empty: an un-adapted model is the same code. Dropout is on where a "dropout" rng is
-given, the embedding's noise where a "noise" rng is. With a `Cache` the call appends to it and attends over
-it (generation).
+`trainable` may be empty: the base model runs the same code. Dropout is applied if there is a "dropout" rng, embedding
+noise if there is a "noise" rng. With a `Cache`, a call appends to it and attends over it (generation).
 """
 
 from __future__ import annotations
@@ -35,11 +34,10 @@ ACTIVATIONS = {
 }
 
 PRODUCTS = ("query", "key", "value", "mixed", "residual", "gate", "up", "low_rank")
-"""What is kept for the backward pass without gradient checkpointing: the results of products.
+"""Results of products, kept for the backward pass without gradient checkpointing.
 
-Norms, activations and attention weights are formed again from them, which costs less time than moving them
-through memory, and no product is computed twice. With gradient checkpointing a layer keeps its input alone, on the
-device or in the host's memory.
+Norms, activations and attention weights are recomputed, which takes less time than moving them through memory, and no
+product is computed twice. With gradient checkpointing, a layer keeps only its input, on the device or in host memory.
 """
 POLICIES = {
     "products": jax.checkpoint_policies.save_only_these_names(*PRODUCTS),
@@ -54,14 +52,13 @@ POLICIES = {
 
 
 NOISE = "noise"
-"""The rng that the embedding's noise is drawn from."""
+"""Name of the rng for embedding noise."""
 
 
 class Cache(NamedTuple):
     """Keys and values of the tokens so far, for generation.
 
-    `used` is how many slots are filled, the same for all rows; rows of unequal length are padded on
-    the left, with segment 0.
+    `used` is the number of filled slots, the same for all rows; shorter rows are padded on the left with segment 0.
     """
 
     key: Float[Array, "layer batch keys kv_heads head_dim"]
@@ -71,7 +68,7 @@ class Cache(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """What every layer's attention shares: rotations, and where queries and keys stand."""
+    """Inputs shared by the attention of all layers: rotations, and the places of queries and keys."""
 
     cosine: Array
     sine: Array
@@ -138,7 +135,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One pre-norm block; called by the scan over layers, with the layer's index where their windows differ."""
+    """One pre-norm block, called by the scan over layers; `index` is the layer's index if windows differ."""
 
     config: ModelConfig
     lora_dropout: float
@@ -165,15 +162,15 @@ class Decoder(nn.Module):
     lora_dropout: float = 0.0
     gradient_checkpointing: bool = False
     offload_inputs: bool = False
-    """With gradient checkpointing, keep the layers' inputs in the host's memory."""
+    """With gradient checkpointing, keep the inputs of layers in host memory."""
     packed: bool = False
-    """Whether a row, without a cache, may hold other than one segment from its first place on; GPUs gain where not."""
+    """Whether rows without a cache may hold more than one segment, or not start with it; False is faster on GPUs."""
     neftune_noise_alpha: float = 0.0
-    """Size of the noise on the embeddings, where a rng is given for it; 0 for none."""
+    """Scale of the noise on embeddings, if there is an rng for it; 0 for none."""
 
     @property
     def draws(self) -> bool:
-        """Whether a training step draws anything."""
+        """Whether a training step uses random numbers."""
         return bool(self.lora_dropout or self.neftune_noise_alpha)
 
     def setup(self) -> None:
@@ -181,7 +178,7 @@ class Decoder(nn.Module):
         if self.gradient_checkpointing:
             kept = "input in host memory" if self.offload_inputs else "input"
         layer = nn.remat(Layer, prevent_cse=False, policy=POLICIES[kept])
-        scan: Any = nn.scan  # its stub takes one axis for all arguments
+        scan: Any = nn.scan  # its stub allows one axis for all arguments
         scanned: Any = scan(
             layer,
             variable_axes={FROZEN: 0, TRAINABLE: 0, ADAPTER: 0},
@@ -202,7 +199,7 @@ class Decoder(nn.Module):
         segments: Int[Array, "batch length"],
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "batch length embed"], Cache | None]:
-        """Return the hidden states after the final norm, in the compute dtype, and the cache grown."""
+        """Return the hidden states after the final norm, in the compute dtype, and the updated cache."""
         slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         key_slots, key_segments, layers_cache = slots, segments, None
         if cache is not None:
@@ -225,7 +222,7 @@ class Decoder(nn.Module):
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        """Return the head's float32 logits of hidden states."""
+        """Return the head's float32 logits for hidden states."""
         if not self.config.tie_word_embeddings:
             return self.lm_head(hidden).astype(jnp.float32)
         logits = self.lm_head(hidden, self.embed_tokens.tied_table())
@@ -233,7 +230,7 @@ class Decoder(nn.Module):
 
 
 def positions_of(segments: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
-    """Return positions that count each row's real tokens from 0, wherever its padding stands."""
+    """Return positions that count each row's tokens from 0, skipping padding."""
     return jnp.maximum(jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1, 0)
 
 
@@ -243,10 +240,10 @@ def embedding_noise(
     lengths: Int[Array, "batch #length"],
     alpha: float,
 ) -> Float[Array, "batch length embed"]:
-    """Return what NEFTune adds to embeddings: uniform in ± alpha / sqrt(L · embed), L the tokens of the text.
+    """Return the noise that NEFTune adds to embeddings: uniform in ± alpha / sqrt(L · embed), for a text of L tokens.
 
-    Jain et al. 2023, arXiv:2310.05914, algorithm 1. `lengths` is L at each place, so that noise depends neither on how
-    far a row is padded nor on what is packed beside it; transformers takes the padded length of the batch for L.
+    Jain et al. 2023, arXiv:2310.05914, algorithm 1. `lengths` holds L for each position, so that the noise depends
+    neither on padding nor on what else is packed into the row; transformers uses the padded length of the batch.
     """
     size = alpha * jax.lax.rsqrt(jnp.maximum(lengths, 1).astype(jnp.float32) * embedded.shape[-1])
     noise = jax.random.uniform(key, embedded.shape, jnp.float32, -1.0, 1.0) * size[..., None]
@@ -254,7 +251,7 @@ def embedding_noise(
 
 
 def segment_lengths(segments: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
-    """Return at each place how many places of its row have the same segment; segments count from 1, 0 is padding."""
+    """Return for each position the size of its segment; segments count from 1, 0 is padding."""
     rows = jnp.arange(segments.shape[0])[:, None]
     counts = jnp.zeros((segments.shape[0], segments.shape[1] + 1), jnp.int32).at[rows, segments].add(1)
     return counts[rows, segments]

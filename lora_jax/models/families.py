@@ -1,7 +1,7 @@
-"""The model families: how each one's config.json becomes a ModelConfig.
+"""Model families: how each one's config.json becomes a ModelConfig.
 
-Llama 1 to 3.x, Mistral, Qwen2/2.5 and Qwen3 share one table of tensor names (`names.py`); they
-differ in biases, head norms and windows, which is all that stands here.
+Llama 1 to 3.x, Mistral, Qwen2/2.5 and Qwen3 share one table of tensor names (`names.py`). They differ in biases, head
+norms and windows.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ FAMILIES: dict[str, Callable[[Any], ModelConfig]] = {
 
 
 def read_config(config: Values, where: object) -> ModelConfig:
-    """Return the ModelConfig of a parsed config.json; `where` names it in errors.
+    """Return the ModelConfig of a parsed config.json; `where` names the file in errors.
 
-    Raises UserError for a model_type, rope type, activation or quantization that is not supported, and for
-    values that transformers refuses.
+    Raises UserError for a model_type, rope type, activation or quantization that is not supported, and for values that
+    transformers rejects.
     """
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
@@ -68,7 +68,7 @@ def read_config(config: Values, where: object) -> ModelConfig:
     known = CONFIG_MAPPING[model_type]
     try:
         model = FAMILIES[model_type](known.from_dict(_as_declared(config, known)))
-    except Exception as error:  # transformers raises many types for a bad value; all are the file's fault
+    except Exception as error:  # transformers raises many types for a bad value
         raise UserError(
             f"config.json: {where} is not a valid {model_type} config ({error}); fix the file"
         ) from error
@@ -80,7 +80,7 @@ def read_config(config: Values, where: object) -> ModelConfig:
 
 
 def own_code(config: Values) -> str | None:
-    """Return what a config.json names that is not its family's code in transformers, None where there is nothing."""
+    """Return the custom code that a config.json refers to, or None if its family's code in transformers suffices."""
     known = _classes(config["model_type"])
     named = config.get("architectures")
     others = [name for name in named if name not in known] if isinstance(named, list) else []
@@ -91,7 +91,7 @@ def own_code(config: Values) -> str | None:
 
 
 def _check_code(config: Values, model_type: str, where: object) -> None:
-    """Refuse a config whose model is code that comes with it, under a name of its own."""
+    """Raise UserError for a config whose model is custom code under a different name."""
     others = [name for name in _model_code(config) if name.rpartition(".")[2] not in _classes(model_type)]
     if others:
         raise UserError(
@@ -113,7 +113,7 @@ def _classes(model_type: str) -> tuple[str, str]:
 
 
 def _as_declared(config: Values, known: Any) -> Object:
-    """Return a config with numbers of the types that its class declares, where they mean the same: 0 for 0.0."""
+    """Return a config with numbers converted to the declared types if that keeps their value: 0 becomes 0.0."""
     declared = {field.name: str(field.type) for field in fields(known)}
 
     def number(key: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which weights of a base are not finite: read only where a result was not."""
+"""Find the non-finite weights of a base, after a result was not finite."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lora_jax.models.quantization import read_weight
 
 
 def broken_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: str = "auto") -> str | None:
-    """Return what is wrong with a checkpoint's values, and the remedy; None where all are finite.
+    """Return which values of a checkpoint are not finite, and the remedy; None if all are finite.
 
-    `dtype`, of --model.dtype, is what they are converted to. Reads all weights, one at a time. A weight that the
-    checkpoint lacks comes from an adapter, and was checked when the adapter was read.
+    `dtype`, from --model.dtype, is what they are converted to. Reads all weights, one at a time. A weight that the
+    checkpoint lacks comes from an adapter, which was checked when it was read.
     """
     held = set(checkpoint.names)
     names = [entry.name for entry in name_table(config) if entry.name in held]

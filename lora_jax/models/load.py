@@ -1,8 +1,8 @@
-"""Reading a checkpoint into the frozen tree, one tensor at a time.
+"""Read a checkpoint into the parameter tree, one tensor at a time.
 
-Each tensor is moved to the device, quantized there where it is to be, and written into its place of a donated
-buffer, so that the host never holds more than the tree as it is to be (on a CPU, where the device is the host) and
-one tensor. On a mesh the buffers are cut from the start, and no device holds more than its part and one tensor.
+Each tensor is moved to the device, quantized there if necessary, and written into a donated buffer. The host therefore
+never holds more than one tensor besides the finished tree (which it holds only if it is the device, on a CPU). On a
+mesh the buffers are sharded from the start, and no device holds more than its shard and one tensor.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def load_params(
     quantized_from: str | None = None,
     mesh: Mesh | None = None,
 ) -> Params:
-    """Return the parameter tree of a checkpoint, kernels [layer, in, out], on the mesh, else the default device.
+    """Return the parameter tree of a checkpoint, kernels [layer, in, out], on the mesh or the default device.
 
-    `dtype` auto keeps what each tensor is stored as. Where `config.vocab_size` is larger than the
-    checkpoint's, the embedding and head get rows that are the mean of those there. The checkpoint has
-    passed `check_names`. Weights are quantized from the dtype `quantized_from`, by default `dtype`. Quantized
-    kernels are pytrees (`lora_jax.quant.leaf`); a module that is quantized in
-    some layers only is held whole in all of them, those layers with the weights that their codes stand for.
+    `dtype` auto keeps each tensor's stored dtype. If `config.vocab_size` exceeds the checkpoint's, the embedding and
+    the head get additional rows, each the mean of the existing ones. The checkpoint must have passed `check_names`.
+    Weights are quantized from the dtype `quantized_from`, by default `dtype`. Quantized kernels are pytrees
+    (`lora_jax.quant.leaf`). A module that is quantized in only some layers is held unquantized in all, with the
+    dequantized weights of those layers.
     """
     leaves: dict[Path, Any] = {}
     quantized = quantized_weights(checkpoint, config, quantization)
@@ -92,14 +92,14 @@ def load_params(
         buffer, part = leaves[entry.path], _cut_tensor(entry, tensor, mesh)
         kept = None if mesh is None else buffer.sharding
         filled = _place(buffer, part, entry.layer, entry.transposed, kept)
-        leaves[entry.path] = jax.block_until_ready(filled)  # else dozens of tensors wait in the queue at once
+        leaves[entry.path] = jax.block_until_ready(filled)  # or dozens of tensors would be queued at once
     return unflatten_dict(leaves)
 
 
 def abstract_params(
     config: ModelConfig, dtype: str = "float32", quantization: QuantizationConfig | None = None
 ) -> Params:
-    """Return the parameter tree's shapes and dtypes, from the config alone."""
+    """Return the shapes and dtypes of the parameter tree, from the config alone."""
     leaves: dict[Path, Any] = {}
     whole = _whole_paths(config, quantized_names(config, quantization))
     for entry in name_table(config):
@@ -114,14 +114,14 @@ def abstract_params(
 
 
 def storage_dtype(checkpoint: Checkpoint, config: ModelConfig, options: ModelOptions) -> Any:
-    """Return the dtype of the base's matrices: as asked for, or as the first one is stored."""
+    """Return the dtype of the base's matrices: as requested, or as the first one is stored."""
     if options.dtype != "auto":
         return jnp.dtype(options.dtype)
     return jnp.dtype(checkpoint.dtype(name_table(config)[0].name))
 
 
 def resized(table: np.ndarray, rows: int) -> np.ndarray:
-    """Return a table [vocab, embed] cut to so many rows, or with rows added, each the mean of those there."""
+    """Return a table [vocab, embed] cut to `rows`, or extended to it with the mean of the existing rows."""
     if table.shape[0] >= rows:
         return table[:rows]
     mean = table.astype(np.float32).mean(axis=0, keepdims=True).astype(table.dtype)
@@ -129,7 +129,7 @@ def resized(table: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _whole_paths(config: ModelConfig, quantized: Collection[str]) -> set[Path]:
-    """Return the leaves that are not held quantized: those of which a layer is not."""
+    """Return the leaves that are held unquantized because one of their layers is."""
     return {entry.path for entry in name_table(config) if entry.name not in quantized}
 
 
@@ -145,14 +145,14 @@ def _on_mesh(path: Path, kernel: Quantized, mesh: Mesh | None) -> Quantized:
 
 
 def _empty(entry: TensorName, layers: int, dtype: DTypeLike, mesh: Mesh | None) -> jax.Array:
-    """Return zeros for a leaf of all layers, each device its own part."""
+    """Return zeros for a leaf over all layers, sharded over the mesh."""
     shape = (layers, *_tree_shape(entry))
     device = None if mesh is None else NamedSharding(mesh, spec_of("/".join(entry.path), shape, mesh.shape))
     return jnp.zeros(shape, dtype, device=device)
 
 
 def _cut_tensor(entry: TensorName, tensor: np.ndarray, mesh: Mesh | None) -> jax.Array:
-    """Return a checkpoint's tensor in its own layout, each device what it needs of it."""
+    """Return a checkpoint's tensor in its own layout, with each device holding the part it needs."""
     if mesh is None:
         return jnp.asarray(tensor)
     spec = spec_of("/".join(entry.path), tensor.shape[::-1] if entry.transposed else tensor.shape, mesh.shape)

@@ -1,7 +1,7 @@
-"""What the decoder needs to know of a model, read from a Hugging Face config.json.
+"""Everything the decoder needs to know about a model, read from a Hugging Face config.json.
 
-Field names are those of transformers' configs. Defaults for keys that a config.json leaves out are
-transformers' own: its config class of the family fills them in.
+Field names are those of transformers' configs. Keys missing in a config.json have transformers' defaults, which its
+config class for the family fills in.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class ModelConfig:
     rms_norm_eps: float
     rope: Rope
     sliding_windows: tuple[int | None, ...]
-    """Per layer: how many positions a query sees, itself included; None is all."""
+    """Per layer, the number of positions that a query sees, including its own; None is all."""
     tie_word_embeddings: bool
     max_position_embeddings: int
-    """Positions that the model was made for, before `rope` stretches them."""
+    """Number of positions that the model was trained with, before `rope` extends them."""
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -51,7 +51,7 @@ class ModelConfig:
 
     @property
     def positions(self) -> int:
-        """How many positions the model knows; llama3's scaling is counted in max_position_embeddings."""
+        """Number of positions that the model supports; llama3 scaling is included in max_position_embeddings."""
         stretch = self.rope.factor if self.rope.rope_type in ("linear", "dynamic") else 1
         return int(self.max_position_embeddings * stretch)
 
@@ -62,7 +62,7 @@ class ModelConfig:
 
 
 def decoder_config(config: Any, **fields: Any) -> ModelConfig:
-    """Return the ModelConfig of a transformers config; `fields` are what the family's own names decide."""
+    """Return the ModelConfig of a transformers config; `fields` are those that the family decides."""
     layers = config.num_hidden_layers
     given: Object = {
         "model_type": config.model_type,
@@ -93,7 +93,7 @@ def windows_of_layer_types(config: Any) -> tuple[int | None, ...]:
 def _rope(config: Any) -> Rope:
     parameters = config.rope_parameters
     original = parameters.get("original_max_position_embeddings")
-    if parameters.get("rope_type") == "dynamic" or not original:  # dynamic has no other, as in transformers
+    if parameters.get("rope_type") == "dynamic" or not original:  # dynamic always uses it, as in transformers
         original = config.max_position_embeddings
     return Rope(
         rope_type=parameters.get("rope_type", "default"),

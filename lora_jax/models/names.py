@@ -1,7 +1,7 @@
-"""The name table: each tensor of a checkpoint, once, and where it stands in the parameter tree.
+"""The name table: each tensor of a checkpoint, once, and its path in the parameter tree.
 
-Loading, adapter files and merged export all read the same table, in both directions. A torch
-Linear stores [out, in]; our kernels are [in, out], stacked over layers as [layer, in, out].
+Loading, adapter files and merged export all use this table, in both directions. A torch Linear stores [out, in]; our
+kernels are [in, out], stacked over layers as [layer, in, out].
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Module:
-    """One module of one layer: its Hugging Face name, its path in the tree, its sizes.
+    """One module of one layer: its Hugging Face name, its path in the tree, and its sizes.
 
-    A Linear's `sizes` are (in, out), an Embedding's (vocab, embed), a norm's (embed,).
+    `sizes` are (in, out) for a Linear, (vocab, embed) for an Embedding, (embed,) for a norm.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Module:
     sizes: tuple[int, ...]
     bias: bool = False
     tied: bool = False
-    """A head that reads the embedding's table and has no weight of its own."""
+    """Whether this is a head that reads the embedding's table and has no weight of its own."""
 
     @property
     def leaf(self) -> str:
@@ -44,7 +44,7 @@ class Module:
 
 @dataclass(frozen=True)
 class TensorName:
-    """One tensor of a checkpoint: its Hugging Face name, its leaf in the tree and its stored shape."""
+    """One tensor of a checkpoint: its Hugging Face name, its leaf in the tree, and its stored shape."""
 
     name: str
     path: Path
@@ -54,7 +54,7 @@ class TensorName:
 
 
 def modules(config: ModelConfig) -> tuple[Module, ...]:
-    """Return every module with parameters in the order of a forward pass, a tied lm_head included."""
+    """Return every module with parameters in the order of a forward pass, including a tied lm_head."""
     embed, mlp, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv_heads = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     found = [Module("model.embed_tokens", EMBED_TOKENS, None, "embedding", (config.vocab_size, embed))]
@@ -85,7 +85,7 @@ def modules(config: ModelConfig) -> tuple[Module, ...]:
 
 
 def name_table(config: ModelConfig) -> tuple[TensorName, ...]:
-    """Return the checkpoint's tensors, each with its leaf; a tied lm_head has none of its own."""
+    """Return the checkpoint's tensors, each with its leaf; a tied lm_head has no tensor."""
     table: list[TensorName] = []
     for module in modules(config):
         if module.path == LM_HEAD and config.tie_word_embeddings:

@@ -1,7 +1,7 @@
-"""Which weights of a base model are quantized, and how: as its checkpoint has them, or as the options ask.
+"""Which weights of a base model are quantized, and how: as stored in the checkpoint, or as the options ask.
 
-Linear layers are; the embedding, the head, the norms and what `llm_int8_skip_modules` names are not. Names are
-matched as transformers 5 matches them: the start of a name as a regex up to a dot or its end, or its end as text.
+Linear layers are quantized; the embedding, the head, the norms and modules in `llm_int8_skip_modules` are not. Entries
+match as in transformers 5: as a regex at the start of a name, up to a dot or the end, or as text at the end.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ SKIP = "llm_int8_skip_modules"
 def quantization_of(
     options: ModelOptions, checkpoint: Checkpoint, config: ModelConfig
 ) -> QuantizationConfig | None:
-    """Return how the base is quantized: as the checkpoint is already, else as the options ask; None for not at all.
+    """Return how the base is quantized: as stored, or else as the options ask; None if it is not.
 
-    Raises UserError where an option that is set contradicts the checkpoint or has no meaning without another, and for
-    an entry of `llm_int8_skip_modules` that matches no module, or entries that leave none to quantize.
+    Raises UserError for an option that contradicts the checkpoint or has no meaning without another, for an entry of
+    `llm_int8_skip_modules` that matches no module, and for entries that leave nothing to quantize.
     """
     given = sorted(name for name, value in vars(options).items() if value is not None)
     packed = checkpoint.quantization
@@ -74,9 +74,9 @@ def quantization_of(
 
 
 def resolved_model_options(options: ModelOptions, quantization: QuantizationConfig | None) -> ModelOptions:
-    """Return the options as they came to be: a checkpoint that is stored quantized decides, else the defaults.
+    """Return the resolved options: what a quantized checkpoint decides, otherwise defaults.
 
-    Those of a 4-bit model stay unset where it is none.
+    Options for 4-bit models stay unset if the model is not one.
     """
     bits = 0 if quantization is None else quantization.bits
     skipped = options.llm_int8_skip_modules or ()
@@ -91,14 +91,14 @@ def resolved_model_options(options: ModelOptions, quantization: QuantizationConf
 def quantized_weights(
     checkpoint: Checkpoint, config: ModelConfig, quantization: QuantizationConfig | None
 ) -> frozenset[str]:
-    """Return the names of the weights that are quantized: as stored, else `quantized_names`."""
+    """Return the names of the quantized weights: as stored, or else `quantized_names`."""
     if checkpoint.quantization is not None:
         return checkpoint.packed
     return quantized_names(config, quantization)
 
 
 def quantized_names(config: ModelConfig, quantization: QuantizationConfig | None) -> frozenset[str]:
-    """Return the names of the weights that a model is to have quantized; entries that match nothing skip nothing."""
+    """Return the names of the weights to quantize in a model; entries that match nothing are ignored."""
     if quantization is None:
         return frozenset()
     linear = [module.name for module in modules(config) if module.kind == "linear" and module.path != LM_HEAD]
@@ -109,7 +109,7 @@ def quantized_names(config: ModelConfig, quantization: QuantizationConfig | None
 def abstract_kernel(
     shape: tuple[int, ...], dtype: str, quantization: QuantizationConfig, layers: int | None
 ) -> Quantized:
-    """Return the shapes and dtypes of a weight [out, in] as `quantized_kernel` makes it, stacked over layers."""
+    """Return the shapes and dtypes of `quantized_kernel` for a weight [out, in], stacked over layers."""
     out, rows = shape
     if quantization.bits == 8:
         return abstract_int8((out, rows), dtype, layers)
@@ -120,7 +120,7 @@ def abstract_kernel(
 def read_kernel(
     checkpoint: Checkpoint, name: str, quantization: QuantizationConfig, dtype: str = "auto"
 ) -> Quantized:
-    """Return a quantized weight on the default device: as stored, else quantized from `dtype` (auto: as stored)."""
+    """Return a quantized weight on the default device: as stored, or else quantized from `dtype` (auto: as stored)."""
     if checkpoint.quantization is not None:
         return from_bitsandbytes(checkpoint.read(name))
     return quantized_kernel(read_tensor(checkpoint, name, dtype), quantization, name)
@@ -129,7 +129,7 @@ def read_kernel(
 def read_tensor(checkpoint: Checkpoint, name: str, dtype: str = "auto") -> np.ndarray:
     """Return a tensor of an unquantized checkpoint in `dtype` (auto: as stored).
 
-    Raises UserError, which names it, where it is not finite, or is not in that dtype.
+    Raises UserError, naming the tensor, if it is not finite, or not finite in that dtype.
     """
     tensor = checkpoint.tensor(name)
     if not finite(tensor):
@@ -141,7 +141,7 @@ def read_tensor(checkpoint: Checkpoint, name: str, dtype: str = "auto") -> np.nd
 
 
 def quantized_kernel(weight: np.ndarray, quantization: QuantizationConfig, name: str) -> Quantized:
-    """Return a torch Linear's weight [out, in] quantized; raises UserError, which names it, for what is no number."""
+    """Return a torch Linear's weight [out, in], quantized; raises UserError, naming it, if it is not finite."""
     if quantization.bits == 8:
         return quantize_int8(weight, name)
     quant_type: Any = quantization.quant_type
@@ -155,10 +155,10 @@ def read_weight(
     dtype: str = "auto",
     decoded: str = "auto",
 ) -> np.ndarray:
-    """Return a checkpoint's tensor in torch's layout; where it is quantized, or is to be, what its codes stand for.
+    """Return a checkpoint's tensor in torch's layout; a quantized one is dequantized.
 
-    `dtype` is what a weight is converted to before it is quantized (auto: as stored), `decoded` what its codes are
-    decoded to (auto: the same); other tensors stay as stored.
+    `dtype` is the dtype of a weight before quantization (auto: as stored), `decoded` the dtype it is dequantized to
+    (auto: the same); other tensors stay as stored.
     """
     held = quantization or (checkpoint.quantization if name in checkpoint.packed else None)
     if held is None:
@@ -173,7 +173,7 @@ def compute_dtype(
     quantization: QuantizationConfig | None = None,
     platform: str | None = None,
 ) -> Any:
-    """Return the dtype of the matrix products on a platform, by default that of JAX's default backend.
+    """Return the dtype of matrix products on a platform, by default the platform of JAX's default backend.
 
     auto is float32 on a CPU; elsewhere bfloat16, unless the weights are float32 and stay so.
     """

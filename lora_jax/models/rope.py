@@ -1,7 +1,7 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and the scalings that long-context models use.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), and its scalings for long contexts.
 
-The two halves of a head are rotated against each other, as in Hugging Face checkpoints (not the
-interleaved pairs of the original Llama files).
+The two halves of a head are rotated against each other, as in Hugging Face checkpoints, rather than interleaved pairs
+as in the original Llama files.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 
 
 def frequencies(rope: Rope, head_dim: int, positions: Int[Array, "batch length"]) -> Float[Array, " half"]:
-    """Return the angle a position turns each pair of a head by, radians, float32 [head_dim / 2].
+    """Return the angle per position by which each pair in a head is rotated, in radians, float32 [head_dim / 2].
 
-    default: theta^(-2i/d). linear: divided by `factor`. llama3: wavelengths longer than the original
-    context over `low_freq_factor` divided by `factor`, those shorter than it over `high_freq_factor`
-    kept, a ramp between. dynamic: past the original context of L positions, n in all, theta grows to
-    theta * (factor * n / L - factor + 1)^(d / (d - 2)); formulas of transformers' modeling_rope_utils.
+    default: theta^(-2i/d). linear: divided by `factor`. llama3: divided by `factor` for wavelengths above the original
+    context / `low_freq_factor`, unchanged for those below the original context / `high_freq_factor`, interpolated in
+    between. dynamic: for n positions beyond an original context of L, theta becomes
+    theta * (factor * n / L - factor + 1)^(d / (d - 2)). Formulas of transformers' modeling_rope_utils.
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     if rope.rope_type == "dynamic":
@@ -46,7 +46,7 @@ def frequencies(rope: Rope, head_dim: int, positions: Int[Array, "batch length"]
 def angles(
     rope: Rope, head_dim: int, positions: Int[Array, "batch length"], dtype: DTypeLike
 ) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:
-    """Return cosine and sine of every position's angles, computed in float32, cast to dtype."""
+    """Return cosine and sine of all angles, computed in float32 and cast to dtype."""
     turned = positions[..., None].astype(jnp.float32) * frequencies(rope, head_dim, positions)
     return jnp.cos(turned).astype(dtype), jnp.sin(turned).astype(dtype)
 
@@ -56,7 +56,7 @@ def rotate(
     cosine: Float[Array, "batch length half"],
     sine: Float[Array, "batch length half"],
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Return x with each head turned by its position's angles."""
+    """Return x with each head rotated by its position's angles."""
     first, second = jax.numpy.split(x, 2, axis=-1)
     cosine, sine = cosine[:, :, None], sine[:, :, None]
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)

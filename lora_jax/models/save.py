@@ -1,4 +1,4 @@
-"""Writing a whole model as a Hugging Face folder, one tensor at a time."""
+"""Write a whole model as a Hugging Face folder, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lora_jax.quant.repack import to_bitsandbytes
 from lora_jax.types import Object, Params, Values
 
 CHECKED_ONE_IN = 16
-"""The first tensor and, by its name, about one in so many others are read back and compared after writing."""
+"""The first tensor and about one in this many others, chosen by name, are read back and compared after writing."""
 
 NamedTensors = Iterable[tuple[str, np.ndarray]]
 
@@ -47,15 +47,15 @@ def save_model(
     overwrite: bool = False,
     also: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write tensors, in the dtype they come in, beside the source's config and tokenizer.
+    """Write tensors, in their dtypes, with the source's config and tokenizer.
 
-    `changes` go into config.json; None takes a key out of it. `also` writes what else the folder is to hold, once
-    all else is. `own` is an adapter's folder, whose tokenizer and generation settings go before the source's.
+    `changes` are applied to config.json; None removes a key. `also` is called last, to write further files. `own` is an
+    adapter's folder, whose tokenizer and generation settings take precedence over the source's.
 
-    The folder appears whole or not at all. Tensors are written as they come: at most two shards are in
-    memory. A few of them are read back and compared before the folder takes its name.
+    The folder appears complete or not at all. Tensors are written as they arrive: at most two shards are in memory. A
+    sample is read back and compared before the folder gets its name.
 
-    Raises UserError where a value is not finite, which a caller that knows why says first, and where the folder is
+    Raises UserError if a value is not finite, unless the caller has raised a more specific error, and if the folder is
     in use or cannot be written.
     """
     limit = parse_size(max_shard_size)
@@ -86,7 +86,7 @@ def save_model(
 def tree_tensors(params: Params, config: ModelConfig, dtype: DTypeLike) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the checkpoint tensors of a parameter tree in torch's layout, converted to dtype.
 
-    Raises UserError, which names the tensor, where dtype cannot hold it.
+    Raises UserError, naming the tensor, if dtype cannot hold its values.
     """
     leaves: dict[Any, Any] = dict(flatten_dict(dict(params)))
     for entry in name_table(config):
@@ -99,7 +99,7 @@ def tree_tensors(params: Params, config: ModelConfig, dtype: DTypeLike) -> Itera
 def packed_tensors(
     tensors: NamedTensors, names: Collection[str], quantization: QuantizationConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield tensors with those of `names` quantized, each as what stands for it in a bitsandbytes checkpoint."""
+    """Yield tensors with those in `names` quantized, each as the tensors of a bitsandbytes checkpoint."""
     for name, tensor in tensors:
         if name in names:
             yield from to_bitsandbytes(quantized_kernel(tensor, quantization, name)).tensors(name).items()

@@ -1,4 +1,4 @@
-"""Where the leaves of a tree are on the mesh: parameters, quantized kernels, adapters and optimizer state alike."""
+"""Shardings for the leaves of any tree: parameters, quantized kernels, adapters and optimizer state."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from lora_jax.quant.sharded import partition_specs
 Tree = Any
 
 _SIDES = {"lora_A": ("in", "rank"), "lora_B": ("rank", "out")}
-"""Names of the last two dimensions of leaves that are no kernels."""
+"""Names of the last two dimensions of leaves that are not kernels."""
 
 
 def cut(tree: Tree, mesh: Mapping[str, int]) -> Tree:
-    """Return the tree with each 4-bit kernel told the mesh axes that its two sizes are cut along.
+    """Return the tree with each 4-bit kernel annotated with the mesh axes that shard its two dimensions.
 
-    Its `in` divides into whole groups of 128 rows, or stays whole.
+    Its `in` is sharded into whole groups of 128 rows, or not at all.
     """
     return _mapped(lambda path, leaf: _cut(path, leaf, mesh), tree)
 
 
 def shardings(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
-    """Return the NamedSharding of each array of a tree of arrays or of their shapes."""
+    """Return the NamedSharding of each array in a tree of arrays or shapes."""
 
     def one(path: str, leaf: Any) -> Any:
         if isinstance(leaf, QuantizedKernel):
@@ -51,7 +51,7 @@ def shardings(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
 
 
 def left_whole(mesh: Mapping[str, int], *trees: Tree) -> list[str]:
-    """Return the matrices of trees that an axis does not cut, each with the reason and what would."""
+    """Return the matrices in trees that an axis does not shard, each with the reason and a remedy."""
     found: list[str] = []
 
     def look(path: str, leaf: Any) -> None:
@@ -79,7 +79,7 @@ def left_whole(mesh: Mapping[str, int], *trees: Tree) -> list[str]:
 
 
 def placed(tree: Tree, shardings: Tree) -> Tree:
-    """Return a tree of arrays, the same in every process, on the devices that the shardings name."""
+    """Return a tree of arrays, equal in every process, on the devices given by the shardings."""
     return jax.tree.map(_placed, tree, shardings)
 
 
@@ -94,7 +94,7 @@ def _placed(array: Any, sharding: NamedSharding) -> Any:
 
 
 def _kept(path: str, leaf: Any, mesh: Mapping[str, int]) -> tuple[str | None, ...]:
-    """Return the axes that cut a leaf's last two dimensions."""
+    """Return the axes that shard a leaf's last two dimensions."""
     axes = axes_of(path, leaf.ndim)[-2:]
     if isinstance(leaf, QuantizedKernel):
         return dividing(leaf.sizes, axes, mesh, (GROUP, 1)) if leaf.grouped else (None, None)
@@ -113,7 +113,7 @@ def _int8_absmax(codes: P) -> P:
 
 
 def _mapped(function: Any, tree: Tree) -> Tree:
-    """Map function(path, leaf) over a tree, its paths written with slashes."""
+    """Map function(path, leaf) over a tree; paths are separated by slashes."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf),
         tree,

@@ -1,4 +1,4 @@
-"""A forward pass over a model that is never in memory whole: its tensors come by, a layer is applied and let go."""
+"""A forward pass over a model that does not fit into memory: one layer is loaded, applied and freed at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def streamed_logits(
 ) -> Float[np.ndarray, "batch length vocab"]:
     """Return the float32 logits of rows of tokens, computed in float32; segment 0 is padding.
 
-    `tensors` are a checkpoint's, by name, in the order of the name table; memory held is one layer and the table.
+    `tensors` are those of a checkpoint with their names, in the order of the name table. Memory holds one layer and the
+    embedding.
     """
     tokens, segments = jnp.asarray(tokens), jnp.asarray(segments)
     slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)

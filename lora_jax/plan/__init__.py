@@ -1,1 +1,1 @@
-"""What a run needs on a device, from the compiler, before any accelerator is rented."""
+"""What a run needs on a device, according to the compiler, before an accelerator is rented."""

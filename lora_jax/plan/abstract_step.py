@@ -24,12 +24,12 @@ from lora_jax.training.step import TrainState, init_state, make_train_step
 from lora_jax.types import Facts, Params, PyTree
 
 STEPS = 100
-"""Of the run; a schedule's shape costs nothing."""
+"""Number of steps in the run; the shape of a schedule does not affect the cost."""
 
 
 @dataclass(frozen=True)
 class AbstractStep:
-    """The jitted step, its abstract arguments, and the mesh that they are laid out on."""
+    """The jitted step, its abstract arguments, and their mesh."""
 
     step: Any
     state: TrainState
@@ -44,13 +44,13 @@ class AbstractStep:
         return self.state, self.frozen, self.adapter, self.batch
 
     def lower(self, platform: str) -> Any:
-        """Trace the step, under its mesh, for a platform."""
+        """Trace the step on its mesh for a platform."""
         with jax.set_mesh(self.mesh):
             return self.step.trace(*self.arguments).lower(lowering_platforms=(platform,))
 
 
 def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
-    """Return the step of a run on a mesh: the longest that it can have, of rows padded or packed to max_length."""
+    """Return the step of a run on a mesh at its largest: rows padded or packed to max_length."""
     config, model_config = subject.config, subject.model_config
     params = cut(subject.base.abstract_params(), mesh.shape)
     if subject.plan is None:
@@ -90,7 +90,7 @@ def _placed(tree: PyTree, where: Any) -> Any:
 
 
 def held_bytes(tree: PyTree) -> int:
-    """Return the bytes that a device holds of a tree of abstract arrays; what is in the host's memory it does not."""
+    """Return the bytes that a device holds of a tree of abstract arrays, without arrays in host memory."""
     return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST)
 
 

@@ -1,7 +1,7 @@
-"""What devices send each other in a compiled program, read from its HLO text.
+"""Communication between devices in a compiled program, read from its HLO text.
 
-Each collective counts as often as it runs: those in the body of a while loop times its trip count, where the compiler
-knows it. Bytes are what one device sends when its group of n passes data around a ring:
+Each collective counts as often as it runs: inside a while loop, times the trip count if the compiler knows it. Bytes
+are those that one device sends when a group of n passes data around a ring:
 
     all-gather, all-to-all    (n - 1) / n of the result         reduce-scatter        n - 1 times the result
     all-reduce                2 (n - 1) / n of the result       collective-permute    the result
@@ -36,11 +36,11 @@ _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _COUNTED = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 
 Computation = dict[str, str]
-"""What stands behind the equals sign, by the instruction's name."""
+"""The text after the equals sign, by instruction name."""
 
 
 def sent_bytes(text: str, devices: int) -> dict[str, int]:
-    """Return the bytes that a device sends in a program on so many devices, by kind of collective."""
+    """Return the bytes that a device sends in a program on `devices` devices, by kind of collective."""
     computations, entry = _computations(text)
     totals: dict[str, Counter[str]] = {}
 
@@ -61,7 +61,7 @@ def sent_bytes(text: str, devices: int) -> dict[str, int]:
 
 
 def _computations(text: str) -> tuple[dict[str, Computation], str]:
-    """Return the computations of a program by name, and the name of the one that it starts with."""
+    """Return the computations of a program by name, and the name of its entry."""
     computations: dict[str, Computation] = {}
     entry, here = "", Computation()
     for line in text.splitlines():
@@ -74,9 +74,9 @@ def _computations(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _called(label: str, instruction: str) -> list[str]:
-    """Return the computations that an instruction runs; a collective under way counts where it starts.
+    """Return the computations that an instruction runs; an asynchronous collective counts where it starts.
 
-    The TPU's compiler repeats it in each fusion that runs beside it, and in the one that waits for it.
+    The TPU compiler repeats it in each fusion that runs beside it, and in the one that waits for it.
     """
     if label.startswith(DONE) or " async-done(" in instruction or " async-update(" in instruction:
         return []
@@ -87,9 +87,9 @@ def _called(label: str, instruction: str) -> list[str]:
 
 
 def _trips(instruction: str, here: Computation, computations: dict[str, Computation]) -> int:
-    """Return how often what an instruction calls is run: a loop's trip count if it is known, else once.
+    """Return how often an instruction runs the computations it calls: a loop's trip count if known, otherwise once.
 
-    The TPU's compiler writes it nowhere; it follows from a condition `index < limit` where both start as constants.
+    The TPU compiler does not state it; it follows from a condition `index < limit` if both start as constants.
     """
     loop = _LOOP.search(instruction)
     if loop is None:
@@ -115,7 +115,7 @@ def _trips(instruction: str, here: Computation, computations: dict[str, Computat
 
 
 def _constant(name: str, here: Computation) -> int | None:
-    """Return the number that an instruction is, copies seen through, or None."""
+    """Return the constant that an instruction stands for, following copies, or None."""
     text = here.get(name, "")
     while copied := _COPY.search(text):
         text = here.get(copied[1], "")
@@ -124,13 +124,13 @@ def _constant(name: str, here: Computation) -> int | None:
 
 
 def _sent(instruction: str, devices: int, scatters: bool) -> dict[str, int]:
-    """Return what a device sends in an instruction; a TPU's fused reduce-scatter has an all-reduce in it."""
+    """Return the bytes that a device sends in an instruction; a TPU's fused reduce-scatter contains an all-reduce."""
     found = _COLLECTIVE.search(instruction)
     if found is None:
         return {}
     kind, size = found[1], _bytes(instruction[: found.start()])
     n = _group(instruction, devices)
-    if found[2] and kind == "all-gather":  # a start's result is its operand and its result
+    if found[2] and kind == "all-gather":  # the start returns its operand and its result
         size = size * n // (n + 1)
     elif found[2] and kind == "collective-permute":
         size //= 2
@@ -147,7 +147,7 @@ def _sent(instruction: str, devices: int, scatters: bool) -> dict[str, int]:
 
 
 def _bytes(types: str) -> int:
-    """Return the bytes of the arrays in a type, a tuple's together; counters of a start are no arrays."""
+    """Return the bytes of the arrays in a type, including tuples; the counters of a start are not arrays."""
     return sum(
         _width(dtype) * prod(int(axis) for axis in shape.split(",") if axis) // 8
         for dtype, shape in _ARRAY.findall(types)

@@ -1,7 +1,7 @@
-"""A step compiled for its target, and what the compiler says of it: memory, and what devices send each other.
+"""Compile a step for its target, and read memory and communication from the result.
 
-JAX keeps no program that was compiled for devices that are not there, so the figures themselves are kept, in the same
-folder and under the same conditions, by a hash of the program and of what compiled it.
+JAX does not cache programs for absent devices, so the results are cached instead: in the same folder, under the same
+conditions, keyed by a hash of the program and of the compiler.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _NEEDS = (
 
 COMPILERS = ("lora_jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-"""Packages and variables that decide what is compiled."""
+"""Packages and environment variables that affect compilation."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a device needs at its peak and has, in bytes, whether that fits, and what it sends a step, by kind.
+    """A device's peak memory and limit in bytes, whether the step fits, and the bytes it sends per step, by collective.
 
-    The last is None where the compiler made no program, for lack of memory.
+    The last is None if the compiler ran out of memory and made no program.
     """
 
     peak: int
@@ -55,9 +55,9 @@ class Figures:
 
 
 def figures(step: AbstractStep, target: Target) -> Figures:
-    """Compile a step and return what it needs; what was compiled before is looked up.
+    """Compile a step, or look up an earlier result, and return what it needs.
 
-    Raises UserError where a pass has more tokens than devices count.
+    Raises UserError if a pass has more tokens than devices can index.
     """
     _, rows, length = step.batch.tokens.shape
     if rows * length > INT32:
@@ -71,13 +71,13 @@ def figures(step: AbstractStep, target: Target) -> Figures:
     if file is not None and file.exists():
         with suppress(OSError, ValueError, TypeError):
             found = Figures(**json.loads(file.read_text()))
-            if found.sent is None:  # need and limit are the compiler's
+            if found.sent is None:  # need and limit come from the compiler
                 return found
             return replace(found, limit=target.memory, fits=found.peak <= target.memory)
     started = time.monotonic()
     found = _compiled(lowered, target)
     if file is not None and time.monotonic() - started > _threshold():
-        with suppress(UserError):  # a folder that nothing can be written to
+        with suppress(UserError):  # the folder may not be writable
             write_text(file, json.dumps(asdict(found)))
     return found
 
@@ -86,7 +86,7 @@ def _compiled(lowered: Any, target: Target) -> Figures:
     try:
         with stage(f"compiling the step for {target.name}"), _unkept():
             compiled = lowered.compile()
-    except Exception as error:  # the compiler's out-of-memory error has no type of its own in every release
+    except Exception as error:  # not every release has a type for the compiler's out-of-memory error
         need = out_of_memory(str(error))
         if need is None:
             raise
@@ -95,7 +95,7 @@ def _compiled(lowered: Any, target: Target) -> Figures:
     memory: Any = compiled.memory_analysis()
     if target.platform == "tpu":
         peak = memory.peak_memory_in_bytes
-    else:  # temporaries are one allocation there, however few of them live at once
+    else:  # temporaries are one allocation, however few live at once
         peak = (
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes
@@ -107,7 +107,7 @@ def _compiled(lowered: Any, target: Target) -> Figures:
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:
-    """Return (bytes needed, bytes there are) from the error of a program that does not fit, None for any other."""
+    """Return (bytes needed, bytes available) from the error of a program that does not fit, otherwise None."""
     if "memory" not in message.lower():
         return None
     for pattern in _NEEDS:
@@ -119,7 +119,7 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
 
 @contextmanager
 def _unkept() -> Iterator[None]:
-    """Have JAX keep nothing: what is compiled for absent devices it can write, but not read."""
+    """Turn off JAX's cache: it can write, but not read, programs for absent devices."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, float("inf"))
@@ -134,7 +134,7 @@ def _threshold() -> float:
 
 
 def _kept(lowered: Any, target: Target) -> Path | None:
-    """Return the file that holds, or is to hold, a program's figures; None where JAX's cache is off."""
+    """Return the cache file for a program's results; None if JAX's cache is off."""
     folder, enabled = (
         jax.config.jax_compilation_cache_dir,  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.jax_enable_compilation_cache,  # pyright: ignore[reportAttributeAccessIssue]
@@ -145,7 +145,7 @@ def _kept(lowered: Any, target: Target) -> Path | None:
     versions = [f"{name} {_version(name)}" for name in COMPILERS]
     flags = [f"{name} {os.environ.get(name, '')}" for name in FLAGS]
     text.update("\n".join([target.name, *versions, *flags]).encode())
-    for module in (__file__, collectives.__file__):  # what reads the figures out of the program
+    for module in (__file__, collectives.__file__):  # the code that reads results from the program
         text.update(Path(module).read_bytes())
     return Path(folder) / f"plan-{text.hexdigest()}.json"
 

@@ -1,4 +1,4 @@
-"""What a run needs on its devices, as one record: bytes by part, peak and limit, collectives, work and least time."""
+"""Everything that a run needs on its devices: bytes by part, peak and limit, collectives, FLOPs, and minimum time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_jax.types import Object
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that a device holds between steps: the base, what is trained, and optimizer state."""
+    """Bytes that a device holds between steps: base, trained parameters, and optimizer state."""
 
     frozen: int
     adapter: int
@@ -30,13 +30,13 @@ class Held:
 
     @property
     def whole(self) -> int:
-        """All of them."""
+        """Their sum."""
         return self.frozen + self.adapter + self.optimizer
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run on a target. Tokens and operations are those of a step over all devices, bytes those of one device."""
+    """A run on a target. Tokens and FLOPs are per step over all devices, bytes are per device."""
 
     target: Target
     subject: Subject
@@ -47,11 +47,11 @@ class Estimate:
     flops: int
     least: Roofline | None
     uncut: list[str]
-    """Matrices that an axis of the mesh leaves whole, and why (`left_whole`)."""
+    """Matrices that an axis of the mesh does not shard, and why (`left_whole`)."""
 
     @property
     def activations(self) -> int:
-        """What the peak has beyond what is held: activations, gradients, gathered weights and the compiler's own."""
+        """Peak memory beyond what is held: activations, gradients, gathered weights, and the compiler's temporaries."""
         return max(0, self.figures.peak - self.held.whole)
 
     def to_json(self) -> Object:
@@ -78,13 +78,13 @@ class Estimate:
 def estimate(config: RunConfig, target: Target) -> Estimate:
     """Compile a run's step for a target and return what it needs.
 
-    Raises UserError for options that training would refuse.
+    Raises UserError for options that training would reject.
     """
     step, subject = planned_step(config, target)
     found = figures(step, target)
     held, devices = held_parts(step), len(target.devices)
     tokens = step.batch.tokens.size
-    # The kernels of TPUs and GPUs skip what lies in the future; XLA does not, but in blocks of long texts.
+    # The kernels for TPUs and GPUs skip the future; XLA does so only between blocks of long texts.
     skips = target.platform != "cpu" and subject.compute_dtype != jnp.float32
     flops = step_flops(
         subject.model_config, subject.plan, tokens, subject.config.data.max_length,
@@ -105,13 +105,13 @@ def planned_step(config: RunConfig, target: Target) -> tuple[AbstractStep, Subje
 
 
 def held_parts(step: AbstractStep) -> Held:
-    """Return what a device holds of a step's arguments."""
+    """Return the bytes that a device holds of a step's arguments."""
     frozen, adapter = held_bytes(step.frozen), held_bytes((step.state.trainable, step.adapter))
     return Held(frozen, adapter, held_bytes(step.state.opt_state))
 
 
 def _traffic(subject: Subject, step: AbstractStep, held: Held) -> float:
-    """Return the bytes that a step moves from and to a device's memory, as `roofline` assumes."""
+    """Return the bytes that a step moves between a device and its memory, under the assumptions of `roofline`."""
     config, mesh = subject.config, step.mesh.shape
     times = 3 if config.train.gradient_checkpointing else 2
     passes = config.train.gradient_accumulation_steps

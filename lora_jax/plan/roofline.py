@@ -1,9 +1,9 @@
-"""The least time that a step can take on its devices: the longest of computing, memory and links.
+"""Lower bound for the time of a step: the longest of computation, memory and communication.
 
-Assumed: all products run at the chip's bf16 peak; each pass reads the weights a device works with once forward, once
-backward and, with gradient checkpointing, once more; optimizer state and adapter are read and written once a step; the
-rest of what memory does is hidden, as is whatever of the three is not the longest; links send at their full rate.
-A real step takes longer.
+Assumptions: all products run at the chip's bf16 peak. Each pass reads the weights that a device uses once in the
+forward pass, once in the backward pass, and once more with gradient checkpointing. Optimizer state and adapter are read
+and written once per step. All other memory traffic is hidden, and so are the shorter two of the three. Links run at
+full rate. A real step takes longer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lora_jax.parallel.chips import Chip
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds that a step takes at least, for its products, its traffic with memory and its collectives."""
+    """Minimum seconds per step for products, memory traffic and collectives."""
 
     compute: float
     memory: float
@@ -34,5 +34,5 @@ class Roofline:
 
 
 def roofline(chip: Chip, flops: float, read: float, sent: float) -> Roofline:
-    """Return the bound for what one device computes, reads from and writes to memory, and sends, a step."""
+    """Return the bound from one device's FLOPs, bytes moved from and to memory, and bytes sent, per step."""
     return Roofline(flops / chip.flops, read / chip.bandwidth, sent / chip.links)

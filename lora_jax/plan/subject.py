@@ -1,4 +1,4 @@
-"""What is to be planned: a run's model and adapter as training would resolve them, without a weight being read."""
+"""The subject of a plan: a run's model and adapter, resolved as for training, without reading weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lora_jax.training.adapted import adapted, check_full
 
 @dataclass(frozen=True)
 class Subject:
-    """A run's options as resolved, its base, who is adapted, and the platform that it is for.
+    """A run's resolved options, its base, the plan of its adapter, and the platform.
 
-    `plan` is None where every parameter is trained.
+    `plan` is None if every parameter is trained.
     """
 
     config: RunConfig
@@ -28,20 +28,20 @@ class Subject:
 
     @property
     def model_config(self) -> ModelConfig:
-        """The base's config, with rows that are added to its vocabulary."""
+        """The base's config, including rows added to the vocabulary."""
         return self.base.config
 
     @property
     def compute_dtype(self) -> np.dtype:
-        """Dtype of the matrix products on the platform."""
+        """Dtype of matrix products on the platform."""
         return self.base.compute_dtype(self.platform)
 
 
 def read_subject(config: RunConfig, platform: Platform) -> Subject:
     """Return what a run would train on a platform.
 
-    `config.model.path` is a folder, a config.json or a Hub id, of which config.json alone is fetched; weights that
-    are there are asked for their names and dtypes. Raises UserError as training would.
+    `config.model.path` is a folder, a config.json, or a Hub id, of which only config.json is downloaded; if there are
+    weights, only their names and dtypes are read. Raises UserError as training would.
     """
     base = open_config(config.model)
     config = replace(config, model=base.options)

@@ -1,8 +1,8 @@
-"""What a step is compiled for: a TPU topology, a GPU, or this machine, none of the first two having to be there.
+"""Targets to compile for: a TPU topology, a GPU, or this machine. The first two need not be present.
 
-libtpu describes the devices of a TPU topology, and compiles for them, from its own tables; what it reads from the
-environment has to stand there before it is loaded (`prepare_environment`). A GPU is described by a text
-(`gpu_targets/`) that the CUDA plugin of JAX compiles for.
+libtpu describes the devices of a TPU topology, and compiles for them, from its own tables; environment variables that
+it reads must be set before it is loaded (`prepare_environment`). A GPU is described by a text file (`gpu_targets/`)
+that JAX's CUDA plugin compiles for.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ CPU = "cpu"
 GPU_TARGETS = Path(__file__).with_name("gpu_targets")
 CAPABILITIES = {"a100": "8.0", "h100": "9.0"}
 ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks the metadata server of a TPU VM
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu queries a TPU VM's metadata server
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any will do: the topology is given by name
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else it waits for no other process that has it loaded, and aborts
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any value works: the topology is given by name
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise it aborts if another process has it loaded
     "JAX_PLATFORMS": "cpu",
 }
 GOOGLES = {"v5litepod": "v5e", "v5lite": "v5e"}
-"""What Google calls kinds of TPUs in the names of slices, where libtpu's topologies have another word."""
+"""Google's names for TPU types in slice names, where libtpu's topologies use another word."""
 CUBE = (4, 8, 12, 16)
-"""Lengths of an axis of TPU slices in three dimensions that are made of whole cubes of 4x4x4."""
+"""Axis lengths of three-dimensional TPU slices, which consist of whole 4x4x4 cubes."""
 HOST = (2, 2, 1)
-"""Chips of a host as libtpu divides a topology; a smaller topology is one host, and has to be named so."""
+"""Chips per host in libtpu's topologies; a smaller topology is one host, and must be named accordingly."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A name as the user gives it, its devices, and what is known of one of them (None: this machine)."""
+    """A target's name as given, its devices, and what is known about one of them (None: this machine)."""
 
     name: str
     platform: Platform
@@ -55,7 +55,7 @@ class Target:
 
     @property
     def title(self) -> str:
-        """What one of the devices is called."""
+        """Name of one of the devices."""
         return "this machine" if self.chip is None else self.chip.title
 
     @property
@@ -66,7 +66,7 @@ class Target:
         return host_memory() // len(self.devices)
 
     def compiling(self) -> AbstractContextManager[Any]:
-        """Return the context in which what is traced is for these devices."""
+        """Return the context in which to trace for these devices."""
         if self.platform == "tpu":
             from lora_jax.quant.kernels.tpu_tiles import compiling_for
 
@@ -79,7 +79,7 @@ class Target:
 
 
 def known() -> list[str]:
-    """Return the names of all targets: a TPU's topology, a GPU, cpu."""
+    """Return the names of all targets: TPU topologies, GPUs, cpu."""
     return [*(f"{kind}:{size}" for kind, chip in TPUS.items() for size in chip.known), *GPUS, CPU]
 
 
@@ -93,12 +93,12 @@ def shown_targets() -> str:
 
 
 def prepare_environment() -> None:
-    """Set what libtpu and JAX read when they are loaded: no TPU is looked for, and none is needed."""
+    """Set the environment that libtpu and JAX read when they are loaded, so that no TPU is needed or looked for."""
     os.environ |= ENVIRONMENT
 
 
 def find_target(name: str) -> Target:
-    """Return the target of that name; raises UserError for a name that is not known or that this machine lacks."""
+    """Return a target by name; raises UserError if it is unknown, or if this machine cannot compile for it."""
     if name == CPU:
         import jax
 
@@ -112,7 +112,7 @@ def find_target(name: str) -> Target:
 
 
 def _exists(kind: str, size: str) -> bool:
-    """Say whether a kind of TPU has slices of this size; libtpu describes others, but ends the process in compiling."""
+    """Return whether a TPU type has slices of this size; for others, libtpu aborts when compiling."""
     known = TPUS[kind].known
     if size in known or not re.fullmatch(r"\d+(x\d+){2}", size):
         return size in known
@@ -131,7 +131,7 @@ def _tpu(name: str, kind: str, sizes: tuple[int, ...]) -> Target:
         options["chips_per_host_bounds"] = [*sizes, *(1,) * (3 - len(sizes))]
     try:
         devices = topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices
-    except Exception as error:  # what libtpu raises for a shape that it does not know has no type of its own
+    except Exception as error:  # libtpu has no exception type for unknown shapes
         raise _unknown(name) from error
     return Target(name, "tpu", kind, devices, TPUS[kind])
 
@@ -168,7 +168,7 @@ def _unknown(name: str) -> UserError:
 
 
 def _of_as_many(kind: str, count: int) -> str:
-    """Return what to give instead of Google's name of a slice, such as v5e-8; nothing where no slice has so many."""
+    """Return the topology to use instead of Google's slice name, such as v5e-8; empty if no slice has that size."""
     chip = TPUS[kind]
     sizes = [size for size in chip.known if prod(map(int, size.split("x"))) * chip.counted == count]
     if not sizes:

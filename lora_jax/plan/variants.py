@@ -1,4 +1,4 @@
-"""Other runs than the one asked for: the three methods side by side, what would fit, and the best that fits."""
+"""Alternatives to the requested run: the three methods side by side, a change that fits, and the best that fits."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Typed = Collection[str]
 Note = Callable[[str], None]
 
 MOST_ROWS = 1024
-"""Rows a device that the search goes up to."""
+"""Maximum number of rows per device in the search."""
 TENSOR = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A run, and the flags that make it of the one asked for."""
+    """A run, and the flags that turn the requested run into it."""
 
     config: RunConfig
     flags: str
     topology: str | None = None
-    """Where it is to run, if elsewhere."""
+    """Another topology to run on, if any."""
 
 
 def methods(config: RunConfig) -> list[tuple[str, Variant]]:
-    """Return full fine-tuning, LoRA and QLoRA of a run's model, everything else being the same."""
+    """Return full fine-tuning, LoRA and QLoRA of a run's model, with everything else equal."""
     plain = replace(config.model, **dict.fromkeys(QUANTIZING))
     four = _four_bit(config)
     return [
@@ -42,11 +42,11 @@ def methods(config: RunConfig) -> list[tuple[str, Variant]]:
 
 
 def what_fits(config: RunConfig, found: Estimate) -> tuple[str, Estimate] | None:
-    """Return the flags of the least change with which a run fits, and its estimate; None where none of them does.
+    """Return the flags of the smallest change with which a run fits, and its estimate; None if no change suffices.
 
-    Changes that are tried: fewer rows per device, gradient checkpointing, 4 bits, all of these, a larger topology of
-    the same chips. One that cannot fit is passed over: what is held is too much, or too much beside a quarter of the
-    former activations, of which gradient checkpointing alone may save more.
+    Changes tried: fewer rows per device, gradient checkpointing, 4 bits, all of these, a larger topology with the same
+    chips. A change that cannot fit is skipped: what is held is too much, by itself or with a quarter of the previous
+    activations (gradient checkpointing may save more than that).
     """
     for variant in _changes(config, found):
         target = found.target if variant.topology is None else find_target(variant.topology)
@@ -55,7 +55,7 @@ def what_fits(config: RunConfig, found: Estimate) -> tuple[str, Estimate] | None
             if held_parts(step).whole + _least_activations(variant.config.train, found) > target.memory:
                 continue
             tried = estimate(variant.config, target)
-        except UserError:  # a change that does not go with the other options
+        except UserError:  # the change cannot be combined with other options
             continue
         if tried.figures.fits:
             return variant.flags, tried
@@ -63,7 +63,7 @@ def what_fits(config: RunConfig, found: Estimate) -> tuple[str, Estimate] | None
 
 
 def _least_activations(train: TrainOptions, found: Estimate) -> float:
-    """Return what activations take at least with other options than those that an estimate is of."""
+    """Return a lower bound for the activations with options other than those of an estimate."""
     before = found.subject.config.train
     if train.gradient_checkpointing and not before.gradient_checkpointing:
         return 0
@@ -99,14 +99,14 @@ def _changes(config: RunConfig, found: Estimate) -> Iterator[Variant]:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: the largest batch with one mesh and one choice of gradient checkpointing."""
+    """A result of the search: the largest batch with one mesh, with or without gradient checkpointing."""
 
     config: RunConfig
     estimate: Estimate
 
     @property
     def flags(self) -> str:
-        """The options that say so."""
+        """The options for this result."""
         train, mesh = self.config.train, asdict(self.config.mesh)
         shown = " ".join(f"--mesh.{name} {size}" for name, size in mesh.items() if size != 1)
         return (
@@ -116,15 +116,15 @@ class Found:
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second at most; None for this machine, of which no rates are known."""
+        """Maximum tokens per second; None for this machine, whose rates are unknown."""
         return 1 / seconds if (seconds := _seconds_a_token(self.estimate)) else None
 
 
 def search(config: RunConfig, target: Target, note: Note) -> list[Found]:
-    """Return the largest batches that fit, the fastest by the roofline first; empty where no row fits.
+    """Return the largest batches that fit, fastest by the roofline first; empty if not even one row fits.
 
-    The mesh is the fastest a token of those that hold one row a device with gradient checkpointing; then, with
-    and without it, the rows are found (`largest_batch`). `note` is told of each program that is compiled.
+    The mesh is the one that takes the least time per token with one row per device and gradient checkpointing; then the
+    number of rows is found with and without checkpointing (`largest_batch`). `note` is called for each compilation.
     """
     known: dict[str, Estimate | None] = {}
 
@@ -154,7 +154,7 @@ def search(config: RunConfig, target: Target, note: Note) -> list[Found]:
         rows = largest_batch(lambda rows, of_rows=of_rows: (found := of_rows(rows)) and found.figures)
         if rows is not None and (found := of_rows(rows)) is not None:
             best.append(Found(_train(chosen, per_device_train_batch_size=rows), found))
-    # By the roofline or, where there is none, by operations a token.
+    # By the roofline or, without one, by FLOPs per token.
     return sorted(best, key=lambda found: (-(found.rate or 0), found.estimate.flops / found.estimate.tokens))
 
 
@@ -163,25 +163,25 @@ def _seconds_a_token(found: Estimate) -> float:
 
 
 def _tried(config: RunConfig, target: Target, note: Note) -> Estimate | None:
-    """Return a run's estimate, None where what is held between steps is too much already."""
+    """Return a run's estimate, or None if what is held between steps is already too much."""
     try:
         check(config)
         step, _ = planned_step(config, target)
         if held_parts(step).whole > target.memory:
             return None
         found = estimate(config, target)
-    except UserError:  # what does not go with the other options, a mesh that does not divide the model
+    except UserError:  # options that cannot be combined, or a mesh that does not divide the model
         return None
     note(f"{found.figures.peak / 2**30:.2f} GiB{'' if found.figures.fits else ', does not fit'}")
     return found
 
 
 def largest_batch(figures: Callable[[int], Figures | None]) -> int | None:
-    """Return the most rows that fit, to an eighth of their number; None where one does not.
+    """Return the largest number of rows that fits, to within an eighth; None if not even one does.
 
-    `figures` compiles so many rows, and gives None where it cannot. Memory grows by so much a row, so that two
-    programs, of which one may be too large, tell where a third is at the limit. An eighth more than what fits, and
-    does not, ends it.
+    `figures` compiles a number of rows, and returns None if it cannot. Memory grows linearly with rows, so two
+    programs, of which one may be too large, predict the number at the limit. The search ends when a number fits and an
+    eighth more does not.
     """
     first = figures(1)
     if first is None or not first.fits:
@@ -203,7 +203,7 @@ def largest_batch(figures: Callable[[int], Figures | None]) -> int | None:
 
 
 def _meshes(devices: int) -> list[MeshOptions]:
-    """Return meshes from the one that sends least: copies of the parameters, shares of them, and of features."""
+    """Return meshes, those that communicate least first: data parallel, fsdp, tensor."""
     meshes = [MeshOptions(data=devices, fsdp=1)] if devices > 1 else []
     meshes += [MeshOptions(fsdp=devices // parts, tensor=parts) for parts in TENSOR if devices % parts == 0]
     return meshes

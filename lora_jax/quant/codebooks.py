@@ -1,9 +1,9 @@
-"""The values that codes stand for: NF4, FP4, and the signed 8-bit map of double quantization.
+"""The values that codes represent: NF4, FP4, and the signed 8-bit map of double quantization.
 
-NF4 holds quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314, section 3), FP4 a float of
-2 exponent bits and 1 mantissa bit, both scaled to [-1, 1]; the 8-bit map is the dynamic tree of Dettmers et al.
-2022, arXiv:2110.02861, section 1.3. All equal bitsandbytes' tables bit for bit: a code is worthless beside
-another table, and a table one ulp off makes other weights.
+NF4 holds quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314, section 3), FP4 a float with 2
+exponent bits and 1 mantissa bit, both scaled to [-1, 1]. The 8-bit map is the dynamic tree of Dettmers et al. 2022,
+arXiv:2110.02861, section 1.3. All equal bitsandbytes' tables bit for bit: codes are useless with another table, and a
+table that is one ulp off changes the weights.
 """
 
 from functools import cache
@@ -36,7 +36,7 @@ NF4: Final[Table] = (
 )
 _FP4_TWELFTHS = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
 FP4: Final[Table] = tuple(float(value) for value in np.concatenate([_FP4_TWELFTHS, 0 - _FP4_TWELFTHS]))
-"""By bit pattern (sign, exponent, mantissa), not by size; both zeros are +0."""
+"""Ordered by bit pattern (sign, exponent, mantissa), not by size; both zeros are +0."""
 
 TABLES: Final[dict[QuantType, Table]] = {"nf4": NF4, "fp4": FP4}
 
@@ -47,7 +47,7 @@ _EXPONENTS = 7
 def dynamic_map() -> Table:
     """Return the 256 values of the signed 8-bit map in ascending order: 127 negative, 0, 128 positive.
 
-    Decade i of 7 holds the middles of 2^i equal parts of [0.1, 1], times 10^(i - 6); 1 is added at the end.
+    Decade i of 7 has the midpoints of 2^i equal parts of [0.1, 1], times 10^(i - 6); 1 is added at the end.
     """
     positive: list[np.float32] = []
     for exponent in range(_EXPONENTS):
@@ -59,9 +59,9 @@ def dynamic_map() -> Table:
 
 
 def thresholds(table: Table) -> tuple[np.ndarray, np.ndarray]:
-    """Return (middles [n - 1] float32, codes [n] uint8): the code of x is codes[number of middles below x].
+    """Return (midpoints [n - 1] float32, codes [n] uint8): the code of x is codes[number of midpoints below x].
 
-    A value on a middle takes the lower neighbor. Of FP4's two zeros, values above 0 take the second code.
+    A value on a midpoint goes to the lower neighbor. Of FP4's two zeros, values above 0 go to the second.
     """
     values = np.array(table, np.float32)
     codes = np.argsort(values, kind="stable").astype(np.uint8)
@@ -76,7 +76,7 @@ def zero_code(table: Table) -> int:
 
 
 def interned(values: np.ndarray) -> Table:
-    """Return a float32 array as a table, and the one here where it is that: tables are compared at every call."""
+    """Return a float32 array as a table; if it equals one here, return that one, because every call compares tables."""
     table = tuple(float(value) for value in np.asarray(values, np.float32).reshape(-1))
     return next((known for known in (NF4, FP4, dynamic_map()) if known == table), table)
 

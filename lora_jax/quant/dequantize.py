@@ -1,9 +1,9 @@
-"""From codes back to weights, in XLA.
+"""Dequantize codes to weights, in XLA.
 
     weight = table[code] * scale        scale = absmax, or nested_table[absmax] * nested_absmax[block] + offset
 
-Each product and each sum is rounded to float32 once, and the weight once more to the dtype asked for, as
-bitsandbytes does; the table is never rounded first.
+Each product and each sum is rounded to float32 once, and the weight once more to the requested dtype, as in
+bitsandbytes; the table itself is never rounded.
 """
 
 from functools import partial
@@ -21,13 +21,13 @@ from lora_jax.quant.leaf import BLOCK, Int8Kernel, Quantized, QuantizedKernel, g
 from lora_jax.quant.sharded import elementwise, partition_specs
 
 INT8_STEP = np.float32(7.874015718698502e-3)
-"""1 / 127, the step that bitsandbytes multiplies with."""
+"""1 / 127, the step that bitsandbytes multiplies by."""
 
 
 def select(
     codes: UInt8[Array, "*shape"], table: Table | Float32[Array, " codes"], first_bit: int = 0
 ) -> Float32[Array, "*shape"]:
-    """Return table[bits of codes from `first_bit` up], by selects on the bits: a gather costs more on every chip."""
+    """Return table[bits of codes from `first_bit` up], by selects on the bits; a gather is slower on every chip."""
     values: list[Any] = [np.float32(value) for value in table] if isinstance(table, tuple) else list(table)
     bit = 1 << first_bit
     while len(values) > 1:
@@ -43,27 +43,27 @@ def scales(kernel: QuantizedKernel) -> Float32[Array, "..."]:
         return kernel.absmax
     looked_up = partial(_looked_up, table=kernel.nested_table)
     if kernel.grouped:
-        # A TPU gathers one scalar at a time, unless told to permute lanes.
+        # A TPU would gather one scalar at a time; permuting lanes avoids that.
         by_lanes = partial(look_up, table=kernel.nested_table)
         looked_up = partial(jax.lax.platform_dependent, tpu=by_lanes, default=looked_up)
         specs = partition_specs(kernel).absmax
         units = elementwise(looked_up, kernel.absmax, specs)
     else:
         units = looked_up(kernel.absmax)
-    # Compilers fuse a product and a sum into one multiply-add, rounded once, unless something stands between them
-    # that they cannot take away; a barrier they can.
+    # Compilers fuse a product and a sum into one multiply-add, rounded once, unless something in between cannot be
+    # optimized away. A barrier can.
     product = jnp.maximum(units * _nested_scales(kernel), np.finfo(np.float32).min)
     offset = kernel.nested_offset
     return product + jnp.reshape(offset, (*offset.shape, *(1,) * (product.ndim - offset.ndim)))
 
 
 def ordered_after(x: Array, table: Table) -> Float32[Array, " codes"]:
-    """Return the table as an array that is not known before x is.
+    """Return the table as an array that depends on x.
 
-    What is decoded with it is decoded when x is there and again for each x, in a loop as outside one: XLA would
-    otherwise decode all weights of a layer first, keep them for the backward pass, and take the table's values out
-    of the loop as arrays of a weight's size. It drops a barrier before it decides; that nothing is greater than
-    infinity it does not look into.
+    Weights that are decoded with it are decoded after x is known, again for each x, inside and outside of loops.
+    Otherwise XLA would decode all weights of a layer first, keep them for the backward pass, and hoist the table's
+    values out of the loop as arrays of the weight's size. XLA removes a barrier too early, but does not see that
+    nothing is greater than infinity.
     """
     values = jnp.asarray(table, jnp.float32)
     return jnp.where(_never(x), jnp.zeros_like(values), values)
@@ -72,10 +72,10 @@ def ordered_after(x: Array, table: Table) -> Float32[Array, " codes"]:
 def halves(
     kernel: QuantizedKernel, dtype: DTypeLike, table: Float32[Array, " codes"] | None = None
 ) -> tuple[Array, Array]:
-    """Return the weights of a grouped kernel's low and high nibbles, [..., 64 G, out] each.
+    """Return the weights in a grouped kernel's low and high nibbles, each [..., 64 G, out].
 
-    Row 64 g + r is the kernel's row 128 g + r in the first and 128 g + 64 + r in the second. They are not joined:
-    a product with each costs less than a copy of the weight. `table` stands in for the kernel's own.
+    Row 64 g + r is the kernel's row 128 g + r in the first and 128 g + 64 + r in the second. They are not joined,
+    because a product with each is cheaper than a copy of the weight. `table` replaces the kernel's own.
     """
     values = kernel.table if table is None else table
     *lead, rows, out = kernel.codes.shape
@@ -88,7 +88,7 @@ def halves(
 
 @partial(jax.jit, static_argnames="dtype")
 def dequantize(kernel: Quantized, dtype: DTypeLike | None = None) -> Float[Array, "... in out"]:
-    """Return the weights [..., in, out] in `dtype`, by default the one they had: bitsandbytes' bit for bit."""
+    """Return the weights [..., in, out] in `dtype`, by default their original one; bitsandbytes' bit for bit."""
     dtype = dtype or kernel.dtype
     if isinstance(kernel, Int8Kernel):
         wide = kernel.codes.astype(jnp.float32) * kernel.absmax[..., None, :]
@@ -104,7 +104,7 @@ def dequantize(kernel: Quantized, dtype: DTypeLike | None = None) -> Float[Array
 def flat_weights(
     kernel: QuantizedKernel, dtype: DTypeLike, table: Float32[Array, " codes"] | None = None
 ) -> Float[Array, "... out in"]:
-    """Return the weights of a flat kernel in torch's order, [..., out, in]; `table` stands in for its own."""
+    """Return the weights of a flat kernel in torch's order, [..., out, in]; `table` replaces the kernel's own."""
     values = kernel.table if table is None else table
     (rows, out), lead = kernel.sizes, kernel.codes.shape[:-1]
     pairs = [select(kernel.codes, values, first_bit=4), select(kernel.codes, values)]
@@ -114,7 +114,7 @@ def flat_weights(
 
 
 def int8_units(kernel: Int8Kernel, x: Float[Array, "..."]) -> Float[Array, "... in out"]:
-    """Return an 8-bit kernel's codes in x's dtype, exactly, ordered after x as a table is."""
+    """Return an 8-bit kernel's codes in x's dtype, which is exact, made to depend on x like a table."""
     return (kernel.codes ^ _never(x).astype(jnp.int8)).astype(x.dtype)
 
 
@@ -127,7 +127,7 @@ def _looked_up(codes: UInt8[Array, "*shape"], table: Table) -> Float32[Array, "*
 
 
 def _nested_scales(kernel: QuantizedKernel) -> Float32[Array, "..."]:
-    """Return each 8-bit absmax's own scale, in the shape of absmax."""
+    """Return the scale of each 8-bit absmax, in the shape of absmax."""
     repeated = jnp.repeat(kernel.nested_absmax, kernel.nested_blocksize, axis=-1)
     if not kernel.grouped:
         return repeated[..., : kernel.absmax.shape[-1]]

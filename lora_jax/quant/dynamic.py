@@ -1,13 +1,13 @@
-"""The 8-bit dynamic map by arithmetic: what optimizer state, written anew at every step, is rounded to.
+"""The 8-bit dynamic map in closed form, for optimizer state, which is quantized again at every step.
 
-A code is a place n in a row of decades, decade k holding the middles of 2^k equal parts of [0.1, 1] times a power
-of ten (Dettmers et al. 2022, arXiv:2110.02861, section 1.3):
+A code is an index n into a row of decades; decade k has the midpoints of 2^k equal parts of [0.1, 1] times a power of
+ten (Dettmers et al. 2022, arXiv:2110.02861, section 1.3):
 
     n in [2^k, 2^(k + 1)):  10^(k + 1 - bits) (0.1 + 0.9 (n - 2^k + 1/2) / 2^k)        n = 2^bits:  1        below:  0
 
-The signed map has bits 7 and n on either side of code 127, the unsigned one bits 8 and code n - 1. Values are those
-of bitsandbytes' tables to two units in the last place: a table of 256 would cost a search and a gather an element,
-which chips do one by one, or some 500 selects.
+The signed map has 7 bits, with n on either side of code 127; the unsigned one has 8 bits and code n - 1. Values equal
+those of bitsandbytes' tables to within two ulps. A table of 256 values would need a search and a gather per element,
+which chips do one by one, or about 500 selects.
 """
 
 from typing import Final
@@ -22,20 +22,20 @@ SIGNED_BITS, UNSIGNED_BITS = 7, 8
 
 
 def decode_signed(codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """Return the values in [-0.993, 1] of codes of the signed map."""
+    """Return the values of signed codes, in [-0.993, 1]."""
     place = codes.astype(jnp.int32) - ZERO
     return jnp.sign(place).astype(jnp.float32) * _value(jnp.abs(place), SIGNED_BITS)
 
 
 def decode_unsigned(codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """Return the values in [0, 1] of codes of the unsigned map."""
+    """Return the values of unsigned codes, in [0, 1]."""
     return _value(codes.astype(jnp.int32) + 1, UNSIGNED_BITS)
 
 
 def encode_signed(units: Float32[Array, "*shape"]) -> UInt8[Array, "*shape"]:
     """Return the codes nearest to values in [-1, 1]."""
     place = _place(jnp.abs(units), SIGNED_BITS)
-    negative = ZERO - jnp.minimum(place, ZERO)  # -1 is no value of the map
+    negative = ZERO - jnp.minimum(place, ZERO)  # the map has no value for -1
     return jnp.where(units < 0, negative, ZERO + place).astype(jnp.uint8)
 
 
@@ -45,7 +45,7 @@ def encode_unsigned(units: Float32[Array, "*shape"]) -> UInt8[Array, "*shape"]:
 
 
 def _decades(bits: int) -> list[tuple[int, float, float]]:
-    """Return (first place 2^k, least value of its part, width of a part) of each decade, smallest values first."""
+    """Return (first index 2^k, smallest value of its part, width of a part) of each decade, smallest values first."""
     decades = range(bits - 7, bits)
     return [(2**k, 0.1 * 10.0 ** (k + 1 - bits), 0.9 * 10.0 ** (k + 1 - bits) / 2**k) for k in decades]
 
@@ -59,7 +59,7 @@ def _value(place: Int32[Array, "*shape"], bits: int) -> Float32[Array, "*shape"]
 
 
 def _place(size: Float32[Array, "*shape"], bits: int) -> Int32[Array, "*shape"]:
-    """Return the place whose value is nearest to each of `size`, in [0, 1]."""
+    """Return the index whose value is nearest to each of `size`, in [0, 1]."""
     place, below = jnp.zeros(size.shape, jnp.int32), 0.0
     for first, start, width in _decades(bits):
         part = jnp.floor((size - np.float32(start)) * np.float32(1 / width)).astype(jnp.int32)

@@ -1,8 +1,8 @@
-"""From weights to codes, one tensor at a time.
+"""Quantize weights to codes, one tensor at a time.
 
-A block's weights are multiplied by the reciprocal of its absmax, and the code is the number of middles between the
-table's values that lie below. The device looks at every weight; what there is of one a block (reciprocals, double
-quantization) is computed on the host, where a division is rounded correctly on every platform.
+A block's weights are multiplied by the reciprocal of its absmax, and the code is the number of midpoints between table
+values below the result. The device processes all weights; per-block values (reciprocals, double quantization) are
+computed on the host, where division is rounded correctly on every platform.
 """
 
 import math
@@ -23,7 +23,7 @@ from lora_jax.quant.leaf import BLOCK, NESTED_BLOCK, Int8Kernel, QuantizedKernel
 from lora_jax.quant.repack import kernel_of
 
 _FLOOR = np.float32(1e-38)
-"""What bitsandbytes puts for the absmax of a last, shorter block of zeros."""
+"""Value that bitsandbytes uses for the absmax of a last, shorter block of zeros."""
 
 
 def quantize(
@@ -32,12 +32,12 @@ def quantize(
     double_quant: bool = True,
     name: str = "weight",
 ) -> QuantizedKernel:
-    """Return a torch Linear's weight [out, in] as a 4-bit kernel on the default device, blocks of 64.
+    """Return a torch Linear's weight [out, in] as a 4-bit kernel on the default device, in blocks of 64.
 
-    Codes and absmax equal bitsandbytes' bit for bit; with `double_quant` the 8-bit absmax is the nearest of its
-    map, which bitsandbytes' CUDA kernel takes too and its CPU one misses in up to 0.2% of them by one code. Device
-    memory beyond the result: the weight in its dtype, and codes of one byte. Raises UserError, which names `name`,
-    for weights that are infinite or not numbers.
+    Codes and absmax equal bitsandbytes' bit for bit. With `double_quant`, the 8-bit absmax is the nearest value of its
+    map, as in bitsandbytes' CUDA kernel; its CPU kernel misses it by one code in up to 0.2% of them. Device memory
+    beyond the result: the weight in its dtype, and one byte per code. Raises UserError, naming `name`, for weights that
+    are infinite or NaN.
     """
     out, rows = weight.shape
     if not may_be_grouped(rows, BLOCK):
@@ -65,10 +65,10 @@ def quantize(
 
 
 def quantize_int8(weight: Float[np.ndarray, "out in"], name: str = "weight") -> Int8Kernel:
-    """Return a torch Linear's weight [out, in] as an 8-bit kernel, one absmax an output.
+    """Return a torch Linear's weight [out, in] as an 8-bit kernel, with one absmax per output.
 
-    As in bitsandbytes the weight is rounded to float16 first, whatever its dtype. Raises UserError, which names
-    `name`, for weights that float16 cannot hold.
+    As in bitsandbytes, the weight is first rounded to float16, whatever its dtype. Raises UserError, naming `name`, for
+    weights that float16 cannot hold.
     """
     half = jnp.asarray(weight).astype(jnp.float16)
     absmax = np.asarray(largest(half)).astype(np.float32)
@@ -84,7 +84,7 @@ def abstract_quantized(
     double_quant: bool = True,
     layers: int | None = None,
 ) -> QuantizedKernel:
-    """Return the shapes and dtypes of what `quantize` makes of a weight [out, in], stacked where `layers` is given."""
+    """Return the shapes and dtypes of `quantize` for a weight [out, in], stacked if `layers` is given."""
     (out, rows), lead = shape, () if layers is None else (layers,)
     blocks = math.ceil(out * rows / BLOCK)
     if may_be_grouped(rows, BLOCK):
@@ -110,7 +110,7 @@ def abstract_quantized(
 
 
 def abstract_int8(shape: tuple[int, int], dtype: DTypeLike, layers: int | None = None) -> Int8Kernel:
-    """Return the shapes and dtypes of what `quantize_int8` makes of a weight [out, in], stacked likewise."""
+    """Return the shapes and dtypes of `quantize_int8` for a weight [out, in], stacked if `layers` is given."""
     (out, rows), lead = shape, () if layers is None else (layers,)
     return Int8Kernel(
         codes=jax.ShapeDtypeStruct((*lead, rows, out), jnp.int8),
@@ -120,7 +120,7 @@ def abstract_int8(shape: tuple[int, int], dtype: DTypeLike, layers: int | None =
 
 
 def nested_absmax(absmax: Float[np.ndarray, " blocks"]) -> Nested:
-    """Return the absmax of double quantization: 8-bit codes of absmax - mean, with an own absmax for each 256."""
+    """Return the absmax of double quantization: 8-bit codes of absmax - mean, with one absmax per 256 of them."""
     offset = np.float32(absmax.mean(dtype=np.float64))
     codes, scales = _blockwise(absmax - offset, dynamic_map(), NESTED_BLOCK)
     quant_map = np.array(dynamic_map(), np.float32)
@@ -129,17 +129,17 @@ def nested_absmax(absmax: Float[np.ndarray, " blocks"]) -> Nested:
 
 @jax.jit
 def largest(values: Float[Array, "*rows block"]) -> Float[Array, "*rows"]:
-    """Return the largest |value| of the last axis, NaN if one is no number: a CPU's maximum passes some over."""
+    """Return the largest |value| along the last axis, or NaN if one is NaN, which a CPU's maximum may skip."""
     return jnp.where(jnp.any(jnp.isnan(values), axis=-1), jnp.nan, jnp.max(jnp.abs(values), axis=-1))
 
 
 def reciprocals(absmax: np.ndarray) -> np.ndarray:
-    """Return what a block's weights are multiplied with, float32; 0 for a block of zeros."""
+    """Return the factors for the weights of blocks, float32; 0 for a block of zeros."""
     return np.where(absmax > 0, np.float32(1) / np.maximum(absmax, _FLOOR), np.float32(0))
 
 
 def check_finite(absmax: np.ndarray | np.floating[Any], name: str, how: str = "") -> None:
-    """Raise UserError, which names `name`, where the absmax of a weight are infinite or not numbers."""
+    """Raise UserError, naming `name`, if the absmax of a weight are infinite or NaN."""
     if not np.isfinite(absmax).all():
         raise UserError(
             f"weights that are {how}infinite or not numbers: {name}; they cannot be quantized: use another "
@@ -148,7 +148,7 @@ def check_finite(absmax: np.ndarray | np.floating[Any], name: str, how: str = ""
 
 
 def _packed_flat(weight: np.ndarray, quant_type: QuantType, double_quant: bool, name: str) -> Packed4bit:
-    """Quantize on the host what cannot be grouped; such models are small."""
+    """Quantize on the host a weight that cannot be grouped; such models are small."""
     table = TABLES[quant_type]
     values = weight.astype(np.float32).reshape(-1)
     check_finite(np.abs(values).max(), name)
@@ -171,7 +171,7 @@ def _packed_flat(weight: np.ndarray, quant_type: QuantType, double_quant: bool, 
 def _blockwise(values: np.ndarray, table: Table, blocksize: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (codes [n] uint8, absmax [blocks] float32) of float32 values [n].
 
-    As in bitsandbytes a last, shorter block is divided by its absmax, where others are multiplied by its reciprocal.
+    As in bitsandbytes, a last, shorter block is divided by its absmax; the others are multiplied by its reciprocal.
     """
     whole = values.size // blocksize * blocksize
     blocks = values[:whole].reshape(-1, blocksize)
@@ -202,7 +202,7 @@ def _grouped_codes(
     codes = below if in_order else select(below, tuple(map(float, order))).astype(jnp.uint8)
     spare = 2 * groups(rows) - rows // BLOCK
     codes = jnp.pad(codes, [(0, 0), (0, spare), (0, 0)], constant_values=zero_code(table))
-    # Apart from the codes, transposing moves bytes; fused with them it would read the weights column by column.
+    # Kept apart from the codes, the transpose moves bytes; fused with them, it would read the weights by columns.
     packed = jax.lax.optimization_barrier(codes[:, 0::2] | codes[:, 1::2] << 4)
     return packed.reshape(out, -1).T
 

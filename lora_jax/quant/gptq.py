@@ -1,14 +1,14 @@
-"""From weights to 4-bit codes with the least error in what the layer puts out on given inputs.
+"""GPTQ: 4-bit codes that minimize the error of a layer's outputs on given inputs.
 
-GPTQ (Frantar et al. 2022, arXiv:2210.17323): rounding w to q costs (w - q) H (w - q)ᵀ on inputs x, with H = Σ x xᵀ.
-The inputs of a weight [out, in] are rounded one after the other, those with the largest H_jj first, and what rounding
-one loses is made up for by those that are still to come: with U upper triangular and UᵀU = (H + d I)⁻¹,
+Frantar et al. 2022, arXiv:2210.17323: rounding w to q costs (w - q) H (w - q)ᵀ on inputs x, with H = Σ x xᵀ. The input
+columns of a weight [out, in] are rounded one after the other, largest H_jj first, and the remaining columns compensate
+the error of each: with U upper triangular and UᵀU = (H + d I)⁻¹,
 
     e = (w_j - q_j) / U_jj        w_k -= e U_jk  for k > j
 
-The blocks of 64 and their absmax stay bitsandbytes', double quantization included: absmax is chosen before the first
-code, and codes are the nearest for the absmax as it is stored. It may be less than the largest weight of its block:
-of `CLIPPED` times that, what costs least by the diagonal of H.
+Blocks of 64 and their absmax stay as in bitsandbytes, including double quantization: absmax is chosen before the first
+code, and codes are the nearest ones for the stored absmax. absmax may be smaller than the largest weight of its block:
+it is the multiple in `CLIPPED` that costs least by the diagonal of H.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from lora_jax.quant.leaf import BLOCK, QuantizedKernel
 from lora_jax.quant.repack import kernel_of
 
 CLIPPED = (1.0, 1.03, 0.955, 0.91, 0.86, 0.8)
-"""Shares of a block's largest weight that are tried as its absmax; the first wins a tie."""
+"""Multiples of a block's largest weight that are tried as its absmax; the first wins a tie."""
 DAMPING = 0.01
-"""d as a share of the mean of H's diagonal, as in the paper: directions that the inputs lack are not free."""
+"""d relative to the mean of H's diagonal, as in the paper, so that directions missing in the inputs are not free."""
 
 
 def calibrated(
@@ -42,12 +42,12 @@ def calibrated(
     name: str = "weight",
     clipped: tuple[float, ...] = CLIPPED,
 ) -> QuantizedKernel:
-    """Return a torch Linear's weight [out, in] as a 4-bit kernel, `in` a multiple of 64, fitted to its inputs.
+    """Return a torch Linear's weight [out, in] as a 4-bit kernel fitted to its inputs; `in` is a multiple of 64.
 
-    `moments` are Σ x xᵀ over the inputs x, in any unit. With uncorrelated inputs of one size, absmax as they are and
-    no double quantization this is `quantize`, bit for bit. Device memory beyond the result: four matrices [in, in]
-    and about six copies of the weight in float32. Raises UserError, which names `name`, for weights that are
-    infinite or not numbers.
+    `moments` are Σ x xᵀ over the inputs x, in any unit. With uncorrelated inputs of equal size, unclipped absmax and no
+    double quantization, the result equals `quantize` bit for bit. Needs device memory, beyond the result, for four
+    matrices [in, in] and about six copies of the weight in float32. Raises UserError, naming `name`, for weights that
+    are infinite or NaN.
     """
     out, rows = weight.shape
     table = TABLES[quant_type]
@@ -76,12 +76,12 @@ def calibrated(
 def output_error(
     kernel: QuantizedKernel, weight: Float[np.ndarray, "out in"], moments: Float32[Array, "in in"]
 ) -> float:
-    """Return how far a kernel's outputs are from a weight's on inputs with these moments, as a share of them (RMS)."""
+    """Return the RMS error of a kernel's outputs relative to a weight's, on inputs with these moments."""
     return float(_output_error(dequantize(kernel, jnp.float32), jnp.asarray(weight, jnp.float32).T, moments))
 
 
 def _decoded(nested: Nested) -> np.ndarray:
-    """Return the scales that double-quantized absmax stand for, rounded as `decode.scales` rounds them."""
+    """Return the dequantized scales of double quantization, rounded as by `dequantize.scales`."""
     blocks = np.repeat(nested.absmax, nested.blocksize)[: nested.codes.size]
     return nested.quant_map[nested.codes] * blocks + nested.offset
 
@@ -118,13 +118,13 @@ def _codes(
     factors: Float32[Array | np.ndarray, "out blocks"],
     table: Table,
 ) -> UInt8[Array, "out in"]:
-    """Return the codes of weights whose blocks have these scales, and the scales' reciprocals `factors`."""
+    """Return the codes of weights whose blocks have these scales; `factors` are the scales' reciprocals."""
     out, rows = weight.shape
     sizes = jnp.diagonal(moments)
     order = jnp.argsort(-sizes)
     damping = jnp.where(jnp.any(sizes > 0), DAMPING * jnp.mean(sizes), 1)
     damped = moments[order][:, order] + damping * jnp.eye(rows, dtype=jnp.float32)
-    # H = R Rᵀ with R upper triangular: the Cholesky factor with the axes turned round. U is then R⁻¹.
+    # H = R Rᵀ with R upper triangular is the Cholesky factor with both axes reversed. U is then R⁻¹.
     upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
     inverse = jax.scipy.linalg.solve_triangular(upper, jnp.eye(rows, dtype=jnp.float32))
     by_row = jnp.stack([jnp.asarray(scales).T, jnp.asarray(factors).T])[:, order // BLOCK]
@@ -160,7 +160,7 @@ def _output_error(
 
 
 def _below(units: Float32[Array, "*shape"], table: Table) -> UInt8[Array, "*shape"]:
-    """Return how many middles between the table's values lie below each of `units`."""
+    """Return how many midpoints between the table's values are below each of `units`."""
     below: Any = sum((units > middle).astype(jnp.uint8) for middle in thresholds(table)[0])
     return below
 

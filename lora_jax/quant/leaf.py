@@ -1,14 +1,14 @@
-"""Quantized kernels: pytrees that stand in the frozen tree where a kernel [..., in, out] stands.
+"""Quantized kernels: pytrees that take the place of a kernel [..., in, out] in the parameter tree.
 
-A 4-bit kernel keeps bitsandbytes' codes and absmax bit for bit and only moves them. A block is 64 neighbors of
-`in` of one output. Where `in` is a multiple of 64 they are *grouped*: for each group of 128 rows of the kernel,
-byte row r of 64 holds row r in its low nibble and row 64 + r in its high one, so that a tile decodes into two
-whole 64-row blocks, each with one row of scales, and the kernel can be cut along either axis. An `in` of 64 more
-than a multiple of 128 has a last high half of zeros. Any other `in` has blocks that run over the ends of rows:
-such a kernel stays *flat*, in bitsandbytes' own order.
+A 4-bit kernel has bitsandbytes' codes and absmax, bit for bit, in a different order. A block is 64 neighbors along `in`
+of one output. If `in` is a multiple of 64, blocks are *grouped*: for each group of 128 rows of the kernel, byte row r
+of 64 holds row r in its low nibble and row 64 + r in its high nibble, so that a tile decodes into two whole 64-row
+blocks, each with one row of scales, and the kernel can be sharded along either axis. If `in` is an odd multiple of 64,
+the last high half is zeros. For any other `in`, blocks cross the ends of rows; such a kernel stays *flat*, in
+bitsandbytes' order.
 
-Leading axes are stacks of kernels. A product is told which layer of a stack it is to read (`at`), so that a scan
-over layers carries an index and copies no codes.
+Leading axes are stacks of kernels. A product is given the layer to read from a stack (`at`), so that a scan over layers
+carries an index and copies no codes.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from lora_jax.quant.codebooks import Table
 
 Tree = TypeVar("Tree")
 Axes = tuple[str | None, str | None]
-"""The mesh axes that `in` and `out` are cut along."""
+"""The mesh axes that shard `in` and `out`."""
 
 BLOCK = 64
 GROUP = 2 * BLOCK
@@ -31,16 +31,16 @@ NESTED_BLOCK = 256
 
 
 class _Kernel:
-    """What follows from the shape and the arrays of either kind of kernel."""
+    """Properties of both types of kernel that follow from shape and arrays."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the kernel that this one stands for, [..., in, out]."""
+        """Shape of the kernel that this represents, [..., in, out]."""
         raise NotImplementedError
 
     @property
     def ndim(self) -> int:
-        """Number of axes of the kernel that this one stands for."""
+        """Number of axes of the kernel that this represents."""
         return len(self.shape)
 
     @property
@@ -72,15 +72,15 @@ class _Kernel:
 class QuantizedKernel(_Kernel):
     """A 4-bit kernel.
 
-    Arrays, grouped over G = ceil(in / 128) groups, or flat with n = in * out weights:
+    Arrays, grouped with G = ceil(in / 128) groups, or flat with n = in * out weights:
         codes           uint8 [..., 64 G, out]; flat [..., ceil(n / 2)], the first of two in the high nibble
-        absmax          [..., 2 G, 1, out]; flat [..., ceil(n / blocksize)]: float32, or uint8 where double-quantized
-        nested_absmax   float32 [..., blocks of absmax], the blocks running over bitsandbytes' order [out, in / 64]
-        nested_offset   float32 [...]; both None where absmax is float32
+        absmax          [..., 2 G, 1, out]; flat [..., ceil(n / blocksize)]: float32, or uint8 if double-quantized
+        nested_absmax   float32 [..., blocks of absmax]; blocks run over bitsandbytes' order [out, in / 64]
+        nested_offset   float32 [...]; both are None if absmax is float32
 
-    Static: sizes (in, out), the dtype the weights had, how they were quantized, and the mesh axes that the two
-    sizes are cut along (`lora_jax.quant.sharded`). The fields are not checked, so that specs and shapes can stand
-    for the arrays.
+    Static: sizes (in, out), the original dtype of the weights, how they were quantized, and the mesh axes that shard
+    the two sizes (`lora_jax.quant.sharded`). Fields are not checked, because specs and shapes may take the place of
+    arrays.
     """
 
     codes: Any
@@ -98,7 +98,7 @@ class QuantizedKernel(_Kernel):
 
     @property
     def grouped(self) -> bool:
-        """Whether codes stand in groups of 128 rows, rather than flat in bitsandbytes' order."""
+        """Whether codes are in groups of 128 rows rather than flat in bitsandbytes' order."""
         return may_be_grouped(self.sizes[0], self.blocksize)
 
     @property
@@ -108,7 +108,7 @@ class QuantizedKernel(_Kernel):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the kernel that this one stands for, [..., in, out]."""
+        """Shape of the kernel that this represents, [..., in, out]."""
         return (*self.codes.shape[: -2 if self.grouped else -1], *self.sizes)
 
     def __repr__(self) -> str:
@@ -121,7 +121,7 @@ class QuantizedKernel(_Kernel):
 class Int8Kernel(_Kernel):
     """An 8-bit kernel: weight [in, out] = codes * absmax[out] / 127 (Dettmers et al. 2022, arXiv:2208.07339).
 
-    Arrays: codes int8 [..., in, out], absmax float32 [..., out]. Static: the dtype the weights had.
+    Arrays: codes int8 [..., in, out], absmax float32 [..., out]. Static: the original dtype of the weights.
     """
 
     codes: Any
@@ -130,7 +130,7 @@ class Int8Kernel(_Kernel):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the kernel that this one stands for, [..., in, out]."""
+        """Shape of the kernel that this represents, [..., in, out]."""
         return tuple(self.codes.shape)
 
     def __repr__(self) -> str:
@@ -141,7 +141,7 @@ Quantized = QuantizedKernel | Int8Kernel
 
 
 def is_quantized(leaf: object) -> bool:
-    """Say whether a leaf of the frozen tree is a quantized kernel; also `is_leaf` for `jax.tree.map`."""
+    """Return whether a leaf of the parameter tree is a quantized kernel; also an `is_leaf` for `jax.tree.map`."""
     return isinstance(leaf, QuantizedKernel | Int8Kernel)
 
 
@@ -153,12 +153,12 @@ def at(stack: Tree, layer: Any) -> Tree:
 
 
 def may_be_grouped(rows: int, blocksize: int) -> bool:
-    """Say whether a kernel of so many `in` rows can be grouped: no block runs over the end of a row."""
+    """Return whether a kernel with `rows` inputs can be grouped: no block crosses the end of a row."""
     return blocksize == BLOCK and rows % BLOCK == 0
 
 
 def groups(rows: int) -> int:
-    """Return the number of groups of 128 rows, the last one perhaps half."""
+    """Return the number of groups of 128 rows; the last one may be half full."""
     return -(-rows // GROUP)
 
 

@@ -1,9 +1,9 @@
-"""x · W for a quantized kernel W, and dy · Wᵀ from the same codes for the backward pass.
+"""x · W for a quantized kernel W, and dy · Wᵀ from the same codes in the backward pass.
 
-What is kept between the two is the codes alone, which are there already: no weight is saved, and a kernel has no
-gradient. On a TPU and a GPU grouped 4-bit kernels are decoded tile by tile inside a Pallas kernel (`kernels/`).
-Everywhere else, and for all other kernels, XLA decodes: a grouped kernel in its two halves, x_low · W_low +
-x_high · W_high, so that no decoded weight is larger than half of one.
+Only the codes are kept for the backward pass, and they exist already: no weight is saved, and a kernel has no gradient.
+On TPUs and GPUs, grouped 4-bit kernels are decoded tile by tile inside a Pallas kernel (`kernels/`). Otherwise XLA
+decodes: a grouped kernel in its two halves, x_low · W_low + x_high · W_high, so that no decoded weight is larger than
+half of one.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,10 @@ Product = Callable[[Array, Quantized, Layer], Array]
 
 PLATFORMS: dict[str, ModuleType] = {"tpu": tpu}
 """Pallas kernels, by the platform that a program is lowered for."""
-with suppress(ImportError):  # a JAX without Pallas' Triton: XLA's path serves there
+with suppress(ImportError):  # without Pallas' Triton, JAX uses XLA's path
     PLATFORMS["cuda"] = import_module("lora_jax.quant.kernels.gpu")
 DTYPES = {"tpu": (jnp.bfloat16,), "cuda": (jnp.bfloat16, jnp.float16)}
-"""Dtypes of x that they take; float32 is for those who want all of its bits, and XLA's."""
+"""Dtypes of x that the kernels support; float32 keeps all of its bits, through XLA."""
 
 
 @jax.custom_vjp
@@ -40,8 +40,8 @@ def matmul(
 ) -> Float[Array, "*batch out"]:
     """Return x · W in x's dtype, accumulated in float32; weights are decoded to x's dtype.
 
-    `kernel` has no leading axes; or it is a stack over layers, of which `layer` is read in place. Under a mesh
-    (`jax.set_mesh`) each device multiplies its own shards.
+    `kernel` has no leading axes, or is a stack over layers of which `layer` is read in place. On a mesh
+    (`jax.set_mesh`), each device multiplies its own shards.
     """
     return on_shards(_forward, x, scaled(kernel, layer), layer)
 
@@ -59,7 +59,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def scaled(kernel: Quantized, layer: Layer) -> Quantized:
-    """Return a layer of a stack with its float32 scales formed; the codes of a 4-bit one stay in the stack."""
+    """Return a layer of a stack with its float32 scales computed; the codes of a 4-bit kernel stay in the stack."""
     if isinstance(kernel, Int8Kernel):
         return kernel if layer is None else at(kernel, layer)
     scale = scales(kernel if layer is None else at(kernel, layer))
@@ -87,7 +87,7 @@ def _by_platform(x: Array, kernel: Quantized, layer: Layer, default: Product, pa
 def pallas_forward(
     kernels: ModuleType, x: Float[Array, "*batch in"], kernel: QuantizedKernel, layer: Layer, **settings: Any
 ) -> Float[Array, "*batch out"]:
-    """Return x · W by a module of `kernels/`; codes may be a stack, absmax is the layer's float32 scales.
+    """Return x · W by a module in `kernels/`; codes may be a stack, absmax are the layer's float32 scales.
 
     `settings` are the module's own, such as interpret.
     """
@@ -105,7 +105,7 @@ def pallas_backward(
     layer: Layer,
     **settings: Any,
 ) -> Float[Array, "*batch in"]:
-    """Return dy · Wᵀ by a module of `kernels/`; the kernel is as in `pallas_forward`."""
+    """Return dy · Wᵀ by a module in `kernels/`; the kernel is as in `pallas_forward`."""
     *batch, out = dy.shape
     codes, layer = (kernel.codes[None], jnp.int32(0)) if layer is None else (kernel.codes, layer)
     flat, rows = dy.reshape(-1, out), kernel.sizes[0]
@@ -114,7 +114,7 @@ def pallas_backward(
 
 
 def xla_forward(x: Float[Array, "*batch in"], kernel: Quantized, layer: Layer) -> Float[Array, "*batch out"]:
-    """Return x · W by XLA alone; the kernel is as in `pallas_forward`."""
+    """Return x · W by XLA; the kernel is as in `pallas_forward`."""
     if isinstance(kernel, Int8Kernel):
         wide = _product(x, int8_units(kernel, x)) * (kernel.absmax * INT8_STEP)
         return wide.astype(x.dtype)
@@ -131,7 +131,7 @@ def xla_forward(x: Float[Array, "*batch in"], kernel: Quantized, layer: Layer) -
 def xla_backward(
     dy: Float[Array, "*batch out"], kernel: Quantized, layer: Layer
 ) -> Float[Array, "*batch in"]:
-    """Return dy · Wᵀ by XLA alone; the kernel is as in `pallas_forward`."""
+    """Return dy · Wᵀ by XLA; the kernel is as in `pallas_forward`."""
     if isinstance(kernel, Int8Kernel):
         units = (dy.astype(jnp.float32) * (kernel.absmax * INT8_STEP)).astype(dy.dtype)
         return _product(units, int8_units(kernel, dy), transposed=True).astype(dy.dtype)
@@ -149,14 +149,14 @@ def _alone(kernel: QuantizedKernel, layer: Layer) -> QuantizedKernel:
 
 
 def _product(x: Array, weight: Array, transposed: bool = False) -> Array:
-    """Return x · weight, or x · weightᵀ, in float32; true float32 where x is that."""
+    """Return x · weight, or x · weightᵀ, in float32; at full precision if x is float32."""
     contracted = (((x.ndim - 1,), (int(transposed),)), ((), ()))
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jax.lax.dot_general(x, weight, contracted, precision, preferred_element_type=jnp.float32)
 
 
 def _halved(x: Float[Array, "*batch in"]) -> tuple[Array, Array]:
-    """Return the columns of x that meet the low and the high nibbles, [..., 64 G] each."""
+    """Return the columns of x that belong to the low and the high nibbles, [..., 64 G] each."""
     spare = -x.shape[-1] % GROUP
     if spare:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spare)])

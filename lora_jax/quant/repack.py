@@ -1,8 +1,8 @@
-"""Between bitsandbytes' order and the order of a kernel: codes and absmax are moved, never changed.
+"""Convert between bitsandbytes' order and that of a kernel: codes and absmax are moved, never changed.
 
-bitsandbytes flattens a weight [out, in] row by row, the first of two codes in the high nibble. For a group of 128
-along `in` these are 64 bytes: 32 of the first block of 64, then 32 of the second. A grouped kernel has 64 bytes
-there too, one of the first block's code r and the second's code r each.
+bitsandbytes flattens a weight [out, in] row by row, with the first of two codes in the high nibble. A group of 128
+along `in` is 64 bytes: 32 from the first block of 64, then 32 from the second. A grouped kernel also has 64 bytes per
+group; each holds code r of the first block and code r of the second.
 """
 
 import jax
@@ -67,7 +67,7 @@ def kernel_of(packed: Packed4bit) -> QuantizedKernel:
 
 
 def to_bitsandbytes(kernel: Quantized) -> Packed4bit | Packed8bit:
-    """Return one kernel (no leading axes) as the tensors of a bitsandbytes checkpoint, bit for bit."""
+    """Return one kernel (without leading axes) as tensors of a bitsandbytes checkpoint, bit for bit."""
     if kernel.ndim != 2:
         raise ValueError(f"a stack of kernels {kernel.shape} has to be written layer by layer")
     if isinstance(kernel, Int8Kernel):

@@ -1,12 +1,12 @@
-"""Products with a quantized kernel under a mesh, each device on its own shards.
+"""Products with a quantized kernel on a mesh, each device with its own shards.
 
-The compiler cannot split a Pallas call, so it is told how, in a `shard_map`. Rows of x are cut along the mesh axes
-`data` and `fsdp`, positions along `sequence`. A kernel is cut along the axes that it names (`QuantizedKernel.cut`):
+The compiler cannot split a Pallas call, so a `shard_map` says how. Rows of x are sharded along the mesh axes `data` and
+`fsdp`, positions along `sequence`. A kernel is sharded along the axes that it names (`QuantizedKernel.cut`):
 
-    an axis that cuts rows or positions too   fsdp: the 4-bit codes are gathered, never decoded weights
-    any other, on `in`                        row-parallel: x is cut likewise; products, rounded to x's dtype, are
-                                              summed over the axis in float32
-    any other, on `out`                       column-parallel: y is cut likewise, nothing is sent
+    an axis that also shards rows or positions   fsdp: the 4-bit codes are gathered, never dequantized weights any
+    other, on `in`                           row-parallel: x is sharded likewise; products, rounded to x's dtype, are
+                                                 summed over the axis in float32
+    any other, on `out`                          column-parallel: y is sharded likewise, nothing is communicated
 
 In the backward pass the last two change places.
 """
@@ -30,10 +30,10 @@ _GATHERED = (*ROWS, POSITIONS)
 def shard(
     kernel: QuantizedKernel, mesh: Mesh | AbstractMesh, cut: Axes, name: str = "weight"
 ) -> QuantizedKernel:
-    """Return a kernel, or a stack of them, with `in` and `out` cut along two mesh axes (None: whole).
+    """Return a kernel, or a stack of them, with `in` and `out` sharded along two mesh axes (None: not sharded).
 
-    Raises UserError, which names `name`, where `in` does not divide into whole groups of 128 rows for each device
-    of its axis or `out` into equal parts, and for a flat kernel.
+    Raises UserError, naming `name`, if `in` does not divide into whole groups of 128 rows per device of its axis, if
+    `out` does not divide into equal parts, and for a flat kernel.
     """
     for size, unit, axis, side in zip(kernel.sizes, (GROUP, 1), cut, ("in", "out"), strict=True):
         parts = 1 if axis is None else mesh.shape[axis]
@@ -54,7 +54,7 @@ def shard(
 
 
 def partition_specs(kernel: QuantizedKernel) -> QuantizedKernel:
-    """Return the PartitionSpec of each array of a kernel, as its `cut` says; nested scales are whole everywhere."""
+    """Return the PartitionSpec of each array in a kernel, according to its `cut`; nested scales are replicated."""
     into, out = kernel.cut
 
     def spec(array: Any, *last: str | None) -> P:
@@ -70,10 +70,10 @@ def partition_specs(kernel: QuantizedKernel) -> QuantizedKernel:
 
 
 def on_shards(product: Callable[..., Any], x: Any, kernel: Any, layer: Any, transposed: bool = False) -> Any:
-    """Return product(x, kernel, layer), by shards where a mesh is in context.
+    """Return product(x, kernel, layer), computed on shards if a mesh is set.
 
-    The codes of a 4-bit kernel may be a stack; its absmax are the layer's float32 scales. `transposed` says that
-    the product contracts over `out`. 8-bit kernels are left to the compiler, which can split what XLA multiplies.
+    The codes of a 4-bit kernel may be a stack; its absmax are the layer's float32 scales. `transposed` says that the
+    product contracts over `out`. 8-bit kernels are left to the compiler, which can shard XLA's products.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes or isinstance(kernel, Int8Kernel):
@@ -85,7 +85,7 @@ def on_shards(product: Callable[..., Any], x: Any, kernel: Any, layer: Any, tran
     gathers = any(axis in _GATHERED and mesh.shape[axis] > 1 for axis in kernel.cut)
 
     def local(x: Any, kernel: QuantizedKernel, layer: Any) -> Any:
-        if layer is not None and gathers:  # of its own layer alone, not of the stack
+        if layer is not None and gathers:  # gather one layer, not the stack
             kernel, layer = replace(kernel, codes=at(kernel.codes, layer)), None
         y = product(x, _whole(kernel, mesh.shape), layer)
         return y if contracted is None else jax.lax.psum(y.astype(jnp.float32), contracted).astype(y.dtype)
@@ -100,7 +100,7 @@ def on_shards(product: Callable[..., Any], x: Any, kernel: Any, layer: Any, tran
 
 
 def elementwise(function: Callable[[Any], Any], array: Any, spec: P) -> Any:
-    """Return function(array), by shards where a mesh is in context; the function takes each element by itself."""
+    """Return function(array), computed on shards if a mesh is set; the function must be elementwise."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return function(array)
@@ -108,7 +108,7 @@ def elementwise(function: Callable[[Any], Any], array: Any, spec: P) -> Any:
 
 
 def _whole(kernel: QuantizedKernel, mesh: Mapping[str, int]) -> QuantizedKernel:
-    """Return a device's shard of a kernel as a kernel of its own, gathered where the axis cuts x's rows too."""
+    """Return a device's shard as a kernel, gathered along axes that also shard the rows of x."""
     sizes = list(kernel.sizes)
     arrays = {"codes": kernel.codes, "absmax": kernel.absmax}
     for side, axis in enumerate(kernel.cut):

@@ -1,4 +1,4 @@
-"""Kernels of one module, layer after layer, put into a stack that a scan slices."""
+"""Stack the kernels of one module over layers, for a scan to slice."""
 
 from functools import partial
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ Kernel = TypeVar("Kernel", bound=Quantized)
 
 
 def empty_stack(kernel: Kernel, layers: int) -> Kernel:
-    """Return a stack of `layers` kernels like the one given, all zeros, cut over a mesh as it is."""
+    """Return a stack of `layers` zero kernels like the given one, sharded over a mesh like it."""
 
     def empty(array: jax.Array) -> jax.Array:
         here = array.sharding
@@ -26,9 +26,9 @@ def empty_stack(kernel: Kernel, layers: int) -> Kernel:
 
 
 def place(stack: Kernel, kernel: Kernel, layer: int, name: str = "weight") -> Kernel:
-    """Return the stack with the kernel in place of a layer's; the stack given is consumed.
+    """Return the stack with the kernel stored as a layer; the given stack is donated.
 
-    Raises UserError, which names `name`, where the kernel was quantized otherwise than those of the stack.
+    Raises UserError, naming `name`, if the kernel was quantized differently from those in the stack.
     """
     if jax.tree.structure(stack) != jax.tree.structure(kernel):
         raise UserError(
@@ -37,7 +37,7 @@ def place(stack: Kernel, kernel: Kernel, layer: int, name: str = "weight") -> Ke
         )
     cut = [array.sharding for array in jax.tree.leaves(stack)]
     shardings = tuple(cut) if all(isinstance(one, NamedSharding) for one in cut) else None
-    # Dozens of kernels would wait in the queue at once.
+    # Otherwise dozens of kernels would be queued at once.
     return jax.block_until_ready(_place(stack, kernel, layer, shardings))
 
 

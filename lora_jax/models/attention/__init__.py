@@ -1,1 +1,1 @@
-"""Causal self-attention over segments and windows, and over a cache: who computes it, and how it is cut over a mesh."""
+"""Causal self-attention over segments and windows, or over a cache: implementations, and sharding over a mesh."""

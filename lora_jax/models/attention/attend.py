@@ -1,8 +1,8 @@
-"""Attention of a layer: its window, its share of a mesh, and the kernel of the platform that it is lowered for.
+"""Attention of a layer: its window, its sharding, and the implementation for the platform it is lowered for.
 
     TPU   splash attention, for bfloat16
-    GPU   cuDNN's, for 16 bits, where no row packs several texts
-    else  XLA, some queries at a time (`query_blocks.py`)
+    GPU   cuDNN, for 16 bits, if no row packs several segments
+    else  XLA, in blocks of queries (`query_blocks.py`)
 
 None of them holds scores, or a mask, of all queries and all keys of a long text.
 """
@@ -25,11 +25,11 @@ from lora_jax.models.attention.query_blocks import Places, Window
 from lora_jax.models.attention.shards import on_shards
 
 splash: ModuleType | None = None
-with suppress(ImportError):  # a JAX without Pallas' Mosaic, or without splash attention
+with suppress(ImportError):  # this JAX has no Mosaic, or no splash attention
     splash = import_module("lora_jax.models.attention.splash")
 
 CACHED: Final = 8 * 2**20
-"""Bytes of scores that a CPU forms at a time; more make it wait for its memory."""
+"""Bytes of scores that a CPU computes at a time; with more it waits for memory."""
 
 
 def attend(
@@ -40,11 +40,11 @@ def attend(
     window: Window = None,
     packed: bool = True,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Return softmax(query · key / sqrt(head_dim)) · value, each token over those of its segment up to itself.
+    """Return causal softmax(query · key / sqrt(head_dim)) · value within each segment.
 
-    Heads are in groups over the kv_heads; segment 0 is padding, whose results are finite and mean nothing. Not
-    `packed` says that each row holds one segment, from its first place on. Under a mesh (`jax.set_mesh`) each
-    device attends with its own rows and heads.
+    Heads are grouped over the kv_heads. Segment 0 is padding, whose results are finite but meaningless. If not
+    `packed`, each row holds one segment, from its first position on. On a mesh (`jax.set_mesh`), each device attends
+    with its own rows and heads.
     """
     whole = partial(_by_platform, window=window, packed=packed)
     return on_shards(whole, partial(attend_over, window=window), query, key, value, segments)
@@ -58,7 +58,7 @@ def attend_over(
     keys: Places,
     window: Window = None,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Return the same for queries and keys that stand in different places: those of a cache, say."""
+    """Return the same for queries and keys in different slots, such as those of a cache."""
     large = partial(query_blocks.attend, window=window)
     small = partial(large, at_once=CACHED)
     return jax.lax.platform_dependent(query, key, value, queries, keys, default=large, cpu=small)
@@ -67,9 +67,9 @@ def attend_over(
 def of_layer(
     windows: Sequence[Window], layer: Int[Array, ""] | None, keys: int, attention: Callable[[Window], Array]
 ) -> Array:
-    """Return attention(window) for the window of a layer, which may be traced where windows differ.
+    """Return attention(window) for the window of a layer; `index` may be traced if windows differ.
 
-    A window of as many places as there are keys, or more, is none.
+    A window as large as the number of keys, or larger, counts as none.
     """
     narrow = [None if window is None or window >= keys else window for window in windows]
     different = list(dict.fromkeys(narrow))

@@ -1,4 +1,4 @@
-"""Attention on a GPU: cuDNN's flash attention, for rows that hold one text each, from their first place on."""
+"""Attention on a GPU: cuDNN's flash attention, for rows that hold one segment from the first position on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES: Final = (jnp.bfloat16, jnp.float16)
 
 
 def usable(query: Array, key: Array) -> bool:
-    """Say whether cuDNN is installed and takes heads of this size: tracing it says so, and runs nothing."""
+    """Return whether cuDNN is installed and supports this head size; tracing finds out and runs nothing."""
     small = [jax.ShapeDtypeStruct((1, 8, *x.shape[2:]), x.dtype) for x in (query, key, key)]
     try:
         jax.eval_shape(partial(_attend, window=None), *small, jax.ShapeDtypeStruct((1,), jnp.int32))
@@ -32,9 +32,9 @@ def attend(
     window: Window = None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Return softmax(query · key / sqrt(head_dim)) · value over what stands no later; rows of padding are 0.
+    """Return causal softmax(query · key / sqrt(head_dim)) · value; padding rows are 0.
 
-    XLA's implementation is the same in plain operations, in memory that grows with the square of the length.
+    XLA's implementation computes the same in plain operations, with memory quadratic in the length.
     """
     real = segments != 0
     lengths = jnp.maximum(jnp.count_nonzero(real, axis=1), 1).astype(jnp.int32)

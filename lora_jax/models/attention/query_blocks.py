@@ -1,8 +1,8 @@
-"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) by XLA alone, in memory that grows with the length.
+"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) in XLA, with memory linear in the length.
 
-Where all scores are few they are formed at once. Where not, some queries meet the keys at a time (and some heads of
-keys, where even those are many), and the backward pass forms their scores again. Where query i is known to stand
-in the place of key i, keys that lie in the future of a whole block of queries, or before its window, are left out.
+If there are few scores, they are computed at once. Otherwise queries are processed in blocks (and key heads too, if one
+block for all of them is still large), and the backward pass recomputes the scores. If query i is known to have the slot
+of key i, keys in the future of a whole block of queries, or before its window, are skipped.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Window = int | None
-"""How many places a query sees, its own included; None is all."""
+"""Number of positions that a query sees, including its own; None is all."""
 
 FEWEST, STAGES = 64, 4
-"""The fewest queries in a block; and how many times the keys that blocks of queries meet grow, at most."""
+"""Minimum number of queries per block; and how often, at most, the number of keys grows from block to block."""
 
 
 class Places(NamedTuple):
-    """Where tokens stand.
+    """Segments and slots of tokens.
 
-    A token sees those of its own segment, and segment 0 is padding. A slot is a place in the sequence (not a
-    position, which restarts with a segment).
+    A token sees tokens of its own segment; segment 0 is padding. A slot is an index in the sequence, unlike a position,
+    which restarts with each segment.
     """
 
     segments: Int[Array, "batch length"]
@@ -33,7 +33,7 @@ class Places(NamedTuple):
 
 
 def sees(queries: Places, keys: Places, window: Window = None) -> Bool[Array, "batch length keys"]:
-    """Return which keys each query sees: those of its segment that stand no later than itself, in its window."""
+    """Return which keys each query sees: those in its segment and window that are not in its future."""
     distance = queries.slots[:, None] - keys.slots
     near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     same = queries.segments[:, :, None] == keys.segments[:, None, :]
@@ -50,16 +50,16 @@ def attend(
     aligned: bool = False,
     at_once: int = 128 * 2**20,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Return softmax(query · key / sqrt(head_dim)) · value, heads in groups over the kv_heads.
+    """Return softmax(query · key / sqrt(head_dim)) · value, with heads grouped over the kv_heads.
 
     Scores and softmax are float32. A query that sees no key (padding) gets a finite, meaningless row. `aligned` says
-    that queries and keys have the same slots, 0, 1, 2 and so on; `at_once` is about how many bytes of scores to form
-    at a time, with FEWEST queries of one head of keys at least.
+    that queries and keys have the same slots 0, 1, 2, …; `at_once` limits the bytes of scores computed at a time, to no
+    fewer than FEWEST queries of one key head.
     """
     batch, length, heads, head_dim = query.shape
     size, kv_heads = key.shape[1:3]
-    # Heads of a group become rows of one product with their keys: a plain batched product, which a CPU does
-    # in two thirds of the time that it takes with the group as an axis of its own.
+    # The heads of a group become rows of one product with their keys: a plain batched product takes a CPU two thirds of
+    # the time that it takes with the group as a separate axis.
     folded = query.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     folded = folded.reshape(batch * kv_heads, -1, length, head_dim)
     key = key.transpose(0, 2, 1, 3).reshape(batch * kv_heads, size, head_dim)
@@ -108,11 +108,11 @@ def _one_group(
     aligned: bool,
     block: int,
 ) -> Float[Array, "group length head_dim"]:
-    """Return what the heads over one head of keys mix, `block` queries at a time."""
+    """Return the attention output of the heads that share one key head, `block` queries at a time."""
     group, length, head_dim = query.shape
     size, count = len(key), -(-length // block)
     spare = count * block - length
-    # The spare queries stand in no slot and are padding: they see nothing, and are cut off at the end.
+    # The extra queries have no slot and are padding: they see nothing, and are cut off at the end.
     rows = jnp.pad(query, ((0, 0), (0, spare), (0, 0))).reshape(group, count, block, head_dim).swapaxes(0, 1)
     segments = jnp.pad(queries.segments[0], (0, spare)).reshape(count, 1, block)
     slots = jnp.pad(queries.slots, (0, spare), constant_values=-1).reshape(count, block)
@@ -150,7 +150,7 @@ def _mixed(
     value: Float[Array, "groups keys head_dim"],
     mask: Bool[Array, "batch length keys"],
 ) -> Float[Array, "groups group length head_dim"]:
-    """Return each group's values weighed by its scores; the groups of a row of the batch share its mask."""
+    """Return each group's values weighted by its attention; the groups in a batch row share its mask."""
     groups, group, length, head_dim = query.shape
     rows, size = group * length, key.shape[1]
     precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None

@@ -1,12 +1,12 @@
-"""Attention under a mesh, each device on its own rows and heads.
+"""Attention on a mesh, each device with its own rows and heads.
 
-The compiler cannot split a Pallas call, and would send blocks of a scan about, so it is told how, in a `shard_map`:
+The compiler cannot split a Pallas call, and would move the blocks of a scan between devices, so a `shard_map` says how:
 
-    rows    along `data` and `fsdp`, where they divide
-    heads   along `tensor`, where they divide; heads of keys that do not are repeated until they do
-    tokens  along `sequence`: every device trades its tokens of all of its heads for all tokens of some of them
-            (all-to-all, as in DeepSpeed Ulysses: Jacobs et al. 2023, arXiv:2309.14509); where heads do not divide
-            it gathers keys and values, which are few, for its own queries
+    rows    along `data` and `fsdp`, if they divide
+    heads   along `tensor`, if they divide; key heads that do not are repeated until they do
+    tokens  along `sequence`: devices exchange their tokens of all heads for all tokens of some heads (all-to-all, as in
+            DeepSpeed Ulysses: Jacobs et al. 2023, arXiv:2309.14509); if heads do not divide, each device gathers keys
+            and values, which are few, for its own queries
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lora_jax.parallel.mesh import FEATURES, POSITIONS, rows_and_positions
 Whole = Callable[[Array, Array, Array, Array], Array]
 """Attention of tokens over themselves: query, key, value, segments."""
 Part = Callable[[Array, Array, Array, Places, Places], Array]
-"""Attention of some queries over all keys: query, key, value, places of both."""
+"""Attention of some queries over all keys: query, key, value, and the places of both."""
 
 
 def on_shards(
@@ -36,9 +36,9 @@ def on_shards(
     value: Float[Array, "batch length kv_heads head_dim"],
     segments: Int[Array, "batch length"],
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Return whole(query, key, value, segments), by shards where a mesh is in context.
+    """Return whole(query, key, value, segments), computed on shards if a mesh is set.
 
-    `part` serves where a device has some queries and all keys of its heads.
+    `part` is used if a device has some of the queries and all keys of its heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
@@ -49,7 +49,7 @@ def on_shards(
     parts = 1 if across is None else mesh.shape[across]
     cut = 1 if tokens is None else mesh.shape[POSITIONS]
     traded = cut > 1 and heads % (parts * cut) == 0
-    # A head of keys may be repeated as often as it has queries; heads divide by any common multiple that is needed.
+    # A key head may be repeated as often as it has queries; heads then divide by any common multiple that is needed.
     times = lcm(kv_heads, parts * cut if traded else parts) // kv_heads
     if times > 1:
         key, value = jnp.repeat(key, times, axis=2), jnp.repeat(value, times, axis=2)

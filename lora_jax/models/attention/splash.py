@@ -1,6 +1,6 @@
-"""Attention on a TPU: JAX's splash attention, which forms scores tile by tile in fast memory, both ways.
+"""Attention on a TPU: JAX's splash attention, which computes scores tile by tile in VMEM, forward and backward.
 
-Tiles that lie wholly in the future, or before every window, are not computed. Memory grows with the length.
+Tiles entirely in the future, or before every window, are skipped. Memory is linear in the length.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from jaxtyping import Array, Float, Int
 from lora_jax.models.attention.query_blocks import Window
 
 DTYPES: Final = (jnp.bfloat16,)
-"""Its products are the matrix unit's, of bfloat16: float32 is for those who want all of its bits, and XLA's."""
+"""Its products are bfloat16, as the matrix unit's; float32 keeps all of its bits, through XLA."""
 
 _LANES, _SMALLEST, _LARGEST = 128, 256, 512
 
 
 def tile(length: int) -> tuple[int, int]:
-    """Return (places in a tile, length in whole tiles): the least padding, then the largest tiles."""
+    """Return (tile size, padded length): the least padding first, then the largest tiles."""
     if length <= _LARGEST:
         whole = _up(length, _LANES)
         return whole, whole
@@ -39,7 +39,7 @@ def attend(
     window: Window = None,
     interpret: bool = False,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Return softmax(query · key / sqrt(head_dim)) · value over each token's own segment, as far as itself."""
+    """Return causal softmax(query · key / sqrt(head_dim)) · value within each segment."""
     length, heads, head_dim = query.shape[1:]
     side, padded = tile(length)
 
@@ -58,7 +58,7 @@ def attend(
         q_seq_shards=1,
         interpret=interpret,
     )
-    # Padding is segment 0, and sees padding: no row is without a key, which the kernel could not divide by.
+    # Padding is segment 0 and sees padding: the kernel could not normalize a row without a key.
     segments = jnp.pad(segments, ((0, 0), (0, padded - length)))
     scaled = (query * head_dim**-0.5).astype(query.dtype)
     both = kernels.SegmentIds(segments, segments)

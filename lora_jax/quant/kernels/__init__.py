@@ -1,1 +1,1 @@
-"""Products with 4-bit kernels, decoded tile by tile on the chip."""
+"""Products with 4-bit kernels, dequantized tile by tile on the chip."""

@@ -1,9 +1,8 @@
-"""x · W and dy · Wᵀ for a grouped 4-bit kernel W on a GPU, decoded tile by tile in registers.
+"""x · W and dy · Wᵀ for a grouped 4-bit kernel W on a GPU, dequantized tile by tile in registers.
 
-Pallas through Triton, for GPUs of compute capability 8.0 and up. One program makes one tile of the result: it walks
-along the contracted axis, decodes each tile of bytes into two tiles of weights and multiplies both. The codes of all
-layers stay where they are. Triton reads and writes through bare addresses, so all that may lie beyond the end of an
-array is masked.
+Pallas through Triton, for compute capability 8.0 and higher. One program computes one tile of the result: it walks
+along the contracted axis, decodes each tile of bytes into two tiles of weights, and multiplies both. The codes of all
+layers stay in place. Triton reads and writes raw addresses, so everything beyond the end of an array must be masked.
 """
 
 from functools import partial, reduce
@@ -25,7 +24,7 @@ from lora_jax.types import Traced
 __all__ = ["backward", "forward", "usable"]
 
 _BAND: Final = 8
-"""Tiles of the batch that run side by side: their x and the weights they share stay in the L2 cache."""
+"""Tiles of the batch that run side by side, so that their x and their common weights stay in the L2 cache."""
 
 
 def forward(
@@ -38,10 +37,10 @@ def forward(
     interpret: bool = False,
     tile: Tile | None = None,
 ) -> Float[Array, "batch out"]:
-    """Return x · W in x's dtype, summed in float32, for the kernel W of one layer of a stack of codes.
+    """Return x · W in x's dtype, accumulated in float32, for the kernel W of one layer in a stack of codes.
 
-    `scales` are that layer's own, two for each group of 128 rows, and `table` has 16 values. A GPU takes bfloat16
-    and float16; `interpret` runs on any machine and takes float32 too. `tile` stands in for what `tile_for` chooses.
+    `scales` are that layer's own, two per group of 128 rows, and `table` has 16 values. A GPU supports bfloat16 and
+    float16; `interpret` runs on any machine and also supports float32. `tile` replaces the choice of `tile_for`.
     """
     outs = codes.shape[-1]
     tile = tile or tile_for(x.shape[0], outs, chip(), transposed=False)
@@ -59,7 +58,7 @@ def backward(
     interpret: bool = False,
     tile: Tile | None = None,
 ) -> Float[Array, "batch in"]:
-    """Return dy · Wᵀ [batch, rows] in dy's dtype, from the same codes, as `forward` does."""
+    """Return dy · Wᵀ [batch, rows] in dy's dtype, from the same codes as `forward`."""
     tile = tile or tile_for(dy.shape[0], rows, chip(), transposed=True)
     return _product(_backward, dy, codes, scales, layer, rows, GROUP, table, interpret, tile)
 
@@ -77,7 +76,7 @@ def _product(
     tile: Tile,
 ) -> Array:
     if 2**31 < codes.size <= 2**32:
-        # Pallas counts so many bytes in 32 bits, which Triton takes for signed: such a stack is not read in place.
+        # Pallas computes byte offsets in 32 bits, which Triton treats as signed: read such a stack out of place.
         codes, layer = jax.lax.dynamic_index_in_dim(codes, layer), jnp.zeros_like(layer)
     batch, contracted = x.shape
     down, across = pl.cdiv(batch, tile.batch), pl.cdiv(size, width)
@@ -102,7 +101,7 @@ def _product(
 def _forward(
     layer: Traced, x: Traced, codes: Traced, scales: Traced, *rest: Traced, table: Table, tile: Tile
 ) -> None:
-    """Write one tile [batch, outs] of x · W. Arguments: references to whole arrays, the result's the last."""
+    """Write one tile [batch, outs] of x · W. Arguments: references to whole arrays, the result's last."""
     *tables, y = rest
     (batch, rows), outs = x.shape, y.shape[1]
     first, left = _place(pl.program_id(0), batch, outs, tile.batch, tile.outs)
@@ -126,7 +125,7 @@ def _forward(
 def _backward(
     layer: Traced, dy: Traced, codes: Traced, scales: Traced, *rest: Traced, table: Table, tile: Tile
 ) -> None:
-    """Write one tile [batch, 128] of dy · Wᵀ. Arguments: references to whole arrays, the result's the last."""
+    """Write one tile [batch, 128] of dy · Wᵀ. Arguments: references to whole arrays, the result's last."""
     *tables, dx = rest
     (batch, outs), rows = dy.shape, dx.shape[1]
     first, left = _place(pl.program_id(0), batch, rows, tile.batch, GROUP)
@@ -154,41 +153,41 @@ def _backward(
 
 
 def _place(index: Traced, batch: int, size: int, height: int, width: int) -> tuple[Traced, Traced]:
-    """Return the first row and column of a program's tile: bands of rows, each band column by column."""
+    """Return the first row and column of a program's tile: in bands of rows, each band column by column."""
     down, across = pl.cdiv(batch, height), pl.cdiv(size, width)
     above = jax.lax.div(index, _BAND * across) * _BAND
     tall = jnp.minimum(down - above, _BAND)
     index = jax.lax.rem(index, _BAND * across)
     first = (above + jax.lax.rem(index, tall)) * height
     if batch > height and batch % height:
-        # The last tiles begin higher up instead of ending beyond the batch: some rows are computed twice, unmasked.
+        # The last tiles start earlier instead of exceeding the batch: some rows are computed twice, without a mask.
         first = jnp.minimum(first, batch - height)
     return first, jax.lax.div(index, tall) * width
 
 
 def _rows(height: int, batch: int) -> Traced:
-    """Return which rows [height, 1] of a tile are there: all of them, None, but where one tile is too tall."""
+    """Return which rows [height, 1] of a tile exist; None if all do, unless a single tile is too tall."""
     return None if batch >= height else (jnp.arange(height) < batch)[:, None]
 
 
 def _columns(start: Traced, width: int, outs: int) -> Traced:
-    """Return which columns [1, width] from `start` on are there; None where widths divide `outs`: all."""
+    """Return which columns [1, width] from `start` on exist; None, for all, if the width divides `outs`."""
     return None if outs % width == 0 else (start + jnp.arange(width) < outs)[None]
 
 
 def _block(half: int, start: Traced, rows: int) -> Traced:
-    """Return whether a half group that starts there is there [1, 1]; None where all are."""
+    """Return whether the half group that begins at `start` exists [1, 1]; None if all do."""
     return jnp.full((1, 1), start < rows) if half and rows % GROUP else None
 
 
 def _all(*masks: Traced) -> Traced:
-    """Return what all masks have in common, None of none."""
+    """Return the conjunction of all masks, None if there are none."""
     there = [mask for mask in masks if mask is not None]
     return reduce(jnp.logical_and, there) if there else None
 
 
 def _load(ref: Traced, *masks: Traced) -> Traced:
-    """Return what a reference holds, zeros where a mask is false."""
+    """Return the contents of a reference, with zeros where a mask is false."""
     mask = _all(*masks)
     return plt.load(ref) if mask is None else plt.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=0)
 
@@ -207,8 +206,8 @@ def _decoded(
 def _halved(table: Table) -> UInt16[Array, " parts"]:
     """Return the low 16 bits of the table's values, then the high ones.
 
-    Triton would copy what it looks up for a product to shared memory ahead of time, step for step, if it were of
-    32 bits: twice the work, and so many registers that some spill. Values of 16 bits it loads where they are used.
+    If the table had 32 bits, Triton would prefetch the looked-up values of a product to shared memory, step by step:
+    twice the work, and so many registers that some spill. It loads 16-bit values where they are used.
     """
     bits = np.asarray(table, np.float32).view(np.uint32)
     return jnp.asarray(np.concatenate([bits & 0xFFFF, bits >> 16]).astype(np.uint16))

@@ -1,7 +1,7 @@
-"""Which tile the GPU kernel works on, by chip and shape.
+"""Tile choice of the GPU kernel, by chip and shape.
 
-A tile of weights is decoded once for each tile of the batch, and decoding is what a multiprocessor spends most of its
-time on: large tiles share it among more rows, but leave multiprocessors idle where the result is small.
+A tile of weights is decoded once per tile of the batch, and decoding takes most of a multiprocessor's time. Large tiles
+share it among more rows, but leave multiprocessors idle if the result is small.
 """
 
 import re
@@ -16,11 +16,12 @@ Lookup = Literal["load", "tree"]
 
 
 class Tile(NamedTuple):
-    """What one program does: a tile of `batch` rows of x, with `outs` of the kernel's outputs at a time.
+    """The work of one program: a tile of `batch` rows of x, with `outs` of the kernel's outputs at a time.
 
-    `outs` is the width of the result in the forward pass. In the backward one it is what a step contracts, and the
-    result is as wide as a group. `stages` is how many steps' tiles are held at once, so as to copy ahead. `cycles` is
-    how long the tile keeps a multiprocessor busy for each 64 of the contracted axis: docs/kernels.md says from what.
+    In the forward pass, `outs` is the width of the result. In the backward pass it is what a step contracts, and the
+    result is as wide as a group. `stages` is the number of steps whose tiles are held at once, for prefetching.
+    `cycles` is how long the tile occupies a multiprocessor per 64 of the contracted axis; docs/kernels.md says how it
+    was found.
     """
 
     batch: int
@@ -32,7 +33,7 @@ class Tile(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """The number of multiprocessors, and the tiles to choose from: with none of them do registers spill."""
+    """The number of multiprocessors, and the tiles to choose from, none of which spills registers."""
 
     cores: int
     forward: tuple[Tile, ...]
@@ -62,17 +63,17 @@ OTHER: Final = Chip(
     (Tile(128, 64, 4, 2, 1060), Tile(16, 64, 4, 3, 580), Tile(16, 32, 4, 3, 380)),
     (Tile(256, 32, 8, 3, 4940), Tile(64, 64, 4, 2, 1550), Tile(16, 64, 4, 3, 1060)),
 )
-"""For all others, chosen for 8.0, the A100. None needs more shared memory than any chip from 8.0 up has, 99 KB."""
+"""For all others, chosen for 8.0, the A100. None needs more than 99 KB of shared memory, the minimum from 8.0 on."""
 OLDEST: Final = 8.0
-"""The least compute capability that multiplies bfloat16."""
+"""Minimum compute capability that multiplies bfloat16."""
 compiling_for = jax.make_user_context(None)
-"""`with compiling_for("9.0"):` what is traced within is for that compute capability, on whichever machine."""
+"""`with compiling_for("9.0"):` traces for that compute capability, on whichever machine it is compiled."""
 
 
 def chip() -> str | None:
-    """Return the compute capability that is traced for: what `compiling_for` says, else the default device's.
+    """Return the compute capability that is being traced for: from `compiling_for`, or else from the default device.
 
-    None where that device is no GPU.
+    None if that device is not a GPU.
     """
     if compiling_for.value is not None or jax.default_backend() != "gpu":
         return compiling_for.value
@@ -80,13 +81,13 @@ def chip() -> str | None:
 
 
 def usable() -> bool:
-    """Say whether the kernel runs on the chip that is traced for, as far as that is known: from 8.0 on."""
+    """Return whether the kernel runs on the chip that is traced for, as far as that is known: from 8.0 on."""
     found = re.fullmatch(r"\d+\.\d+", chip() or "")
     return found is None or float(found[0]) >= OLDEST
 
 
 def tile_for(batch: int, size: int, name: str | None, transposed: bool) -> Tile:
-    """Return the tile with which the busiest multiprocessor of a chip is done first.
+    """Return the tile with which the busiest multiprocessor of a chip finishes first.
 
     The result is [batch, size]; `transposed` says that it is dy · Wᵀ.
     """

@@ -1,8 +1,8 @@
-"""x · W and dy · Wᵀ for a grouped 4-bit kernel W on a TPU, decoded tile by tile in fast memory.
+"""x · W and dy · Wᵀ for a grouped 4-bit kernel W on a TPU, dequantized tile by tile in VMEM.
 
-The grid is (batch, results, contraction); a tile of results is summed in float32 over the last. The codes of all
-layers stay where they are: the layer's index is there before the grid runs, and says which tile is copied next.
-The compiler cannot divide such a call among devices: under a mesh it is made inside a `shard_map`.
+The grid is (batch, results, contraction); a tile of results is accumulated in float32 over the last axis. The codes of
+all layers stay in place: the layer's index is prefetched before the grid runs, and selects the tile to copy. The
+compiler cannot shard such a call: on a mesh it is made inside a `shard_map`.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ SUBLANES: Final = 8
 
 
 def usable() -> bool:
-    """Say whether the kernel runs on the chip that is traced for: on all that Mosaic multiplies bfloat16 for."""
+    """Return whether the kernel runs on the chip that is traced for: all on which Mosaic multiplies bfloat16."""
     return True
 
 
@@ -38,11 +38,11 @@ def forward(
     interpret: Traced = False,
     tile: Tiles | None = None,
 ) -> Float[Array, "batch out"]:
-    """Return x · W in x's dtype, summed in float32, for the kernel W of one layer of a stack of codes.
+    """Return x · W in x's dtype, accumulated in float32, for the kernel W of one layer in a stack of codes.
 
-    `scales` are that layer's own, two for each group of 128 rows, and `table` has 16 values. A TPU takes bfloat16
-    only; `interpret` (True, or Pallas' InterpretParams) runs on any machine and takes float32 too. `tile` stands in
-    for what `tiles` chooses.
+    `scales` are that layer's own, two per group of 128 rows, and `table` has 16 values. A TPU supports only bfloat16;
+    `interpret` (True, or Pallas' InterpretParams) runs on any machine and also supports float32. `tile` replaces the
+    choice of `tiles`.
     """
     return _product(x, codes, scales, layer, x.shape[1], table, interpret, tile, transposed=False)
 
@@ -58,7 +58,7 @@ def backward(
     interpret: Traced = False,
     tile: Tiles | None = None,
 ) -> Float[Array, "batch in"]:
-    """Return dy · Wᵀ [batch, rows] in dy's dtype, from the same codes, as `forward` does."""
+    """Return dy · Wᵀ [batch, rows] in dy's dtype, from the same codes as `forward`."""
     return _product(dy, codes, scales, layer, rows, table, interpret, tile, transposed=True)
 
 
@@ -80,7 +80,7 @@ def _product(
     grid = (pl.cdiv(batch, tile.batch), pl.cdiv(results, width), pl.cdiv(contracted, depth))
 
     def along(result: Traced, step: Traced) -> tuple[Traced, Traced]:
-        """Return the place of a tile of weights along `in` and `out`."""
+        """Return the index of a tile of weights along `in` and `out`."""
         return (result, step) if transposed else (step, result)
 
     def codes_at(_: Traced, result: Traced, step: Traced, at: Traced) -> tuple[Traced, ...]:
@@ -135,9 +135,9 @@ def _step(
     contracted: int,
     transposed: bool,
 ) -> None:
-    """Add the product of one tile to the total, and write the total out after the last.
+    """Add the product of one tile to the total, and write the total after the last.
 
-    Arguments: references to the layer's index, to tiles in fast memory, and to the total.
+    Arguments: references to the layer's index, to tiles in VMEM, and to the total.
     """
     step, last = pl.program_id(2), pl.num_programs(2) - 1
 
@@ -148,7 +148,7 @@ def _step(
     def add(left: int = 0) -> None:
         values = x[...]
         weights = _decoded(codes[...], scales, lanes[...], table, lookup, values.dtype)
-        if left:  # beyond the end of an array lies anything, even what is not a number
+        if left:  # anything may be beyond the end of an array, even NaN
             values, weights = _first(values, left, 1), _first(weights, left, int(transposed))
         total[...] += jax.lax.dot_general(
             values,
@@ -172,7 +172,7 @@ def _step(
 def _decoded(
     codes: Traced, scales: Traced, lanes: Traced, table: Table, lookup: str, dtype: Traced
 ) -> Traced:
-    """Return a tile of weights [rows, outs] of codes [rows / 2, outs]: float32 products, rounded once."""
+    """Return a tile of weights [rows, outs] from codes [rows / 2, outs]: float32 products, rounded once."""
     wide = codes.astype(jnp.int32)
     halves = [
         _gathered(half, lanes) if lookup == "gather" else _selected(half, table)
@@ -197,7 +197,7 @@ def _selected(codes: Traced, table: Table) -> Traced:
 
 
 def _gathered(codes: Traced, lanes: Traced) -> Traced:
-    """Return table[codes] by permuting the table's lanes, one register's width of codes at a time."""
+    """Return table[codes] by permuting the table's lanes, one register width of codes at a time."""
     rows, outs = codes.shape
     values = jnp.broadcast_to(lanes[:1], (rows, LANES))
     parts = [
@@ -208,7 +208,7 @@ def _gathered(codes: Traced, lanes: Traced) -> Traced:
 
 
 def _lanes(table: Table) -> Float32[Array, "sublanes lanes"]:
-    """Return the table as one register, side by side and in each sublane: a kernel can hold no constant array."""
+    """Return the table as one register, repeated in each sublane, because a kernel cannot hold a constant array."""
     return jnp.tile(jnp.asarray(table, jnp.float32), (SUBLANES, LANES // len(table)))
 
 

@@ -1,7 +1,7 @@
-"""Values of 8-bit codes on a TPU: the scales of double quantization, before they are scaled themselves.
+"""Look up 8-bit codes on a TPU: the scales of double quantization, before they are scaled themselves.
 
-XLA gathers a scalar at a time there. A permutation of a register's lanes looks 1024 codes up at once, among the 128
-values that a register's sublane holds; a table of 256 takes two, and the highest bit of a code says which.
+XLA gathers one scalar at a time there. A permutation of a register's lanes looks up 1024 codes at once, among the 128
+values in a sublane of a register; a table of 256 takes two, and the highest bit of a code selects between them.
 """
 
 from typing import Any, Final
