@@ -10,7 +10,8 @@
     adapter.save("out")
     lj.merge(model, adapter, "merged")
 
-What `__all__` names is public, and imported, JAX with it, when it is first used. All else may change without notice.
+The names in `__all__` are public. They are imported, and JAX with them, on first use. All else may change without
+notice.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""python -m lora_jax is lora-jax."""
+"""Run lora-jax as python -m lora_jax."""
 
 from lora_jax.cli import run
 

@@ -41,14 +41,14 @@ MORE_MEMORY = {
     "generate": "give fewer or shorter prompts, a smaller --max_new_tokens, or --model.load_in_4bit True",
     "eval": "give --per_device_eval_batch_size 1, a smaller --data.max_length, or --model.load_in_4bit True",
 }
-"""Remedies where memory is lacking, the cheapest first."""
+"""Remedies for a lack of memory, the cheapest first."""
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
     """Run one command; return the exit code. `program` is what the user typed, if not lora-jax COMMAND.
 
-    0, 2 for what the user can fix, 3 for a plan that does not fit, 130 when interrupted, 129 and 143 when ended by
-    SIGHUP and SIGTERM, 141 where what is printed goes unread; commands that leave files go on then.
+    The exit code is 2 for errors that the user can fix, 3 for a plan that does not fit, 130 after an interrupt, 129 and
+    143 after SIGHUP and SIGTERM, 141 if nobody reads the output; commands that write files continue in that case.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     _print_all()
@@ -80,7 +80,7 @@ def _main(given: list[str], program: str | None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (BrokenPipeError, Unread):  # what reads the output has gone, as in --help | head
+    except (BrokenPipeError, Unread):  # the reader is gone, as in --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
@@ -92,13 +92,13 @@ def _main(given: list[str], program: str | None) -> int:
 
 
 def leaves_files(given: Sequence[str]) -> bool:
-    """Say whether a command leaves files, for which it goes on where nobody reads what it prints."""
+    """Return whether a command writes files, and therefore continues if nobody reads its output."""
     options = {word.partition("=")[0] for word in given[1:]}
     return "--output" in options or bool(given and given[0] in LEAVING_FILES)
 
 
 def _print_all() -> None:
-    """Let characters that the terminal's encoding lacks be printed as escapes; they would end the program."""
+    """Print characters that the terminal's encoding lacks as escapes, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -111,9 +111,10 @@ def _mendable(error: Exception, command: str) -> UserError | None:
 
 
 def run(arguments: Sequence[str] | None = None, program: str | None = None) -> NoReturn:
-    """Run one command as a program, which its help calls `program`, and which says what it is doing (see `progress`).
+    """Run one command as a program named `program` in its help, with progress messages (see `progress`).
 
-    After an error the program ends at once: threads of a checkpoint that failed would wait minutes for one another.
+    After an error the program exits immediately: the threads of a failed checkpoint would wait for each other for
+    minutes.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     leave_torch_out()
@@ -127,7 +128,7 @@ def run(arguments: Sequence[str] | None = None, program: str | None = None) -> N
 
 
 class Terminated(BaseException):
-    """A signal that ends the program came."""
+    """A signal ended the program."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -136,7 +137,7 @@ class Terminated(BaseException):
 
 @contextmanager
 def _leaving_nothing() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that nothing half written stays; nohup's choice holds."""
+    """Let SIGTERM and SIGHUP end a command like Ctrl-C, so that no partial output is left; nohup still works."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -157,9 +158,9 @@ def _leaving_nothing() -> Iterator[None]:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the program with 0, as it does later in a run, while Python only imports what the run needs.
+    """Let SIGTERM end the program with exit code 0, as later in a run, while Python still imports modules.
 
-    SIGHUP, that the terminal is gone, is ignored, as later too.
+    SIGHUP, which means that the terminal is gone, is ignored, as it is later.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -170,7 +171,7 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGHUP, hangup_before)
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # as `Signals` may leave it
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # `Signals` may have set it
             signal.signal(signal.SIGTERM, before)
 
 
@@ -187,7 +188,7 @@ def _train(arguments: Sequence[str], program: str) -> int:
 
     try:
         return train(config)
-    except KeyboardInterrupt:  # whatever it is, the others must not wait for a process that has given up
+    except KeyboardInterrupt:  # the other processes must not wait for this one
         leave(INTERRUPTED, "interrupted")
         raise
     except Exception as error:
@@ -256,11 +257,11 @@ def _inspect(arguments: Sequence[str], program: str) -> int:
 
 
 LEAVING_FILES = ("train", "merge", "quantize", "export", "report")
-"""Commands that leave files, whatever their options."""
+"""Commands that write files, whatever their options."""
 COMPILING = ("train", "generate", "eval", "plan")
-"""Commands whose compiled programs are kept."""
+"""Commands whose compiled programs are cached."""
 WRITING = ("merge", "quantize", "export")
-"""Commands that write a folder; train, which does too, knows signals itself."""
+"""Commands that write a folder; train does too, but handles signals itself."""
 
 COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "train": _train,
@@ -276,7 +277,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
 
 
 def _without_absent_tpu() -> None:
-    """Choose the CPU where libtpu is installed for compiling but the machine has no accelerator.
+    """Select the CPU if libtpu is installed for compiling but the machine has no accelerator.
 
     JAX would otherwise look for a TPU and print the errors of its search.
     """

@@ -1,8 +1,8 @@
-"""Every option of a training run: frozen dataclasses whose field docstrings are the help text.
+"""Every option of a training run, in frozen dataclasses whose field docstrings are the help text.
 
-One default an option, written here and nowhere else. Names are those of PEFT's LoraConfig and of
-transformers' TrainingArguments wherever an option of the same meaning exists there. `check` raises
-what is wrong on its own; what depends on the model or the data is checked where those are known.
+Each default is written once, here. Names are those of PEFT's LoraConfig and transformers' TrainingArguments if they
+have an option with the same meaning. `check` raises errors that need neither model nor data; the others are raised
+where those are known.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ NOT_NEGATIVE = (
     "max_nonfinite_steps",
     "neftune_noise_alpha",
 )
-"""Options of training that may be 0 but not less."""
+"""Training options that may be 0 but not negative."""
 INT32 = 2**31 - 1
-"""Greatest integer that devices count with."""
+"""Largest integer that devices compute with."""
 FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)
-"""Least and greatest number of a device's arithmetic beside 0; what is smaller it takes for 0."""
+"""Smallest and largest positive numbers that devices compute with; smaller ones become 0."""
 GREATEST = {"seed": 2**32 - 1, "timeout": INT32 - 60, "num_train_epochs": INT32}
-"""Options whose greatest value is another: JAX is given a minute more than timeout, an epoch has a step at least."""
+"""Options with a different maximum: JAX gets a minute more than timeout, and an epoch has at least one step."""
 FOUR_BIT = "bnb_4bit_"
-"""What the names of options that only a 4-bit model has begin with."""
+"""Prefix of options that only apply to 4-bit models."""
 GenerationMetric = Literal["exact_match", "bleu", "rouge"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Packing = Literal["none", "bfd", "wrapped"]
@@ -54,22 +54,22 @@ QUANTIZING = (
     "bnb_4bit_compute_dtype",
     "llm_int8_skip_modules",
 )
-"""Options of the base model that say how it is quantized."""
+"""Options that say how the base model is quantized."""
 DEFAULT = "default"
 Options = TypeVar("Options")
 
 
 def unset(default: Any) -> Any:
-    """Return a field that is None where nobody sets it, which is then told from one that is set to its default.
+    """Return a field that is None unless it is set, so that an unset option differs from one set to its default.
 
-    So an adapter to continue from, or a quantized checkpoint, decides where an option is unset; `resolved` puts the
-    default in where nothing does.
+    An adapter to continue, or a quantized checkpoint, decides unset options; `resolved` sets the rest to their
+    defaults.
     """
     return field(default=None, metadata={DEFAULT: default})
 
 
 def resolved(options: Options) -> Options:
-    """Return a dataclass of options with the default of each one that is unset, in its sections too."""
+    """Return a dataclass of options with unset ones replaced by their defaults, including those in its sections."""
     values: Object = {}
     for option in fields(cast(Any, options)):
         value = getattr(options, option.name)
@@ -81,7 +81,7 @@ def resolved(options: Options) -> Options:
 
 
 def unset_names(options: object) -> list[str]:
-    """Return the names of the options of a section that are unset and have a default."""
+    """Return the names of options in a section that are unset and have a default."""
     known = fields(cast(Any, options))
     return [
         option.name
@@ -351,7 +351,7 @@ class RunConfig:
 
 
 def check(config: RunConfig) -> None:
-    """Raise UserError for the first option of a run that is wrong whatever the model and the data."""
+    """Raise UserError for the first option of a run that is wrong for any model and any data."""
     data, train = config.data, config.train
     for name, value, remedy in (
         ("--model.path", config.model.path, "give the model's folder or its Hub id"),
@@ -389,7 +389,7 @@ def check(config: RunConfig) -> None:
 
 
 def check_lora(options: LoraOptions) -> None:
-    """Raise UserError for options of the adapter that are wrong whatever the model is."""
+    """Raise UserError for adapter options that are wrong for any model."""
     lora: Any = resolved(options)
     _require(lora.r > 0, "--lora.r", lora.r, "the rank must be a positive integer, such as 16")
     _require(lora.lora_alpha > 0, "--lora.lora_alpha", lora.lora_alpha, "must be positive, such as 2 * r")
@@ -403,9 +403,9 @@ def check_lora(options: LoraOptions) -> None:
 
 
 def check_numbers(options: Any, above: str = "--") -> None:
-    """Raise UserError for the first number of a dataclass of options, or of those in it, that devices cannot hold.
+    """Raise UserError for the first number in a dataclass of options, or in its sections, that devices cannot hold.
 
-    Integers have 32 bits; floats are finite in float32, and 0 only where they are 0.
+    Integers must fit into 32 bits, and floats must be finite in float32 and not underflow to 0.
     """
     for option in fields(options):
         name, value = f"{above}{option.name.rstrip('_')}", getattr(options, option.name)
@@ -436,7 +436,7 @@ def _check_number(value: object, shown: str, option: str) -> None:
 
 
 def check_data(data: DataOptions) -> None:
-    """Raise UserError for options of the rows that are wrong whatever the rows are."""
+    """Raise UserError for data options that are wrong for any rows."""
     _require(data.max_length > 1, "--data.max_length", data.max_length, "must be at least 2 tokens")
     shares = " ".join(f"{share:g}" for share in data.mixture_weights)
     _require(
@@ -457,7 +457,7 @@ def check_data(data: DataOptions) -> None:
 
 
 def check_evaluation_data(data: DataOptions) -> None:
-    """Raise UserError for options of rows to evaluate on, and of how rows share batches, that are wrong in any case."""
+    """Raise UserError for options of evaluation data and of batching that are wrong for any rows."""
     _require(
         not data.eval_split or bool(data.eval_path or data.eval_paths),
         "--data.eval_split",
@@ -491,7 +491,7 @@ def check_evaluation_data(data: DataOptions) -> None:
 
 
 def check_model(model: ModelOptions) -> None:
-    """Raise UserError for options of the base model that contradict each other."""
+    """Raise UserError for model options that contradict each other."""
     _require(
         not (model.load_in_4bit and model.load_in_8bit),
         "--model.load_in_8bit",
@@ -611,7 +611,7 @@ def _require(holds: bool, option: str, value: object, remedy: str) -> None:
 
 
 def expand_targets(option: tuple[str, ...]) -> str | tuple[str, ...]:
-    """Return what PEFT would be given for `target_modules`: a list of names, a regex, or "all-linear"."""
+    """Return `target_modules` in PEFT's form: a list of names, a regex, or "all-linear"."""
     if len(option) == 1 and option[0].lower() == ALL_LINEAR:
         return ALL_LINEAR
     if len(option) == 1 and option[0] in TARGET_PRESETS:

@@ -6,5 +6,5 @@ from rich.console import Console
 
 
 def plain_console(*, quiet: bool = False, stderr: bool = False) -> Console:
-    """Return a console that prints lines as they are: nothing in them is markup, highlighted, or wrapped."""
+    """Return a console that prints lines unchanged: without markup, highlighting or wrapping."""
     return Console(quiet=quiet, stderr=stderr, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The one exception for what a user can fix, and the wording every message follows."""
+"""The exception for everything that a user can fix, and the form of its messages."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ from collections.abc import Iterable
 
 EXIT_CODE = 2
 INTERRUPTED = 130
-"""Exit code of what Ctrl-C has ended, as a shell gives it: 128 + SIGINT."""
+"""Exit code after Ctrl-C, as in a shell: 128 + SIGINT."""
 
 A_STEP = (
     "give --train.per_device_train_batch_size 1 with --train.gradient_accumulation_steps as many times larger, "
     "--train.gradient_checkpointing True, a smaller --data.max_length or --lora.r, or "
     "--model.load_in_4bit True; lora-jax plan reports what a run needs"
 )
-"""Remedies where a training step lacks memory, the cheapest first."""
+"""Remedies if a training step runs out of memory, the cheapest first."""
 
 _NO_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED.*(memory|allocat)|out[ _]of[ _]memory|bad_alloc|(failed to|cannot) allocate",
     re.DOTALL | re.IGNORECASE,
 )
-"""What XLA on an accelerator, XLA on a CPU, CUDA, C++ and the operating system say."""
+"""Messages of XLA on accelerators and CPUs, of CUDA, C++ and the operating system."""
 _ON_CHIP = re.compile(r"memory space (?!hbm)|space=(?!hbm)|[vs]mem\b|shared memory|register", re.IGNORECASE)
-"""Of a kernel that asks for more than a core's own memory or registers: a mistake of the program."""
+"""For a kernel that needs more than a core's own memory or registers, which is a bug."""
 _ASKED = re.compile(r"(?:allocat\w*|request for|reserve|Used|of size) ([\d.]+) ?([KMGT]i?B?|B|bytes)?\b")
 _BEYOND = re.compile(r"overflow .*jitted computation.* value (-?\d+)", re.DOTALL)
 
 
 class UserError(Exception):
-    """Something in the options, the files or the data that the user can fix.
+    """Something in the options, files or data that the user can fix.
 
-    The text is one line, "what: where; remedy". The command line prints it without a traceback and
-    exits with code 2.
+    The text is one line, "what: where; remedy". The command line prints it without a traceback and exits with code 2.
     """
 
     def __str__(self) -> str:
@@ -41,11 +40,11 @@ class UserError(Exception):
 
 
 def mendable(error: Exception, more_memory: str) -> UserError | None:
-    """Return the error that says what the user can fix, None for any other error.
+    """Return the error as something the user can fix, or None if it is not.
 
-    It is the error itself, a file or folder that may not be read or written, a name that the file system does not take,
-    a lack of memory, which JAX has no type for, or a number beyond 32 bits in a program of JAX.
-    `more_memory` is the remedy where memory was lacking.
+    That is a UserError, a file or folder that cannot be read or written, a name that the file system rejects, a lack of
+    memory, for which JAX has no exception type, or a number beyond 32 bits in a JAX program. `more_memory` is the
+    remedy for a lack of memory.
     """
     text = str(error)
     if isinstance(error, UserError):
@@ -88,7 +87,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def listing(items: Iterable[object], limit: int = 8) -> str:
-    """Return the items separated by commas, cut after `limit` with the number left out."""
+    """Return the items separated by commas, cut after `limit` with the number of those left out."""
     texts = [str(item) for item in items]
     rest = len(texts) - limit
     return ", ".join(texts[:limit]) + (f" and {rest} more" if rest > 0 else "")

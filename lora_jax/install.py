@@ -1,4 +1,4 @@
-"""The command that installs what the package can do without."""
+"""The command that installs an optional dependency."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
-"""Is there in a checkout, and not where a wheel was unpacked."""
+"""Exists in a checkout, but not in an installed wheel."""
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs what an extra of pyproject.toml needs.
+    """Return the command that installs the packages of an extra in pyproject.toml.
 
-    It names those packages and not this one: that works for a checkout and for an installed wheel alike, and asks no
-    index for a package of our name, which may be a stranger's. Nothing is known of packages where lora_jax was never
-    installed: a checkout is then installed with the extra, and for anything else the wheel is.
+    It names those packages instead of this one, which works for a checkout and for an installed wheel, and cannot
+    install a stranger's package with our name. If lora_jax was never installed, its metadata is missing: then the
+    command installs a checkout with the extra, or else the wheel.
     """
     try:
         lines = requires("lora_jax") or []

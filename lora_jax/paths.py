@@ -1,4 +1,4 @@
-"""What a path on the command line names: something on the disk, or an address elsewhere."""
+"""Tell paths on disk from addresses elsewhere."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/|(gs|s3|hf|https?|az|abfss?|r
 
 
 def scheme(text: str) -> str | None:
-    """Return gs of gs://BUCKET/FOLDER, and of what was meant so (gs:/BUCKET, gs:FOLDER); None for a path."""
+    """Return "gs" for gs://BUCKET/FOLDER and misspellings of it (gs:/BUCKET, gs:FOLDER), None for a path."""
     found = _ADDRESS.match(text)
     return (found[1] or found[2]) if found else None
 
 
 def home() -> Path:
-    """Return the user's home folder; of a user who has none a path that is not there."""
+    """Return the user's home folder; for a user without one, a path that does not exist."""
     return Path(os.path.expanduser("~"))  # Path.home() raises for such a user
 
 
 def expanded(text: str, option: str) -> Path:
-    """Return a path with ~ filled in; raises UserError for the home of a user who is not known."""
+    """Return a path with ~ expanded; raises UserError for the home of an unknown user."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -32,7 +32,7 @@ def expanded(text: str, option: str) -> Path:
 
 
 def on_disk(text: str, option: str) -> Path:
-    """Return the path of an input; raises UserError for an address, which Path would take for a folder's name."""
+    """Return the path of an input; raises UserError for an address, which Path would treat as a folder name."""
     path = expanded(text, option)
     if (kind := scheme(text)) is None or path.exists():
         return path
@@ -41,7 +41,7 @@ def on_disk(text: str, option: str) -> Path:
 
 
 def output_on_disk(text: str, option: str = "--output") -> Path:
-    """Return the path of an output that is written to the disk alone; raises UserError for an address."""
+    """Return the path of an output that must be on disk; raises UserError for an address."""
     if scheme(text) is not None:
         raise UserError(f"{option} {text}: output must be on a disk; give a folder, and copy it from there")
     return expanded(text, option)

@@ -1,9 +1,9 @@
-"""The one opening of a checkpoint: what its files and the options of the base model come to, before a weight is read.
+"""Open a checkpoint: combine its files with the options of the base model, before any weight is read.
 
-    folder or Hub id -> config.json and tensors, held against each other     open_folder
-        -> how it is quantized, rows of the vocabulary                       with_options
-            -> an adapter's vocabulary, and weights that it brings           with_adapter
-                -> parameters, on a mesh                                     params
+    folder or Hub id -> config.json and tensors, checked against each other     open_folder
+        -> quantization, rows added to the vocabulary                           with_options
+            -> an adapter's vocabulary, and base weights that it contains       with_adapter
+                -> parameters, on a mesh                                        params
 
 Training, planning, inference, merging, exporting and quantizing all start from a `Pretrained`.
 """
@@ -49,19 +49,19 @@ from lora_jax.types import Tokenizer
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pretrained:
-    """A base model as its files and the options say."""
+    """A base model as described by its files and the options."""
 
     checkpoint: Checkpoint
     config: ModelConfig
-    """With the rows of the vocabulary that the options or an adapter add."""
+    """Including rows that the options or an adapter add to the vocabulary."""
     options: ModelOptions = field(default_factory=ModelOptions)
-    """With what they came to: a checkpoint that is stored quantized decides how."""
+    """Resolved: a checkpoint that is stored quantized decides how."""
     quantization: QuantizationConfig | None = None
-    """How the base is quantized, stored so or by the options; None for not at all."""
+    """How the base is quantized, as stored or by the options; None if it is not."""
     tokenizer_files: Path | None = None
-    """Folder of an adapter whose tokenizer files go before the checkpoint's."""
+    """Folder of an adapter whose tokenizer files take precedence over the checkpoint's."""
     remarks: tuple[str, ...] = ()
-    """What a user should know of how the files were read."""
+    """What the user should know about how the files were read."""
 
     @property
     def folder(self) -> Path:
@@ -70,12 +70,12 @@ class Pretrained:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, read when first asked for; raises UserError where there is none."""
+        """The tokenizer, loaded on first use; raises UserError if there is none."""
         return load_joined_tokenizer(self.folder, self.tokenizer_files)
 
     @property
     def has_weights(self) -> bool:
-        """Whether there are tensors, and not config.json alone."""
+        """Whether there are tensors rather than only config.json."""
         return bool(self.checkpoint.files)
 
     @property
@@ -85,33 +85,33 @@ class Pretrained:
 
     @property
     def storage_dtype(self) -> np.dtype:
-        """Dtype that the matrices are held in, unless they are quantized: as asked for, else as stored."""
+        """Dtype of unquantized matrices in memory: as requested, or else as stored."""
         if self.options.dtype == "auto" and not self.has_weights:
             return _written_dtype(self.checkpoint)
         return storage_dtype(self.checkpoint, self.config, self.options)
 
     @property
     def added_rows(self) -> range:
-        """Rows of the vocabulary beyond the checkpoint's own."""
+        """Rows of the vocabulary beyond those of the checkpoint."""
         stored = self.checkpoint.shape(name_table(self.config)[0].name)[0]
         return range(stored, self.config.vocab_size)
 
     @property
     def resized_vocabulary(self) -> int | None:
-        """Rows of the vocabulary where some were added to the checkpoint's, else None."""
+        """Size of the vocabulary if rows were added to it, otherwise None."""
         return self.config.vocab_size if self.added_rows else None
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the files, as they were when this was first asked for."""
+        """Identifies the files, as they were on first use."""
         return fingerprint(self.checkpoint)
 
     def compute_dtype(self, platform: str | None = None) -> np.dtype:
-        """Return the dtype of the matrix products on a platform, by default that of JAX's default backend."""
+        """Return the dtype of matrix products on a platform, by default the platform of JAX's default backend."""
         return compute_dtype(self.options, self.storage_dtype, self.quantization, platform)
 
     def notes(self) -> Notes:
-        """Return what is noted beside an adapter that is trained on this base."""
+        """Return the notes to write next to an adapter that is trained on this base."""
         quantization = self.quantization
         if quantization is not None:
             quantization = replace(quantization, compute_dtype=str(self.compute_dtype()))
@@ -119,16 +119,16 @@ class Pretrained:
         return Notes(self.config.vocab_size, dtype, quantization, self.stored_quantized, self.fingerprint)
 
     def replace(self, **changes: Any) -> Pretrained:
-        """Return this with other fields and the same tokenizer, in which a run may have set a chat template."""
+        """Return a copy with other fields and the same tokenizer, whose chat template a run may have set."""
         other = replace(self, **changes)
         if "tokenizer" in vars(self):
             vars(other)["tokenizer"] = self.tokenizer
         return other
 
     def with_options(self, options: ModelOptions) -> Pretrained:
-        """Return the base as the options ask: how it is quantized, and with which rows of the vocabulary.
+        """Return the base with quantization and vocabulary as the options ask.
 
-        Raises UserError where they contradict the checkpoint.
+        Raises UserError if they contradict the checkpoint.
         """
         quantization = quantization_of(options, self.checkpoint, self.config)
         config = self.config
@@ -138,7 +138,7 @@ class Pretrained:
         return self.replace(config=config, options=options, quantization=quantization)
 
     def with_adapter(self, adapter: Adapter | None) -> Pretrained:
-        """Return the base with the vocabulary that an adapter has, and with the weights that it brings."""
+        """Return the base with an adapter's vocabulary, and with the base weights that the adapter contains."""
         if adapter is None:
             return self
         base = self.replace(checkpoint=adapter.over(self.checkpoint), config=adapter.model_config)
@@ -146,11 +146,11 @@ class Pretrained:
         return base
 
     def check_adapted(self, plan: Plan) -> None:
-        """Raise UserError where a plan trains weights as they are that are quantized here."""
+        """Raise UserError if a plan trains weights that are quantized here."""
         check_unquantized(plan, quantized_weights(self.checkpoint, self.config, self.quantization))
 
     def params(self, mesh: Mesh | None = None, held: DTypeLike | None = None) -> Params:
-        """Read the parameters, onto a mesh or the default device, in the dtype `held` or, by default, the options'."""
+        """Load the parameters onto a mesh or the default device, in the dtype `held` or else in that of the options."""
         asked = self.options.dtype
         dtype = asked if held is None else jnp.dtype(held).name
         return load_params(self.checkpoint, self.config, dtype, self.quantization, asked, mesh)
@@ -166,7 +166,7 @@ def open_pretrained(
     tokenizer_files: Path | None = None,
     option: str = "--model.path",
 ) -> Pretrained:
-    """Open the base model that the options name; `option` names the one that gave its path, for messages.
+    """Open the base model that the options name; `option` is the option that gave its path, for messages.
 
     Raises UserError for whatever is wrong with the options or the files.
     """
@@ -175,7 +175,7 @@ def open_pretrained(
 
 
 def open_folder(folder: Path) -> Pretrained:
-    """Open a folder's checkpoint as it is stored; raises UserError where config.json and tensors do not fit."""
+    """Open a folder's checkpoint as it is stored; raises UserError if config.json and tensors do not match."""
     checkpoint = open_checkpoint(folder)
     found = consistent(checkpoint, read_config(checkpoint.config, folder))
     return Pretrained(
@@ -188,7 +188,7 @@ def open_folder(folder: Path) -> Pretrained:
 
 
 def open_config(options: ModelOptions) -> Pretrained:
-    """Open a base model whose weights need not be there: a folder, a config.json, or a Hub id's config.json alone."""
+    """Open a base model that need not have weights: a folder, a config.json, or only the config.json of a Hub id."""
     path = on_disk(options.path, "--model.path")
     file = path if path.is_file() else None
     folder = path.parent if file else resolve(options.path, options.revision, wanted=(CONFIG_FILE,))
@@ -206,7 +206,7 @@ def open_config(options: ModelOptions) -> Pretrained:
 
 
 def _written_dtype(checkpoint: Checkpoint) -> np.dtype:
-    """Return the dtype that config.json says the weights have; without one transformers takes float32."""
+    """Return the dtype in config.json; without one, transformers uses float32."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
     try:
         return jnp.dtype(str(named).removeprefix("torch."))

@@ -1,14 +1,14 @@
-"""A sign of life on standard error: what a command is doing, wherever it prints nothing else for a while.
+"""Progress messages on standard error whenever a command prints nothing else for a while.
 
-Code names what it does (`stage`) and how far it is (`at`); only a program (`alive`) says so. A thread does, so lines
-come while the main thread imports or XLA compiles:
+Code names what it does (`stage`) and how far it is (`at`); only a program (`alive`) prints it. A thread prints, so that
+lines appear while the main thread imports modules or XLA compiles:
 
     [0:03] importing
     [0:41] compiling: 2 of 4
     [1:11] compiling: 2 of 4 (0:33 so far)
 
-A stage is named after `SOON` seconds of silence, then every `EVERY`. What ends sooner is not mentioned, so short
-commands stay quiet and standard output holds results alone.
+A stage is named after `SOON` seconds of silence, then every `EVERY` seconds. Shorter stages are not mentioned, so short
+commands stay quiet. Standard output holds only results.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 SOON, EVERY = 3.0, 30.0
 """Seconds of silence after which a stage is named, and named again."""
 POLL = 0.5
-"""Seconds between two looks at the clock."""
+"""Seconds between two checks of the clock."""
 NUMBERS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JAX_PROCESS_ID", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID")
-"""Variables that number the processes of a run from 0, before JAX can be asked."""
+"""Environment variables with the number of a process, from 0, before JAX knows it."""
 
 
 @dataclass(eq=False)
@@ -42,7 +42,7 @@ class _Stage:
 
 
 class _Pulse:
-    """The stages under way, the innermost last, and who shows them."""
+    """The current stages, innermost last, and where they are shown."""
 
     def __init__(self) -> None:
         self.began = self.spoken = time.monotonic()
@@ -55,7 +55,7 @@ class _Pulse:
             self.show(self.stages[-1].name, self.stages[-1].detail)
 
     def beat(self) -> None:
-        """Say what is going on if nothing has been said for too long."""
+        """Print the current stage after too long a silence."""
         now, stages = time.monotonic(), self.stages[-1:]
         if self.quiet or self.show is not None or not stages:
             return
@@ -67,7 +67,7 @@ class _Pulse:
         try:
             sys.stderr.write(f"[{clock(now - self.began)}] {stage.text}{lasted}\n")
             sys.stderr.flush()
-        except (OSError, ValueError, AttributeError):  # closed, unread, or none at all
+        except (OSError, ValueError, AttributeError):  # closed, without a reader, or missing
             self.quiet = True
 
 
@@ -76,7 +76,7 @@ _PULSE = _Pulse()
 
 @contextmanager
 def alive(name: str) -> Iterator[None]:
-    """Say what is going on until the block ends; `name` is the stage around all others."""
+    """Print the current stage now and then until the block ends; `name` is the outermost stage."""
     over = threading.Event()
 
     def beat() -> None:
@@ -93,7 +93,7 @@ def alive(name: str) -> Iterator[None]:
             yield
     finally:
         over.set()
-        thread.join(EVERY)  # a daemon that writes while Python ends would abort it
+        thread.join(EVERY)  # a daemon that writes during shutdown would abort Python
         _PULSE.quiet = True
 
 
@@ -101,7 +101,7 @@ def alive(name: str) -> Iterator[None]:
 def stage(name: str) -> Iterator[None]:
     """Name what the block, or the decorated function, does."""
     found = _Stage(name)
-    at("")  # what the stage around it says of itself is no longer so
+    at("")  # the detail of the enclosing stage is outdated
     _PULSE.stages.append(found)
     _PULSE.changed()
     try:
@@ -112,25 +112,25 @@ def stage(name: str) -> Iterator[None]:
 
 
 def at(detail: str) -> None:
-    """Say how far the innermost stage is."""
+    """Set how far the innermost stage is."""
     if _PULSE.stages:
         _PULSE.stages[-1].detail = detail
         _PULSE.changed()
 
 
 def spoke() -> None:
-    """Note that the command has just printed something itself."""
+    """Note that the command has just printed something."""
     _PULSE.spoken = time.monotonic()
 
 
 def hush() -> None:
-    """Say nothing any more: another process of the run does."""
+    """Print nothing from now on, because another process of the run does."""
     _PULSE.quiet = True
 
 
 @contextmanager
 def shown_by(show: Callable[[str, str], None]) -> Iterator[None]:
-    """Hand each stage, its name and how far it is, to a display on the terminal in place of lines."""
+    """Pass each stage, with its name and detail, to a terminal display instead of printing lines."""
     before, _PULSE.show = _PULSE.show, show
     try:
         yield
@@ -140,7 +140,7 @@ def shown_by(show: Callable[[str, str], None]) -> Iterator[None]:
 
 
 def clock(seconds: float) -> str:
-    """Return a time as minutes and seconds, and hours where there are any."""
+    """Return a time as minutes and seconds, with hours if there are any."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,21 +1,21 @@
-"""What the files of a run are called, and the figures in metrics.jsonl: whoever writes or reads them looks here."""
+"""Names of the files in a run's folder, and of the metrics in metrics.jsonl, for all code that writes or reads them."""
 
 METRICS, CONFIG, CHECKPOINTS = "metrics.jsonl", "config.yaml", "checkpoints"
 ADAPTER, MODEL = "adapter", "model"
-"""Folders of a finished run's result: an adapter, or the whole model where all of it was trained."""
+"""Folders of a finished run's result: an adapter, or the whole model after full fine-tuning."""
 RECORD, SAMPLES, REPORT = "run.json", "samples.jsonl", "report.html"
 PROFILE, TENSORBOARD, WANDB = "profile", "tensorboard", "wandb"
 OURS = (METRICS, CONFIG, CHECKPOINTS, ADAPTER, MODEL)
 """What a run writes."""
 BESIDE = (RECORD, SAMPLES, PROFILE, TENSORBOARD, WANDB, REPORT)
-"""What is written beside it, and goes away with it."""
+"""Other files, which are removed with it."""
 
 WARNINGS, BASE_LOSS = "warnings", "base_eval_loss"
-"""Keys of a line of metrics.jsonl: warnings given since the line before; the first set's loss without an adapter."""
+"""Keys in a line of metrics.jsonl: warnings since the previous line; the first set's loss without an adapter."""
 EVALUATED = "eval_"
-"""What the name of an evaluation's figure begins with."""
+"""Prefix of the names of evaluation metrics."""
 
 
 def figure_name(name: str, figure: str) -> str:
-    """Return what a figure of a set is called in metrics.jsonl: eval_NAME_loss, eval_loss for a set without a name."""
+    """Return the name of a set's metric in metrics.jsonl: eval_NAME_loss, or eval_loss for a set without a name."""
     return f"{EVALUATED}{name}_{figure}" if name else f"{EVALUATED}{figure}"

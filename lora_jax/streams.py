@@ -1,6 +1,6 @@
-"""Standard output and error whose reader, terminal or disk goes away while a command runs.
+"""Survive the loss of standard output or error: a reader, terminal or disk that goes away.
 
-A command that leaves files goes on without them, and a run says so in its run.json; one that only prints ends.
+A command that writes files continues without them, and a run records it in run.json; a command that only prints ends.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ NAMES = ("stdout", "stderr")
 
 
 class Unread(BaseException):
-    """Nobody reads what a command prints; no OSError, which rich would turn into an exit of its own."""
+    """Nobody reads what a command prints. Not an OSError, because rich would exit on that."""
 
 
 class Stream:
-    """A stream whose writes do not fail once it goes on without a reader."""
+    """A stream whose writes no longer fail after its reader is gone."""
 
     def __init__(self, stream: Any, lasts: bool) -> None:
         self._stream, self._lasts = stream, lasts
@@ -27,7 +27,7 @@ class Stream:
         """Why it can no longer be written to."""
 
     def write(self, text: str) -> int:
-        """Write a text; returns its length even where it is lost."""
+        """Write a text; returns its length even if it is lost."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -40,14 +40,14 @@ class Stream:
             self.write(line)
 
     def flush(self) -> None:
-        """Pass on what was written."""
+        """Flush the stream."""
         try:
             self._stream.flush()
         except OSError as error:
             self._lost(error)
 
     def _lost(self, error: OSError) -> None:
-        with suppress(OSError, ValueError):  # what is still in its buffer has to go somewhere
+        with suppress(OSError, ValueError):  # its buffer still has to go somewhere
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -61,7 +61,7 @@ class Stream:
 
 @contextmanager
 def guarded(lasts: bool) -> Iterator[None]:
-    """Guard both streams: their loss ends nothing, but that of standard output raises Unread without `lasts`."""
+    """Guard both streams: losing one ends nothing, except that losing standard output raises Unread without `lasts`."""
     before = [getattr(sys, name) for name in NAMES]
     guards = [
         stream and Stream(stream, lasts or name == "stderr")
@@ -84,7 +84,7 @@ def losses() -> dict[str, str]:
 
 
 def only_python_prints() -> None:
-    """Drop what libraries write to standard output from below Python, past `sys.stdout`."""
+    """Discard what libraries write to standard output from native code, bypassing `sys.stdout`."""
     stream = sys.stdout._stream if isinstance(sys.stdout, Stream) else sys.stdout
     stream.flush()
     number = stream.fileno()

@@ -1,1 +1,1 @@
-"""The commands beside train, one a file: options and stages."""
+"""The commands besides train, one per file: options and stages."""

@@ -1,4 +1,4 @@
-"""What `lora-jax quantize` calibrates on: its options, its rows, and what it tells of the gain."""
+"""Calibration for `lora-jax quantize`: its options, its rows, and a report of its effect."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lora_jax.quant.leaf import Quantized
 from lora_jax.types import Object
 
 BATCH = 8
-"""Rows in one forward pass."""
+"""Rows per forward pass."""
 PADDED_TO = 64
-"""Rows of a batch are padded to a multiple of so many tokens."""
+"""Rows in a batch are padded to a multiple of this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class CalibrationOptions:
 
 
 def check_calibration(options: CalibrationOptions, model: ModelOptions) -> None:
-    """Raise UserError for options of calibration that are wrong whatever the model and the rows."""
+    """Raise UserError for calibration options that are wrong for any model and any rows."""
     default = vars(CalibrationOptions())
     given = sorted(name for name, value in vars(options).items() if value != default[name])
     if given and not options.path:
@@ -68,10 +68,10 @@ def check_calibration(options: CalibrationOptions, model: ModelOptions) -> None:
 
 
 class Calibration:
-    """The rows of a run of `lora-jax quantize`, and what they gained."""
+    """The calibration rows of `lora-jax quantize`, and their effect."""
 
     def __init__(self, options: CalibrationOptions, base: Pretrained) -> None:
-        """Read the rows with the base's tokenizer; raises UserError where they cannot be had."""
+        """Read the rows with the base's tokenizer; raises UserError if that fails."""
         self._options, self._base = options, base
         self._gain = Gain()
         self._widest = max(base.config.hidden_size, base.config.intermediate_size)
@@ -90,7 +90,7 @@ class Calibration:
         self._positions = config.positions
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray | Quantized]]:
-        """Yield the base's tensors, its linear layers as kernels fitted to the rows."""
+        """Yield the base's tensors, with linear layers as kernels fitted to the rows."""
         base = self._base
         assert base.quantization is not None
         return calibrated_tensors(
@@ -104,7 +104,7 @@ class Calibration:
         )
 
     def lines(self) -> list[str]:
-        """Return what calibration gained, in words; the tensors have gone by."""
+        """Return the effect of calibration in words, after all tensors have been yielded."""
         rows = f"calibrated on {self._rows.rows:,} rows of {self._rows.name}, {self._rows.tokens:,} tokens"
         lines = []
         if self._gain.plain:
@@ -132,7 +132,7 @@ class Calibration:
         return lines
 
     def write_notes(self, folder: Path) -> None:
-        """Write what was done beside the tensors."""
+        """Write a record of the calibration next to the tensors."""
         gain, options = self._gain, self._options
         content: Object = {
             "method": "gptq",
@@ -149,7 +149,7 @@ class Calibration:
         write_text(folder / NOTES_FILE, json.dumps({"calibration": content}, indent=2) + "\n")
 
     def _batches(self) -> list[Rows]:
-        """Return tokens and segments, rows of like length together."""
+        """Return tokens and segments, with rows of similar length together."""
         by_length = sorted(self._rows, key=len)
         found: list[Rows] = []
         for start in range(0, len(by_length), BATCH):

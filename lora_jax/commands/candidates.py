@@ -1,4 +1,4 @@
-"""The models that `lora-jax eval` compares, as their files say: no weight of a base is read."""
+"""The models that `lora-jax eval` compares, opened without reading weights of a base."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lora_jax.hub.resolve import resolve
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A base, or an adapter on one, by the names that the user knows them by."""
+    """A base, or an adapter on one, under the names that the user gave."""
 
     base: str
     adapter: str | None
     adapter_folder: Path | None
     opened: Opened
-    """Without the adapter's tensors: only one adapter at a time is held."""
+    """Without the adapter's tensors, because only one adapter at a time is in memory."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -35,10 +35,10 @@ class Candidate:
 def candidates(
     model: ModelOptions, adapters: Sequence[str], models: Sequence[str], base: bool
 ) -> list[Candidate]:
-    """Return what is to be measured, in this order: the base, its adapters, more models.
+    """Return what to evaluate, in this order: the base, its adapters, more models.
 
-    The base alone is among them where `base` says so, or where there is no adapter. Raises UserError for whatever is
-    wrong with the files, and for what is named twice.
+    The base alone is included if `base` is set, or if there are no adapters. Raises UserError for whatever is wrong
+    with the files, and for duplicates.
     """
     if base and not adapters:
         raise UserError("--base: requires --adapter; give one, or drop it")
@@ -61,7 +61,7 @@ def candidates(
 
 
 def _named_base(model: ModelOptions, adapter: str) -> ModelOptions:
-    """Return the options with the adapter's own base where none is given."""
+    """Return the options with the adapter's own base if none is given."""
     if model.path:
         return model
     folder = resolve(adapter, option="--adapter")

@@ -1,8 +1,8 @@
-"""What a merge is worth where the base was quantized in training: how far it is from base + adapter, and what it costs.
+"""Compare the ways to merge an adapter whose base was quantized: distance from base + adapter, and loss.
 
-An adapter that was trained on a quantized base has learned to correct the very weights that the codes stand for.
-Merged onto the base's own weights it corrects errors that are not there; merged onto the decoded ones it is what
-was trained, but for one rounding, and the base keeps its errors. Which of the two is better is measured here.
+An adapter that was trained on a quantized base has learned to correct the dequantized weights. Merged into the original
+weights, it corrects errors that are not there. Merged into the dequantized weights, it is what was trained, up to one
+rounding, but the base keeps its errors. This module measures which of the two is better.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Precision = Literal["original", "dequantized"]
 Tensors = Iterator[tuple[str, np.ndarray]]
 
 LONGEST = 128
-"""Tokens of a prompt that are compared: their logits are held for all choices."""
+"""Maximum tokens of a prompt that are compared, because the logits of all choices are in memory."""
 PROMPTS = (
     "The river rises in the mountains, crosses two countries and reaches the sea after nine hundred kilometres.",
     "To add two fractions, bring them to a common denominator first; then add the numerators.",
@@ -46,7 +46,7 @@ PROMPTS = (
 
 
 def trained_notes(base: Checkpoint, adapter: Path) -> Notes:
-    """Return an adapter's notes; a quantized base says how it is quantized, whatever they say of another."""
+    """Return an adapter's notes; if the base is quantized, it decides how, whatever the notes say."""
     notes = read_notes(adapter)
     if base.quantization is None:
         return notes
@@ -56,7 +56,7 @@ def trained_notes(base: Checkpoint, adapter: Path) -> Notes:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to merge: onto which weights, in which dtype, and how it is quantized anew (None: not at all)."""
+    """One way to merge: into which weights, in which dtype, and how the result is quantized (None: not at all)."""
 
     precision: Precision
     dtype: str = "auto"
@@ -64,7 +64,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """What the tables call it."""
+        """Its name in tables."""
         if self.quantization is None:
             return self.precision
         return f"{self.precision}, {'int8' if self.quantization.bits == 8 else self.quantization.quant_type}"
@@ -72,7 +72,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A base, an adapter, what the base was in training, and the way of merging that was chosen."""
+    """A base, an adapter, how the base was quantized in training, and the chosen way to merge."""
 
     base: Checkpoint
     adapter: Adapter
@@ -80,7 +80,7 @@ class Comparison:
     chosen: Choice
 
     def tensors(self, choice: Choice) -> Tensors:
-        """Yield the merged model's tensors; those that the choice quantizes anew decoded again."""
+        """Yield the merged model's tensors; those that the choice quantizes are dequantized."""
         merged = self._merged(choice)
         if choice.quantization is None:
             yield from merged
@@ -90,14 +90,14 @@ class Comparison:
             yield name, _through_codes(tensor, choice.quantization, name) if name in names else tensor
 
     def stored_tensors(self) -> Tensors:
-        """Yield the chosen merged model's tensors as a checkpoint holds them."""
+        """Yield the tensors of the chosen merged model as a checkpoint stores them."""
         anew = self.chosen.quantization
         merged = self._merged(self.chosen)
         return merged if anew is None else packed_tensors(merged, self._quantized_anew(), anew)
 
     @stage("comparing the ways to merge")
     def print(self, console: Console, prompts: Sequence[str], tokenizer: Path) -> None:
-        """Print how far each choice is from base + adapter, and what it costs on the prompts."""
+        """Print how far each choice is from base + adapter, and its loss on the prompts."""
         title = "Distance from base + adapter as it was trained, and the size of the update, as shares of the weights:"
         console.print(title)
         console.print(self._distances())
@@ -124,7 +124,7 @@ class Comparison:
         return self.base.quantization is not None
 
     def _choices(self) -> list[Choice]:
-        """Return the ways to merge that there are, the chosen one among them."""
+        """Return the possible ways to merge, including the chosen one."""
         known: list[Precision] = [] if self._packed else ["original"]
         if self.trained.quantization is not None:
             known.append("dequantized")
@@ -144,7 +144,7 @@ class Comparison:
             name = f"{target.module.name}.weight"
             at(name)
             if name not in quantized | anew:
-                continue  # merged as ever
+                continue  # merged in the same way by all choices
             held, notes = self.trained.quantization if name in quantized else None, self.trained
             decoded = read_weight(self.base, name, held, notes.dtype, notes.decoded)
             own = decoded if self._packed else self.base.tensor(name)

@@ -1,7 +1,7 @@
-"""`lora-jax eval`: scores of models on rows, without training.
+"""`lora-jax eval`: score models on rows, without training.
 
-What a user names becomes candidates, which are opened and checked before a weight is read. Those on the same base are
-measured one after the other on one copy of it; then it is freed for the next base.
+The models that a user names become candidates, which are opened and checked before any weight is read. Those with the
+same base are evaluated one after the other on one copy of it, which is then freed for the next base.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from lora_jax.training.feed import eval_sizes
 from lora_jax.types import Object, Tokenizer
 
 SECTION = "--"
-"""What the names of options of scores begin with here."""
+"""Prefix of the names of score options in this command."""
 SOURCES = ("data.path", "data.eval_path", "data.eval_paths")
 ABOUT_SOURCES = (
     *SOURCES, "data.split", "data.eval_split", "data.eval_fraction", "data.mixture_weights",
     "data.stopping_strategy",
 )  # fmt: skip
-"""Options of a file that rows given on the command line take the place of."""
+"""Options in a file that are replaced if rows are given on the command line."""
 
 LOADED = ("model.load_in_4bit", "model.load_in_8bit")
 
@@ -102,7 +102,7 @@ class EvalOptions:
 
     @property
     def scoring(self) -> TrainOptions:
-        """What a run would be told of its scores."""
+        """The score options as those of a run."""
         return TrainOptions(
             generation_metrics=self.generation_metrics,
             generation_rows=self.generation_rows,
@@ -111,26 +111,26 @@ class EvalOptions:
 
 
 def from_file(found: Mapping[str, list[str]], typed: Collection[str]) -> dict[str, list[str]]:
-    """Return the options of a YAML file, which may be a run's, as those of this command.
+    """Return the options in a YAML file, which may be a run's, as options of this command.
 
-    How a run evaluates holds here too. Rows that are `typed` take the place of the file's, with their splits. That the
-    run's base was not quantized does not keep another one from being so.
+    Options for evaluation apply here too. Options in `typed` that name rows replace the file's, with their splits. The
+    run's load_in_4bit False does not apply to another base.
     """
     options = {
         name: values for name, values in found.items() if (name in LOADED, values) != (True, ["False"])
     }
     for name in ("per_device_train_batch_size", *EvalOptions.__dataclass_fields__):
         values = options.pop(f"train.{name}", ["None"])
-        if values != ["None"]:  # unset: evaluation takes as many rows as training
+        if values != ["None"]:  # if unset, evaluation uses the training batch size
             options[name.replace("_train_", "_eval_")] = values
     replaced = ABOUT_SOURCES if any(name in typed for name in SOURCES) else ()
     return {name: values for name, values in options.items() if name not in replaced}
 
 
 def evaluate(options: EvalOptions, console: Console | None = None) -> int:
-    """Measure what the options name; return the exit code.
+    """Evaluate what the options name; return the exit code.
 
-    Raises UserError for whatever is wrong; what is wrong with a model's files or the rows comes before any figure.
+    Raises UserError for whatever is wrong; errors in a model's files or in rows come before any result.
     """
     _check(options)
     console = console or plain_console(stderr=options.json)
@@ -174,7 +174,7 @@ def _check(options: EvalOptions) -> None:
 
 
 def _sets_of(found: Sequence[Candidate], options: EvalOptions, console: Console) -> dict[Candidate, Sets]:
-    """Return the rows of each candidate, which share them where they share a tokenizer; says what they are."""
+    """Return the rows of each candidate, shared between those with the same tokenizer, and print what they are."""
     sets: dict[Candidate, Sets] = {}
     known: dict[Any, Sets] = {}
     for one in found:
@@ -201,9 +201,9 @@ def _sets(options: EvalOptions, tokenizer: Tokenizer, vocab_size: int, console: 
 
 
 def on_one_base(found: Sequence[Candidate]) -> list[list[Candidate]]:
-    """Return the candidates in groups that share a base in memory, in the order that the bases are named in.
+    """Return the candidates in groups that share a base in memory, in the order in which the bases are named.
 
-    Candidates share a base only if it is quantized the same way for all of them, and no adapter brings weights for it.
+    Candidates share a base only if it is quantized the same way for all, and no adapter contains weights of it.
     """
     groups: dict[Any, list[Candidate]] = {}
     for one in found:
@@ -217,7 +217,7 @@ def on_one_base(found: Sequence[Candidate]) -> list[list[Candidate]]:
 def _measured(
     group: Sequence[Candidate], sets: Mapping[Candidate, Sets], options: EvalOptions, mesh: Mesh
 ) -> Iterator[Line]:
-    """Yield the line of each candidate of a group; the base is in memory for as long."""
+    """Yield the line of each candidate in a group; the base stays in memory."""
     first = group[0].opened
     frozen = first.base.params(mesh)
     model = Decoder(first.config, dtype=first.base.compute_dtype(), packed=packs(options.data))
@@ -227,7 +227,7 @@ def _measured(
         trees: tuple[Any, Any] = ({}, {})
         if one.adapter_folder is not None:
             trees = adapter_trees(open_adapter(one.adapter_folder, first.config), frozen, mesh)
-        # Programs are compiled for shapes: adapters of the same ones, on the same rows, share them.
+        # Programs are compiled for shapes: adapters with the same shapes, on the same rows, share them.
         same = (
             id(sets[one]),
             str(jax.tree.map(jax.typeof, trees)),
@@ -270,7 +270,7 @@ def _print_table(
             values = (line[figure_name(name, figure)] for figure in figures)
             shown = ("not finite" if value is None else f"{value:.4f}" for value in values)
             table.add_row(*map(Text, (*texts, rows, *shown)))
-    # A long path is cut neither in a log nor on a narrow terminal.
+    # Do not cut long paths, neither in a log nor on a narrow terminal.
     wide = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     console.width = max(console.width, wide)
     console.print(table)

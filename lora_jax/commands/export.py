@@ -1,4 +1,4 @@
-"""`lora-jax export`: the same adapter in the form another program needs, or that of a run's checkpoint."""
+"""`lora-jax export`: rewrite an adapter for another program, or write the adapter of a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def export(options: ExportOptions, console: Console | None = None) -> int:
 
 
 def _copy_tokenizer(base: Checkpoint, source: Path, target: Path, rows: int) -> None:
-    """Copy a folder's tokenizer, if it carries one, with what it lacks of the base's, and what it stops at."""
+    """Copy a folder's tokenizer, if it has one, completed with the base's files and with the stop tokens."""
     if carries_tokenizer(source):
         copy_generation_config(source, target)
         copy_tokenizer(base.folder, target, source)

@@ -1,4 +1,4 @@
-"""`lora-jax generate`: a model, and an adapter if given, completes prompts."""
+"""`lora-jax generate`: complete prompts with a model, and an adapter if given."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class GenerateOptions:
 def generate(options: GenerateOptions) -> int:
     """Print the completion of each prompt on standard output; return the exit code.
 
-    A single one is printed as it comes; several each follow their prompt, quoted with "> ". Raises UserError before
-    anything is printed, or once logits are not finite.
+    A single completion is printed as it is generated; several follow their prompts, which are quoted with "> ". Raises
+    UserError before anything is printed, or when logits are not finite.
     """
     check_generation(options)
     loaded = load_for_inference(options.model, options.adapter)
@@ -71,7 +71,7 @@ def generate(options: GenerateOptions) -> int:
 
 
 def completions(options: GenerateOptions, loaded: Loaded) -> list[str]:
-    """Return the completion of each prompt; raises UserError once logits are not finite."""
+    """Return the completion of each prompt; raises UserError if logits are not finite."""
     prompts, how = _asked(options, loaded)
     with stage("completing the prompts"):
         found = complete(loaded.model, loaded.variables, prompts, **how)
@@ -81,7 +81,7 @@ def completions(options: GenerateOptions, loaded: Loaded) -> list[str]:
 
 
 def _asked(options: GenerateOptions, loaded: Loaded) -> tuple[list[list[int]], Object]:
-    """Return the prompts' tokens, and how they are completed."""
+    """Return the prompts' tokens, and the arguments for completing them."""
     chat = bool(loaded.tokenizer.chat_template) and not options.raw
     if options.system is not None and not chat:
         raise UserError(
@@ -117,7 +117,7 @@ def _print_as_it_comes(loaded: Loaded, prompts: Sequence[Sequence[int]], how: Ob
 
 
 def _not_finite(options: GenerateOptions, loaded: Loaded) -> UserError:
-    """Return what to say of logits that are NaN or infinite: what in the model makes them so."""
+    """Return the error for logits that are NaN or infinite, with the cause in the model."""
     cause = broken_weights(loaded.checkpoint, loaded.config, options.model.dtype)
     if cause is not None:
         return UserError(f"the model's logits are not finite: {cause}")
@@ -139,7 +139,7 @@ def _not_finite(options: GenerateOptions, loaded: Loaded) -> UserError:
 def _check_length(prompts: Collection[Sequence[int]], options: GenerateOptions, loaded: Loaded) -> None:
     longest, most = max(map(len, prompts)), resolved(options).max_new_tokens or 0
     check_cache(loaded.model, len(prompts), longest, most, "--max_new_tokens")
-    asked = options.max_new_tokens or 0  # the default is a bound, and no wish
+    asked = options.max_new_tokens or 0  # the default is a limit, not a request
     if note := beyond_positions(loaded.config.positions, longest, asked):
         print(f"note: {note}", file=sys.stderr)
 
@@ -152,7 +152,7 @@ def _sampling(options: GenerateOptions, loaded: Loaded) -> Sampling:
 
 
 def check_generation(options: GenerateOptions) -> None:
-    """Raise UserError for options that are wrong whatever the model."""
+    """Raise UserError for options that are wrong for any model."""
     penalty = options.repetition_penalty
     checks = (
         ("prompt", bool(options.prompt), "required: write what to complete, in quotes"),

@@ -1,4 +1,4 @@
-"""`lora-jax inspect data | adapter`: what the model is trained on, and what an adapter holds."""
+"""`lora-jax inspect data | adapter`: show what the model is trained on, or what is in an adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_jax.options import parse
 from lora_jax.paths import on_disk
 
 WIDEST = 10_000
-"""Characters of a table's line at most."""
+"""Maximum width of a table in characters."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def inspect(arguments: Sequence[str], program: str) -> int:
 
 
 def inspect_data(options: InspectDataOptions, console: Console | None = None) -> int:
-    """Print the first rows as tokens with what is trained; return the exit code."""
+    """Print the first rows as tokens, with the trained ones marked; return the exit code."""
     from lora_jax.data.dataset import load_examples
     from lora_jax.data.inspection import encodable, render
     from lora_jax.data.mixture import mixed
@@ -86,7 +86,7 @@ def inspect_data(options: InspectDataOptions, console: Console | None = None) ->
 
 
 def inspect_adapter(options: InspectAdapterOptions, console: Console | None = None) -> int:
-    """Print an adapter's config and the norm of each kind of module's tensors; return the exit code."""
+    """Print an adapter's config, and the norm of the tensors of each kind of module; return the exit code."""
     from lora_jax.adapters.targets import is_saved
     from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter
 

@@ -1,4 +1,4 @@
-"""`lora-jax plan`: what a run needs on a TPU, a GPU or this machine, from the compiler, before anything is rented."""
+"""`lora-jax plan`: what a run needs on a TPU, a GPU or this machine, according to the compiler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_jax.plan.variants import methods, search, what_fits
 from lora_jax.types import Object
 
 TOO_LARGE = 3
-"""Exit code of a run that does not fit."""
+"""Exit code if a run does not fit."""
 
 
 def _no_data() -> DataOptions:
@@ -47,9 +47,9 @@ class PlanOptions(RunConfig):
 
 
 def plan(options: PlanOptions, console: Console | None = None) -> int:
-    """Print what the run needs; return the exit code, 3 where it does not fit.
+    """Print what the run needs; return the exit code, 3 if it does not fit.
 
-    Raises UserError for a topology that is not known, and for options that training would refuse.
+    Raises UserError for an unknown topology, and for options that training would reject.
     """
     if not options.topology:
         raise UserError(f"--topology: required; give one of {shown_targets()}")
@@ -96,7 +96,7 @@ def _plan(console: Console, options: PlanOptions, target: Target) -> tuple[Objec
 def _search(console: Console, options: PlanOptions, target: Target) -> tuple[Object, bool]:
     best = search(options, target, console.print)
     if not best:
-        found = estimate(options, target)  # its mesh may be one that is not tried
+        found = estimate(options, target)  # the search may not try its mesh
         fits = found.figures.fits
         console.print(_table({"": found}))
         console.print("nothing else that was tried fits" if fits else "no batch fits")
@@ -110,7 +110,7 @@ def _search(console: Console, options: PlanOptions, target: Target) -> tuple[Obj
 
 
 def _table(found: dict[str, Estimate]) -> Table:
-    """Return a table with a column for each estimate."""
+    """Return a table with a column per estimate."""
     table = Table("a device", *found)
     rows = [_rows(one) for one in found.values()]
     for index, (name, _) in enumerate(rows[0]):

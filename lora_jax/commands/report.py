@@ -1,4 +1,4 @@
-"""`lora-jax report`: one HTML page about a run, or about several side by side."""
+"""`lora-jax report`: write an HTML page about a run, or about several side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ReportOptions:
 
 
 def report(arguments: Sequence[str], program: str, console: Console | None = None) -> int:
-    """Write the page; return the exit code. Raises UserError for a folder that holds no run."""
+    """Write the page; return the exit code. Raises UserError for a folder that is not a run."""
     from lora_jax.run_folder import REPORT
 
     console = console or plain_console()

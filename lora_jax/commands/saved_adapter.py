@@ -1,4 +1,4 @@
-"""The adapter that a run's checkpoint holds, as the run would have exported it; no weight of the base is read."""
+"""The adapter in a run's checkpoint, as the run would have exported it; reads no weights of the base."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from lora_jax.training.adapted import adapted
 
 BEST, LAST = "best", "last"
 TRAINABLE = "trainable."
-"""What the names of a checkpoint's trained arrays begin with."""
+"""Prefix of the names of a checkpoint's trained arrays."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """An adapter as PEFT writes it, the step it was saved at, its base, and what its model card says."""
+    """An adapter as PEFT writes it, the step it was saved at, its base, and the facts for its model card."""
 
     step: int
     config: AdapterConfig
@@ -47,15 +47,15 @@ class Saved:
     base: Checkpoint
     facts: TrainingFacts
     chat_template: str | None
-    """What the run gave as --data.chat_template."""
+    """The run's --data.chat_template."""
     found: tuple[str, ...] = ()
-    """What was found of the checkpoints: that the last one is damaged, or one has no checksums."""
+    """Notes about the checkpoints: the last one is damaged, or one has no checksums."""
 
 
 def saved_adapter(given: str) -> Saved:
-    """Return the adapter of OUT:STEP, OUT:best or OUT:last, OUT being a run's output_dir and last the default.
+    """Return the adapter of OUT:STEP, OUT:best or OUT:last, where OUT is a run's output_dir and last is the default.
 
-    Raises UserError where there is no such run, checkpoint or adapter in it, and where the base has changed.
+    Raises UserError if there is no such run, checkpoint or adapter, and if the base has changed.
     """
     folder, which = _split(given)
     if not (folder / CONFIG).is_file():
@@ -89,7 +89,7 @@ def saved_adapter(given: str) -> Saved:
 
 
 def _logged(folder: Path, step: int, facts: TrainingFacts) -> TrainingFacts:
-    """Return the facts with what the run logged at its start and at a step."""
+    """Return the facts with what the run logged before its first step and at a step."""
     run = RunFiles(folder.name, folder, read_lines(folder))
     lines = {int(line["step"]): line for line in run.lines}
     name = next((figure_name(name, "loss") for name in run.all_eval_sets), "")
@@ -104,20 +104,20 @@ def _logged(folder: Path, step: int, facts: TrainingFacts) -> TrainingFacts:
 
 
 def _split(given: str) -> tuple[Path, str]:
-    """Return the folder and which of its checkpoints; a folder may have a colon in its name."""
+    """Return the folder and the checkpoint's name; a folder's name may contain a colon."""
     name, _, which = given.rpartition(":")
     whole = on_disk(given, "--checkpoint")
     return (whole, LAST) if whole.is_dir() or not name else (Path(name).expanduser(), which)
 
 
 def _read(folder: Path, which: str, given: str, base: Pretrained) -> tuple[int, Any, tuple[str, ...]]:
-    """Return the step of a checkpoint, its trainable tree, in the host's memory, and what was found of its files."""
+    """Return a checkpoint's step, its trained tree in host memory, and notes about its files."""
     steps = steps_in(folder)
     if not steps:
         raise UserError(
             f"--checkpoint {given}: no checkpoint in {folder}; train with --train.save_strategy steps"
         )
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it reports is raised here, in one line
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its messages are raised here, in one line
     step, heard = None, unheard_callbacks()
     try:
         step, found = _step(folder, which, steps, given)
@@ -131,7 +131,7 @@ def _read(folder: Path, which: str, given: str, base: Pretrained) -> tuple[int, 
         return step, trained, found
     except UserError:
         raise
-    except Exception as error:  # Orbax, TensorStore and json each raise their own
+    except Exception as error:  # Orbax, TensorStore and json raise different ones
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise UserError(
             f"--checkpoint {given}: {folder if step is None else folder / str(step)} cannot be read ({reason}); give "
@@ -140,7 +140,7 @@ def _read(folder: Path, which: str, given: str, base: Pretrained) -> tuple[int, 
 
 
 def _trained(path: Path) -> Any:
-    """Return the trainable tree of a checkpoint's state, in the host's memory."""
+    """Return the trained tree of a checkpoint's state, in host memory."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with ocp.StandardCheckpointer() as reader:
         found: Any = reader.metadata(path).item_metadata
@@ -159,7 +159,7 @@ def _trained(path: Path) -> Any:
 
 
 def _step(folder: Path, which: str, steps: list[int], given: str) -> tuple[int, tuple[str, ...]]:
-    """Return the step that is asked for, of the last the newest that is whole, and what was found on the way."""
+    """Return the requested step, for last the newest intact one, and notes about the others."""
     found: list[str] = []
     if which == LAST:
         for step in reversed(steps):

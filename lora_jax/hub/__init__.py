@@ -1,1 +1,1 @@
-"""What a Hugging Face folder is: weights, configuration, tokenizer and adapter files, read and written."""
+"""Reading and writing Hugging Face folders: weights, configuration, tokenizer and adapter files."""

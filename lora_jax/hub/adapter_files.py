@@ -1,7 +1,6 @@
-"""The two files of a LoRA adapter, as PEFT reads and writes them.
+"""The two files of a LoRA adapter, as PEFT reads and writes them: adapter_config.json and adapter_model.safetensors.
 
-They are adapter_config.json and adapter_model.safetensors. Tensors keep PEFT's layout (lora_A [rank, in],
-lora_B [out, rank]); inside, names go without `base_model.model.`:
+Tensors have PEFT's layout (lora_A [rank, in], lora_B [out, rank]). Internally, names lack `base_model.model.`:
 
     model.layers.0.self_attn.q_proj.lora_A.weight       model.embed_tokens.lora_embedding_A
     lm_head.weight (modules_to_save)                    model.layers.0.self_attn.q_proj.base_layer.bias (bias)
@@ -29,9 +28,9 @@ __all__ = [
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# What a module of modules_to_save was before training: PEFT writes it in some cases and uses it in none.
+# A module in modules_to_save before training: PEFT writes it in some cases and never uses it.
 _ORIGINAL = (".original_module.weight", ".original_module.bias")
-# Second copies of what a file holds under another name, with the part that tells them apart.
+# Second copies of tensors that a file holds under another name, with the part of the name that differs.
 _COPIES = (
     (".modules_to_save.", "."),
     ("lm_head.token_adapter.trainable_", "model.embed_tokens.token_adapter.trainable_"),
@@ -39,10 +38,10 @@ _COPIES = (
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
-    """Read an adapter's configuration and its tensors in float32.
+    """Read an adapter's configuration, and its tensors in float32.
 
-    Raises UserError as `read_adapter_config` does, and where the tensors are absent, in the pickle format,
-    truncated, of another dtype, named twice, or hold values that are not finite.
+    Raises UserError as `read_adapter_config` does, and if the tensors are missing, in the pickle format, truncated, of
+    an unsupported dtype, duplicated, or not finite.
     """
     config = read_adapter_config(folder)
     path = folder / ADAPTER_WEIGHTS_FILE
@@ -66,10 +65,10 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
 
 
 def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write an adapter that PEFT loads; each file appears whole or not at all, the configuration last.
+    """Write an adapter that PEFT loads; each file appears complete or not at all, the configuration last.
 
-    `tensors` are named as `read_adapter` names them and are written in the dtype they have. Raises
-    UserError where a value is not finite, or the system refuses to write.
+    `tensors` have the names that `read_adapter` gives them, and are written in their dtypes. Raises UserError if a
+    value is not finite, or if writing fails.
     """
     _check_finite(tensors, "the adapter has values that are not finite", "use an earlier checkpoint")
     save_tensors(folder / ADAPTER_WEIGHTS_FILE, {_PREFIX + name: array for name, array in tensors.items()})
@@ -83,7 +82,7 @@ def _check_finite(tensors: Mapping[str, np.ndarray], what: str, remedy: str) -> 
 
 
 def _without_copies(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the tensors less those that PEFT wrote twice; one that differs from its other copy stays."""
+    """Return the tensors without those that PEFT wrote twice; a copy that differs is kept."""
     kept: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         part, other = next(((part, other) for part, other in _COPIES if part in name), ("", ""))
@@ -94,7 +93,7 @@ def _without_copies(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _plain_name(stored: str) -> str:
-    """Return a name without PEFT's prefix and without the adapter's name, which old versions left in."""
+    """Return a name without PEFT's prefix, and without the adapter's name that old versions wrote."""
     name = stored.removeprefix(_PREFIX)
     if ".default." in name or name.endswith(".default"):
         name = (

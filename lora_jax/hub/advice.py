@@ -1,4 +1,4 @@
-"""Importing transformers without PyTorch, which nothing here needs, and without its advice to install it."""
+"""Import transformers without PyTorch, which is not needed here, and without its advice to install it."""
 
 import os
 import sys
@@ -10,9 +10,10 @@ _program = False
 
 
 def leave_torch_out() -> None:
-    """Keep transformers from importing PyTorch in this process, where that takes seconds and some 200 MiB.
+    """Keep transformers from importing PyTorch in this process, which takes seconds and about 200 MiB.
 
-    Only for our own programs: transformers' models do not work afterwards, and who imports this package may want them.
+    Only for our own programs: transformers' models do not work afterwards, and code that imports this package may want
+    them.
     """
     global _program
     _program = True
@@ -20,13 +21,13 @@ def leave_torch_out() -> None:
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Import transformers quietly, and as if PyTorch were not installed where the program says so."""
+    """Import transformers quietly and, if the program asked for it, as if PyTorch were not installed."""
     with _set(os.environ, "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"):
         if not _program or "torch" in sys.modules:
             yield
             return
         modules: Any = sys.modules
-        with _set(modules, "torch", None):  # None says that there is no such module; transformers asks once
+        with _set(modules, "torch", None):  # None means not installed; transformers asks once
             yield
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written aside, then renamed.
+"""Write files and folders so that they appear complete or not at all: under a temporary name, then renamed.
 
 The temporary name is in the same folder, so that the rename stays within one file system.
 """
@@ -18,7 +18,7 @@ from lora_jax.errors import UserError
 from lora_jax.hub.bucket import Place, unreachable, uploaded_folder
 
 STALE = 24 * 3600
-"""Seconds after which a folder of another name, half written, is taken for a dead program's."""
+"""Seconds after which the partial folder of another program is considered abandoned."""
 _DIGITS = "[0-9a-f]" * 8
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another disk",
@@ -31,14 +31,14 @@ _REMEDIES = {
 
 
 def write_failure(path: PurePath, error: OSError) -> UserError:
-    """Return the error for a path that the system would not let be written."""
+    """Return the error for a path that could not be written."""
     remedy = _REMEDIES.get(error.errno or 0, "choose another place to write to")
     return UserError(f"cannot write {path}: {error.strerror or error}; {remedy}")
 
 
 @contextmanager
 def writing_to(path: PurePath) -> Iterator[None]:
-    """Raise the UserError of `write_failure` in place of an OSError."""
+    """Convert an OSError to the UserError of `write_failure`."""
     try:
         yield
     except OSError as error:
@@ -47,10 +47,10 @@ def writing_to(path: PurePath) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; what was written there becomes `path` on leaving.
+    """Yield a temporary path next to `path`, which replaces `path` on exit.
 
-    Folders above `path` are made. The file gets the permissions that an ordinary new file gets. On any
-    failure nothing is left and an older `path` stays. Raises UserError for an OSError.
+    Parent folders are created. The file gets the permissions of an ordinary new file. On any failure nothing is left
+    behind, and an existing `path` is not changed. Raises UserError for an OSError.
     """
     aside = _aside(path)
     try:
@@ -58,7 +58,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         aside.touch(exist_ok=False)
         mode = aside.stat().st_mode
         yield aside
-        # A library that replaces the file by one of its own may have left it private to the user.
+        # A library that replaces the file may have made it readable only for the user.
         aside.chmod(mode)
         with aside.open("rb") as file:
             os.fsync(file.fileno())
@@ -71,13 +71,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all; raises UserError where the system refuses."""
+    """Write a file, completely or not at all; raises UserError if that fails."""
     with whole_file(path) as aside:
         aside.write_bytes(content)
 
 
 def write_text(path: Place, text: str) -> None:
-    """Write a file as UTF-8, whole or not at all; raises UserError where the system or the bucket refuses."""
+    """Write a file as UTF-8, completely or not at all; raises UserError if that fails, on disk or in a bucket."""
     if isinstance(path, Path):
         write_bytes(path, text.encode())
         return
@@ -89,12 +89,12 @@ def write_text(path: Place, text: str) -> None:
 
 @contextmanager
 def whole_folder(path: Place, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give an empty temporary folder beside `path`, which becomes `path` on leaving.
+    """Yield an empty temporary folder next to `path`, which replaces `path` on exit.
 
-    On any failure, an interrupt included, nothing is left and an older `path` stays as it was; what programs that were
-    killed left around it is removed first (`remove_leftovers`). With `overwrite` the older one goes away at the very
-    end. In a bucket it is replaced file by file. Raises UserError where `path` is a file, holds something and
-    `overwrite` is not given, or cannot be written.
+    On any failure, including an interrupt, nothing is left behind and an existing `path` is not changed; leftovers of
+    killed programs are removed first (`remove_leftovers`). With `overwrite`, the existing folder is removed at the very
+    end. In a bucket it is replaced file by file. Raises UserError if `path` is a file, is not empty and `overwrite` is
+    not set, or cannot be written.
     """
     if not isinstance(path, Path):
         with uploaded_folder(path) as folder:
@@ -113,7 +113,7 @@ def whole_folder(path: Place, *, overwrite: bool = False) -> Iterator[Path]:
         _check_free(path, overwrite)
         _replace_folder(aside, path)
     except OSError as error:
-        if error.errno not in _REMEDIES:  # not about writing: for the caller to explain
+        if error.errno not in _REMEDIES:  # not about writing; the caller explains it
             raise
         raise write_failure(path, error) from error
     finally:
@@ -123,10 +123,10 @@ def whole_folder(path: Place, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Place) -> None:
-    """Remove what a program that was killed while it wrote `path` left beside it; in a bucket there is nothing.
+    """Remove what a program that was killed while writing `path` left next to it; in a bucket there is nothing.
 
-    So goes what was to be a folder of another name, once it is a day old. A folder that another program is still
-    writing is locked, and stays; that of another machine is not locked on every file system, hence the day.
+    Partial folders for other names are removed when they are a day old. A folder that another program is still writing
+    is locked, and is kept; not every file system shows locks of other machines, hence the day.
     """
     for aside in _beside(path, "partial") if isinstance(path, Path) else ():
         if not aside.is_dir():
@@ -147,25 +147,25 @@ def _remove_unlocked(folder: Path) -> None:
 def _last_written(folder: Path) -> float:
     times = [0.0]
     for path in (folder, *folder.iterdir()):
-        with suppress(OSError):  # gone meanwhile
+        with suppress(OSError):  # removed in the meantime
             times.append(path.stat().st_mtime)
     return max(times)
 
 
 def _beside(path: Path, ending: str) -> Iterator[Path]:
-    """Give the temporary names of `path` that are there, and not those of one whose name begins like it."""
+    """Yield the existing temporary names of `path`, but not those of paths whose names begin with its name."""
     return path.parent.glob(f".{escape(path.name)}.{_DIGITS}.{ending}")
 
 
 def _locked(folder: Path) -> int | None:
-    """Lock a folder for as long as this program lives; return what to close, or None where another one holds it."""
+    """Lock a folder until this program ends; return the file descriptor, or None if another process holds the lock."""
     try:
         lock = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # taken, or no locks on this file system
+    except OSError:  # locked by another process, or no locks on this file system
         os.close(lock)
         return None
     return lock
@@ -192,7 +192,7 @@ def _make_folder(path: Path) -> None:
 
 
 def _recover(path: Path) -> None:
-    """End the replacement of a folder in the midst of which a program was killed: the older one comes back."""
+    """Finish replacing a folder for a program that was killed in between: restore the old one."""
     for older in _beside(path, "older"):
         if path.exists():
             shutil.rmtree(older, ignore_errors=True)

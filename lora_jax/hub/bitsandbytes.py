@@ -1,10 +1,10 @@
-"""bitsandbytes' tensors in a Hugging Face checkpoint, read and written as numpy, bit for bit and without torch.
+"""bitsandbytes' tensors in a Hugging Face checkpoint, read and written as numpy arrays, bit for bit and without torch.
 
-Beside a 4-bit `X.weight` (bytes, perhaps stored as another dtype) stand `X.weight.absmax`, `.quant_map`, with
-double quantization `.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4` or `__fp4`:
-JSON, as bytes, of what is no tensor. Beside an 8-bit `X.weight` stand `X.SCB`, its rows' absmax, and perhaps
-`X.weight_format`. config.json says the same of all of them in `quantization_config`; where it contradicts the
-tensors, that is an error rather than a guess.
+A 4-bit `X.weight` (bytes, possibly stored as another dtype) comes with `X.weight.absmax`, `.quant_map`, with double
+quantization also `.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4` or `__fp4`, which is
+JSON, as bytes, with the other fields. An 8-bit `X.weight` comes with `X.SCB`, the absmax of its rows, and possibly
+`X.weight_format`. `quantization_config` in config.json says the same for all weights; if it contradicts the tensors,
+that is an error.
 """
 
 import json
@@ -28,7 +28,7 @@ REMEDY = "download the checkpoint again, or quantize the unquantized one"
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """`quantization_config` of config.json, in the words of transformers' BitsAndBytesConfig and with its defaults."""
+    """`quantization_config` of config.json, with the names and defaults of transformers' BitsAndBytesConfig."""
 
     bits: Bits
     quant_type: str = "fp4"
@@ -37,7 +37,7 @@ class QuantizationConfig:
     skip_modules: tuple[str, ...] | None = None
 
     def summary(self) -> str:
-        """Return a few words on how weights are quantized."""
+        """Return in a few words how weights are quantized."""
         if self.bits == 8:
             return "8 bits"
         return self.quant_type + (", double-quantized" if self.use_double_quant else "")
@@ -74,8 +74,8 @@ class Nested:
 class Packed4bit:
     """A 4-bit weight in bitsandbytes' order.
 
-    codes uint8 [ceil(n / 2)], the first of two in the high nibble, and absmax [ceil(n / blocksize)] run over the
-    weight [out, in] (`shape`) row by row; absmax is float32, or the uint8 codes of `nested`.
+    codes uint8 [ceil(n / 2)], the first of two in the high nibble, and absmax [ceil(n / blocksize)] run row by row over
+    the weight [out, in] (`shape`); absmax is float32, or uint8 codes of `nested`.
     """
 
     codes: np.ndarray
@@ -88,7 +88,7 @@ class Packed4bit:
     nested: Nested | None
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
-        """Return the tensors that stand in a checkpoint for the weight `name`."""
+        """Return the tensors that represent the weight `name` in a checkpoint."""
         state: Object = {
             "quant_type": self.quant_type,
             "blocksize": self.blocksize,
@@ -113,14 +113,14 @@ class Packed4bit:
 
 @dataclass(frozen=True)
 class Packed8bit:
-    """An 8-bit weight: codes int8 [out, in] times absmax float32 [out] / 127; `dtype` is what the weight had."""
+    """An 8-bit weight: codes int8 [out, in] times absmax float32 [out] / 127; `dtype` is its original dtype."""
 
     codes: np.ndarray
     absmax: np.ndarray
     dtype: np.dtype
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
-        """Return the tensors that stand in a checkpoint for the weight `name`, which ends in ".weight"."""
+        """Return the tensors that represent the weight `name`, which ends in ".weight", in a checkpoint."""
         module = name.removesuffix(".weight")
         weight_format = np.array(ROW_MAJOR, np.uint8)
         return {name: self.codes, f"{module}.SCB": self.absmax, f"{module}.weight_format": weight_format}
@@ -129,9 +129,9 @@ class Packed8bit:
 def read_quantization_config(
     config: Values, where: object, remedy: str = REMEDY
 ) -> QuantizationConfig | None:
-    """Return what config.json says of quantization, or None where it says nothing.
+    """Return the quantization in config.json, or None if there is none.
 
-    Raises UserError where another method than bitsandbytes quantized the checkpoint, or a value is not valid;
+    Raises UserError if the checkpoint is quantized by another method than bitsandbytes, or if a value is invalid;
     `where` names config.json in the message.
     """
     given = config.get("quantization_config")

@@ -1,7 +1,7 @@
-"""Folders in a bucket, gs://BUCKET/FOLDER, by the paths of etils, which Orbax uses too.
+"""Folders in a bucket, gs://BUCKET/FOLDER, through etils' paths, which Orbax uses too.
 
-An object appears whole or not at all, so a file needs no temporary name; but there is neither appending nor
-renaming, so a folder is written on the disk first and then copied, a file at a time.
+An object appears complete or not at all, so files need no temporary names. But objects cannot be appended to or
+renamed, so a folder is first written to disk and then copied file by file.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lora_jax.install import install_command
 from lora_jax.paths import scheme
 
 Place = Path | epath.Path
-"""A file or folder on the disk or in a bucket."""
+"""A file or folder on disk or in a bucket."""
 
 
 def place(text: str, option: str) -> Place:
-    """Return the folder that a text names; raises UserError where it is in a bucket that cannot be reached."""
+    """Return the folder that a text names; raises UserError if its bucket cannot be reached."""
     kind = scheme(text)
     if kind is None:
         return Path(text).expanduser()
@@ -39,13 +39,13 @@ def place(text: str, option: str) -> Place:
         folder.exists()
     except ImportError as error:
         raise UserError(f"{option} {text}: buckets need gcsfs; {install_command('gcs')}") from error
-    except Exception as error:  # each client raises its own
+    except Exception as error:  # each client raises its own exceptions
         raise unreachable(option, folder, error) from error
     return folder
 
 
 def unreachable(what: str, path: epath.Path, error: Exception) -> UserError:
-    """Return the error for a bucket that does not answer as it should."""
+    """Return the error for a bucket that does not respond as expected."""
     return UserError(
         f"{what} {path}: the bucket does not respond ({type(error).__name__}: {str(error)[:200]}); check its name, "
         "and the credentials with gcloud auth application-default login"
@@ -63,7 +63,7 @@ def remove(path: Place) -> None:
 
 @contextmanager
 def uploaded_folder(path: epath.Path) -> Iterator[Path]:
-    """Give an empty folder on the disk, whose files take the place of those of `path` on leaving."""
+    """Yield an empty folder on disk, whose files replace those of `path` on exit."""
     with tempfile.TemporaryDirectory(prefix="lora_jax-") as folder:
         yield Path(folder)
         try:

@@ -1,7 +1,7 @@
-"""Chat templates for models that come without one, by name or from a file.
+"""Chat templates for models without one, by name or from a file.
 
-The layouts are those that these names stand for elsewhere. None writes tools or calls of them; a template that does is
-given as a file. Where the tokenizer puts BOS in front of every text, it stands in front of the conversation.
+The layouts are the usual ones for these names. None of them supports tools or tool calls; a template that does can be
+given as a file. If the tokenizer adds BOS to every text, the conversation starts with it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 _CONTROL = re.compile(r"<\|\w+\|>|<\w+_of_turn>")
-# The system message, if any, in front of the first question, and the messages after it.
+# The system message, if any, is put before the first question; then the remaining messages.
 _SYSTEM_FIRST = (
     "{% set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
     "{% set messages = messages[1:] if system else messages %}"
@@ -84,7 +84,7 @@ _ALSO = {
     "qwen": "chatml", "qwen_25": "chatml", "llama-2": "llama2", "llama-3": "llama3", "llama_3": "llama3",
     "mistral_v1": "mistral", "phi_3": "phi3", "phi_4": "phi4", "phi": "phi3",
 }  # fmt: skip
-"""Names by which LLaMA-Factory and axolotl know them."""
+"""Names in LLaMA-Factory and axolotl."""
 _AS_TEXT = ("zephyr",)
 """Templates whose tags are plain text."""
 
@@ -92,10 +92,10 @@ _AS_TEXT = ("zephyr",)
 def set_chat_template(
     tokenizer: PreTrainedTokenizerBase, chosen: str | None, option: str = "--data.chat_template"
 ) -> None:
-    """Give a tokenizer the template of that file or name; None leaves it its own.
+    """Set a tokenizer's chat template from a file or by name; None keeps its own.
 
     Raises:
-        UserError: there is no such file or name, jinja cannot read it, or the tokenizer lacks a token of it.
+        UserError: there is no such file or name, jinja cannot parse it, or the tokenizer lacks one of its tokens.
     """
     if chosen is None:
         return
@@ -117,7 +117,7 @@ def set_chat_template(
 
 
 def write_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase | None, chosen: str | None) -> None:
-    """Write the template that was chosen for a tokenizer beside its files, in place of those it came with."""
+    """Write the template chosen for a tokenizer next to its files, replacing the original ones."""
     if chosen is None or tokenizer is None:
         return
     for other in folder.glob("additional_chat_templates/*.jinja"):

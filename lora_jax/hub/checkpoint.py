@@ -1,7 +1,7 @@
 """The weights and config.json of a Hugging Face folder, read lazily.
 
-Weights are `model.safetensors`, or shards that `model.safetensors.index.json` lists. Names are those of a causal
-language model, whichever way the file has them: a bare decoder's lack `model.`, some have it twice, and transformers
+Weights are `model.safetensors`, or the shards listed in `model.safetensors.index.json`. Names are those of a causal
+language model, whichever the file has: those of a bare decoder lack `model.`, some have it twice, and transformers
 reads both.
 """
 
@@ -30,11 +30,11 @@ _BLOCK = 64 * 2**20
 
 
 class Checkpoint:
-    """A folder's config and tensors; opening reads headers only, and each tensor is read when asked for.
+    """A folder's config and tensors; opening reads only headers, and tensors are read on request.
 
-    `files` says which file holds each tensor, `stored` under which name, where that is another. `replaced` are
-    tensors that stand in for the files'. `quantization` says how weights are stored quantized, None where none is,
-    and `packed` names those that are.
+    `files` maps each tensor to its file, `stored` to its name there if that differs. `replaced` holds tensors that
+    replace those in files. `quantization` says how weights are stored quantized, or None, and `packed` names those
+    weights.
     """
 
     quantization: QuantizationConfig | None = None
@@ -57,8 +57,8 @@ class Checkpoint:
     def open(cls, folder: Path) -> "Checkpoint":
         """Read the config and the headers of all weight files.
 
-        Raises UserError where a file is absent, malformed, truncated or contradicts the index, and where two
-        tensors have the same name.
+        Raises UserError if a file is missing, malformed, truncated or contradicts the index, and if two tensors have
+        the same name.
         """
         if not (folder / CONFIG_FILE).exists():
             raise UserError(
@@ -83,13 +83,13 @@ class Checkpoint:
         return cls(folder, config, found, stored)
 
     def with_config(self, **changes: Any) -> "Checkpoint":
-        """Return the checkpoint with changes to its config."""
+        """Return the checkpoint with a changed config."""
         other = copy(self)
         other.config = self.config | changes
         return other
 
     def renamed(self, old: str, new: str) -> "Checkpoint":
-        """Return the checkpoint with one tensor under another name."""
+        """Return the checkpoint with one tensor renamed."""
         other = copy(self)
         other.files = {new if name == old else name: file for name, file in self.files.items()}
         other.stored = {name: kept for name, kept in self.stored.items() if name != old}
@@ -97,7 +97,7 @@ class Checkpoint:
         return other
 
     def with_tensors(self, tensors: Mapping[str, np.ndarray]) -> "Checkpoint":
-        """Return the checkpoint with tensors of these names instead of, or beside, the files'."""
+        """Return the checkpoint with tensors added, or replacing those of the same names."""
         other = copy(self)
         other.replaced = {**self.replaced, **tensors}
         return other
@@ -109,7 +109,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights as stored."""
+        """Size of all weights as stored, in bytes."""
         return sum(file.nbytes for file in set(self.files.values()))
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -119,25 +119,25 @@ class Checkpoint:
         return self.files[name].shape(self._stored(name))
 
     def dtype(self, name: str) -> np.dtype:
-        """Return a tensor's dtype without reading it; raises UserError for one that is not read."""
+        """Return a tensor's dtype without reading it; raises UserError if it is not supported."""
         if name in self.replaced:
             return self.replaced[name].dtype
         return self.files[name].dtype(self._stored(name))
 
     def tensor(self, name: str) -> np.ndarray:
-        """Read one tensor into memory; raises UserError as `dtype` does, or where the file cannot be read."""
+        """Read one tensor into memory; raises UserError as `dtype` does, or if the file cannot be read."""
         if name in self.replaced:
             return self.replaced[name]
         return self.files[name].tensor(self._stored(name))
 
     def raw(self, name: str) -> np.ndarray:
-        """Read one tensor of any dtype into memory; raises UserError where the file cannot be read."""
+        """Read one tensor of any dtype into memory; raises UserError if the file cannot be read."""
         if name in self.replaced:
             return self.replaced[name]
         return self.files[name].raw(self._stored(name))
 
     def read(self, name: str) -> Packed4bit | Packed8bit:
-        """Read one weight that is stored quantized, and what stands beside it."""
+        """Read one weight that is stored quantized, with its companion tensors."""
         raise KeyError(f"{name} is not stored quantized")
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -151,14 +151,14 @@ class Checkpoint:
 
 
 def standard_name(name: str) -> str:
-    """Return the name that transformers finds for a tensor of a causal language model's file."""
+    """Return the name that transformers gives to a tensor in a causal language model's file."""
     if _DOUBLED.match(name):
         return name.removeprefix("model.")
     return f"model.{name}" if _BARE.match(name) else name
 
 
 def same_values(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    """Say whether two tensors hold the same numbers, in whichever dtypes; they are read a block of rows at a time."""
+    """Return whether two tensors hold the same numbers, in whatever dtypes; reads blocks of rows."""
     shape = checkpoint.shape(first)
     if shape != checkpoint.shape(second):
         return False
@@ -170,7 +170,7 @@ def same_values(checkpoint: Checkpoint, first: str, second: str) -> bool:
 
 
 def equal_values(one: np.ndarray, other: np.ndarray) -> bool:
-    """Say whether two arrays of one shape hold the same numbers, in whichever dtypes; NaN equals NaN."""
+    """Return whether two arrays of equal shape hold the same numbers, in whatever dtypes; NaN equals NaN."""
     if one.dtype == other.dtype:
         return one.tobytes() == other.tobytes()
     return np.array_equal(one.astype(np.float32), other.astype(np.float32), equal_nan=True)
@@ -203,7 +203,7 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
             f"{INDEX_FILE} lists tensors that their files do not contain: {listing(lacking)} in {folder}; "
             "download the folder again: index and shards come from different versions"
         )
-    return list(files.values())  # with what the index leaves out, which transformers reads too
+    return list(files.values())  # including tensors missing in the index, which transformers reads too
 
 
 def _two_of(name: str, *places: tuple[SafetensorsFile, str]) -> UserError:

@@ -1,7 +1,7 @@
-"""What tells one checkpoint from another without reading its weights.
+"""Identify a checkpoint without reading all of its weights.
 
-Two models of one architecture have the same config.json and the same headers, so a few bytes of the tensors are
-looked at too. That is some hundred short reads a file, whatever its size.
+Models of one architecture have the same config.json and the same headers, so a few bytes of the tensors are read as
+well: a few hundred short reads per file, whatever its size.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from lora_jax.errors import UserError
 from lora_jax.hub.checkpoint import CONFIG_FILE, Checkpoint
 
 TENSORS = 256
-"""Tensors of a file that are looked at, evenly spread over it."""
+"""Number of tensors per file that are sampled, evenly spread."""
 SAMPLE = 64
 """Bytes read from the middle of each."""
 
 
 def fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return for config.json and each file of weights what identifies it, in words: its size and a digest.
+    """Return size and digest, in words, of config.json and of each weight file.
 
-    A file's digest covers its header and `SAMPLE` bytes of up to `TENSORS` of its tensors. Raises UserError where a
-    file cannot be read.
+    The digest of a weight file covers its header and `SAMPLE` bytes from up to `TENSORS` of its tensors. Raises
+    UserError if a file cannot be read.
     """
     found = {CONFIG_FILE: f"sha256 {_digest(json.dumps(checkpoint.config, sort_keys=True).encode())}"}
     for path in sorted({file.path for file in checkpoint.files.values()}):

@@ -1,4 +1,4 @@
-"""Tensors whose values are all finite, and what to say of one that holds others."""
+"""Check that the values of tensors are finite, and describe those that are not."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _WIDER = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
 
 
 def finite(values: np.ndarray) -> bool:
-    """Return whether no value is NaN or infinite; it makes no copy, and costs one reading of the memory."""
+    """Return whether no value is NaN or infinite, in one pass over memory and without a copy."""
     if values.dtype.kind in "biu" or not values.size:
         return True
-    # Read as integers, the bits of an infinity exceed those of all finite values of its sign, and NaN's exceed them.
+    # As integers, the bits of infinity exceed those of all finite values of its sign, and those of NaN exceed both.
     size = values.dtype.itemsize
     signed, unsigned = np.dtype(f"i{size}"), np.dtype(f"u{size}")
     limits = np.array([np.inf, -np.inf], values.dtype)
@@ -34,7 +34,7 @@ def not_finite(values: np.ndarray) -> str:
 
 
 def converted(values: np.ndarray, dtype: DTypeLike, name: str, option: str) -> np.ndarray:
-    """Return values in another dtype; raises UserError where finite ones are too large for it (see `too_large`)."""
+    """Return values in another dtype; raises UserError if finite values are too large for it (see `too_large`)."""
     found = cast(values, dtype)
     if found.dtype != values.dtype and not finite(found) and finite(values):
         raise too_large(values, dtype, name, option)
@@ -42,13 +42,13 @@ def converted(values: np.ndarray, dtype: DTypeLike, name: str, option: str) -> n
 
 
 def cast(values: np.ndarray, dtype: DTypeLike) -> np.ndarray:
-    """Return values in another dtype, infinite where it cannot hold them."""
+    """Return values in another dtype, infinite if it cannot hold them."""
     with np.errstate(over="ignore"):
         return values.astype(dtype)
 
 
 def too_large(values: np.ndarray, dtype: DTypeLike, name: str, option: str) -> UserError:
-    """Return the error for a tensor of finite values that `dtype`, which `option` chooses, cannot hold."""
+    """Return the error for a tensor of finite values that `dtype`, which `option` selects, cannot hold."""
     kind, most = np.dtype(dtype).name, float(ml_dtypes.finfo(dtype).max)
     return UserError(
         f"{option} {kind}: {name} has weights of up to {float(np.abs(values.astype(np.float64)).max()):.3g}, beyond "

@@ -1,4 +1,4 @@
-"""Reading a JSON file that somebody else wrote."""
+"""Read JSON files from other programs."""
 
 import json
 from collections.abc import Iterable
@@ -10,11 +10,11 @@ from lora_jax.types import Object
 
 
 class DuplicateKeyError(ValueError):
-    """An object of a JSON text has the same key twice; which value counts depends on who reads it."""
+    """A JSON object has a duplicate key; readers differ in which value they use."""
 
 
 def unique(pairs: Iterable[tuple[str, Any]]) -> Object:
-    """Return the object of a JSON text (`object_pairs_hook`); raises DuplicateKeyError."""
+    """Return a JSON object (an `object_pairs_hook`); raises DuplicateKeyError."""
     found: Object = {}
     for key, value in pairs:
         if key in found:
@@ -24,10 +24,10 @@ def unique(pairs: Iterable[tuple[str, Any]]) -> Object:
 
 
 def read_json_object(path: Path, remedy: str) -> Object:
-    """Return the object that a JSON file holds.
+    """Return the object in a JSON file.
 
-    Raises UserError with `remedy` where the file cannot be read, is not JSON, has a duplicate key or holds
-    something else than an object.
+    Raises UserError with `remedy` if the file cannot be read, is not JSON, has a duplicate key, or does not hold an
+    object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)

@@ -1,15 +1,15 @@
-"""Links in a Hugging Face folder: the Hub's cache is made of them, and a folder from elsewhere may misuse them."""
+"""Symbolic links in a Hugging Face folder: the Hub's cache consists of them, and a foreign folder may misuse them."""
 
 from pathlib import Path
 
 
 def lost_target(path: Path) -> Path | None:
-    """Return what a link points to where nothing is there, as in a cache that was pruned; None for anything else."""
+    """Return the target of a dangling link, as in a pruned cache, or None."""
     return path.readlink() if path.is_symlink() and not path.exists() else None
 
 
 def leads_outside(folder: Path, name: str) -> bool:
-    """Say whether a file that a folder names lies outside the folder; the Hub cache's own blobs do not count."""
+    """Return whether a file named by a folder lies outside of it, other than in the blobs of the Hub's cache."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return True
     target = (folder / name).resolve()
@@ -18,7 +18,7 @@ def leads_outside(folder: Path, name: str) -> bool:
 
 
 def cached_snapshots(folder: Path) -> list[str]:
-    """Return the snapshots of a Hub cache entry's root, main's first, as paths inside it; none for another folder."""
+    """Return the snapshots in the root of a Hub cache entry as relative paths, main's first; none in other folders."""
     root = folder / "snapshots"
     if not (folder / "refs").is_dir() or not root.is_dir():
         return []

@@ -1,10 +1,10 @@
-"""One writer to a folder at a time, as long as it lives.
+"""Lock a folder, so that only one process at a time writes to it.
 
-The lock is the system's (flock) on a file in the folder, so it goes away with a process that is killed. Where the file
-system has no locks, and in a bucket, the file itself is the lock: its owner rewrites it every BEAT seconds, and a start
-that finds one watches it for SILENCE seconds and takes it over if it does not change. Contents are compared, not times,
-so that clocks need not agree. A file system that keeps flock to one machine (NFS mounted with nolock or local_lock,
-Lustre with localflock) does not tell two machines apart.
+The lock is an flock on a file in the folder, so it disappears with a killed process. If the file system has no locks,
+and in a bucket, the file itself is the lock: its owner rewrites it every BEAT seconds. A process that finds one watches
+it for SILENCE seconds and takes it over if it does not change. Contents are compared, not times, so clocks need not
+agree. On a file system that limits flock to one machine (NFS mounted with nolock or local_lock, Lustre with
+localflock), two machines cannot see each other's locks.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from lora_jax.types import Object
 
 LOCK = ".lora_jax.lock"
 BEAT, SILENCE = 15.0, 45.0
-"""Seconds between two signs of life where there are no locks, and without one after which the writer counts as dead."""
+"""Without locks: seconds between two heartbeats, and without one until the writer counts as dead."""
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class Lock:
-    """The right to write to a folder, from its making until `release`; the folder is made if need be."""
+    """The right to write to a folder, from construction until `release`; the folder is created if needed."""
 
     def __init__(self, folder: Place, option: str, say: Callable[[str], None]) -> None:
-        """Take it; raises UserError, which calls the folder by `option`, where another process has it.
+        """Take the lock; raises UserError, which calls the folder `option`, if another process has it.
 
-        `say` is told where that takes SILENCE seconds to find out.
+        `say` receives a message if it takes SILENCE seconds to find out.
         """
         self.path, self._option, self._say = folder / LOCK, option, say
         self._content = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now(), "beat": 0}
@@ -57,7 +57,7 @@ class Lock:
             raise
 
     def release(self) -> None:
-        """Give it up: the lock file goes, and the folders that were made for it where nothing else is in them."""
+        """Release the lock: remove its file, and the folders that were created for it if they are empty."""
         if self._over.is_set():
             return
         self._over.set()
@@ -71,7 +71,7 @@ class Lock:
         self._remove_folders()
 
     def _locked(self, path: Path) -> bool:
-        """Lock the file; return False where the file system has no locks."""
+        """Lock the file; return False if the file system has no locks."""
         while True:
             try:
                 file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -89,15 +89,15 @@ class Lock:
             with suppress(OSError):
                 if os.path.samestat(os.fstat(file), path.stat()):
                     break
-            os.close(file)  # the one before removed it just now
-        with suppress(OSError):  # whose it is helps others alone: a full disk shows elsewhere
+            os.close(file)  # the previous owner has just removed it
+        with suppress(OSError):  # the contents only inform others; a full disk is reported elsewhere
             os.ftruncate(file, 0)
             os.write(file, json.dumps(self._content).encode())
         self._file = file
         return True
 
     def _watched(self) -> None:
-        """Take over the lock file, unless it shows signs of life."""
+        """Take over the lock file, unless it has a heartbeat."""
         found = self._read()
         if found:
             self._say(
@@ -110,7 +110,7 @@ class Lock:
                 if (now := self._read()) != found and now:
                     raise self._taken(now)
         self._write()
-        time.sleep(min(2.0, BEAT / 4))  # of two that write at the same time the later one stays
+        time.sleep(min(2.0, BEAT / 4))  # of two simultaneous writers, the later one wins
         if (now := self._read()).get("token") != self._token:
             raise self._taken(now)
 
@@ -123,7 +123,7 @@ class Lock:
                 )
                 return
             self._content["beat"] += 1
-            with suppress(Exception):  # a sign of life that is lost does no harm
+            with suppress(Exception):  # a lost heartbeat does no harm
                 self._write()
 
     def _write(self) -> None:
@@ -132,7 +132,7 @@ class Lock:
     def _read(self) -> Object:
         try:
             found = json.loads(self.path.read_text())
-        except Exception:  # not there, or half written: each kind of place raises its own
+        except Exception:  # missing or partial; file systems raise different exceptions
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -153,7 +153,7 @@ def _unwritable(option: str, error: OSError) -> UserError:
 
 
 def _made(folder: Place, option: str) -> list[Path]:
-    """Make a folder; return those that were not there before, the innermost first."""
+    """Create a folder; return the folders that did not exist before, innermost first."""
     missing: list[Path] = []
     try:
         if isinstance(folder, Path):

@@ -1,4 +1,4 @@
-"""README.md of an adapter or model folder: what was trained on what, with which results, and how to load it."""
+"""README.md of an adapter or model folder: what was trained on which data, the results, and how to load it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lora_jax.types import Object
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What a model card says about a run; what is not known is left out."""
+    """What a model card says about a run; unknown facts are left out."""
 
     data: str | None = None
-    """The training data: names of files, ids on the Hub."""
+    """The training data: file names or Hub ids."""
     steps: int | None = None
     """Optimizer steps."""
     num_tokens: int | None = None
-    """Tokens trained on."""
+    """Number of tokens trained on."""
     trainable_parameters: int | None = None
-    """Parameters trained."""
+    """Number of trained parameters."""
     learning_rate: float | None = None
     """Peak learning rate."""
     eval_loss_before: float | None = None
@@ -32,33 +32,33 @@ class TrainingFacts:
     eval_loss_after: float | None = None
     """Evaluation loss with the adapter, in nats per token."""
     resized_vocabulary: int | None = None
-    """Rows of the vocabulary where some were added to the base's."""
+    """Rows of the vocabulary, if rows were added to the base's."""
     quantization: str | None = None
-    """How the base was quantized while the adapter was trained."""
+    """How the base was quantized during training."""
     version: str | None = None
     """Version of lora_jax."""
     datasets: tuple[str, ...] = ()
-    """Ids on the Hub of the data trained on."""
+    """Hub ids of the training data."""
     eval_dataset: str | None = None
-    """Id on the Hub of the data evaluated on."""
+    """Hub id of the evaluation data."""
     eval_configuration: str | None = None
-    """Its configuration, where it has several."""
+    """Its configuration, if it has several."""
     eval_split: str | None = None
     """Its split."""
     hub_id: str | None = None
-    """Id on the Hub that the folder is going to have."""
+    """Hub id that the folder will have."""
 
 
 def adapter_card(config: AdapterConfig, facts: TrainingFacts | None = None) -> str:
     """Return README.md for an adapter folder, with the metadata block that the Hub reads.
 
-    The metadata names the base model only where it is an id on the Hub: by its form, and no folder here.
+    The metadata names the base model only if it is a Hub id: it has the form of one, and there is no such folder here.
     """
     facts = facts or TrainingFacts()
     base = config.base_model_name_or_path
     base_id = _id(base)
     if facts.hub_id and base_id is None:
-        base = None  # a path of this machine tells nobody anything
+        base = None  # a local path is of no use to others
     named_base, here = base or "BASE_MODEL", facts.hub_id or "."
     return "\n".join(
         [
@@ -96,7 +96,7 @@ def adapter_card(config: AdapterConfig, facts: TrainingFacts | None = None) -> s
 
 
 def model_card(base: str, facts: TrainingFacts) -> str:
-    """Return README.md for a model of which every parameter was trained, as `adapter_card` does for an adapter."""
+    """Return README.md for a model with every parameter trained, as `adapter_card` does for an adapter."""
     base_id = _id(base)
     here, named = json.dumps(facts.hub_id or "."), None if facts.hub_id and base_id is None else base
     return "\n".join(
@@ -129,7 +129,7 @@ def model_card(base: str, facts: TrainingFacts) -> str:
 def _metadata(
     facts: TrainingFacts, base_id: str | None, library: str, relation: str, tags: list[str]
 ) -> list[str]:
-    """Return the block that the Hub reads, by huggingface_hub, which checks what it is given."""
+    """Return the block that the Hub reads, made and validated by huggingface_hub."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = None
@@ -177,7 +177,7 @@ def _resized(vocabulary: int | None) -> list[str]:
 
 
 def _id(base: str | None) -> str | None:
-    """Return the Hub id that a base's name is; None for a folder, be it in the form of one."""
+    """Return a base's name if it is a Hub id; None for a folder, even if its path has the form of an id."""
     return base if base and looks_like_id(base) and not Path(base).expanduser().exists() else None
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint whose weights bitsandbytes quantized, read a tensor at a time and checked against its config.json."""
+"""A checkpoint quantized by bitsandbytes, read one tensor at a time and checked against its config.json."""
 
 import json
 import math
@@ -40,10 +40,10 @@ _COMPANION_8BIT = re.compile(r"(.+)\.(SCB|weight_format)")
 
 
 class PackedCheckpoint(Checkpoint):
-    """A checkpoint with quantized weights; opening reads headers only, and each weight is read when asked for.
+    """A checkpoint with quantized weights; opening reads only headers, and weights are read on request.
 
-    What stands beside them is not among `names`; `shape` and `dtype`
-    are those of the weights that were quantized. `read` gives a quantized weight, `tensor` any other.
+    Companion tensors are not among `names`; `shape` and `dtype` are those of the weights before quantization. `read`
+    returns a quantized weight, `tensor` any other.
     """
 
     def __init__(self, checkpoint: Checkpoint, quantization: QuantizationConfig) -> None:
@@ -63,7 +63,7 @@ class PackedCheckpoint(Checkpoint):
             raise self._bad(f"weights without exactly one quant_state: {listing(sorted(unclear))}")
 
     def with_tensors(self, tensors: Mapping[str, np.ndarray]) -> "PackedCheckpoint":
-        """Return the checkpoint with tensors, none of them quantized, instead of, or beside, the files'."""
+        """Return the checkpoint with unquantized tensors added, or replacing those of the same names."""
         other = copy(self)
         other.replaced = {**self.replaced, **tensors}
         other.packed = self.packed - tensors.keys()
@@ -71,11 +71,11 @@ class PackedCheckpoint(Checkpoint):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all tensors but those that stand beside quantized weights, sorted."""
+        """Names of all tensors except the companions of quantized weights, sorted."""
         return tuple(name for name in super().names if name not in self.companions)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape, [out, in] for a quantized weight; a 4-bit one's is read from its quant_state."""
+        """Return a tensor's shape, [out, in] for a quantized weight; for 4 bits it is read from quant_state."""
         if name not in self.packed:
             return super().shape(name)
         if self._how.bits == 4:
@@ -86,7 +86,7 @@ class PackedCheckpoint(Checkpoint):
         return shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Return the dtype that a tensor has, or had before it was quantized."""
+        """Return the dtype of a tensor, for a quantized weight that before quantization."""
         if name not in self.packed:
             return super().dtype(name)
         return (
@@ -94,10 +94,10 @@ class PackedCheckpoint(Checkpoint):
         )
 
     def read(self, name: str) -> Packed4bit | Packed8bit:
-        """Read one quantized weight and what stands beside it.
+        """Read one quantized weight and its companion tensors.
 
-        Raises UserError where a tensor is absent, cut or of another length or dtype than the rest says, where
-        its quant_state is malformed, or where config.json contradicts it.
+        Raises UserError if a tensor is missing, truncated, or of an unexpected length or dtype, if its quant_state is
+        malformed, or if config.json contradicts it.
         """
         return self._read_4bit(name) if self._how.bits == 4 else self._read_8bit(name)
 
@@ -203,10 +203,10 @@ class PackedCheckpoint(Checkpoint):
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a folder's checkpoint, as a PackedCheckpoint where its weights are quantized.
+    """Open a folder's checkpoint, as a PackedCheckpoint if its weights are quantized.
 
-    Raises UserError as `Checkpoint.open` does, where the weights are quantized by something else than bitsandbytes,
-    and where config.json contradicts the tensors.
+    Raises UserError as `Checkpoint.open` does, if the weights are quantized by something other than bitsandbytes, and
+    if config.json contradicts the tensors.
     """
     checkpoint = Checkpoint.open(folder)
     quantization = read_quantization_config(checkpoint.config, folder / CONFIG_FILE)
@@ -225,7 +225,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _companions(names: frozenset[str]) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-    """Return, of 4-bit and of 8-bit weights, the tensors that stand beside each."""
+    """Return the companion tensors of each 4-bit weight and of each 8-bit weight."""
     four: dict[str, set[str]] = {}
     eight: dict[str, set[str]] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""A folder onto the Hub, by huggingface_hub; and whether that can be done, asked before a long run begins."""
+"""Push a folder to the Hub, by huggingface_hub, and check before a long run whether that will work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOG_IN = "set HF_TOKEN to a token with write access, or run `hf auth login`"
 
 @runtime_checkable
 class PushOptions(Protocol):
-    """Where a command pushes what it wrote, if anywhere."""
+    """Where a command pushes its output, if anywhere."""
 
     @property
     def push_to_hub(self) -> str | None:
@@ -26,7 +26,7 @@ class PushOptions(Protocol):
 
     @property
     def hub_private_repo(self) -> bool:
-        """Whether one that is made is private."""
+        """Whether a repository that the push creates is private."""
         ...
 
     @property
@@ -36,7 +36,7 @@ class PushOptions(Protocol):
 
 
 def push_output(folder: Path, options: PushOptions, console: Console) -> None:
-    """Push a folder where the options ask for it, and print where to; raises UserError as `push` does."""
+    """Push a folder if the options ask for it, and print its address; raises UserError as `push` does."""
     if options.push_to_hub is not None:
         url = push(
             folder, options.push_to_hub, private=options.hub_private_repo, revision=options.hub_revision
@@ -45,7 +45,7 @@ def push_output(folder: Path, options: PushOptions, console: Console) -> None:
 
 
 def check_push(repo_id: str, folder: PurePath) -> None:
-    """Raise UserError where a push would be refused for its id, its token or its owner, or the Hub does not answer."""
+    """Raise UserError if a push would be rejected for its id, token or owner, or if the Hub does not answer."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -71,7 +71,7 @@ def check_push(repo_id: str, folder: PurePath) -> None:
         refused = error.response is not None and error.response.status_code in (401, 403)
         remedy = LOG_IN if refused else "try again later, or drop the option"
         raise UserError(f"{option}: {_endpoint()} refuses ({_first(error)}); {remedy}") from error
-    except Exception as error:  # the HTTP library beneath has errors of its own
+    except Exception as error:  # the HTTP library below raises its own errors
         raise UserError(
             f"{option}: {_endpoint()} cannot be reached ({_first(error)}); check the network and HF_ENDPOINT, or drop "
             "the option"
@@ -87,16 +87,16 @@ def check_push(repo_id: str, folder: PurePath) -> None:
 
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-"""Files of a model's weights. Those of an earlier upload go: transformers takes one whole file before shards."""
+"""Weight files of a model. Those of an earlier upload are removed, as transformers prefers one file to shards."""
 
 
 @stage("uploading to the Hub")
 def push(
     folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None
 ) -> str:  # fmt: skip
-    """Upload a folder's files to a model's repository, made where it is not there; return its address.
+    """Upload a folder's files to a model repository, which is created if missing; return its address.
 
-    Raises UserError, which says how to go on by hand, where that fails; the folder stays as it is.
+    Raises UserError, with instructions to continue by hand, if that fails; the folder is not changed.
     """
     hub = _hub()
     try:
@@ -135,7 +135,7 @@ def _role(me: Any) -> str | None:
 
 
 def _first(error: Exception) -> str:
-    """Return what the Hub said, else the first line of the error."""
+    """Return the Hub's message, or else the first line of the error."""
     said = getattr(error, "server_message", None) or str(error.__cause__ or error)
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

@@ -1,7 +1,7 @@
-"""From what a user calls a model, a folder path or an id on the Hub, to a local folder.
+"""Resolve the name of a model, a folder or a Hub id, to a local folder.
 
-huggingface_hub does the downloading and honors HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN, which it
-reads when it is imported.
+huggingface_hub downloads, and honors HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN, which it reads when it is
+imported.
 """
 
 import re
@@ -13,10 +13,9 @@ from lora_jax.hub.links import cached_snapshots
 from lora_jax.paths import on_disk
 from lora_jax.progress import stage
 
-# Weights as safetensors, configuration and tokenizer; no code, no pictures, no other frameworks' weights.
+# Weights as safetensors, configuration and tokenizer; no code, no images, no weights for other frameworks.
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-# Weights that transformers does not read: Mistral's second copy, precision variants, other parts of a
-# pipeline.
+# Weights that transformers does not read: Mistral's second copy, precision variants, other parts of a pipeline.
 _UNWANTED = [
     "consolidated*.safetensors",
     "*.fp16*.safetensors",
@@ -28,7 +27,7 @@ _UNWANTED = [
 
 
 def looks_like_id(text: str) -> bool:
-    """Tell whether a text could be a Hub id, `name` or `owner/name`, by its form alone."""
+    """Return whether a text has the form of a Hub id, `name` or `owner/name`."""
     part = r"\w(?:[\w.-]{0,94}\w)?"
     return re.fullmatch(f"{part}(?:/{part})?", text, re.ASCII) is not None and not re.search(r"--|\.\.", text)
 
@@ -40,12 +39,11 @@ def resolve(
     option: str = "--model.path",
     wanted: Sequence[str] = _WANTED,
 ) -> Path:
-    """Return the folder that a path or a Hub id stands for, downloading it where needed.
+    """Return the folder for a path or a Hub id, downloading it if necessary.
 
-    `option` is what the user typed it for and goes into the messages; `revision` is a branch, tag or commit
-    of a Hub id, and `wanted` the patterns of the files that are fetched of one. Raises UserError for a path that is
-    not there, a repository or revision that does not exist or is closed to the user, and where the Hub cannot be
-    reached.
+    `option` is the option that the text was given for, for messages. `revision` is a branch, tag or commit of a Hub id,
+    and `wanted` are patterns of files to download. Raises UserError for a path that does not exist, a repository or
+    revision that does not exist or is not accessible, and if the Hub cannot be reached.
     """
     if not path_or_id.strip():
         raise UserError(f"{option}: is empty; give a folder or a Hub id")
@@ -85,8 +83,8 @@ def _download(repo_id: str, revision: str | None, option: str, wanted: Sequence[
             repo_id, revision=revision, allow_patterns=list(wanted), ignore_patterns=_UNWANTED
         )
     except Exception as error:
-        # The HTTP library beneath huggingface_hub raises errors of its own (a bad proxy, a broken
-        # connection), and has changed with huggingface_hub's major versions.
+        # The HTTP library below huggingface_hub raises its own errors (bad proxy, broken connection), and has changed
+        # between major versions.
         raise UserError(f"{option} {repo_id}: {_reason(error, repo_id, revision)}") from error
     return Path(folder)
 
@@ -96,7 +94,7 @@ def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
 
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
     log_in = "set HF_TOKEN or run `hf auth login`"
-    if isinstance(error.__cause__, errors.HfHubHTTPError):  # the Hub was reached: what it said tells more
+    if isinstance(error.__cause__, errors.HfHubHTTPError):  # the Hub was reached: its answer says more
         error = error.__cause__
     match error:
         case errors.HFValidationError():
@@ -114,7 +112,7 @@ def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
         case errors.HfHubHTTPError() if error.response is not None:
             answer = f"{error.response.status_code} {error.response.reason_phrase}".strip()
             return f"{hub} answered {answer}; try again later, or give a local folder"
-        case OSError(errno=int(), strerror=str()):  # a full disk, a closed cache
+        case OSError(errno=int(), strerror=str()):  # a full disk, or a cache that is not writable
             return f"the download to {cache} failed ({error.strerror}); fix that, or set HF_HOME"
         case OSError() if constants.HF_HUB_OFFLINE:
             return (

@@ -1,8 +1,8 @@
-"""One safetensors file, read a tensor at a time; and one written whole.
+"""Read a safetensors file one tensor at a time, and write one.
 
-A file is 8 bytes of header length, a JSON header with each tensor's dtype, shape and byte range, and the
-bytes, without gaps. The safetensors library reads and checks it; what is wrong with a bad file is looked up
-here, because the library's message names neither the file nor the sizes.
+A file has 8 bytes of header length, a JSON header with each tensor's dtype, shape and byte range, and the bytes without
+gaps. The safetensors library reads and checks it. What is wrong with a bad file is determined here, because the
+library's message names neither the file nor the sizes.
 """
 
 import errno
@@ -27,7 +27,7 @@ DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F64": np.dtype(np.float32),  # to the nearest float32: nothing is computed in more
+    "F64": np.dtype(np.float32),  # rounded to float32, the highest precision used here
 }
 _DOWNLOAD_AGAIN = "download or copy it again"
 
@@ -38,15 +38,15 @@ class _Entry(NamedTuple):
 
 
 class SafetensorsFile:
-    """A safetensors file whose header has been read and checked; tensors are read when asked for.
+    """A safetensors file with a checked header; tensors are read on request.
 
-    Raises UserError where the file is absent, truncated or corrupt.
+    Raises UserError if the file is missing, truncated or corrupt.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # pread, not mmap: pages of a mapped file count as memory of the process as long as it is mapped
+            # pread, not mmap: mapped pages count as memory of the process as long as the file is mapped.
             self._handle = safe_open(path, framework="numpy", backend="pread")
             self._entries = {name: self._entry(name) for name in self._handle.offset_keys()}
         except (SafetensorError, OSError) as error:
@@ -60,7 +60,7 @@ class SafetensorsFile:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors as stored."""
+        """Size of all tensors as stored, in bytes."""
         with self.path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             return os.fstat(file.fileno()).st_size - 8 - header_bytes
@@ -70,7 +70,7 @@ class SafetensorsFile:
         return self._entries[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Return the dtype that a tensor is read in; raises UserError unless it is stored in one of `DTYPES`."""
+        """Return the dtype that a tensor is read in; raises UserError if its stored dtype is not in `DTYPES`."""
         tag = self._entries[name].tag
         if tag not in DTYPES:
             raise UserError(
@@ -80,7 +80,7 @@ class SafetensorsFile:
         return DTYPES[tag]
 
     def tensor(self, name: str) -> np.ndarray:
-        """Read one tensor, and nothing else, into memory; raises UserError as `dtype` does."""
+        """Read only this tensor into memory; raises UserError as `dtype` does."""
         dtype = self.dtype(name)
         with np.errstate(over="ignore"):
             return self.raw(name).astype(dtype, copy=False)
@@ -92,7 +92,7 @@ class SafetensorsFile:
             return self._handle.get_slice(name)[start:stop].astype(dtype, copy=False)
 
     def raw(self, name: str) -> np.ndarray:
-        """Read one tensor of any dtype that numpy has; raises UserError where it cannot be read."""
+        """Read one tensor of any numpy dtype into memory; raises UserError if it cannot be read."""
         with self._reading(name):
             return self._handle.get_tensor(name)
 
@@ -106,7 +106,7 @@ class SafetensorsFile:
             ) from error
 
     def _check_unique(self) -> None:
-        """Refuse two tensors of one name, of which the library takes either."""
+        """Raise UserError for duplicate names, of which the library would read either."""
         try:
             json.loads(_header(self.path), object_pairs_hook=unique)
         except DuplicateKeyError as error:
@@ -118,11 +118,11 @@ class SafetensorsFile:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file with the metadata that transformers and PEFT expect, whole or not at all.
+    """Write a safetensors file with the metadata that transformers and PEFT expect, completely or not at all.
 
-    Arrays of any memory layout are written in row-major order; only those that are not so already are copied.
+    Arrays are written in row-major order; only arrays in another order are copied.
     """
-    # The library writes an array's memory as it lies, so a transposed view would come out scrambled.
+    # The library writes an array's memory as it is, so a transposed view would be scrambled.
     rows = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
     with whole_file(path) as aside:
         try:
@@ -158,7 +158,7 @@ def _bad_file(path: Path, error: Exception) -> UserError:
             f"{path.name} cannot be read: {path} ({failure.strerror}); check the path and its permissions"
         )
     if size < 8 + header_bytes or size == 8:
-        # an absurd header length is some other format, or noise
+        # An absurd header length means another format, or noise.
         if start[:1] in (b"P", b"\x80") or header_bytes > 100_000_000:
             return UserError(f"{path} is not a safetensors file; {_DOWNLOAD_AGAIN}")
         return _truncated(path, size, f"at least {8 + max(header_bytes, 2)}")

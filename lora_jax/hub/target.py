@@ -1,4 +1,4 @@
-"""The folder that a command writes whole, and what it may replace there."""
+"""The output folder of a command, and what it may replace there."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _OF_A_MODEL = re.compile(
     r"|NOTICE.*|USE_POLICY.*|\.gitattributes|\.cache",
     re.IGNORECASE,
 )
-"""Names of what a folder of a model or an adapter holds."""
+"""Names of files in a folder of a model or an adapter."""
 
 
 def check_target(output: str, written: str, *sources: Path) -> Path:
-    """Return the folder to write; raises UserError where overwriting it would lose what is not ours to replace.
+    """Return the folder to write to; raises UserError if overwriting it would destroy something else.
 
-    That is a folder that is, or holds, one of those read from, the home folder or that of the shell, and one that has
-    something in it but not the file `written`, which a folder of this kind has, or what no folder of this kind has.
+    That is the case for a folder that is or contains a source, for the home folder and the working directory, and for a
+    folder with contents but without the file `written`, or with files that do not belong into a folder of this kind.
     """
     folder = output_on_disk(output)
     target = folder.resolve()

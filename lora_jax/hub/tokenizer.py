@@ -1,8 +1,7 @@
 """The tokenizer of a Hugging Face folder, and its files.
 
-transformers reads it, and is imported only when a tokenizer is asked for. `tokenizer.json` is taken as it
-is: going by the class named in `tokenizer_config.json` would import every model's configuration, and torch
-where it is installed.
+It is read by transformers, which is imported only when a tokenizer is requested. `tokenizer.json` is loaded directly:
+loading the class named in `tokenizer_config.json` would import every model's configuration, and torch if installed.
 """
 
 import re
@@ -34,8 +33,7 @@ _FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-# Special tokens that stand in no text, the most likely first: made for padding, or kept free by the model's
-# makers.
+# Special tokens that occur in no text, the most likely first: made for padding, or reserved by the model's makers.
 _UNUSED_TOKENS = (
     "<|finetune_right_pad_id|>",
     "<|pad|>",
@@ -48,7 +46,7 @@ _UNUSED_TOKENS = (
 
 @stage("reading the tokenizer")
 def load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase":
-    """Read a folder's tokenizer without the network; raises UserError where none can be read."""
+    """Load a folder's tokenizer without the network; raises UserError if that fails."""
     if not any((folder / name).exists() for name in _VOCABULARIES):
         raise UserError(
             f"no tokenizer in {folder}: none of {listing(_VOCABULARIES)}; copy the model's tokenizer there"
@@ -62,15 +60,15 @@ def load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase":
                 from transformers import PreTrainedTokenizerFast
 
                 return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            from transformers import AutoTokenizer  # made from a vocabulary, which takes the model's class
+            from transformers import AutoTokenizer  # a bare vocabulary needs the model's class
 
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the Rust tokenizers raise bare Exception for a malformed file
+    except Exception as error:  # Rust tokenizers raise Exception for a malformed file
         raise UserError(_unreadable(folder, error)) from error
 
 
 def _unreadable(folder: Path, error: Exception) -> str:
-    """Return what to say of a tokenizer that cannot be read, with a remedy for the files that are there."""
+    """Return the message for a tokenizer that cannot be read, with a remedy for the files that are there."""
     if (folder / TOKENIZER_FILE).exists():
         reason = str(error).strip().partition("\n")[0][:200]
         return (
@@ -86,7 +84,7 @@ def _unreadable(folder: Path, error: Exception) -> str:
 
 
 def load_joined_tokenizer(source: Path, own: Path | None = None) -> "transformers.PreTrainedTokenizerBase":
-    """Read the tokenizer of a base's folder with an adapter's files in their place (see `tokenizer_files`)."""
+    """Load a base's tokenizer with an adapter's files taking precedence (see `tokenizer_files`)."""
     files = tokenizer_files(source, own)
     for folder in (source, own):
         if folder is not None and files == _found(folder):
@@ -97,9 +95,9 @@ def load_joined_tokenizer(source: Path, own: Path | None = None) -> "transformer
 
 
 def plain_ids(text: str, tokenizer: "transformers.PreTrainedTokenizerBase") -> list[int]:
-    """Return the tokens of plain text, with what the tokenizer puts in front of every text, and one BOS at most.
+    """Return the tokens of plain text, with the tokenizer's prefix tokens and at most one BOS.
 
-    The EOS that some tokenizers put behind every text is left out: a prompt goes on, and an example gets its own.
+    An EOS that the tokenizer appends is removed: a prompt continues, and an example gets its own.
     """
     encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
     ids, added = cast("list[int]", encoded["input_ids"]), cast("list[int]", encoded["special_tokens_mask"])
@@ -109,17 +107,17 @@ def plain_ids(text: str, tokenizer: "transformers.PreTrainedTokenizerBase") -> l
 
 
 def without_double_bos(ids: list[int], tokenizer: "transformers.PreTrainedTokenizerBase") -> list[int]:
-    """Return tokens without the first where two BOS tokens start them."""
+    """Return tokens without the first if they start with two BOS tokens."""
     bos = tokenizer.bos_token_id
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def padding_token_id(tokenizer: "transformers.PreTrainedTokenizerBase", vocab_size: int) -> int:
-    """Return an id to fill the ends of rows with, which nothing ever attends to or trains on.
+    """Return the id to pad rows with; nothing attends to it or trains on it.
 
-    The pad token where there is one, else a special token that no text holds, else the end token, else 0. An id
-    beyond the model's `vocab_size` rows is passed over: it would be looked up as NaN. The tokenizer and its files
-    stay as they are, so that the end token never turns into padding for those who load them.
+    It is the pad token if there is one, or else a special token that occurs in no text, or else EOS, or else 0. Ids
+    beyond the model's `vocab_size` rows are skipped, because their embedding would be NaN. The tokenizer and its files
+    are not changed, so that EOS never becomes the pad token for those who load them.
     """
     vocabulary = tokenizer.get_vocab()
     unused = [vocabulary.get(token) for token in _UNUSED_TOKENS]
@@ -128,7 +126,7 @@ def padding_token_id(tokenizer: "transformers.PreTrainedTokenizerBase", vocab_si
 
 
 def end_token_id(tokenizer: "transformers.PreTrainedTokenizerBase") -> int:
-    """Return the id of the token that ends a text; raises UserError where the tokenizer has none."""
+    """Return the id of EOS; raises UserError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer has no end token: {tokenizer.name_or_path}; "
@@ -140,7 +138,7 @@ def end_token_id(tokenizer: "transformers.PreTrainedTokenizerBase") -> int:
 def copy_tokenizer(source: Path, target: Path, own: Path | None = None) -> tuple[str, ...]:
     """Copy a folder's tokenizer files byte for byte and return their names; raises UserError on failure.
 
-    `own` is an adapter's folder, whose files go before the source's, each for itself (see `tokenizer_files`).
+    `own` is an adapter's folder, whose files take precedence over the source's one by one (see `tokenizer_files`).
     """
     files = tokenizer_files(source, own)
     for name, content in files.items():
@@ -149,36 +147,35 @@ def copy_tokenizer(source: Path, target: Path, own: Path | None = None) -> tuple
 
 
 def copy_generation_config(source: Path, target: Path, own: Path | None = None) -> None:
-    """Copy generation_config.json, `own`'s or else the source's, where there is one."""
+    """Copy generation_config.json from `own` or else from the source, if there is one."""
     path = generation_config(source, own)
     if path is not None:
         write_bytes(target / GENERATION_CONFIG_FILE, _read(path))
 
 
 def generation_config(source: Path, own: Path | None = None) -> Path | None:
-    """Return the generation_config.json of the folder `own`, else of the source; None where neither has one."""
+    """Return the path of generation_config.json in `own` or else in the source, or None."""
     paths = [folder / GENERATION_CONFIG_FILE for folder in (own, source) if folder is not None]
     return next((path for path in paths if path.exists()), None)
 
 
 def carries_tokenizer(folder: Path) -> bool:
-    """Return whether a folder has any file of a tokenizer."""
+    """Return whether a folder has any tokenizer file."""
     return bool(_found(folder))
 
 
 def chat_template(folder: Path) -> bytes | None:
-    """Return a folder's default chat template, of the file or of tokenizer_config.json; None without one."""
+    """Return a folder's default chat template, from its file or from tokenizer_config.json, or None."""
     path = folder / TEMPLATE_FILE
     return _read(path) if path.exists() else _templates(folder).get(TEMPLATE_FILE)
 
 
 def tokenizer_files(source: Path, own: Path | None = None) -> dict[str, Path | bytes]:
-    """Return the files of a base's tokenizer with those of an adapter's folder in their place, by their names.
+    """Return the files of a base's tokenizer, replaced by those of an adapter's folder, by name.
 
-    What the base has and the adapter does not, its chat template among it, stays. But what would overrule a file of
-    the adapter's goes: a tokenizer.json beside another vocabulary, special tokens beside its tokenizer_config.json,
-    and a template beside one that stands in its tokenizer_config.json. A base's template that stands there is kept as
-    a file of its own.
+    Files that only the base has are kept, including its chat template, unless they would override one of the adapter's:
+    a tokenizer.json next to another vocabulary, special tokens next to the adapter's tokenizer_config.json, a template
+    next to one in its tokenizer_config.json. A template in the base's tokenizer_config.json is kept as a separate file.
     """
     found, mine = _found(source), {} if own is None else _found(own)
     if own is None or not mine:
@@ -204,7 +201,7 @@ def _is_template(name: str) -> bool:
 
 
 def _templates(folder: Path) -> dict[str, bytes]:
-    """Return the chat templates in a folder's tokenizer_config.json, each as the file that would hold it."""
+    """Return the chat templates in a folder's tokenizer_config.json, by the file names that they would have."""
     path = folder / TOKENIZER_CONFIG_FILE
     held = read_json_object(path, "download it again").get("chat_template") if path.exists() else None
     found: dict[str, bytes] = {}
@@ -212,7 +209,7 @@ def _templates(folder: Path) -> dict[str, bytes]:
         match entry:
             case {"name": "default", "template": str(text)}:
                 found[TEMPLATE_FILE] = text.encode()
-            case {"name": str(name), "template": str(text)} if re.fullmatch(r"[\w-]+", name):  # and no path
+            case {"name": str(name), "template": str(text)} if re.fullmatch(r"[\w-]+", name):  # not a path
                 found[f"additional_chat_templates/{name}.jinja"] = text.encode()
             case _:
                 pass

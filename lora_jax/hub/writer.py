@@ -1,4 +1,4 @@
-"""Weights written in shards while they are made, so that no more than a shard is ever held."""
+"""Write weights in shards as they are produced, so that at most one shard is in memory."""
 
 import json
 import re
@@ -29,12 +29,11 @@ def parse_size(text: str, *, option: str = "--max_shard_size") -> int:
 
 
 class ShardWriter:
-    """Writes named tensors into a folder as `model.safetensors`, or as shards and their index.
+    """Writes named tensors into a folder as `model.safetensors`, or as shards with an index.
 
-    A shard holds at most `max_shard_size` bytes unless one tensor alone is larger. Memory held is the shard
-    being filled: arrays are kept by reference until it is full, so they must not be changed after `add`.
-    Used as a context manager it closes on success and removes its files on failure. Raises UserError where
-    the system refuses to write.
+    A shard has at most `max_shard_size` bytes unless a single tensor is larger. Memory holds the shard being filled:
+    arrays are kept by reference until it is full, so they must not change after `add`. As a context manager, it closes
+    on success and removes its files on failure. Raises UserError if writing fails.
     """
 
     def __init__(self, folder: Path, max_shard_size: int) -> None:
@@ -47,7 +46,7 @@ class ShardWriter:
         self._written: list[Path] = []
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """Take the next tensor; raises ValueError for a name that was given before."""
+        """Add the next tensor; raises ValueError for a duplicate name."""
         if name in self._shard_of or name in self._pending:
             raise ValueError(f"tensor {name} was added twice")
         if self._pending and self._pending_bytes + array.nbytes > self.max_shard_size:
@@ -57,7 +56,7 @@ class ShardWriter:
         self._total_bytes += array.nbytes
 
     def close(self) -> None:
-        """Write what is left, give the shards their names, and write the index where there are several."""
+        """Write the last shard, rename the shards and, if there are several, write the index."""
         self._flush()
         count = len(self._written)
         names = (
@@ -76,7 +75,7 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        # How many shards there will be is known at the end only, and with it their names.
+        # The number of shards, and with it their names, is known only at the end.
         aside = self.folder / f".model-{len(self._written) + 1:05}.safetensors.partial"
         save_tensors(aside, self._pending)
         self._shard_of.update(dict.fromkeys(self._pending, len(self._written)))

@@ -1,4 +1,4 @@
-"""A YAML file and flags as one thing, and what is said of those that are wrong."""
+"""Parse YAML files and flags, and report what is wrong with them."""
 
 from lora_jax.options.command_line import option_names, parse
 

@@ -1,7 +1,7 @@
-"""A YAML file and flags as one thing: the file is turned into flags, and what is typed comes after it.
+"""Combine a YAML file and flags: the file is converted to flags, and those on the command line follow.
 
-Lists are separated by spaces, and a switch may be bare. Every name and value is checked here first, so that a mistake
-in either place gets the same kind of message; tyro then builds the dataclasses from them, and the help.
+Lists are separated by spaces, and switches need no value. All names and values are checked here first, so that mistakes
+in either place get the same kind of message; tyro then builds the dataclasses, and the help.
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ def parse(
     required: Collection[str] = (),
     first: str = CONFIG_FILE,
 ) -> Options:
-    """Return the options of a file and of the command line.
+    """Return the options in a file and on the command line.
 
-    A first argument that is no flag is a YAML file, which may be one of the options `also`: those that `kind` lacks
-    are passed over. `from_file` is given the file's options and the names of those that were typed, and returns what
-    is taken from the file. The help calls the file `first`, and names the options that are `required`.
-    Raises UserError for unknown options, all of a place together, for a bad value or a bad file; `--help` prints and
-    exits.
+    A first argument that is not a flag is a YAML file; options in it that `kind` lacks but that are in `also` are
+    skipped. `from_file` receives the file's options and the names of those on the command line, and returns the options
+    to use from the file. The help calls the file `first`, and lists the `required` options. Raises UserError for
+    unknown options, all of a place together, and for a bad value or a bad file; `--help` prints and exits.
     """
     rest = list(arguments)
     names = option_names(kind)
@@ -70,9 +69,9 @@ def parse(
 
 
 def option_names(kind: type) -> dict[str, Any]:
-    """Return every option's dotted name with its type; a field such as for_ is the option for.
+    """Return each option's dotted name with its type; a field such as for_ is the option for.
 
-    The type of an option that may be left unset (`config.unset`) lacks None, which nobody writes for it.
+    The type of an option that may be unset (`config.unset`) lacks None, which nobody writes for it.
     """
     names: dict[str, Hint] = {}
     hints = get_type_hints(kind)
@@ -89,7 +88,7 @@ def option_names(kind: type) -> dict[str, Any]:
 def _tyro(kind: type[Options], given: list[str], program: str, **settings: Any) -> Options:
     for section in get_type_hints(kind).values():
         if isinstance(section, type) and is_dataclass(section):
-            tyro.conf.configure(tyro.conf.FlagConversionOff)(section)  # its options take True or False
+            tyro.conf.configure(tyro.conf.FlagConversionOff)(section)  # options take True or False
     config = (tyro.conf.FlagCreatePairsOff,)
     return tyro.cli(kind, args=given, prog=program, config=config, use_underscores=True, **settings)
 
@@ -111,7 +110,7 @@ def _print_help(kind: type, usage: str, required: Collection[str]) -> None:
 
 @contextmanager
 def _without_none(kind: type) -> Iterator[None]:
-    """Annotate options that may be unset by their type alone: the help shows the default that they then have."""
+    """Annotate options that may be unset with their type alone, so that the help shows the default they get."""
     hints = get_type_hints(kind)
     before = dict(kind.__annotations__)
     with ExitStack() as sections:
@@ -127,7 +126,7 @@ def _without_none(kind: type) -> Iterator[None]:
 
 
 def _words(name: str, hint: Hint, values: list[str]) -> list[str]:
-    """Return an option as tyro reads it; a lone value is joined on, since it may start with a dash."""
+    """Return an option as tyro reads it; a single value is joined with "=", since it may start with a dash."""
     if hint is bool and "." not in name:
         return [f"--{name}"] if values == ["True"] else []
     return [f"--{name}", *values] if takes_several(hint) and len(values) != 1 else [f"--{name}={values[0]}"]

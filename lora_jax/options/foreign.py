@@ -1,7 +1,7 @@
-"""What options of TRL, transformers, PEFT, axolotl, LLaMA-Factory and Unsloth are called here: data alone.
+"""Names of options in TRL, transformers, PEFT, axolotl, LLaMA-Factory and Unsloth, with ours: only data.
 
-A word may stand with its value, as in `adapter=qlora`, which then goes before the word alone. Options of ours stand
-between backticks in sentences; whoever shows one writes it as a flag or as a key of YAML.
+A name may include a value, as in `adapter=qlora`, which takes precedence over the name alone. In sentences, our options
+are in backticks; they are shown as a flag or as a YAML key.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ RENAMED: dict[str, str] = {
     "prompt": "prompts input query text",
     "system": "system_prompt system_message default_system",
 }
-"""Our option, with a value where the word alone says as much, and the words for it."""
+"""Our option, with a value if the name alone implies one, and the other names."""
 
 ADVICE: dict[str, str] = {
     "give `train.per_device_train_batch_size` and `train.gradient_accumulation_steps`; a step has their"
@@ -201,7 +201,7 @@ ADVICE: dict[str, str] = {
     "set `data.format`": "type ds_type dataset_type formatting",
     "plain text is `data.format text`": "stage=pt do_pretrain is_pretraining",
 }
-"""What to do instead, and for which words."""
+"""Advice, and the names that it is for."""
 
 UNNEEDED: dict[str, str] = {
     "the attention kernel is chosen for the device": """
@@ -287,7 +287,7 @@ UNNEEDED: dict[str, str] = {
         ignore_bias_buffers strict runtime_config infer_backend
     """,
 }
-"""Why there is no such option, and for which words: what it would choose happens by itself."""
+"""Why there is no such option, and its names: it would choose something that happens automatically."""
 
 MISSING: dict[str, str] = {
     "selecting roles or turns by an option; mark them in the rows": """
@@ -356,7 +356,7 @@ MISSING: dict[str, str] = {
     "a debugger of the training loop": "debug profiler_steps detect_anomaly",
     "removing duplicate rows": "dataset_exact_deduplication deduplicate",
 }
-"""What is not supported, and the words that ask for it."""
+"""What is not supported, and the names that ask for it."""
 
 _DTYPES = {
     "bf16": "bfloat16",
@@ -450,4 +450,4 @@ VALUES: dict[str, dict[str, str]] = {
     },
     "resume": {"auto": "True", "last": "True", "latest": "True"},
 }
-"""Values of our options under their names elsewhere."""
+"""Values of our options under their names in other tools."""

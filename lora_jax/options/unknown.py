@@ -1,4 +1,4 @@
-"""What is said of options that do not exist: what to write instead, where another tool calls them so."""
+"""Messages about unknown options: what to use instead if another tool has that name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OFF = (*EMPTY, "false", "no", "off", "0", "0.0")
 
 
 class Unknown(NamedTuple):
-    """An option that there is not, as it was written, with its values."""
+    """An option that does not exist, as it was written, with its values."""
 
     name: str
     values: list[str]
@@ -27,10 +27,10 @@ class Unknown(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What to do about an unknown option.
+    """The answer to an unknown option.
 
-    text is an option of ours, with a value perhaps, for what is renamed or guessed, else a sentence; `with_value` says
-    that the value which was given is part of the question.
+    If it is renamed or guessed, text is an option of ours, possibly with a value, otherwise a sentence. `with_value`
+    means that the value is part of the question.
     """
 
     kind: Kind
@@ -68,7 +68,7 @@ def refuse(unknown: Sequence[Unknown], names: Mapping[str, Hint], where: str, da
 
 
 def answer_to(unknown: Unknown, names: Mapping[str, Hint]) -> Answer:
-    """Return what to do about an option that is none of `names`."""
+    """Return the answer to an option that is not in `names`."""
     last = unknown.name.rpartition(".")[2].lower()
     value = " ".join(unknown.values).lower()
     if alike := [
@@ -96,12 +96,12 @@ def answer_to(unknown: Unknown, names: Mapping[str, Hint]) -> Answer:
 
 
 def translated(name: str, text: str) -> str | None:
-    """Return what a value of our option is called here, None where no other tool's is known."""
+    """Return our name of another tool's value for an option, or None if it is unknown."""
     return VALUES.get(name, {}).get(text.lower())
 
 
 def in_words(text: str, dashes: str) -> str:
-    """Return a sentence with our options, between backticks, as they are written in a file or as flags."""
+    """Return a sentence with our options, in backticks, as they are written in a file or as flags."""
     return re.sub(r"`([^`]+)`", lambda found: _ours(found[1], dashes), text)
 
 
@@ -162,7 +162,7 @@ def _ours(text: str, dashes: str) -> str:
 
 
 def _by_text(found: Sequence[tuple[Unknown, Answer]], dashes: str, form: str, between: str = ", ") -> str:
-    """Return names with what is said of them, those of which the same is said together."""
+    """Return names with their answers, grouped by answer."""
     groups: dict[str, list[str]] = {}
     for unknown, answer in found:
         plain = answer._replace(with_value=answer.with_value and bool(answer.text))

@@ -1,4 +1,4 @@
-"""An option's values as they were written, held to its type."""
+"""Check the values of an option against its type."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lora_jax.types import Hint
 PATHS = (
     "path", "eval_path", "eval_paths", "output_dir", "output", "adapter", "base", "init_from", "checkpoint", "models",
 )  # fmt: skip
-"""Names of the options that take a path, whatever their section."""
+"""Names of options that are paths, in any section."""
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
-"""Bytes of a name, and of a path, that file systems take."""
+"""Maximum bytes of a name, and of a path, in file systems."""
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _NAMES = re.compile(r"[\w.]+(?:\s*[,\s]\s*[\w.]+)+")
 _NUMBERS: dict[Hint, tuple[Callable[[str], float], str]] = {
@@ -29,25 +29,25 @@ _NUMBERS: dict[Hint, tuple[Callable[[str], float], str]] = {
 
 
 def takes_several(hint: Hint) -> bool:
-    """Say whether an option of this type takes any number of values."""
+    """Return whether an option of this type takes any number of values."""
     return get_origin(hint) in (tuple, dict)
 
 
 def kind_of(hint: Hint) -> Hint:
-    """Return the type of an option's one value, None left out."""
+    """Return the type of an option's single value, without None."""
     return next((item for item in get_args(hint) if item is not NoneType), hint) if _optional(hint) else hint
 
 
 def checked(name: str, hint: Hint, values: list[str], label: str) -> list[str]:
-    """Return an option's values spelled as tyro reads them; raises UserError where they do not fit its type.
+    """Return an option's values as tyro reads them; raises UserError if they do not fit its type.
 
-    `label` is the option as the user wrote it, a flag or a key of a file.
+    `label` is the option as the user wrote it, a flag or a key in a file.
     """
     if (takes_several(hint) or _optional(hint)) and values in (["None"], ["null"]):
         return ["None"] if _optional(hint) else []
     kinds = get_args(hint)
     if get_origin(hint) is tuple:
-        if values == ["none"] and get_origin(kinds[0]) is Literal:  # as transformers has it, for report_to
+        if values == ["none"] and get_origin(kinds[0]) is Literal:  # as in transformers, for report_to
             return []
         return [_value(name, kinds[0], value, label) for value in values]
     if get_origin(hint) is dict:
@@ -95,7 +95,7 @@ def _value(name: str, kind: Hint, text: str, label: str) -> str:
 
 
 def _spelt(kind: Hint, text: str) -> str | None:
-    """Return a value as it is spelled here, None where it is none of this type."""
+    """Return a value as we write it, or None if it is not of this type."""
     word = text.lower()
     if kind is str:
         return text
@@ -103,7 +103,7 @@ def _spelt(kind: Hint, text: str) -> str | None:
         return "True" if word in TRUE else "False" if word in FALSE else None
     if get_origin(kind) is Literal:
         choices = {str(choice).lower(): choice for choice in get_args(kind)}
-        # Another writer of YAML may have turned a bare no into false, or true into True.
+        # Another YAML writer may have turned a bare no into false, or true into True.
         other = "no" if word in FALSE else "true" if word in TRUE else ""
         return choices.get(word, choices.get(other))
     try:
@@ -123,7 +123,7 @@ def _text(text: str, label: str) -> str:
 
 
 def _utf8(text: str, label: str) -> str:
-    """Return the text of an option; raises UserError where it is not UTF-8, or is a path and cannot be one."""
+    """Return an option's text; raises UserError if it is not UTF-8, or cannot be the path that it should be."""
     is_path = re.findall(r"\w+", label)[-1] in PATHS
     shown = text.encode("utf-8", "backslashreplace").decode()
     shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
@@ -131,7 +131,7 @@ def _utf8(text: str, label: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         try:
-            meant = os.fsencode(text).decode("utf-8")  # UTF-8 where the locale is said to be another
+            meant = os.fsencode(text).decode("utf-8")  # UTF-8 despite another locale
         except UnicodeError:
             raise UserError(f"{label} {shown}: is not UTF-8 text; write it in UTF-8") from error
         return text if is_path else meant

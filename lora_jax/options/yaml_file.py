@@ -1,7 +1,7 @@
-"""A YAML file of options, in which what is written is what is meant.
+"""A YAML file of options, read literally.
 
-PyYAML reads YAML 1.1, in which 0100 is 64, 1:30 is 90 and a bare no is False. Here every scalar but null stays the text
-that it is, as it would be on the command line, and its option's type says what it means.
+PyYAML reads YAML 1.1, where 0100 is 64, 1:30 is 90 and a bare no is False. Here every scalar except null stays text, as
+on the command line, and is interpreted by its option's type.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from lora_jax.types import Hint
 
 _KEPT = ("null", "merge", "str", "seq", "map")
 _TEXTS = ("int", "float", "bool", "timestamp")
-"""Kinds of scalars that stay text, where somebody wrote the kind: !!int 0100. Others, such as !!binary, are refused."""
+"""Tags of scalars that stay text, such as !!int 0100. Others, such as !!binary, are rejected."""
 _TAG = "tag:yaml.org,2002:"
 CONFIGS = "configs"
-"""Folder of the repository that holds examples; no wheel has it."""
+"""Folder of examples in the repository; wheels do not contain it."""
 
 
 class Entry(NamedTuple):
-    """A key of the file with all sections above it, and its value: texts, pairs of them flat."""
+    """A key of the file with all sections above it, and its value: texts, with pairs flattened."""
 
     name: str
     values: list[str]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a scalar is text, and a key stands once: of two, the first would be dropped without a word."""
+    """YAML with scalars as text and without duplicate keys, of which YAML would silently drop the first."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own attribute
         first: [(tag, form) for tag, form in known if tag.removeprefix(_TAG) in _KEPT]
@@ -46,11 +46,11 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Return a mapping; raises an error of YAML where it has a key twice."""
+        """Return a mapping; raises a YAML error for a duplicate key."""
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # refused by YAML itself
+                continue  # YAML itself rejects it
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -62,7 +62,7 @@ for _name in _TEXTS:
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """Return the mapping that a file holds; raises UserError where it holds none or cannot be read."""
+    """Return the mapping in a file; raises UserError if there is none, or if it cannot be read."""
     where = f"config file {path}"
     if path.is_dir():
         raise UserError(
@@ -82,7 +82,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         line = f" line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error)
         raise UserError(f"{where}{line}: is not valid YAML ({reason}); fix it") from error
-    except (RecursionError, ValueError) as error:  # thousands of brackets
+    except (RecursionError, ValueError) as error:  # thousands of nested brackets
         reason = (
             "is nested too deeply" if isinstance(error, RecursionError) else f"is not valid YAML ({error})"
         )
@@ -93,7 +93,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
 
 def entries(content: Mapping[Any, Any], names: Mapping[str, Hint], where: str) -> Iterator[Entry | Unknown]:
-    """Yield every option of a file, and what is none; raises UserError for a value of the wrong form."""
+    """Yield every option in a file, known or unknown; raises UserError for a value of the wrong form."""
     sections = sorted({known.partition(".")[0] for known in names if "." in known})
     for key, value in content.items():
         name = _text(key)
@@ -102,7 +102,7 @@ def entries(content: Mapping[Any, Any], names: Mapping[str, Hint], where: str) -
         elif isinstance(value, dict):
             for inner, below in value.items():
                 yield _entry(f"{name}.{_text(inner)}", below, names, where)
-        elif value is not None:  # without a value: all its options are commented out
+        elif value is not None:  # no value: all options in it are commented out
             raise UserError(f"{where}: {name} is a section; write its options below it, indented")
 
 
@@ -115,7 +115,7 @@ def _entry(name: str, value: Any, names: Mapping[str, Hint], where: str) -> Entr
 
 
 def _texts(value: Any, label: str | None) -> list[str]:
-    """Return a value as the words of a flag; `label` names it where it must not be nested."""
+    """Return a value as the words of a flag; `label` names it if it must not be nested."""
     if isinstance(value, dict):
         items = [item for pair in value.items() for item in pair]
     else:

@@ -1,1 +1,1 @@
-"""One program on many devices and processes: the mesh, who holds which part of what, and how processes meet."""
+"""Running on many devices and processes: the mesh, sharding rules, and how processes meet."""

@@ -1,9 +1,9 @@
-"""What one device of each kind has: memory, and the rates that bound a step's time.
+"""Memory and rates of each type of device, which bound the time of a step.
 
-TPU rates are those of Cloud TPU's pages on each version's architecture (peak bf16, HBM bandwidth, and the interconnect
-of all of a chip's links in one direction); a version whose chip is two devices has half of each. The limit of memory
-is what libtpu's compiler says is available when a program does not fit. GPU rates are those of NVIDIA's data sheets,
-dense, and half of NVLink's two directions.
+TPU rates are from Cloud TPU's pages on each version's architecture: peak bf16, HBM bandwidth, and the interconnect rate
+of all links of a chip in one direction. A version whose chip is two devices has half of each. The memory limit is what
+libtpu's compiler reports as available when a program does not fit. GPU rates are from NVIDIA's data sheets: dense, and
+half of NVLink's two directions.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ GIB, GB, TERA = 2**30, 1e9, 1e12
 class Chip:
     """One JAX device.
 
-    memory: bytes that a program may take; flops: peak bf16 operations a second; bandwidth: bytes a second from and to
-    memory; links: bytes a second that it sends to its neighbors, over all links; known: the sizes of topologies that
-    the planner names, smallest first; counted: what the number in Google's name of a slice, such as v5p-8, counts of
-    each chip.
+    memory: bytes that a program may use. flops: peak bf16 operations per second. bandwidth: bytes per second from and
+    to memory. links: bytes per second sent to neighbors, over all links. known: topology sizes that the planner names,
+    smallest first. counted: what the number in Google's slice names, such as v5p-8, counts per chip.
     """
 
     title: str
@@ -45,12 +44,12 @@ TPUS: dict[str, Chip] = {
     "tpu7x": Chip("TPU7x, a core", int(94.75 * GIB), 2307 / 2 * TERA, 7380 / 2 * GB, 600 / 2 * GB, _CUBES, 2),
 }
 """By the first word of libtpu's topologies. A v4 chip is two devices there; a v4 VM that joins both cores has half as
-many, of twice the memory."""
+many devices with twice the memory."""
 GPUS: dict[str, Chip] = {
     "a100": Chip("A100 SXM, 80 GB", int(0.75 * 85_197_586_432), 312 * TERA, 2039 * GB, 300 * GB),
     "h100": Chip("H100 SXM, 80 GB", int(0.75 * 84_978_434_048), 989 * TERA, 3352 * GB, 450 * GB),
 }
-"""Memory: the three quarters that JAX takes of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+"""Memory: the three quarters that JAX uses of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 
 KINDS: dict[str, Chip] = {
     "TPU v4": TPUS["v4"],
@@ -67,9 +66,9 @@ _GPUS = {r"NVIDIA A100-SXM.*": GPUS["a100"], r"NVIDIA H100 80GB HBM3": GPUS["h10
 
 
 def peak_flops(device: Any) -> float | None:
-    """Return the peak bf16 operations a second of a JAX device, None where it is of no known kind.
+    """Return the peak bf16 operations per second of a JAX device; None if its type is unknown.
 
-    A v4 chip whose cores are joined is one device of twice a core's peak.
+    A v4 chip whose cores are joined is one device with twice a core's peak.
     """
     kind = device.device_kind
     if (chip := KINDS.get(kind)) is not None:

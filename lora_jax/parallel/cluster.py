@@ -1,8 +1,8 @@
-"""What the environment says about the processes of a run: none of them ever trains alone by mistake.
+"""Find out from the environment about other processes, so that none of them trains alone by mistake.
 
-JAX finds its peers on TPU VMs, under SLURM's srun, under Open MPI 4 and, with the `kubernetes` package, in a
-Kubernetes Job. Every other launcher says in variables of its own how many processes it started. They fill in what
-`--distributed.*` leaves open; where that is not enough, the run is refused rather than trained once per process.
+JAX finds its peers on TPU VMs, under SLURM's srun, under Open MPI 4 and, with the `kubernetes` package, in a Kubernetes
+Job. Every other launcher sets variables with the number of processes. They supply what `--distributed.*` leaves open;
+if that is not enough, the run is rejected rather than trained once per process.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from lora_jax.config import DistributedOptions
 from lora_jax.errors import UserError
 
 NAMES = ("coordinator_address", "num_processes", "process_id")
-"""Options that together make a run of several processes."""
+"""Options that together describe a run of several processes."""
 VARIABLES = {name: f"JAX_{name.upper()}" for name in NAMES}
-"""Variables that stand for them."""
+"""Environment variables for them."""
 ALONE = "or --distributed.num_processes 1 if this process should train alone"
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """A program that starts the processes of a run, and the variables in which it tells each of them so."""
+    """A program that starts the processes of a run, and the variables that it sets for each of them."""
 
     name: str
     count: str
@@ -41,17 +41,17 @@ LAUNCHERS = (
 
 @dataclass(frozen=True)
 class Announcement:
-    """What announces other processes, in words, and which of how many this one is, as far as it is said."""
+    """What announces other processes, in words, with this process's number and their count if known."""
 
     text: str
     count: int | None = None
     number: int | None = None
     known_to_jax: bool = True
-    """JAX looks for it, and may find out how the processes meet."""
+    """Whether JAX recognizes it, and may find out how the processes meet."""
 
 
 def announced(environment: Mapping[str, str] = os.environ) -> Announcement | None:
-    """Return what says that this process is one of several, None where nothing does."""
+    """Return what announces that this process is one of several, or None."""
     for launcher in LAUNCHERS:
         count = _integer(environment.get(launcher.count))
         if count is not None and count > 1 and launcher.number in environment:
@@ -71,13 +71,13 @@ def announced(environment: Mapping[str, str] = os.environ) -> Announcement | Non
 
 
 def resolved(options: DistributedOptions, environment: Mapping[str, str] = os.environ) -> DistributedOptions:
-    """Return the options with what the environment adds to them: all of `NAMES`, the address alone, or none.
+    """Return the options completed from the environment: all of `NAMES`, only the address, or none.
 
-    JAX's own variables come first, then the launcher's count and number; JAX itself may find those that belong to an
-    address. `num_processes` 1 alone is a run of one process, whatever the environment says.
+    JAX's own variables come first, then the launcher's count and number; with an address, JAX may find the others
+    itself. `num_processes` 1 alone means one process, whatever the environment says.
 
     Raises:
-        UserError: what was given is wrong, or is not enough.
+        UserError: the information is wrong or insufficient.
     """
     if options.timeout < 1:
         raise UserError(f"--distributed.timeout {options.timeout}: must be positive")
@@ -103,7 +103,7 @@ def resolved(options: DistributedOptions, environment: Mapping[str, str] = os.en
 
 
 def refuse_alone(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise UserError where the environment announces other processes that this one has not met."""
+    """Raise UserError if the environment announces other processes that this one has not met."""
     if (found := announced(environment)) is not None:
         raise _refused(found)
 
@@ -120,7 +120,7 @@ def _refused(found: Announcement) -> UserError:
 
 
 def _of_jax(options: DistributedOptions, environment: Mapping[str, str]) -> dict[str, str | int]:
-    """Return what JAX's variables say of the options that are not given."""
+    """Return the values of JAX's variables for options that are not given."""
     found: dict[str, str | int] = {}
     for name, variable in VARIABLES.items():
         text = environment.get(variable)
@@ -134,7 +134,7 @@ def _of_jax(options: DistributedOptions, environment: Mapping[str, str]) -> dict
 
 
 def incomplete(options: DistributedOptions) -> UserError:
-    """Return the error for options of which some are missing."""
+    """Return the error for incomplete options."""
     missing = [name for name in NAMES if getattr(options, name) is None]
     given = " and ".join(f"--distributed.{name}" for name in NAMES if name not in missing)
     needed = " and ".join(f"--distributed.{name} (or {VARIABLES[name]})" for name in missing)

@@ -1,7 +1,7 @@
-"""The memory of this machine: what there is, what is free, and a refusal before more than that is taken.
+"""Memory of this machine: how much there is, how much is free, and an error before more than that is used.
 
-A kernel that runs out of memory ends a process without a word, and perhaps others. So where arrays live in the host's
-memory, what they need is compared with what is free before they are made.
+When memory runs out, the kernel kills a process without a message, and possibly others. So if arrays live in host
+memory, their size is compared with free memory before they are made.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 from lora_jax.errors import A_STEP, UserError
 
 CONTAINER = Path("/sys/fs/cgroup/memory.max")
-"""Holds the bytes that a container may take; beside it stands what it has taken."""
+"""File with a container's memory limit in bytes; its usage is in the same folder."""
 MACHINE = Path("/proc/meminfo")
 RECLAIMABLE = ("inactive_file", "active_file")
-"""Pages of files, in a container's `memory.stat`: the kernel drops them where memory is asked for."""
+"""Page cache entries in a container's `memory.stat`, which the kernel can reclaim."""
 
 
 def size_text(count: float) -> str:
-    """Return bytes as text in binary units."""
+    """Return a number of bytes as text in binary units."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -30,16 +30,16 @@ def size_text(count: float) -> str:
 
 
 def host_memory() -> int:
-    """Return the bytes of this machine's memory, or of its container's."""
+    """Return the memory of this machine, or of its container, in bytes."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # no container, or one without a limit: "max"
+    with suppress(OSError, ValueError):  # no container, or no limit: "max"
         whole = min(whole, int(CONTAINER.read_text()))
     return whole
 
 
 def devices_memory() -> int:
-    """Return the bytes that all devices of this process have together."""
-    import jax  # here, as the planner asks for the host's memory before it has chosen the platform
+    """Return the memory of all devices of this process together, in bytes."""
+    import jax  # not at the top: the planner asks for host memory before it selects the platform
 
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
@@ -48,7 +48,7 @@ def devices_memory() -> int:
 
 
 def free_memory() -> int | None:
-    """Return the bytes that can still be taken; None where the system does not say."""
+    """Return the free memory in bytes; None if the system does not say."""
     try:
         free = _numbers(MACHINE)["MemAvailable:"] * 1024
     except (OSError, ValueError, KeyError):
@@ -62,10 +62,10 @@ def free_memory() -> int | None:
 
 
 def check_fits(what: str, parts: Mapping[str, int], remedy: str = A_STEP) -> None:
-    """Raise UserError where `parts`, bytes by name, are more than is free in the memory that a CPU computes in.
+    """Raise UserError if `parts`, bytes by name, exceed the free memory that a CPU computes in.
 
-    Nothing is asked of several processes, which share a machine or do not, nor of accelerators, which have memory of
-    their own.
+    Not checked with several processes, which may or may not share a machine, nor with accelerators, which have their
+    own memory.
     """
     import jax  # as above
 

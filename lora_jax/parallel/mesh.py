@@ -1,9 +1,9 @@
-"""The mesh: four axes that share out rows, parameters, features and tokens over the devices.
+"""The mesh: four axes that shard rows, parameters, features and tokens over the devices.
 
-data       rows                       parameters are the same on each
-fsdp       rows, and parameters       a layer's are gathered when it is computed
-tensor     heads and features of a layer, and its parameters with them
-sequence   tokens per row
+data       rows                       parameters are replicated
+fsdp       rows, and parameters       a layer's parameters are gathered when it is computed
+tensor     heads and features of a layer, with its parameters
+sequence   tokens of each row
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AXES = (*ROWS, FEATURES, POSITIONS)
 
 
 def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
-    """Return the devices of each axis, -1 resolved; raises UserError where they do not multiply out to `devices`."""
+    """Return the size of each axis with -1 resolved; raises UserError if their product is not `devices`."""
     sizes = asdict(options)
     for name, size in sizes.items():
         if size < 1 and size != -1:
@@ -52,10 +52,10 @@ def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
 
 
 def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mesh:
-    """Return the mesh over `devices` (all of the run's by default), its axes split up by the compiler.
+    """Return the mesh over `devices` (by default all devices of the run), with axes that the compiler partitions.
 
-    Neighbors on the fastest links share the axes that come last; slices, or machines with GPUs, those that come
-    first. Raises UserError as `mesh_shape` does.
+    Neighbors on the fastest links share the last axes; slices, or machines with GPUs, are split along the first ones.
+    Raises UserError as `mesh_shape` does.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_shape(options, len(devices))
@@ -64,9 +64,9 @@ def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mes
 
 
 def laid_out(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
-    """Return devices in a shape with as many places, so that neighbors are near; in order where JAX knows no better.
+    """Return devices in a shape that keeps neighbors close; in order if JAX does not know better.
 
-    `jax.make_mesh` does not split the physical axes of most TPUs, and takes no devices of several slices.
+    `jax.make_mesh` does not split the physical axes of most TPUs, and does not support several slices.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     outer = []
@@ -81,12 +81,12 @@ def laid_out(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
         AssertionError,
         NotImplementedError,
         ValueError,
-    ):  # a chip that is two devices, slices of several sizes
+    ):  # a chip with two devices, slices of different sizes
         return np.array(devices, dtype=object).reshape(shape)
 
 
 def row_shards(mesh: Mapping[str, int]) -> int:
-    """Return over how many parts the rows of a batch are shared out, from the sizes of the axes."""
+    """Return the number of shards of a batch's rows, from the sizes of the axes."""
     return prod(mesh[name] for name in ROWS)
 
 
@@ -96,18 +96,18 @@ def rows_and_positions(
     positions: Sequence[str] = (POSITIONS,),
     rows: Sequence[str] = ROWS,
 ) -> tuple[tuple[str, ...] | None, ...]:
-    """Return the axes that cut the first two dimensions of activations [rows, positions, …], each where it divides.
+    """Return the axes that shard the first two dimensions of activations [rows, positions, …], if they divide them.
 
-    Both may be cut along several axes; the first of them that together divide are taken, or a single one.
+    Both dimensions may be sharded along several axes: all of them if they divide it together, or a single one.
     """
     cuts = [_dividing(size, axes, mesh) for size, axes in zip(shape, (rows, positions), strict=False)]
     return (*cuts, *(None,) * (len(shape) - len(cuts)))
 
 
 def constrained(x: jax.Array, rows: Sequence[str] = ROWS, features: str | None = None) -> jax.Array:
-    """Return activations [rows, positions, …] cut over the mesh in context, if there is one.
+    """Return activations [rows, positions, …] sharded over the current mesh, if there is one.
 
-    `rows` are the axes that cut rows, `features` the one that cuts the last dimension, if any.
+    `rows` are the axes that shard rows, `features` the one that shards the last dimension, if any.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:

@@ -1,7 +1,7 @@
-"""A run over several processes: how they meet, which one writes, and what happens when one is lost.
+"""Runs with several processes: how they meet, which one writes, and what happens if one is lost.
 
-JAX's distributed runtime does it all. It ends a process that has lost another one from below Python, with a stack
-of addresses; a small watchdog beside each process outlives that and says in one line what it means.
+JAX's distributed runtime does the work. It ends a process that has lost another one from C++, with a trace of
+addresses; a small watchdog next to each process survives that and explains it in one line.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from lora_jax.parallel.cluster import announced, incomplete, refuse_alone, resol
 from lora_jax.streams import only_python_prints
 
 HEARTBEAT, SHUTDOWN = 30, 1800
-"""Seconds of silence after which a process counts as lost, and that those that are done wait for one that exports."""
+"""Seconds of silence after which a process counts as lost, and that finished processes wait for one that exports."""
 
 PATIENCE = 10
-"""Seconds that processes which leave together wait for one another."""
+"""Seconds that processes that leave together wait for each other."""
 
 _LATER = 60
-"""Seconds by which JAX may wait longer for the others than this module: where it gives up, it aborts the process."""
+"""Additional seconds that JAX waits for the others, because it aborts the process when it gives up."""
 
 _DEPARTURES = "lora_jax/departures/"
-"""Where the processes' words are in the store, by their numbers."""
+"""Prefix of the processes' messages in the store, followed by their numbers."""
 
-# Reads what the process is doing from its standard input, whose end is the process's.
+# Reads the process's current activity from standard input, which ends with the process.
 _WATCHDOG = """
 import signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -56,18 +56,18 @@ if doing != ["done"]:
 
 
 def start(options: DistributedOptions) -> None:
-    """Join the other processes of the run, if the options or the environment say that there are any.
+    """Join the other processes of the run, if the options or the environment announce any.
 
-    Raises UserError for options that say it wrongly, where the environment announces processes that JAX cannot find,
-    where process 0 does not answer in time, and where its port is taken; ends the program where the others do not
-    come in time. To be called before any other use of JAX.
+    Must be called before any other use of JAX. Raises UserError for wrong options, if the environment announces
+    processes that JAX cannot find, if process 0 does not answer in time, or if its port is in use. Ends the program if
+    the others do not arrive in time.
     """
     options = resolved(options)
     address, given = options.coordinator_address, options.process_id
     if address is None and options.num_processes == 1:
         return
     if address is None and os.environ.get("JAX_PLATFORMS") == "cpu" and announced() is None:
-        return  # where nothing announces others, JAX would look for accelerators' clusters
+        return  # otherwise JAX would look for accelerator clusters
     if options.coordinator_port is not None:
         os.environ["JAX_COORDINATOR_PORT"] = str(options.coordinator_port)
     if address is not None and given is not None:
@@ -78,7 +78,7 @@ def start(options: DistributedOptions) -> None:
     late.daemon = True
     late.start()
     try:
-        with warnings.catch_warnings():  # in any pod JAX asks for a package, whether or not the pod has peers
+        with warnings.catch_warnings():  # in any pod, even without peers, JAX asks for a package
             warnings.filterwarnings("ignore", "\nKubernetes environment detected")
             jax.distributed.initialize(
                 address, options.num_processes, given, initialization_timeout=options.timeout + _LATER,
@@ -101,16 +101,16 @@ def start(options: DistributedOptions) -> None:
         late.cancel()
     watchdog.running()
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        only_python_prints()  # not Gloo, which connects CPUs and notes that it does
+        only_python_prints()  # not Gloo, which reports its connections
 
 
 def writes() -> bool:
-    """Say whether this process writes logs and exports."""
+    """Return whether this process writes logs and exports."""
     return jax.process_index() == 0
 
 
 def lost(error: Exception) -> UserError | None:
-    """Return what an error of the runtime means where it is that another process is gone, else None."""
+    """Return the UserError for an error that means that another process is gone, or None for any other error."""
     text = str(error)
     if jax.process_count() == 1 or not any(
         sign in text for sign in ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED")
@@ -124,9 +124,10 @@ def lost(error: Exception) -> UserError | None:
 
 
 def leave(code: int, last: str | None = None) -> None:
-    """End this process at once, its last words to standard error, where there are others: else each waits for all.
+    """If there are other processes, end this one immediately, with its last words on standard error.
 
-    The watchdog is told in any case: a caller that this returns to may end the program without what Python does last.
+    Otherwise each would wait for all. The watchdog is told in any case: if this returns, the caller may end the program
+    without Python's usual cleanup.
     """
     others = any(watchdog.met for watchdog in _WATCHDOGS) and jax.process_count() > 1
     if others:
@@ -144,9 +145,10 @@ TOLD, LEAVING, GONE = "told", "leaving", "gone"
 
 
 class Departure:
-    """What the processes tell one another in order to leave together, in a store that process 0 keeps.
+    """Messages by which processes leave together, in a store that process 0 keeps.
 
-    Each has one word there: it was told to stop, it leaves, it is gone. No collective is needed, and no main thread.
+    Each process has one message there: it was told to stop, it leaves, or it is gone. This needs no collective and no
+    main thread.
     """
 
     def __init__(self, client: Any, number: int, count: int) -> None:
@@ -154,17 +156,17 @@ class Departure:
 
     @classmethod
     def of_run(cls) -> Departure | None:
-        """Return that of the processes that have met, None where there is one alone."""
+        """Return the departure of the processes that have met, or None if there is only one."""
         client, number, count = map(_jax_state, ("client", "process_id", "num_processes"))
         return cls(client, number, count) if client is not None and count and count > 1 else None
 
     def say(self, word: str) -> None:
-        """Say a word in place of the one before."""
-        with suppress(Exception):  # the store is gone: so is process 0
+        """Replace this process's message."""
+        with suppress(Exception):  # the store is gone, and process 0 with it
             self._client.key_value_set(f"{_DEPARTURES}{self._number}", word, allow_overwrite=True)
 
     def said(self) -> list[str]:
-        """Return the words of the others, as far as they have said one."""
+        """Return the messages of the other processes that have one."""
         try:
             found = self._client.key_value_dir_get(_DEPARTURES)
         except Exception:
@@ -172,7 +174,7 @@ class Departure:
         return [word for key, word in found if key.rpartition("/")[2] != str(self._number)]
 
     def leave(self) -> NoReturn:
-        """End this process with 0 once all of them leave; process 0, whose end aborts the others, is the last."""
+        """End this process with 0 when all of them leave; process 0 goes last, because its end aborts the others."""
         until = time.monotonic() + PATIENCE
         self._wait((LEAVING, GONE), until)
         if self._number == 0:
@@ -188,13 +190,13 @@ class Departure:
 
 
 def wait_for_all(name: str) -> None:
-    """Return when every process is here; `name` tells the places apart."""
+    """Return when every process has arrived; `name` identifies the barrier."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def same_in_all(text: str) -> bool:
-    """Say whether all processes have the same text; all of them ask at the same place."""
+    """Return whether all processes have the same text; all must call this at the same point."""
     if jax.process_count() == 1:
         return True
     found = multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode())))
@@ -202,10 +204,10 @@ def same_in_all(text: str) -> bool:
 
 
 class Agreement:
-    """Whether any process wants something, the same answer in all of them.
+    """A question to all processes whether any of them wants something, with the same answer in all.
 
-    It is `LAG` questions old, so that no step waits for it: whoever asks has waited for the step before anyway. A run
-    of one process answers itself at once.
+    The answer is `LAG` questions old, so no step waits for it: the caller has waited for the previous step anyway. With
+    one process, the answer is immediate.
     """
 
     LAG = 1
@@ -216,7 +218,7 @@ class Agreement:
         self._asked: deque[jax.Array] = deque()
 
     def ask(self, flag: bool) -> bool:
-        """Ask whether the flag is set in any process; all of them ask at the same place."""
+        """Return whether the flag is set in any process; all must call this at the same point."""
         if jax.process_count() == 1:
             return flag
         count = self._here.mesh.size
@@ -226,14 +228,14 @@ class Agreement:
 
 
 def on_host(array: Any) -> np.ndarray:
-    """Return a whole array, wherever its parts are; all processes ask for it."""
+    """Return a whole array, wherever its shards are; all processes must call this."""
     if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _jax_state(name: str) -> Any:
-    """Return what JAX knows of the processes that meet, for which it has no public name; None where it is unknown."""
+    """Return JAX's private state about the processes, or None if it has no such attribute."""
     try:
         from jax._src.distributed import global_state
     except ImportError:
@@ -242,7 +244,7 @@ def _jax_state(name: str) -> Any:
 
 
 def _check_free(address: str) -> None:
-    """Raise UserError where process 0 cannot listen: JAX would share a port that is taken, and wait in vain."""
+    """Raise UserError if process 0 cannot listen: JAX would share a port that is in use, and wait forever."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -255,7 +257,7 @@ def _check_free(address: str) -> None:
 
 
 def _reach(address: str, timeout: int) -> None:
-    """Wait until something listens at the address of process 0."""
+    """Wait until process 0 listens at its address."""
     host, _, port = address.rpartition(":")
     until = time.monotonic() + timeout
     while True:
@@ -272,7 +274,7 @@ def _reach(address: str, timeout: int) -> None:
 
 
 class _Watchdog:
-    """A process beside this one that says what it means when this one is ended from below."""
+    """A process next to this one that explains it when this one is aborted."""
 
     def __init__(self, who: str, address: str | None) -> None:
         self.met = False
@@ -285,7 +287,7 @@ class _Watchdog:
             [sys.executable, "-S", "-c", _WATCHDOG, self._unmet(), met],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, text=True,
         )  # fmt: skip
-        atexit.register(self.done)  # after JAX's own, which was registered later
+        atexit.register(self.done)  # runs after JAX's own, which is registered later
 
     def running(self) -> None:
         """Note that all processes have met."""
@@ -293,20 +295,20 @@ class _Watchdog:
         self._say("running")
 
     def done(self) -> None:
-        """Note that this process ends of itself."""
+        """Note that this process ends normally."""
         atexit.unregister(self.done)
         self._say("done")
-        with suppress(OSError, ValueError):  # the latter where two threads end the program
+        with suppress(OSError, ValueError):  # ValueError if two threads end the program
             self._process.communicate()
 
     def give_up(self) -> None:
-        """End this process, which has waited for the others as long as it was to."""
+        """End this process after waiting too long for the others."""
         self.done()
         print(self._unmet(), file=sys.stderr, flush=True)
         os._exit(EXIT_CODE)
 
     def _unmet(self) -> str:
-        """Return the line about others that did not come, with the address that JAX has found by now."""
+        """Return the line about others that did not arrive, with the address that JAX has found by now."""
         if self._address is not None:
             remedy = (
                 "start all processes with the same --distributed.coordinator_address, on a port that only process 0 "
@@ -331,4 +333,4 @@ class _Watchdog:
 
 
 _WATCHDOGS: list[_Watchdog] = []
-"""That of this process."""
+"""The watchdog of this process."""

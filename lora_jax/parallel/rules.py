@@ -1,10 +1,10 @@
-"""Which mesh axes cut which leaf: one table over the paths of all trees.
+"""Sharding rules: which mesh axes shard which leaf, in one table for the paths of all trees.
 
-A rule is (regex, axes): the regex is searched in the leaf's path, "layers/self_attn/q_proj/kernel", the axes cut the
-leaf's last dimensions. The first match wins. Adapters follow their base, A its input axis and B its output axis, and
-`fsdp` cuts both of them.
-Optimizer state has the paths of what it is about as the ends of its own, and is cut likewise. A dimension that does
-not divide stays whole; a matrix is then shared out over `fsdp` along its other one, if nothing else cuts that.
+A rule is (regex, axes): the regex is searched in the leaf's path, such as "layers/self_attn/q_proj/kernel", and the
+axes shard the leaf's last dimensions. The first match wins. Adapters follow their base, A on its input axis and B on
+its output axis, and `fsdp` shards both. Optimizer state is sharded like its parameters, because its paths end in
+theirs. A dimension that does not divide is not sharded; a matrix is then sharded over `fsdp` along its other dimension,
+if nothing else shards that.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (rf"\b({_ROWS}|embed_tokens)/lora_B$", (None, PARAMETERS)),
     (r"", ()),
 )
-"""Norms, scales, biases of what comes out whole, and counters are whole on every device."""
+"""Norms, scales, biases of replicated outputs, and counters are replicated."""
 
 
 def axes_of(path: str, ndim: int) -> tuple[str | None, ...]:
-    """Return the mesh axis of each of a leaf's `ndim` dimensions, None where it is not cut."""
+    """Return the mesh axis of each of a leaf's `ndim` dimensions, or None."""
     last = next(axes for regex, axes in RULES if re.search(regex, path))
     return (*(None,) * (ndim - len(last)), *last) if len(last) <= ndim else (None,) * ndim
 
@@ -45,9 +45,9 @@ def dividing(
     mesh: Mapping[str, int],
     units: Sequence[int] | None = None,
 ) -> tuple[str | None, ...]:
-    """Return the axes less those that do not divide their dimension into equal parts of whole units (1 each).
+    """Return the axes without those that do not divide their dimension into equal parts of whole units (default 1).
 
-    Of the last two dimensions either may be shared out over `fsdp`, whose shards are gathered before they are used.
+    `fsdp`, whose shards are gathered before use, may move to the other one of the last two dimensions.
     """
     units = units or (1,) * len(shape)
 
@@ -64,5 +64,5 @@ def dividing(
 
 
 def spec_of(path: str, shape: Sequence[int], mesh: Mapping[str, int]) -> P:
-    """Return how a leaf of a shape is cut."""
+    """Return how a leaf of a shape is sharded."""
     return P(*dividing(shape, axes_of(path, len(shape)), mesh))

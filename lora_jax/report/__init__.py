@@ -1,1 +1,1 @@
-"""The page about one or several runs: what is read of a run's folder, the figures, and the HTML around them."""
+"""The HTML page about one or several runs: reading their folders, figures, and HTML."""

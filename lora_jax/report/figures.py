@@ -1,8 +1,8 @@
 """The figures of the page, as plotly draws them in the browser.
 
-Colors are names of the page's own, var(--…), which its script replaces by those of the theme. A trace's `meta` says
-what the page's switches do with it: `run` is the number of its run, `tokens` the other x axis, `smooth` whether it is
-the running mean of a curve (True) or a curve that has one (False).
+Colors are CSS variables, var(--…), which the page's script replaces with the theme's. A trace's `meta` tells the page's
+switches what to do with it: `run` is the index of its run, `tokens` the other x axis, `smooth` whether it is the
+running mean of a curve (True) or a curve that has one (False).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from lora_jax.report.runs import EVAL_LOSS, RunFiles
 from lora_jax.types import Values
 
 COLOURS = 6
-"""Colors that tell runs apart, --c1 to --c6; further runs begin anew."""
+"""Number of colors for runs, --c1 to --c6; further runs start again."""
 SMOOTHED = 60
-"""Points from which a curve is shown with its running mean."""
+"""Number of points from which a curve is shown with its running mean."""
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Modules of a layer in the order of a forward pass; others come after them."""
+"""Modules of a layer in the order of a forward pass; others follow."""
 APART = 10
-"""How many times more than another one's a run's greatest update may be before the two have scales of their own."""
+"""Ratio between the largest updates of two runs from which they get separate color scales."""
 QUIET = ("step", "epoch", "num_tokens", "step_seconds", "base_eval_loss")
-"""Figures that get no curve of their own."""
+"""Metrics that get no curve."""
 TITLES = {
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
@@ -38,7 +38,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with the title that stands above it, and one sentence on what it shows."""
+    """A figure with its title, and a sentence that describes it."""
 
     key: str
     title: str
@@ -47,7 +47,7 @@ class Figure:
 
 
 def loss_figure(runs: Sequence[RunFiles]) -> Figure | None:
-    """Return the losses of training and evaluation, None where none was logged."""
+    """Return the figure of training and evaluation losses, or None if none was logged."""
     figure, several = _figure(340), len(runs) > 1
     for index, run in enumerate(runs):
         _curve(figure, index, run, "loss", f"{run.name}, train" if several else "train", _colour(index))
@@ -60,14 +60,14 @@ def loss_figure(runs: Sequence[RunFiles]) -> Figure | None:
 
 
 def eval_labels(run: RunFiles) -> list[str]:
-    """Return what a run's evaluation sets are called in the page: eval, or eval and a set's name."""
+    """Return the labels of a run's evaluation sets: eval, or eval and a set's name."""
     return [f"eval {name}".rstrip() for name in run.all_eval_sets]
 
 
 def legend(runs: Sequence[RunFiles]) -> list[tuple[str, str, bool]]:
-    """Return what the curves of all figures mean: a name, its color, and whether it is an evaluation's.
+    """Return the legend of all figures: name, color, and whether a curve is from an evaluation.
 
-    Of several runs the color is the run's, so that the lines alone tell training from evaluation.
+    With several runs the color identifies the run, and only the line style tells training from evaluation.
     """
     if len(runs) > 1:
         evaluated = any(eval_labels(run) for run in runs)
@@ -82,7 +82,7 @@ def legend(runs: Sequence[RunFiles]) -> list[tuple[str, str, bool]]:
 def small_figures(runs: Sequence[RunFiles]) -> list[Figure]:
     """Return a figure for each other curve: first the usual ones, then whatever else was logged.
 
-    What was measured both in training and on evaluation rows shares a figure; what was 0 all along has none.
+    Metrics measured both in training and evaluation share a figure; those that are always 0 have none.
     """
     groups: dict[str, list[tuple[str, str]]] = {key: [] for key in TITLES}
     for key in dict.fromkeys(key for run in runs for key in run.keys):
@@ -111,7 +111,7 @@ def small_figures(runs: Sequence[RunFiles]) -> list[Figure]:
 
 
 def _group(key: str, sets: Sequence[str]) -> tuple[str, str]:
-    """Return what a figure of metrics.jsonl measures, and on which rows: train, eval or a named set."""
+    """Return what a metric in metrics.jsonl measures, and on which rows: train, eval or a named set."""
     for name in sorted(sets, key=len, reverse=True):
         if key.startswith(f"eval_{name}_"):
             return key.removeprefix(f"eval_{name}_"), f"eval {name}"
@@ -119,7 +119,7 @@ def _group(key: str, sets: Sequence[str]) -> tuple[str, str]:
 
 
 def lengths_figure(runs: Sequence[RunFiles]) -> Figure | None:
-    """Return the histogram of the lengths of the training rows, one outline a run."""
+    """Return the histogram of the lengths of the training rows, one outline per run."""
     figure = _figure(240, hover="closest")
     for index, run in enumerate(runs):
         lengths = (_data(run, "train") or {}).get("lengths")
@@ -128,7 +128,7 @@ def lengths_figure(runs: Sequence[RunFiles]) -> Figure | None:
         width, counts = lengths["width"], lengths["counts"]
         bars = range(next((i for i, count in enumerate(counts) if count), 0), len(counts))
         middles, heights = [(i + 0.5) * width + 0.5 for i in bars], [counts[i] for i in bars]
-        if len(runs) > 1:  # bars that lie over each other hide one another
+        if len(runs) > 1:  # overlapping bars would hide each other
             figure.add_scatter(
                 x=[middles[0] - width, *middles, middles[-1] + width], y=[0, *heights, 0], mode="lines",
                 name=_plain(run.name), line={"color": _colour(index), "width": 2, "shape": "hvh"},
@@ -145,7 +145,7 @@ def lengths_figure(runs: Sequence[RunFiles]) -> Figure | None:
 
 
 def moved_figures(runs: Sequence[RunFiles]) -> list[Figure]:
-    """Return for each run the update's norm by module and layer; runs that moved alike share a scale."""
+    """Return for each run the update's norm by module and layer; runs with similar updates share a color scale."""
     values = {index: found for index, run in enumerate(runs) if (found := _moved_values(run))}
     most = {index: max(found.values()) for index, found in values.items()}
     drawn = []
@@ -197,7 +197,7 @@ def _moved_values(run: RunFiles) -> dict[tuple[int, str], float]:
 
 
 def moved_value(moved: Moved, relative: bool) -> float | None:
-    """Return the figure that is shown of a module; None where it is not finite, as after a run that diverged."""
+    """Return the value shown for a module; None if it is not finite, as after a run that diverged."""
     value = moved.relative if relative else moved.norm
     return value if value is not None and math.isfinite(value) else None
 
@@ -218,7 +218,7 @@ def _colour(index: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text in which plotly, whose labels take a little HTML and templates, sees neither."""
+    """Return a text escaped for plotly, whose labels interpret some HTML and templates."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%{", "% {")
 
 
@@ -255,7 +255,7 @@ def _points(
 
 
 def _running_mean(values: Sequence[float]) -> list[float | None]:
-    """Return the exponential mean over about a twentieth of the curve; a value that is not finite leaves a gap."""
+    """Return the exponential mean over about a twentieth of the curve; non-finite values leave a gap."""
     weight = 1 - 2 / (max(3, len(values) / 20) + 1)
     mean, whole, found = 0.0, 0.0, list[float | None]()
     for value in values:
@@ -266,7 +266,7 @@ def _running_mean(values: Sequence[float]) -> list[float | None]:
 
 
 def _mark(figure: go.Figure, run: RunFiles, name: str) -> None:
-    """Draw where a run was gone on with, and where its loss was lost."""
+    """Mark where a run was resumed, and where its loss became non-finite."""
     resumed = run.record.get("resumed")
     for entry in resumed if isinstance(resumed, list) else ():
         if isinstance(entry, Mapping) and isinstance(entry.get("step"), int):

@@ -1,4 +1,4 @@
-"""One HTML page that asks the network for nothing: styles, script and plotly.js stand in it."""
+"""A single HTML page without network requests: styles, script and plotly.js are embedded."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PAGE = Path(__file__).with_name("page")
 
 
 def render(runs: Sequence[RunFiles]) -> str:
-    """Return the page of one run, or of several laid over each other.
+    """Return the page of one run, or of several overlaid.
 
-    Whatever comes from a run's files is escaped: by jinja in text, and in the figures, which are JSON.
+    Everything from a run's files is escaped: by jinja in text, and as JSON in figures.
     """
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,

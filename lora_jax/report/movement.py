@@ -1,8 +1,8 @@
-"""Which layers moved: the Frobenius norm of each module's update, from the files that a run left.
+"""How much each layer changed: the Frobenius norm of each module's update, from a run's files.
 
-For a low-rank module it is the norm of s·B·A, from two products of rank by rank: |BA|² = Σ (BᵀB ∘ AAᵀ). For a module
-that was trained whole it is that of the difference to the base. Where the base can be read at little cost, each is
-also divided by the norm of the base's weight, one tensor in memory at a time.
+For a low-rank module it is the norm of s·B·A, computed from two rank x rank products: |BA|² = Σ (BᵀB ∘ AAᵀ). For a
+fully trained module it is the norm of the difference from the base. If the base is cheap to read, each norm is also
+divided by the norm of the base's weight, with one tensor in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lora_jax.run_folder import ADAPTER, MODEL
 from lora_jax.types import Values
 
 CHEAP = 4 * 2**30
-"""Bytes of the base that are read at most, for the norms of its weights."""
+"""Maximum size of a base that is read for the norms of its weights, in bytes."""
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
 class Moved:
-    """One module: its layer (None outside the layers), its kind, the update's norm, and that over the weight's."""
+    """One module: its layer (None outside the layers), its kind, the update's norm, and that relative to the weight."""
 
     name: str
     layer: int | None
@@ -40,21 +40,21 @@ class Moved:
 
 @dataclass(frozen=True)
 class Movement:
-    """All modules that a run trained, and why their base's norms are not known, if they are not."""
+    """All modules that a run trained, and why the norms of the base are unknown, if they are."""
 
     modules: tuple[Moved, ...]
     without_base: str | None = None
 
     @property
     def is_relative(self) -> bool:
-        """Whether each norm is known beside that of its weight."""
+        """Whether each norm is also known relative to its weight."""
         return self.without_base is None
 
 
 def movement(folder: Path, options: Values) -> Movement | None:
-    """Return what a run's files tell, None where it left no adapter or model that can be read.
+    """Return the updates from a run's files; None if it left no readable adapter or model.
 
-    `options` are those of the base model, which a model that was trained whole does not name itself.
+    `options` are those of the base model, which a fully trained model does not name.
     """
     try:
         if (folder / ADAPTER / ADAPTER_CONFIG_FILE).exists():
@@ -62,7 +62,7 @@ def movement(folder: Path, options: Values) -> Movement | None:
         if (folder / MODEL).is_dir():
             return _of_model(folder, options)
     except (UserError, OSError, ValueError):
-        pass  # written by something else, or damaged: the page does without
+        pass  # foreign or damaged files: the page omits this section
     return None
 
 
@@ -87,14 +87,14 @@ def _of_adapter(folder: Path) -> Movement | None:
 
 
 def low_rank_norms(config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return the norm of s·B·A for each adapted module; tensors as PEFT has them, [rank, in] and [out, rank]."""
+    """Return the norm of s·B·A for each adapted module; tensors have PEFT's shapes, [rank, in] and [out, rank]."""
     norms: dict[str, float] = {}
     for key, a in tensors.items():
         for ending in (".lora_A.weight", ".lora_embedding_A"):
             b = tensors.get(key.replace("_A", "_B")) if key.endswith(ending) else None
             if b is not None:
                 name = key.removesuffix(ending)
-                with np.errstate(over="ignore", invalid="ignore"):  # of a run that diverged
+                with np.errstate(over="ignore", invalid="ignore"):  # for a run that diverged
                     square = float(np.sum((b.T @ b).astype(np.float64) * (a @ a.T)))
                 norms[name] = scaled(name, config)[2] * max(square, 0.0) ** 0.5
     return norms
@@ -111,7 +111,7 @@ def _of_model(folder: Path, options: Values) -> Movement | None:
 
 def _difference(name: str, tensor: np.ndarray, base: Checkpoint) -> Moved:
     before = base.tensor(name).astype(np.float32)
-    after = tensor.astype(np.float32)[: before.shape[0]]  # rows that were added have no before
+    after = tensor.astype(np.float32)[: before.shape[0]]  # added rows have no previous value
     norm = float(np.linalg.norm(after - before))
     return _moved(name.removesuffix(".weight"), norm, norm / (float(np.linalg.norm(before)) or 1.0))
 
@@ -123,14 +123,14 @@ def _moved(name: str, norm: float, relative: float | None) -> Moved:
 
 
 def _base(named: str | None, revision: str | None) -> tuple[Checkpoint | None, str | None]:
-    """Return the base where it lies on this machine and is not quantized, or why not."""
+    """Return the base if it is on this machine and not quantized, or else why not."""
     folder = Path(named or "").expanduser()
     if named and not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
             folder = Path(snapshot_download(named, revision=revision, local_files_only=True))
-        except Exception:  # no id, or not in the cache
+        except Exception:  # not an id, or not in the cache
             return None, "the base is not on this machine"
     try:
         if not named or read_json_object(folder / "config.json", "").get("quantization_config"):

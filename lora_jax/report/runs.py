@@ -1,4 +1,4 @@
-"""What a run's folder tells, however the run ended: nothing of it but metrics.jsonl or config.yaml has to be there."""
+"""Read a run's folder, however the run ended: only metrics.jsonl or config.yaml has to be there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVAL_LOSS = re.compile(r"eval_(?:(.+)_)?loss")
 
 @dataclass(frozen=True)
 class Sample:
-    """What a prompt was completed to, by the steps that it was asked at."""
+    """The completions of a prompt, by step."""
 
     prompt: str
     texts: Mapping[int, str]
@@ -32,7 +32,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run as its folder tells it; `lines` are those of metrics.jsonl, one a step."""
+    """A run as read from its folder; `lines` are those of metrics.jsonl, one per step."""
 
     name: str
     folder: Path
@@ -43,9 +43,9 @@ class RunFiles:
     movement: Movement | None = None
 
     def series(self, key: str) -> tuple[list[int], list[float], list[int | None]]:
-        """Return the steps at which a figure was logged, the figure, and the tokens trained on until then.
+        """Return the steps at which a metric was logged, its values, and the tokens trained on until then.
 
-        A figure that was no finite number stands in its line as null, and is NaN here.
+        A value that is not finite is null in metrics.jsonl, and NaN here.
         """
         found = [
             (
@@ -59,13 +59,13 @@ class RunFiles:
         return [step for step, _, _ in found], [value for _, value, _ in found], [n for _, _, n in found]
 
     def last(self, key: str) -> float | None:
-        """Return the last value of a figure, None where it was never logged."""
+        """Return the last value of a metric; None if it was never logged."""
         values = self.series(key)[1]
         return values[-1] if values else None
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Names of all figures, in the order that they come up."""
+        """Names of all metrics, in the order in which they appear."""
         return tuple(
             dict.fromkeys(
                 key
@@ -77,7 +77,7 @@ class RunFiles:
 
     @cached_property
     def all_eval_sets(self) -> tuple[str, ...]:
-        """Names of the evaluation sets, in their order; one without a name has the empty one."""
+        """Names of the evaluation sets in order; the name of an unnamed one is empty."""
         return tuple(match[1] or "" for key in self.keys if (match := EVAL_LOSS.fullmatch(key)))
 
     @cached_property
@@ -87,7 +87,7 @@ class RunFiles:
 
     @cached_property
     def diverged(self) -> int | None:
-        """The step from which on a loss is no finite number; None where it came back, as after a skipped step."""
+        """The step from which the loss is not finite; None if it recovered, as after a skipped step."""
         found = []
         for key in self.keys:
             if key == "loss" or EVAL_LOSS.fullmatch(key):
@@ -96,13 +96,13 @@ class RunFiles:
                     (i for i, value in enumerate(reversed(values)) if math.isfinite(value)), len(values)
                 )
                 if key == "loss" and lost == 1 and self.record.get("status") == "finished":
-                    continue  # its last step alone was skipped
+                    continue  # only its last step was skipped
                 found += steps[len(steps) - lost :][:1]
         return min(found, default=None)
 
     @cached_property
     def warnings(self) -> tuple[tuple[int, str], ...]:
-        """What the run warned of, with the steps."""
+        """The run's warnings, with their steps."""
         listed = [(int(line["step"]), line.get("warnings")) for line in self.lines]
         return tuple((step, str(text)) for step, texts in listed if isinstance(texts, list) for text in texts)
 
@@ -113,7 +113,7 @@ class RunFiles:
 
     @cached_property
     def steps(self) -> int | None:
-        """The steps that the run was to take."""
+        """The number of steps that the run was to take."""
         steps = self.record.get("steps")
         return steps if isinstance(steps, int) else None
 
@@ -132,7 +132,7 @@ class RunFiles:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
-    """Read several runs, named so that no two have the same name; raises UserError as `read_run` does."""
+    """Read several runs and give them distinct names; raises UserError as `read_run` does."""
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
@@ -141,12 +141,12 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
 
 
 def read_lines(folder: Path) -> list[Object]:
-    """Return what a run has logged, one object a step."""
+    """Return what a run has logged, one object per step."""
     return _merged(_objects(folder / METRICS))
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Read a run's folder; raises UserError where it is none."""
+    """Read a run's folder; raises UserError if it is not one."""
     if not folder.is_dir():
         raise UserError(f"report {folder}: no such folder; give the --output_dir of a run")
     if not any((folder / name).exists() for name in (METRICS, CONFIG, RECORD)):
@@ -168,13 +168,13 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def section(options: Values, name: str) -> Values:
-    """Return a section of the options, empty where there is none."""
+    """Return a section of the options, empty if there is none."""
     found = options.get(name)
     return found if isinstance(found, Mapping) else {}
 
 
 def _apart(folder: Path, folders: Sequence[Path]) -> str:
-    """Return the end of a path that tells it from the others, the folder itself where one is given twice."""
+    """Return the end of a path that distinguishes it from the others; the folder itself if it is given twice."""
     parts = folder.resolve().parts
     for count in range(1, len(parts) + 1):
         end = parts[-count:]
@@ -195,7 +195,7 @@ def _text(path: Path) -> str:
 
 
 def _objects(path: Path) -> list[Object]:
-    """Return the objects of a file of JSON lines, without what a killed run left of its last one."""
+    """Return the objects in a JSON Lines file, without a last line that is partial."""
     found: list[Object] = []
     for line in _text(path).splitlines():
         try:
@@ -224,7 +224,7 @@ def _options(path: Path) -> Object:
 
 
 def _merged(lines: Sequence[Object]) -> list[Object]:
-    """Return one object a step, in order; of what is there twice the later holds."""
+    """Return one object per step, in order; the later of two duplicates counts."""
     steps: dict[int, Object] = {}
     for line in lines:
         steps.setdefault(line["step"], {}).update(line)

@@ -1,4 +1,4 @@
-"""What stands in words and tables on the page: the outcome, the data, the options, and how to run it again."""
+"""The texts and tables of the page: outcome, data, options, and how to repeat the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Fact = tuple[str, str]
 
 
 def outcome(run: RunFiles) -> list[Fact]:
-    """Return the figures that tell how a run went, those that are known."""
+    """Return the known results of a run."""
     speeds = [value for value in run.series("tokens_per_second")[1] if math.isfinite(value)]
     mfus = [value for value in run.series("mfu")[1] if math.isfinite(value)]
     parameters = _mapping(run.record.get("parameters"))
@@ -38,9 +38,9 @@ def outcome(run: RunFiles) -> list[Fact]:
 
 
 def evaluated(run: RunFiles) -> list[tuple[str, str | None]]:
-    """Return each evaluation set's loss before the first step and of what was exported, and the first's perplexity.
+    """Return each evaluation set's loss before the first step and for the exported state, and the first's perplexity.
 
-    Of a run that is not finished the last evaluation's stands for the second.
+    For an unfinished run, the last evaluation takes the place of the exported state.
     """
     final, facts = _mapping(run.record.get("results")), []
     for name in run.all_eval_sets:
@@ -56,7 +56,7 @@ def evaluated(run: RunFiles) -> list[tuple[str, str | None]]:
 
 
 def troubles(run: RunFiles) -> list[str]:
-    """Return a sentence for each thing about a run that its reader has to know."""
+    """Return a sentence for each problem of a run that the reader should know about."""
     found = []
     if run.diverged is not None:
         found.append(f"The loss is not finite from step {run.diverged:,} on: the run diverged.")
@@ -69,11 +69,11 @@ def troubles(run: RunFiles) -> list[str]:
 
 DATA = ("rows", "tokens", "trained_tokens", "longest", "max_length", "truncated", "dropped")
 HEADS = ("rows", "tokens", "trained", "longest row", "max_length", "cut", "dropped")
-"""The columns of the table of data, and how they are headed."""
+"""Column headings of the data table."""
 
 
 def data_rows(run: RunFiles) -> list[tuple[str, str, list[str]]]:
-    """Return for each data set of a run what it is for, its name and its counts."""
+    """Return the purpose, name and counts of each data set in a run."""
     data, found = _mapping(run.record.get("data")), []
     sets = [(f"eval {name}".rstrip(), facts) for name, facts in _mapping(data.get("eval")).items()]
     for use, facts in [("train", data.get("train")), *sets]:
@@ -85,7 +85,7 @@ def data_rows(run: RunFiles) -> list[tuple[str, str, list[str]]]:
 
 
 def moved_rows(run: RunFiles, most: int = 8) -> list[tuple[str, str]]:
-    """Return the modules that moved most, with the figure that the map shows."""
+    """Return the modules with the largest updates, with the values in the map."""
     if run.movement is None:
         return []
     relative = run.movement.is_relative
@@ -106,7 +106,7 @@ def options(run: RunFiles) -> dict[str, list[Fact]]:
 
 
 def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
-    """Return the options that runs differ in, with the value that each has."""
+    """Return the options in which runs differ, with each run's value."""
     flat = [
         {name: _shown(value) for name, value in flatten_dict(dict(run.options), sep=".").items()}
         for run in runs
@@ -185,7 +185,7 @@ def _short(count: float) -> str:
 
 
 def _time(run: RunFiles) -> str | None:
-    """Return how long the run took from start to end; of one that was gone on with, nothing is known."""
+    """Return how long the run took from start to end; unknown if it was resumed."""
     try:
         started, ended = (datetime.fromisoformat(str(run.record[name])) for name in ("started", "ended"))
     except (KeyError, ValueError):
@@ -193,7 +193,7 @@ def _time(run: RunFiles) -> str | None:
     if run.record.get("resumed"):
         return None
     seconds = int((ended - started).total_seconds())
-    if seconds < 0:  # the clock was set back
+    if seconds < 0:  # the clock was changed
         return None
     hours, minutes = divmod(seconds // 60, 60)
     return (
