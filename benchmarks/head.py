@@ -11,25 +11,18 @@ together, the least of some steps taken in turn.
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.init import init_adapter
-from lora_jax.adapters.targets import make_plan
-from lora_jax.config import TrainOptions
-from lora_jax.data.batches import Batch
-from lora_jax.hub.adapter_files import AdapterConfig
-from lora_jax.models.decoder import Decoder
-from lora_jax.models.families import read_config
-from lora_jax.models.load import abstract_params
-from lora_jax.models.names import modules
+import lora_jax as lj
 from lora_jax.training import head_blocks, losses
-from lora_jax.training.optim import make_optimizer
-from lora_jax.training.step import init_state, make_train_step
 
 ROWS, LENGTH = 4, 512
 CONFIG = {
@@ -41,26 +34,24 @@ CONFIG = {
 
 def compiled_step(vocab: int) -> tuple[Any, tuple[Any, ...], int]:
     """Return a compiled step, its arguments, and the bytes that it takes besides them."""
-    config = read_config(CONFIG | {"vocab_size": vocab}, "here")
-    plan = make_plan(AdapterConfig(r=16, lora_alpha=32, target_modules="all-linear"), modules(config))
-    keys = iter(jax.random.split(jax.random.key(0), 100))
-    frozen = jax.tree.map(
-        lambda leaf: 0.02 * jax.random.normal(next(keys), leaf.shape, leaf.dtype), abstract_params(config)
-    )
-    trainable, adapter = init_adapter(next(keys), plan, frozen, config.num_hidden_layers, "true")
-    optimizer = make_optimizer(TrainOptions(lr_scheduler_type="constant"), 100)
-    state = init_state(trainable, optimizer, next(keys))
-    step: Any = make_train_step(Decoder(config, gradient_checkpointing=True), optimizer)
-    compiled = step.lower(state, frozen, adapter, batch(vocab, 1.0)).compile()
-    return compiled, (state, frozen, adapter), compiled.memory_analysis().temp_size_in_bytes
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(CONFIG | {"vocab_size": vocab}))
+        model = lj.load(file, random_weights=True)
+    model = model.replace(module=model.module.clone(gradient_checkpointing=True))
+    adapter = model.add_adapter(lj.LoraConfig(lora_dropout=0.0))
+    optimizer = lj.make_optimizer(lj.TrainingArguments(lr_scheduler_type="constant"), 100)
+    step, state = lj.make_train_step(model, adapter, optimizer), lj.init_state(model, adapter, optimizer)
+    compiled = step.lower(state, batch(vocab, 1.0)).compile()
+    return compiled, (state, model.params, adapter.facts), compiled.memory_analysis().temp_size_in_bytes
 
 
-def batch(vocab: int, trained: float) -> Batch:
+def batch(vocab: int, trained: float) -> lj.Batch:
     """Return full rows whose last part is trained."""
     tokens = np.random.default_rng(0).integers(0, vocab, (1, ROWS, LENGTH)).astype(np.int32)
     places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
     weights = (places >= LENGTH * (1 - trained)).astype(np.float32)
-    return Batch(tokens, places, np.ones_like(tokens), np.roll(tokens, -1, -1), weights)
+    return lj.Batch(tokens, places, np.ones_like(tokens), np.roll(tokens, -1, -1), weights)
 
 
 def memory(vocabs: list[int]) -> None:

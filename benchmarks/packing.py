@@ -12,10 +12,9 @@ import argparse
 import time
 from pathlib import Path
 
-from lora_jax.config import DataOptions
-from lora_jax.data.dataset import load_examples
-from lora_jax.data.steps import Shaping, step_batch
-from lora_jax.hub.tokenizer import load_tokenizer, padding_token_id
+from transformers import AutoTokenizer
+
+import lora_jax as lj
 
 WAYS = {"one length": ("none", 1), "2 buckets": ("none", 2), "4 buckets": ("none", 4), "8 buckets": ("none", 8),
         "bfd": ("bfd", 1), "wrapped": ("wrapped", 1)}  # fmt: skip
@@ -32,19 +31,24 @@ def main() -> None:
     parser.add_argument("--rows_per_step", type=int, default=16)
     parser.add_argument("--multiple", type=int, default=64)
     options = parser.parse_args()
-    tokenizer = load_tokenizer(options.model)
-    rows = load_examples(
-        DataOptions(max_length=options.max_length), tokenizer, options.rows, "train", vocab_size=None
-    )
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    rows = lj.tokenize(options.rows, tokenizer, lj.DataConfig(max_length=options.max_length))
     print(rows.summary())
+    lj.make_mesh()  # starts JAX
     for name, (packing, most) in WAYS.items():
+        data = lj.DataConfig(
+            max_length=options.max_length,
+            packing=packing,
+            length_buckets=most,
+            pad_to_multiple_of=options.multiple,
+        )
         started = time.perf_counter()
-        shaping = Shaping(packing, options.max_length, most, options.multiple, parts=1)
-        plan = shaping.plan(rows.lengths, options.rows_per_step, seed=42, epochs=EPOCHS)
-        planned, steps = time.perf_counter() - started, range(min(20, plan.steps_per_epoch))
+        batches = lj.batches(rows, tokenizer, data, batch_size=options.rows_per_step, epochs=EPOCHS)
+        planned, steps = time.perf_counter() - started, range(min(20, batches.steps_per_epoch))
+        plan = batches.plan
         started = time.perf_counter()
         for step in steps:
-            step_batch(rows, plan, step, accumulation=1, padding_id=padding_token_id(tokenizer))
+            batches[step]
         made = (time.perf_counter() - started) / len(steps)
         computed = sum(
             length * count * options.rows_per_step for length, count in plan.steps_by_length.items()

@@ -43,18 +43,18 @@ def write_rows(file: Path, size: int) -> int:
 
 def measure(file: str, tokenizer: str, processes: int) -> None:
     """Tokenize a file in this program and print the figures as JSON."""
-    from lora_jax.config import DataOptions
-    from lora_jax.data.dataset import load_examples
-    from lora_jax.hub.tokenizer import load_tokenizer
+    from transformers import AutoTokenizer
 
-    loaded = load_tokenizer(Path(tokenizer))
+    import lora_jax as lj
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
     with tempfile.TemporaryDirectory() as folder:  # imports what it needs
         first = Path(folder) / "rows.jsonl"
         with Path(file).open() as lines:
             first.write_text(lines.readline())
-        load_examples(DataOptions(cache=False), loaded, str(first), "train", None)
+        lj.tokenize(first, loaded, lj.DataConfig(cache=False))
     before, started = _peak(), time.monotonic()
-    found = load_examples(DataOptions(num_proc=processes, max_length=2048), loaded, file, "train", None)
+    found = lj.tokenize(file, loaded, lj.DataConfig(num_proc=processes, max_length=2048))
     seconds = time.monotonic() - started
     print(json.dumps({"seconds": seconds, "peak": _peak() - before, "tokens": found.tokens}))
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,45 +67,22 @@ def our_steps(
 ) -> list[float]:
     """Return the seconds of our steps; `options` are those of the base model."""
     import jax
-    import jax.numpy as jnp
 
-    from lora_jax.adapters.init import init_adapter
-    from lora_jax.adapters.peft import adapter_config
-    from lora_jax.adapters.targets import make_plan
-    from lora_jax.config import LoraOptions, ModelOptions, TrainOptions
-    from lora_jax.data.batches import Batch
-    from lora_jax.hub.packed_checkpoint import open_checkpoint
-    from lora_jax.models.decoder import Decoder
-    from lora_jax.models.families import read_config
-    from lora_jax.models.load import load_params
-    from lora_jax.models.names import modules
-    from lora_jax.models.quantization import quantization_of
-    from lora_jax.training.optim import make_optimizer
-    from lora_jax.training.step import init_state, make_train_step
+    import lora_jax as lj
 
-    checkpoint = open_checkpoint(Path(model))
-    config = read_config(checkpoint.config, model)
-    plan = make_plan(adapter_config(LoraOptions(r=RANK, lora_alpha=ALPHA), model, None), modules(config))
-    quantization = quantization_of(ModelOptions(**options), checkpoint, config)
-    frozen = load_params(checkpoint, config, dtype, quantization)
-    key = jax.random.key(0)
-    trainable, adapter = init_adapter(key, plan, frozen, config.num_hidden_layers, "true")
-    optimizer = make_optimizer(TrainOptions(lr_scheduler_type="constant"), steps)
-    compute = jnp.dtype(compute_dtype)
-    decoder = Decoder(config, dtype=compute, gradient_checkpointing=CHECKPOINTING)
-    step = make_train_step(decoder, optimizer)
-    state = init_state(trainable, optimizer, key)
-    tokens, chosen = batch(config.vocab_size, trained)
-    weights = np.zeros(tokens.shape, np.float32)
-    weights[:, :-1] = chosen[:, 1:]
-    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
-    targets = np.roll(tokens, -1, 1).astype(np.int32)
-    whole = Batch(tokens.astype(np.int32), positions, np.ones_like(positions), targets, weights)
-    inputs = Batch(*(np.ascontiguousarray(array)[None] for array in whole))
+    base = lj.load(model, dtype=dtype, compute_dtype=compute_dtype, **options)
+    base = base.replace(module=base.module.clone(gradient_checkpointing=CHECKPOINTING))
+    adapter = base.add_adapter(
+        lj.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0), key=jax.random.key(0)
+    )
+    optimizer = lj.make_optimizer(lj.TrainingArguments(lr_scheduler_type="constant"), steps)
+    step, state = lj.make_train_step(base, adapter, optimizer), lj.init_state(base, adapter, optimizer)
+    tokens, chosen = batch(base.config.vocab_size, trained)
+    inputs = lj.make_batch(tokens, labels=np.where(chosen, tokens, -100))
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
-        state, metrics = step(state, frozen, adapter, inputs)
+        state, metrics = step(state, inputs)
         loss = float(metrics.loss)
         seconds.append(time.perf_counter() - start)
         print(f"  loss {loss:.4f}", file=sys.stderr)

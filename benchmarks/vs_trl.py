@@ -24,11 +24,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import lora_jax as lj
 
 ROWS_A_STEP, EVAL_ROWS, LENGTH, RANK, ALPHA, RATE = 8, 40, 512, 16, 32, 2e-4
 
@@ -98,80 +101,77 @@ def trl(model: str, folder: Path, steps: int, **options: Any) -> Figures:
     return {"seconds": ends[-1] - ends[0], "peak_bytes": peak, "adapter": adapter, "own_loss": loss}
 
 
-def ours(model: str, folder: Path, steps: int, *flags: str) -> Figures:
-    """Train as the command line does, with `flags` beside those that make the runs comparable."""
-    output = Path(tempfile.mkdtemp(prefix="lora_jax-", dir=folder))
-    common = {
-        "--data.path": str(folder / "train.jsonl"), "--lora.init_from": str(folder / "start"),
-        "--train.learning_rate": str(RATE), "--train.lr_scheduler_type": "constant", "--train.max_grad_norm": "0.3",
-        "--train.num_train_epochs": "1", "--train.gradient_checkpointing": "False", "--train.logging_steps": "1",
-    }  # fmt: skip
-    lines = _train(model, output, common, flags)
+def ours(model: str, folder: Path, steps: int, args: Mapping[str, int], **data: Any) -> Figures:
+    """Train with `args` and `data`, the options that differ between the runs."""
+    arguments = {
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        **args,
+    }
+    result = _train(model, folder, "start", "train.jsonl", arguments, **data)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    taken = [line["step_seconds"] for line in lines if line["step"] > 1]
+    taken = [line["step_seconds"] for line in result.metrics if line["step"] > 1]
     return {
         "seconds": sum(taken) * (steps - 1) / len(taken),  # packed rows come in steps of nearly eight rows
         "peak_bytes": peak,
-        "adapter": str(output / "adapter"),
+        "adapter": str(result.adapter_folder),
     }
 
 
 def loss_of(adapter: str, model: str, folder: Path) -> float:
     """Return the loss of an adapter on the rows to evaluate on: what lora_jax finds before a first step from there."""
-    output = Path(tempfile.mkdtemp(prefix="loss-", dir=folder))
-    asked = {
-        "--data.path": str(folder / "eval.jsonl"), "--data.eval_path": str(folder / "eval.jsonl"),
-        "--lora.init_from": adapter, "--train.max_steps": "1", "--train.per_device_train_batch_size": "1",
-    }  # fmt: skip
-    return next(line["eval_loss"] for line in _train(model, output, asked) if line["step"] == 0)
+    args = {"max_steps": 1, "per_device_train_batch_size": 1}
+    return _train(model, folder, adapter, "eval.jsonl", args, evaluated=True).eval_losses[0]
 
 
 def _train(
-    model: str, output: Path, asked: dict[str, str], flags: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-    """Train in float32, saving nothing on the way; return the lines of metrics.jsonl."""
-    from lora_jax.cli import main
+    model: str,
+    folder: Path,
+    adapter: str,
+    rows: str,
+    args: Mapping[str, Any],
+    evaluated: bool = False,
+    **data: Any,
+) -> lj.TrainResult:
+    """Train from an adapter in float32, saving nothing on the way; the paths are in `folder`."""
+    import lora_jax as lj
 
-    common = {
-        "--model.path": model, "--model.dtype": "float32", "--data.max_length": str(LENGTH),
-        "--train.save_strategy": "no", "--output_dir": str(output),
-    }  # fmt: skip
-    code = main(["train", *(word for pair in (common | asked).items() for word in pair), *flags])
-    if code:
-        raise SystemExit(code)
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    base = lj.load(model, dtype="float32")
+    arguments = lj.TrainingArguments(
+        output_dir=tempfile.mkdtemp(prefix="lora_jax-", dir=folder), learning_rate=RATE, max_grad_norm=0.3,
+        logging_steps=1, save_strategy="no", **args,
+    )  # fmt: skip
+    return lj.train(
+        base, base.load_adapter(folder / adapter), folder / rows, arguments,
+        data=lj.DataConfig(max_length=LENGTH, **data), eval_rows=folder / rows if evaluated else None,
+    )  # fmt: skip
 
 
 def in_order(model: str, folder: Path) -> int:
     """Put the rows into the order in which MIXED takes them; return their trained tokens."""
-    from lora_jax.config import DataOptions, TrainOptions
-    from lora_jax.data.dataset import load_examples
-    from lora_jax.data.steps import Shaping
-    from lora_jax.hub.tokenizer import load_tokenizer
+    from transformers import AutoTokenizer
 
-    file = folder / "train.jsonl"
-    options = DataOptions(path=(str(file),), max_length=LENGTH)
-    found = load_examples(options, load_tokenizer(Path(model)), options.path, "train", None)
-    shaping = Shaping("none", LENGTH, 1, 64, 1)
-    plan = shaping.plan(found.lengths, ROWS_A_STEP, TrainOptions.seed, epochs=1)
+    import lora_jax as lj
+
+    file, data = folder / "train.jsonl", lj.DataConfig(max_length=LENGTH, length_buckets=1)
+    found = lj.batches(file, AutoTokenizer.from_pretrained(model), data, batch_size=ROWS_A_STEP)
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    order = [row for step in range(plan.steps_per_epoch) for row in plan.rows_of(step)]
+    order = [row for step in range(len(found)) for row in found.plan.rows_of(step)]
     (folder / "ordered.jsonl").write_text("".join(lines[row] for row in order), encoding="utf-8")
-    return found.trained_tokens
+    return found.rows.trained_tokens
 
 
-def batch(rows: int, passes: int) -> tuple[str, ...]:
-    return (
-        "--train.per_device_train_batch_size", str(rows), "--train.gradient_accumulation_steps", str(passes),
-    )  # fmt: skip
+def batch(rows: int, passes: int) -> dict[str, int]:
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": passes}
 
 
 TRL, BEST = "TRL", "TRL, rows grouped by length"
 OURS, PACKED, MIXED = "lora_jax", "lora_jax, packed", "lora_jax, rows not grouped by length"
 CONTENDERS: dict[str, Callable[[str, Path, int], Figures]] = {
-    OURS: lambda model, folder, steps: ours(model, folder, steps, *batch(2, 4)),
-    MIXED: lambda model, folder, steps: ours(model, folder, steps, *batch(2, 4), "--data.length_buckets", "1"),
-    PACKED: lambda model, folder, steps: ours(model, folder, steps, *batch(3, 1), "--data.packing", "bfd"),
+    OURS: lambda model, folder, steps: ours(model, folder, steps, batch(2, 4)),
+    MIXED: lambda model, folder, steps: ours(model, folder, steps, batch(2, 4), length_buckets=1),
+    PACKED: lambda model, folder, steps: ours(model, folder, steps, batch(3, 1), packing="bfd"),
     f"{BEST}, 2 x 4": partial(
         trl, train_sampling_strategy="group_by_length", per_device_train_batch_size=2,
         gradient_accumulation_steps=4,

@@ -19,21 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_jax.api.adapter import Adapter
+    from lora_jax.api.batching import Batches, batches, make_batch, tokenize
     from lora_jax.api.fine_tuning import TrainResult, merge, train
-    from lora_jax.api.functional import (
-        Batches,
-        batches,
-        join,
-        loss,
-        make_mesh,
-        partition,
-        shardings,
-        trainable_mask,
-    )
+    from lora_jax.api.functional import join, loss, make_mesh, partition, shardings, trainable_mask
     from lora_jax.api.language_model import Model, load
     from lora_jax.api.settings import DataConfig, LoraConfig, TrainingArguments
+    from lora_jax.api.stepping import TrainStep, init_state, make_optimizer, make_train_step
     from lora_jax.data.batches import Batch
     from lora_jax.errors import UserError
+    from lora_jax.training.step import StepMetrics, TrainState
     from lora_jax.version import __version__
 
 __all__ = [
@@ -43,34 +37,43 @@ __all__ = [
     "DataConfig",
     "LoraConfig",
     "Model",
+    "StepMetrics",
     "TrainResult",
+    "TrainState",
+    "TrainStep",
     "TrainingArguments",
     "UserError",
     "__version__",
     "batches",
+    "init_state",
     "join",
     "load",
     "loss",
+    "make_batch",
     "make_mesh",
+    "make_optimizer",
+    "make_train_step",
     "merge",
     "partition",
     "shardings",
+    "tokenize",
     "train",
     "trainable_mask",
 ]
 
 _HOMES = {
     "api.adapter": ("Adapter",),
+    "api.batching": ("Batches", "batches", "make_batch", "tokenize"),
     "api.fine_tuning": ("TrainResult", "merge", "train"),
-    "api.functional": (
-        "Batches", "batches", "join", "loss", "make_mesh", "partition", "shardings", "trainable_mask",
-    ),
+    "api.functional": ("join", "loss", "make_mesh", "partition", "shardings", "trainable_mask"),
     "api.language_model": ("Model", "load"),
     "api.settings": ("DataConfig", "LoraConfig", "TrainingArguments"),
+    "api.stepping": ("TrainStep", "init_state", "make_optimizer", "make_train_step"),
     "data.batches": ("Batch",),
     "errors": ("UserError",),
+    "training.step": ("StepMetrics", "TrainState"),
     "version": ("__version__",),
-}  # fmt: skip
+}
 """The module of each public name."""
 
 

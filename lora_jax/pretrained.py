@@ -92,7 +92,9 @@ class Pretrained:
 
     @property
     def added_rows(self) -> range:
-        """Rows of the vocabulary beyond those of the checkpoint."""
+        """Rows of the vocabulary beyond those of the checkpoint; none without weights."""
+        if not self.has_weights:
+            return range(0)
         stored = self.checkpoint.shape(name_table(self.config)[0].name)[0]
         return range(stored, self.config.vocab_size)
 

@@ -19,7 +19,8 @@ GROUPS = {
     "Models and adapters": ("load", "Model", "LoraConfig", "Adapter"),
     "Training and merging": ("train", "TrainingArguments", "DataConfig", "TrainResult", "merge"),
     "A loop of your own": (
-        "loss", "batches", "Batches", "Batch", "join", "partition", "trainable_mask", "make_mesh", "shardings",
+        "loss", "batches", "Batches", "Batch", "tokenize", "make_batch", "make_optimizer", "init_state", "TrainState",
+        "make_train_step", "TrainStep", "StepMetrics", "join", "partition", "trainable_mask", "make_mesh", "shardings",
     ),
     "Errors and version": ("UserError", "__version__"),
 }  # fmt: skip
@@ -30,7 +31,7 @@ INTRODUCTION = """# Python API
 `import lora_jax as lj` takes milliseconds: JAX is imported when a name is first used. What this page lists is public;
 everything else may change without notice. The examples run on the model that ships with the repository, with
 
-    import jax, jax.numpy as jnp, optax
+    import jax, jax.numpy as jnp, numpy as np, optax
     import lora_jax as lj
 
     model = lj.load("examples/fennel-2m")
@@ -68,7 +69,8 @@ def described(name: str) -> Iterator[str]:
         if isinstance(value, property) and public:
             yield f"**`.{attribute}`** — {body(value.fget)}"
         elif inspect.isfunction(value) and public and not issubclass(found, Exception):
-            called = name.lower() if attribute == "__call__" else f"{name.lower()}.{attribute}"
+            instance = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+            called = instance if attribute == "__call__" else f"{instance}.{attribute}"
             yield f"#### `{called}`\n\n{signature(called, value)}\n{body(value)}"
 
 

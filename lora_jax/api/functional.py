@@ -1,32 +1,23 @@
-"""Pieces for a training loop of one's own: losses, batches, and trees cut into what is trained and what is not."""
+"""Pieces for a training loop of your own: the loss, trees split into base and trained, meshes and shardings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from lora_jax.api.adapter import Adapter
 from lora_jax.api.language_model import Model
 from lora_jax.api.plain_errors import naming_fields
-from lora_jax.api.row_files import Rows, files_of
-from lora_jax.api.settings import DataConfig, plain
-from lora_jax.config import DataOptions, MeshOptions, check_data
+from lora_jax.config import MeshOptions
 from lora_jax.data.batches import Batch
-from lora_jax.data.dataset import load_examples
-from lora_jax.data.steps import step_batch
-from lora_jax.hub.chat_templates import set_chat_template
-from lora_jax.hub.tokenizer import padding_token_id
 from lora_jax.models import sharding
 from lora_jax.parallel import mesh as meshes
-from lora_jax.parallel.mesh import POSITIONS, ROWS
-from lora_jax.training.feed import shaping
 from lora_jax.training.step import batch_loss
 
 WHOLE = "modules_to_save"
@@ -55,80 +46,6 @@ def _loss(model: Model, adapter: Adapter | None, batch: Batch, key: Any) -> Any:
         total, _ = batch_loss(model.module_of(adapter), trained, model.params, facts, batch, key)
     weight = jnp.sum(batch.weights)
     return total / jnp.where(weight > 0, weight, 1.0)
-
-
-class Batches(Sequence[Batch]):
-    """The batches of some epochs over rows: iterate over them, or ask for one by its number."""
-
-    def __init__(self, make: Callable[[int], Batch], steps: int, steps_per_epoch: int) -> None:
-        self._make, self._steps = make, steps
-        self.steps_per_epoch = steps_per_epoch
-
-    def __len__(self) -> int:
-        return self._steps
-
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        chosen = range(self._steps)[index]
-        return self._make(chosen) if isinstance(chosen, int) else [self._make(step) for step in chosen]
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(self._make, range(self._steps))
-
-    def __repr__(self) -> str:
-        return f"Batches({self._steps} steps, {self.steps_per_epoch} per epoch)"
-
-
-def batches(
-    rows: Rows,
-    tokenizer: Any,
-    config: DataConfig | None = None,
-    *,
-    batch_size: int = 8,
-    epochs: int = 1,
-    seed: int | None = 42,
-    mesh: Mesh | None = None,
-) -> Batches:
-    """Return the batches of rows of text or chat, tokenized, masked and padded or packed as `lj.train` does it.
-
-    A batch has the arrays `tokens`, `positions`, `segment_ids`, `targets` and `weights`, all [batch, length]; a token
-    is trained where its target's weight is not 0. Lengths are a few, so that a jitted step is compiled a few times.
-
-    Args:
-        rows: a file, a folder, a pattern or a Hub id, several of them, or dicts.
-        tokenizer: the model's.
-        config: how rows become tokens and batches.
-        batch_size: rows of a batch; where they are packed, each holds several.
-        epochs: times that each row is seen.
-        seed: of the order; None keeps rows of like length together, the longest first.
-        mesh: devices to lay the batches out on; None leaves them with the host, in numpy.
-
-    >>> batches = lj.batches("examples/captain.train.jsonl", model.tokenizer, batch_size=16, epochs=2)
-    >>> batches
-    Batches(54 steps, 27 per epoch)
-    >>> batches[0].tokens.shape
-    (16, 64)
-    """
-    with naming_fields():
-        data: DataOptions = plain(config or DataConfig(), DataOptions)
-        paths = files_of(rows)
-        check_data(data)
-        set_chat_template(tokenizer, data.chat_template)
-        found = load_examples(data, tokenizer, paths, data.split, len(tokenizer))
-        where = mesh or make_mesh()
-        plan = shaping(data, where).plan(found.lengths, batch_size, seed, epochs=epochs)
-        padding_id = padding_token_id(tokenizer, len(tokenizer))
-    here = None if mesh is None else NamedSharding(mesh, P(ROWS, POSITIONS))
-
-    def make(step: int) -> Batch:
-        whole = step_batch(found, plan, step, accumulation=1, padding_id=padding_id)
-        batch = Batch(*(array[0] for array in whole))
-        return batch if here is None else Batch(*jax.device_put(tuple(batch), here))
-
-    return Batches(make, epochs * plan.steps_per_epoch, plan.steps_per_epoch)
 
 
 def join(params: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:

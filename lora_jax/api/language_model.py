@@ -39,8 +39,9 @@ from lora_jax.models.decoder import Decoder, positions_of
 from lora_jax.models.layers import variables
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import modules
+from lora_jax.models.random_weights import random_params
 from lora_jax.parallel.mesh import make_mesh
-from lora_jax.pretrained import Pretrained, open_pretrained
+from lora_jax.pretrained import Pretrained, open_config, open_pretrained
 from lora_jax.run.setup import check_resized, run_keys
 
 
@@ -226,8 +227,9 @@ def load(
     bnb_4bit_compute_dtype: Dtype | None = ModelOptions.bnb_4bit_compute_dtype,
     llm_int8_skip_modules: Sequence[str] | None = ModelOptions.llm_int8_skip_modules,
     mesh: Mesh | None = None,
+    random_weights: bool = False,
 ) -> Model:
-    """Read a causal language model from a folder or the Hub, quantized as it is read where asked for.
+    """Read a causal language model from a folder or the Hub, quantized as it is read if you ask for it.
 
     Args:
         path: folder of a Hugging Face checkpoint, or its id on the Hub.
@@ -242,6 +244,8 @@ def load(
         bnb_4bit_compute_dtype: compute_dtype of a 4-bit model, by its name in transformers.
         llm_int8_skip_modules: modules to leave unquantized.
         mesh: devices to lay the parameters out on (see `make_mesh`); None takes all, sharding parameters over them.
+        random_weights: draw the weights at random, to try speed and memory; `path` may be a config.json, and a folder
+            needs nothing else.
 
     Raises:
         UserError: the checkpoint is absent, damaged or of an unknown family, or options contradict it.
@@ -255,10 +259,13 @@ def load(
     options = ModelOptions(**{**values, "path": str(path), "llm_int8_skip_modules": skipped})
     with naming_fields():
         check_model(options)
-        base = open_pretrained(options, option="load")
+        base = open_config(options) if random_weights else open_pretrained(options, option="load")
         mesh = make_mesh(MeshOptions()) if mesh is None else mesh
-        params = base.params(mesh)
-        base.tokenizer  # noqa: B018 - what is wrong with it is said here
+        if random_weights:
+            params = random_params(base.abstract_params(), mesh)
+        else:
+            params = base.params(mesh)
+            base.tokenizer  # noqa: B018 - what is wrong with it is said here
     # Right for whatever rows hold; a GPU's fast attention needs one text a row, and is asked for by packed=False.
     return Model(params, Decoder(base.config, dtype=base.compute_dtype(), packed=True), base, mesh)
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from lora_jax.quant.codebooks import Table
+from lora_jax.quant.codebooks import QuantType, Table
 
 Tree = TypeVar("Tree")
 Axes = tuple[str | None, str | None]
@@ -89,7 +89,7 @@ class QuantizedKernel(_Kernel):
     nested_offset: Any = None
     sizes: tuple[int, int]
     dtype: np.dtype
-    quant_type: str
+    quant_type: QuantType
     table: Table
     blocksize: int
     nested_table: Table | None = None

@@ -32,9 +32,13 @@ class TrainState(NamedTuple):
     """Everything that a step changes, and the key for its randomness."""
 
     step: jax.Array
+    """Steps taken, int32."""
     trainable: Tree
+    """What is trained: float32 arrays, nested as the parameters are."""
     opt_state: Tree
+    """The optimizer's state."""
     key: jax.Array
+    """The key that each step folds its number into, for dropout and noise."""
 
 
 class StepMetrics(NamedTuple):
@@ -47,6 +51,7 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
     """Before clipping."""
     trained_tokens: jax.Array
+    """Their number."""
     right_tokens: jax.Array
     """Trained tokens that the model ranks first."""
     finite: jax.Array

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -50,7 +51,7 @@ def test_every_example_of_the_docstrings_prints_what_it_says(examples: Path) -> 
     adapter = model.add_adapter(
         lj.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]), key=jax.random.key(0)
     )
-    names = {"lj": lj, "jax": jax, "jnp": jnp, "optax": optax, "model": model, "adapter": adapter}
+    names = {"lj": lj, "jax": jax, "jnp": jnp, "np": np, "optax": optax, "model": model, "adapter": adapter}
     runner, parser, tried = doctest.DocTestRunner(optionflags=RULES), doctest.DocTestParser(), 0
     for one in documented():
         test = parser.get_doctest(inspect.getdoc(one) or "", dict(names), one.__qualname__, None, None)
