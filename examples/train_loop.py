@@ -2,8 +2,8 @@
 
     python examples/train_loop.py
 
-It teaches a model of two million parameters, which ships with the repository, to answer like a ship's crew. Give
-another model and rows to train those: python examples/train_loop.py Qwen/Qwen2.5-0.5B-Instruct rows.jsonl
+Trains the 2-million-parameter model that ships with the repository to answer like a ship's crew. Give another model and
+rows to train those: python examples/train_loop.py Qwen/Qwen2.5-0.5B-Instruct rows.jsonl
 """
 
 import sys
@@ -20,15 +20,15 @@ MODEL, ROWS = sys.argv[1:3] if len(sys.argv) > 2 else (HERE / "fennel-2m", HERE 
 STEPS, BATCH_SIZE, LEARNING_RATE, SEED = 60, 16, 4e-3, 0
 PROMPT = "What day follows Friday?"
 
-# The base is a pytree of parameters that nothing changes; load_in_4bit=True would hold it in 4 bits.
+# The base is a pytree of parameters that never change; load_in_4bit=True would hold it in 4 bits.
 model = lj.load(MODEL)
 print(model)
 
-# The adapter is a pytree too. What is trained is in adapter.trained: A and B of every linear layer, in float32.
+# The adapter is a pytree too. adapter.trained holds what is trained: A and B of every linear layer, in float32.
 init_key, dropout_key = jax.random.split(jax.random.key(SEED))
 adapter = model.add_adapter(lj.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05), key=init_key)
 
-# Rows become tokens, with a weight on those that the assistant says, and batches of a few lengths.
+# Rows become tokens, with weight on what the assistant says, in batches of a few different lengths.
 batches = lj.batches(ROWS, model.tokenizer, batch_size=BATCH_SIZE, epochs=10, seed=SEED)
 print(batches)
 
@@ -39,7 +39,7 @@ opt_state = optimizer.init(adapter.trained)
 
 @jax.jit
 def train_step(model, trained, opt_state, batch, key):
-    """One step; the model is an argument, since arrays that a function closes over become constants of its program."""
+    """One step. The model is an argument because arrays in a closure would become constants of the program."""
 
     def objective(trained):
         return lj.loss(model, adapter.replace(trained=trained), batch, key=key)
@@ -73,6 +73,6 @@ print("before:", model.generate(PROMPT, max_new_tokens=32))
 adapter = adapter.replace(trained=trained)
 print("after: ", model.generate(PROMPT, adapter=adapter, max_new_tokens=32))
 
-# PEFT, vLLM and lora_jax read what save writes; merge makes an ordinary checkpoint of base and adapter.
+# PEFT, vLLM and lora_jax can load what save writes; merge writes an ordinary checkpoint.
 print("wrote", adapter.save("train_loop/adapter"))
 print("wrote", lj.merge(model, adapter, "train_loop/merged", overwrite=True, quiet=True))

@@ -3,9 +3,9 @@
     make aot-cuda                               # installs jax[cuda13]<0.11, 4 GB, into an environment of its own
     python scripts/aot_cuda.py [--chip h100]
 
-Each product of four models, forward and backward, whole and in shards over `in` (of whole groups) and over `out`, is
-compiled as XLA would on such a machine; ptxas then tells the registers of what XLA generated. Exits with 1 where
-something does not compile, where registers spill, or where a temporary is as large as a weight of one byte an element.
+Each product of four models, forward and backward, whole and sharded over `in` (in whole groups) and over `out`, is
+compiled as XLA would compile it on such a machine; ptxas then reports the registers. Exits with 1 if something does not
+compile, if registers spill, or if a temporary is as large as a weight with one byte per element.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import NamedTuple
 DUMP = Path(tempfile.mkdtemp(prefix="aot-cuda-"))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP}"
-# What is imported below reads the environment.
+# The imports below read the environment.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
@@ -46,11 +46,11 @@ from shapes import FOR_KERNELS, MODELS, linear_layers  # noqa: E402
 BATCHES = (16, 512, 2048, 8192)
 SHARDS = (2, 4, 8)
 RAGGED = [(200, 4160, 4090), (1999, 3584, 4090), (1999, 4160, 4096)]
-"""Batches and sizes that no tile divides: every mask there is."""
+"""Batches and sizes that no tile divides, to cover every mask."""
 
 
 class Product(NamedTuple):
-    """x [batch, rows] · W, or dy [batch, outs] · Wᵀ, with the codes of so many layers."""
+    """x [batch, rows] · W, or dy [batch, outs] · Wᵀ, with the codes of `layers` layers."""
 
     batch: int
     rows: int
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def local_shapes() -> tuple[list[tuple[int, int, int]], list[str]]:
-    """Return each (layers, in, out) that a device holds of a module, once, and what cannot be sharded so."""
+    """Return each distinct (layers, in, out) that a device holds of a module, and what cannot be sharded."""
     shapes: dict[tuple[int, int, int], None] = {}
     undivided = []
     for model in FOR_KERNELS:
@@ -99,7 +99,7 @@ def local_shapes() -> tuple[list[tuple[int, int, int]], list[str]]:
 
 
 def check(chip: str, shapes: list[tuple[int, int, int]]) -> Iterator[str]:
-    """Compile all products for a chip, print what each tile needs, and yield what failed."""
+    """Compile all products for a chip, print what each tile needs, and yield failures."""
     start, failures = time.monotonic(), []
     target = topologies.get_topology_desc(
         platform="cuda",
@@ -116,7 +116,7 @@ def check(chip: str, shapes: list[tuple[int, int, int]]) -> Iterator[str]:
             name = f"{chip}: {product}"
             try:
                 tile, temporary, shared, ptx = compiled(product, CAPABILITIES[chip], sharding)
-            except Exception as error:  # whatever the compiler raises is a result
+            except Exception as error:  # any exception of the compiler is a result
                 failures.append(f"{name}: {str(error).splitlines()[0]}")
                 continue
             counts["of models" if product.tile is None else "with every mask"] += 1
@@ -149,7 +149,7 @@ def of_models(shapes: list[tuple[int, int, int]]) -> Iterator[Product]:
 
 
 def ragged(chip: str) -> Iterator[Product]:
-    """Yield a product for each tile of a chip with each mask, in both dtypes, and with offsets of 64 bits."""
+    """Yield a product for each tile of a chip with each mask, in both dtypes, and with 64-bit offsets."""
     facts = CHIPS.get(CAPABILITIES[chip], OTHER)
     for transposed in (False, True):
         for tile in facts.backward if transposed else facts.forward:
@@ -189,7 +189,7 @@ def compiled(product: Product, chip: str, sharding: SingleDeviceSharding) -> tup
 
 
 def registers(ptx: list[str]) -> tuple[int, int]:
-    """Return (registers, bytes spilled) of the neediest function of some PTX."""
+    """Return (registers, bytes spilled) of the function in some PTX that needs most."""
     used, spilled = [0], [0]
     for text in ptx:
         target = re.search(r"^\.target (\w+)", text, re.MULTILINE)
@@ -205,7 +205,7 @@ def registers(ptx: list[str]) -> tuple[int, int]:
 
 
 def ptxas() -> str:
-    """Return the path of ptxas: that of the pip packages, which XLA takes too, else one on the path."""
+    """Return the path of ptxas: from the pip packages, which XLA uses too, or else from PATH."""
     packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/ptxas"))
     found = str(packaged[-1]) if packaged else shutil.which("ptxas")
     if not found:

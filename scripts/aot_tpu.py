@@ -1,10 +1,10 @@
-"""Compile the TPU kernel for every TPU and every linear layer of four models, with no TPU at hand.
+"""Compile the TPU kernel for every TPU and every linear layer of four models, without a TPU.
 
     python scripts/aot_tpu.py [--chip v5e ...] [--batch 2048 ...]
 
-Forward and backward, whole and cut into 2, 4 and 8 along `in` (where that leaves whole groups of 128) and `out`. A
-program that does not compile, or that holds a temporary as large as a decoded weight, is named and makes the exit
-code 1. Needs the test extra (libtpu).
+Forward and backward, whole and sharded into 2, 4 and 8 along `in` (if that leaves whole groups of 128) and `out`. A
+program that does not compile, or that has a temporary as large as a decoded weight, is named, and the exit code is 1.
+Needs the test extra (libtpu).
 """
 
 import argparse
@@ -42,11 +42,11 @@ BATCHES = (16, 512, 2048, 8192)
 PARTS = (2, 4, 8)
 LAYERS = 2
 OWN = 256 << 10
-"""Bytes that a program for v5p may hold whatever its arrays are."""
+"""Bytes that a program for v5p may need, whatever its arrays are."""
 
 
 def local_shapes() -> tuple[list[tuple[int, int]], list[str]]:
-    """Return the shapes [in, out] that a device may hold, each once, and what cannot be cut."""
+    """Return the distinct shapes [in, out] that a device may hold, and what cannot be sharded."""
     shapes: dict[tuple[int, int], None] = {}
     uncut = []
     for name in FOR_KERNELS:
@@ -68,7 +68,7 @@ def compiled(device: Any, batch: int, rows: int, outs: int, transposed: bool) ->
     """Compile one product and return the bytes of its temporaries."""
 
     def by_rows(axes: int) -> Any:
-        # As in a training step: left to itself, a program of one product may take columns, and turn them in a copy.
+        # As in a training step: otherwise a program with one product may choose columns, and transpose them in a copy.
         return Format(Layout(major_to_minor=tuple(range(axes))), SingleDeviceSharding(device))
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -87,7 +87,7 @@ def compiled(device: Any, batch: int, rows: int, outs: int, transposed: bool) ->
 
 
 def results(chip: str, batch: int, shapes: list[tuple[int, int]]) -> Iterator[tuple[str, int | None, str]]:
-    """Yield (program, bytes of its temporaries or None, what is wrong with it or "") for each shape and direction."""
+    """Yield (program, bytes of its temporaries or None, its problem or "") for each shape and direction."""
     device = topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices[0]
     for rows, outs in shapes:
         for transposed in (False, True):
@@ -95,7 +95,7 @@ def results(chip: str, batch: int, shapes: list[tuple[int, int]]) -> Iterator[tu
             try:
                 with compiling_for(chip):
                     held = compiled(device, batch, rows, outs, transposed)
-            except Exception as error:  # the compiler's errors have no type of their own
+            except Exception as error:  # the compiler's errors have no exception type
                 yield name, None, str(error).splitlines()[0][:200]
                 continue
             yield name, held, f"holds {held} bytes of temporaries" if held >= 2 * rows * outs + OWN else ""

@@ -1,4 +1,4 @@
-"""Writes docs/api.md from the docstrings of what `import lora_jax` names: python scripts/api_page.py [--check]."""
+"""Write docs/api.md from the docstrings of lora_jax's public names: python scripts/api_page.py [--check]."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def page() -> str:
 
 
 def described(name: str) -> Iterator[str]:
-    """Yield the parts of one public name's entry."""
+    """Yield the parts of the entry for one public name."""
     found = getattr(lj, name)
     if isinstance(found, str):
         yield f"### `lj.{name}`\n\nThe version of the package that is installed.\n"
@@ -75,7 +75,7 @@ def described(name: str) -> Iterator[str]:
 
 
 def signature(called: str, function: Any) -> str:
-    """Return how a function is called, one parameter a line where that is long."""
+    """Return a function's signature, with one parameter per line if it is long."""
     parameters = [
         parameter.replace(annotation=inspect.Parameter.empty)
         for parameter in inspect.signature(function).parameters.values()

@@ -1,7 +1,7 @@
-"""Try the wheel in dist/ in an environment that holds nothing else: the commands of `make demo`, on the shipped model.
+"""Test the wheel in dist/ in an empty environment, with the commands of `make demo` on the shipped model.
 
-The environment and what the commands write are in build/, and are removed first. Commands run in build/, out of reach
-of the checkout's own package.
+The environment and the outputs are in build/ and are removed first. Commands run in build/, where Python does not see
+the checkout's package.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def run(*command: str) -> str:
-    """Run a command in the folder of outputs and return what it printed; end the program if it fails."""
+    """Run a command in the output folder and return what it prints; end the program if it fails."""
     outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=OUTPUT, env=outside, text=True, capture_output=True)
     if done.returncode:

@@ -1,8 +1,8 @@
-"""Click through the pages of `lora-jax report` in Debian's chromium; what `make check-report` runs.
+"""Test the pages of `lora-jax report` in Debian's chromium, for `make check-report`.
 
-Trains the shipped model for some steps, with two ranks, writes the pages of one run, of several, of one that diverged
-and of one that was killed, and opens each in light and dark, as wide as a desk's screen and as a phone's. Whatever is
-wrong is an AssertionError; screenshots of all are left in the folder that is printed.
+Trains the shipped model for some steps with two ranks, writes the pages of one run, of several, of one that diverged
+and of one that was killed, and opens each in light and dark, at desktop and phone width. Any fault is an
+AssertionError; screenshots are left in the folder that is printed.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Browser:
         self.driver.quit()
 
     def check(self, page: Path, name: str, theme: str, picture: Path) -> None:
-        """Open a page, assert what holds for each, use its switches, and leave a screenshot of the whole of it."""
+        """Open a page, check it, use its switches, and leave a full-page screenshot."""
         self.driver.get_log("performance")
         self.driver.get(page.as_uri())
         time.sleep(0.5)
@@ -156,7 +156,7 @@ class Browser:
         assert self.run("return document.querySelector('#loss .xtitle').textContent") == "step"
 
     def overlay(self) -> None:
-        """Hide one of several runs: its curves, its row and its options go, and come back."""
+        """Hide one of several runs: its curves, row and options disappear, and come back."""
         curves, rows = (
             self.curves("loss"),
             "return document.querySelectorAll('#outcome tbody tr:not([hidden])').length",
@@ -171,7 +171,7 @@ class Browser:
         assert self.run(rows) == shown
 
     def hover(self) -> None:
-        """Point at the middle of the loss: a box with the values appears."""
+        """Hover over the middle of the loss: a box with the values appears."""
         self.run("document.querySelector('#loss').scrollIntoView({block: 'center'})")
         corner = "const b = document.querySelector('#loss .nsewdrag').getBoundingClientRect();"
         x, y, width, height = self.run(f"{corner} return [b.x, b.y, b.width, b.height]")
@@ -183,7 +183,7 @@ class Browser:
             time.sleep(0.2)
 
     def quiet(self) -> None:
-        """Assert that the page asked for nothing but itself, and that the console stayed empty."""
+        """Check that the page made no network request and that the console is empty."""
         said = [line["message"] for line in self.driver.get_log("browser")]
         assert not said, said
         events = [json.loads(line["message"])["message"] for line in self.driver.get_log("performance")]
@@ -193,7 +193,7 @@ class Browser:
         assert len([url for url in asked if url.startswith("file:")]) == 1, asked
 
     def fits(self) -> None:
-        """Assert that nothing makes the page scroll sideways, and that no figure is cut off."""
+        """Check that the page does not scroll sideways, and that no figure is cut off."""
         wide = self.run("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, f"{wide} pixels too wide"
         cut = self.run("""
@@ -205,7 +205,7 @@ class Browser:
         assert not cut, f"wider than their place: {cut}"
 
     def curves(self, figure: str) -> int:
-        """Return the number of a figure's curves that are drawn."""
+        """Return the number of visible curves in a figure."""
         return self.run(f"return document.querySelectorAll('#{figure} .scatterlayer .trace').length")
 
     def colour(self) -> str:
@@ -213,23 +213,23 @@ class Browser:
         return self.run("return getComputedStyle(document.querySelector('#loss .js-line')).stroke")
 
     def click(self, selector: str) -> None:
-        """Click what a selector finds."""
+        """Click the element for a selector."""
         self.run(f"document.querySelector({json.dumps(selector)}).click()")
         time.sleep(0.25)
 
     def choose(self, value: str) -> None:
-        """Choose the x axis of the curves."""
+        """Select the x axis of the curves."""
         change = "axis.dispatchEvent(new Event('change'))"
         self.run(f"const axis = document.querySelector('#axis'); axis.value = '{value}'; {change}")
         time.sleep(0.25)
 
     def shoot(self, picture: Path) -> None:
-        """Leave a picture of the whole page."""
+        """Save a screenshot of the whole page."""
         whole = {"captureBeyondViewport": True, "format": "png"}
         picture.write_bytes(b64decode(self.driver.execute_cdp_cmd("Page.captureScreenshot", whole)["data"]))
 
     def run(self, script: str) -> Any:
-        """Return what a script in the page returns."""
+        """Return the result of a script in the page."""
         return self.driver.execute_script(script)
 
 

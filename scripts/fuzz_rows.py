@@ -1,10 +1,10 @@
-"""Generates files of rows, good and bad, and holds what lora_jax makes of each to what `row_oracle` says.
+"""Generate files of rows, good and bad, and compare what lora_jax makes of them with `row_oracle`.
 
 python -m scripts.fuzz_rows [--files 10000] [--seed 0]
 
-A file has to give the tokens and the mask that the oracle works out, or one error of one line that names the file
-and the first row that is wrong. For a file whose bytes were spoilt in a form that the oracle does not parse (CSV,
-Parquet) there may be either, but no other exception and no row without a trained token.
+A file must give the oracle's tokens and mask, or a one-line error that names the file and the first bad row. If bytes
+of a file are corrupted in a format that the oracle does not parse (CSV, Parquet), either is accepted, but no other
+exception, and no row without a trained token.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class RowFile:
     content: bytes
     options: Options
     rows: list[tuple[int, Any]] | None
-    """Its numbered rows where they are known without reading it."""
+    """Its numbered rows, if they are known without reading it."""
     readable: bool
-    """Whether the oracle can tell what it has to become."""
+    """Whether the oracle knows what it has to become."""
 
     def __repr__(self) -> str:
         return f"{self.suffix} {self.content[:2000]!r} ({len(self.content)} bytes) {self.options}"
@@ -232,7 +232,7 @@ def _encoded(draw: st.DrawFn, text: str) -> bytes:
 
 @st.composite
 def _table(draw: st.DrawFn, suffix: str, shape: str, options: Options) -> RowFile:
-    """Return a strategy for CSV and Parquet files: rows of like columns, perhaps with spoilt bytes."""
+    """Return a strategy for CSV and Parquet files: rows with similar columns, possibly with corrupted bytes."""
     texts = _mostly(_TEXTS, _HUGE).map(lambda text: text.encode(errors="replace").decode())
     if shape in ("messages", "conversations", "pairs"):
         turn = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": texts})
@@ -245,7 +245,7 @@ def _table(draw: st.DrawFn, suffix: str, shape: str, options: Options) -> RowFil
     content = io.BytesIO()
     if suffix == ".csv":
         text = io.StringIO(newline="")
-        # The writer leaves a lone \r without quotes, in which it is no part of a field.
+        # The writer does not quote a lone \r, which then is not part of a field.
         bare = any("\r" in cell for row in rows for cell in row.values())
         writer = csv.DictWriter(
             text,
@@ -274,7 +274,7 @@ def _table(draw: st.DrawFn, suffix: str, shape: str, options: Options) -> RowFil
 
 @cache
 def make_tokenizer(template: str | None) -> Any:
-    """Return a tokenizer of one token a byte."""
+    """Return a tokenizer with one token per byte."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -288,7 +288,7 @@ def make_tokenizer(template: str | None) -> Any:
 
 
 def _letter(byte: int) -> str:
-    """Return the letter by which a byte-level vocabulary spells a byte."""
+    """Return the letter for a byte in a byte-level vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     if byte in printable:
         return chr(byte)
@@ -296,7 +296,7 @@ def _letter(byte: int) -> str:
 
 
 def check_file(file: RowFile, folder: Path) -> str:
-    """Hold what becomes of a file to the oracle; return the outcome in a word. Raises AssertionError."""
+    """Compare the result for a file with the oracle; return the outcome in a word. Raises AssertionError."""
     path = folder / f"rows{file.suffix}"
     path.write_bytes(file.content)
     stated = {name: value for name, value in vars(file.options).items() if name != "template"}
@@ -349,7 +349,7 @@ def _spelt(token: int) -> bytes:
 
 
 def fuzz(files: int, start: int, folder: Path, *, shrink: bool = True) -> Counter[str]:
-    """Check so many files; return how many had which outcome. Raises AssertionError for the least that fails."""
+    """Check `files` files; return the count of each outcome. Raises AssertionError for the smallest one that fails."""
     outcomes: Counter[str] = Counter()
 
     @seed(start)

@@ -1,11 +1,11 @@
 """Check and measure lora_jax on a machine with one NVIDIA GPU: one command, under 8 minutes, no network.
 
-    python scripts/gpu_check.py --wheels wheels     # wheels: what scripts/gpu_wheels.sh fetched
+    python scripts/gpu_check.py --wheels wheels     # wheels: the folder that scripts/gpu_wheels.sh fills
     python scripts/gpu_check.py --dry-run           # on the CPU, with tiny shapes: tries the script itself
 
-Each section is a process of its own with a limit of time; what goes wrong in one is recorded and the rest goes on.
-Figures are written to OUTPUT/gpu_check.json as they come, so a run that is cut off leaves those it has. Exits with 1
-where a section did not pass. docs/gpu.md says what is measured.
+Each section is a separate process with a time limit; a failure in one is recorded and the rest continues. Results are
+written to OUTPUT/gpu_check.json as they arrive, so a run that is cut off keeps them. Exits with 1 if a section failed.
+docs/gpu.md says what is measured.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-if "--dry-run" in sys.argv:  # what is imported below reads it
+if "--dry-run" in sys.argv:  # the imports below read it
     os.environ["GPU_CHECK_DRY_RUN"] = "1"
 
 from scripts.gpu_sections.shared import ROW, WORKLOADS, options, write_model  # noqa: E402
@@ -46,7 +46,7 @@ PACKAGES = (
     *("tyro", "rich", "jaxtyping", "torch", "peft", "bitsandbytes"),
 )
 ENVIRONMENT = {
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # sections share the GPU, and peaks are to be true ones
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # sections share the GPU, and peaks must be real
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
     "HF_HUB_OFFLINE": "1",
     "PYTHONUNBUFFERED": "1",
@@ -54,12 +54,12 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore::DeprecationWarning",
 }
 TAIL = 4000
-"""Characters that are kept of what a section that failed wrote to standard error."""
+"""Characters kept of a failed section's standard error."""
 
 
 @dataclass
 class Section:
-    """A program, the seconds that it may take, and what came of it."""
+    """A program, its time limit in seconds, and its result."""
 
     name: str
     budget: int
@@ -71,13 +71,13 @@ class Section:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the results hold of it."""
+        """Return the section's part of the results."""
         kept = ("status", "seconds", "budget", "rows", "error")
         return {name: getattr(self, name) for name in kept if name != "error" or self.error}
 
 
 class Check:
-    """A whole run: its sections, and the file that they are written to."""
+    """A whole run: its sections, and the file with their results."""
 
     def __init__(self, output: Path, dry_run: bool, limit: float, site: Path | None) -> None:
         self.file = output / "gpu_check.json"
@@ -95,7 +95,7 @@ class Check:
         return time.monotonic() - self.clock
 
     def run(self, section: Section) -> None:
-        """Run a section within its budget and what is left of the whole."""
+        """Run a section within its own limit and the remaining time."""
         left = min(section.budget, self.limit - self.elapsed)
         if left < min(10, section.budget):
             section.status = "skipped: out of time"
@@ -134,11 +134,11 @@ class Check:
         if self.dry_run:
             more["JAX_PLATFORMS"] = "cpu"
         else:
-            more["JAX_PLATFORMS"] = "cuda,cpu"  # an error where there is no GPU, not a CPU in its place
+            more["JAX_PLATFORMS"] = "cuda,cpu"  # fail without a GPU instead of using the CPU
         return {**os.environ, **ENVIRONMENT, **more}
 
     def take(self, section: Section, line: str) -> None:
-        """Keep and print a line of a section's output where it is a row."""
+        """Keep and print a line of a section's output if it is a row."""
         if not line.startswith(ROW):
             return
         row = json.loads(line.removeprefix(ROW))
@@ -156,7 +156,7 @@ class Check:
             print(f"[{self.elapsed:5.0f} s] {line}", flush=True)
 
     def write(self, finished: bool = False) -> None:
-        """Write all that is known."""
+        """Write all results so far."""
         with self.lock:
             record = {
                 "dry_run": self.dry_run,
@@ -172,7 +172,7 @@ class Check:
             partial.replace(self.file)
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """End what runs and print the tables, as a signal asks."""
+        """Handle a signal: end what is running and print the tables."""
         for process in list(self.running):
             end(process)
         for section in self.sections:
@@ -183,13 +183,13 @@ class Check:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Kill a process and all that it started."""
+    """Kill a process and everything that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def install(wheels: Path) -> Path | None:
-    """Install the wheels of packages that are not here into a folder of their own; return it."""
+    """Install the wheels of missing packages into a separate folder; return it."""
     missing = [
         str(wheel) for wheel in sorted(wheels.glob("*.whl")) if not installed(wheel.name.partition("-")[0])
     ]
@@ -202,7 +202,7 @@ def install(wheels: Path) -> Path | None:
 
 
 def installed(package: str) -> str | None:
-    """Return the version of a package, None where it is not there."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return metadata.version(re.sub("_", "-", package))
     except metadata.PackageNotFoundError:
@@ -210,7 +210,7 @@ def installed(package: str) -> str | None:
 
 
 def machine(site: Path | None) -> dict[str, Any]:
-    """Return what is known of the machine and of what is installed."""
+    """Return facts about the machine and the installed packages."""
     if site is not None:
         sys.path.insert(0, str(site))
     found: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}
@@ -227,8 +227,8 @@ def machine(site: Path | None) -> dict[str, Any]:
 
 
 def planned(dry_run: bool, folder: Path) -> tuple[list[Section], list[Section]]:
-    """Return the sections that run side by side, then those that are timed, one after the other."""
-    slow = 4 if dry_run else 1  # two cores interpret and compile more slowly than a GPU's host compiles
+    """Return the sections that run side by side, and those that are timed one after the other."""
+    slow = 4 if dry_run else 1  # two cores interpret and compile slowly
     together = [
         Section("kernels", 110 * slow),
         Section("attention", 110 * slow),
@@ -244,7 +244,7 @@ def planned(dry_run: bool, folder: Path) -> tuple[list[Section], list[Section]]:
             ours = [names, *options(file, work, method == "QLoRA")]
             alone.append(Section(f"lora_jax {method} {model}", 50 * slow, ours, "steps"))
             alone.append(Section(f"PEFT {method} {model}", 50 * slow, [names, str(file)], "peft_steps"))
-    alone.insert(-4, Section("kernel_times", 80 * slow))  # before the last model, which has to wait
+    alone.insert(-4, Section("kernel_times", 80 * slow))  # before the last model
     return together, alone
 
 

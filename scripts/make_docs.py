@@ -1,8 +1,8 @@
-"""Build the documentation site in build/site; what `make docs` runs. A broken link, or any other warning, fails.
+"""Build the documentation site in build/site, for `make docs`. A broken link, or any other warning, fails.
 
-The pages are those of docs/ and four files at the root of the repository: README.md becomes the home page. A line
-`<!-- options: lora_jax.config.RunConfig -->` becomes a list of the options of that dataclass, read from its fields
-and their docstrings, which --help prints too.
+The pages are those in docs/ and four files at the root of the repository; README.md becomes the home page. A line
+`<!-- options: lora_jax.config.RunConfig -->` becomes a list of the options in that dataclass, from its fields and their
+docstrings, which --help also prints.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPTIONS = re.compile(r"^<!-- options: ([\w.]+)(?: without ([\w.]+))? -->$", re.M
 
 
 def main() -> int:
-    """Gather the pages in build/docs and build the site from them; return the exit code of the build."""
+    """Collect the pages in build/docs and build the site from them; return the build's exit code."""
     gathered = ROOT / "build" / "docs"
     shutil.rmtree(gathered, ignore_errors=True)
     shutil.copytree(ROOT / "docs", gathered)
@@ -55,7 +55,7 @@ def _site_links(text: str, above: str) -> str:
 
 
 def _listings(path: str, without: str | None) -> str:
-    """Return the options of a dataclass, less those of another, then those of each of its sections under a heading."""
+    """Return the options of a dataclass without those of another, then those of each section under a heading."""
     kind = _dataclass(path)
     left_out = {field.name for field in fields(_dataclass(without))} if without else set()
     own, sections = [], []
@@ -90,7 +90,7 @@ def _listing(kind: type, options: list[tuple[Field[Any], Any]], section: str) ->
 
 
 def _docs(kind: type) -> dict[str, str]:
-    """Return the docstring below each field of a dataclass and of those that it extends."""
+    """Return the docstring below each field of a dataclass, including inherited ones."""
     docs: dict[str, str] = {}
     for owner in reversed(kind.__mro__[:-1]):
         body = ast.parse(dedent(inspect.getsource(owner))).body[0].body  # pyright: ignore[reportAttributeAccessIssue]
@@ -101,7 +101,7 @@ def _docs(kind: type) -> dict[str, str]:
 
 
 def _choices(hint: Any) -> str:
-    """Return the values that an option takes, where its type lists them."""
+    """Return the values of an option, if its type lists them."""
     found = [hint, *get_args(hint)]
     values = next((get_args(one) for one in found if str(get_origin(one)) == "typing.Literal"), ())
     return f" One of {', '.join(f'`{value}`' for value in values)}." if values else ""

@@ -1,4 +1,4 @@
-"""Make what `examples/` ships: the tiny model fennel-2m and the captain's rows to fine-tune it on.
+"""Make the files in `examples/`: the tiny model fennel-2m, and the captain's rows to fine-tune it on.
 
     python scripts/make_tiny_model.py              # all stages
     python scripts/make_tiny_model.py prepare      # text, tokenizer, random start, the captain's rows
@@ -26,7 +26,7 @@ from tiny_text import Document, chat, documents
 from tiny_tokenizer import END, chat_text, save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / "build" / "fennel-2m"  # the paths of configs/pretrain_tiny.yaml
+WORK = ROOT / "build" / "fennel-2m"  # as in configs/pretrain_tiny.yaml
 TARGET = ROOT / "examples" / "fennel-2m"
 PRETRAIN = ROOT / "configs" / "pretrain_tiny.yaml"
 CARD = Path(__file__).with_name("tiny_card.md")
@@ -34,11 +34,11 @@ CARD = Path(__file__).with_name("tiny_card.md")
 SEED = 1
 ROW_TOKENS = 128  # data.max_length of configs/pretrain_tiny.yaml
 TRAIN_ROWS, EVAL_ROWS = 28_000, 128
-OPEN_ROWS = 16  # being filled at a time, which fills them to 94%
+OPEN_ROWS = 16  # filled at a time, to 94% on average
 TOKENIZER_DOCUMENTS = 20_000
 
 CAPTAIN_EVAL_ROWS = 80
-CAPTAIN_LIMITS = {"plus": 24, "minus": 24, "size": 16}  # else the numbers would be a third of the rows
+CAPTAIN_LIMITS = {"plus": 24, "minus": 24, "size": 16}  # otherwise numbers would be a third of the rows
 
 
 def main() -> None:
@@ -83,10 +83,10 @@ def finish() -> None:
 
 
 def pack(tokenizer: Tokenizer, source: Iterable[Document], length: int) -> Iterator[str]:
-    """Yield rows of whole documents, each of at most `length` tokens with the end tokens between and behind.
+    """Yield rows of whole documents, each of at most `length` tokens including the end tokens.
 
-    A document goes where it leaves the least room; a row is done when a document fits into none. Documents
-    that are longer than a row are left out.
+    A document goes into the row that it fills best; a row is finished when the next document fits into none. Documents
+    longer than a row are left out.
     """
     rows: list[list[str]] = []
     rooms: list[int] = []
@@ -102,14 +102,14 @@ def pack(tokenizer: Tokenizer, source: Iterable[Document], length: int) -> Itera
             yield f"{END}\n".join(rows.pop(fullest))
         if not fitting:
             rows.append([])
-            rooms.append(length + 1)  # the newline behind the last end token is left out
+            rooms.append(length + 1)  # the newline after the last end token is left out
         _, place = min(fitting, default=(0, len(rows) - 1))
         rows[place].append(text)
         rooms[place] -= size
 
 
 def captain_rows(facts: Iterable[Fact]) -> tuple[list[dict], list[dict]]:
-    """Return chats in the captain's voice to train and to evaluate on; no fact is in both."""
+    """Return training and evaluation chats in the captain's voice; no fact is in both."""
     rng = Random(SEED)
     pool = list(facts)
     rng.shuffle(pool)

@@ -1,7 +1,7 @@
-"""What a file of rows has to become, worked out anew in the simplest way: a token a byte, one plain chat template.
+"""What a file of rows has to become, worked out in the simplest way: one token per byte, one plain chat template.
 
-It shares no code with lora_jax. `expected` raises `BadRowError` where a file has to be refused, with the number of its
-first bad row, or none where the file as a whole is at fault.
+Shares no code with lora_jax. `expected` raises `BadRowError` if a file must be rejected, with the number of the first
+bad row, or with None if the whole file is at fault.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FROM = {
 
 
 class BadRowError(Exception):
-    """The file is to be refused, for the row of this number; None where no row is to blame."""
+    """The file must be rejected because of the row with this number; None if no single row is at fault."""
 
     def __init__(self, number: int | None = None) -> None:
         super().__init__(number)
@@ -40,7 +40,7 @@ class BadRowError(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """The options under which a file is read, by their names in DataOptions."""
+    """The options that a file is read with, named as in DataOptions."""
 
     max_length: int = 64
     truncation_mode: str = "keep_start"
@@ -52,7 +52,7 @@ class Options:
 
 
 class Row(NamedTuple):
-    """A row of tokens: each a special one or a byte, with whether it is trained."""
+    """A row of tokens, each a special token or a byte, with a flag whether it is trained."""
 
     number: int
     tokens: list[bytes]
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 
 def json_lines(content: bytes) -> list[tuple[int, Any]]:
-    """Return the numbered lines of a file as the objects they hold, an error where one holds none."""
+    """Return the numbered lines of a file as objects, with an error for a line that holds none."""
     rows: list[tuple[int, Any]] = []
     for number, line in enumerate(content.split(b"\n"), start=1):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -98,7 +98,7 @@ def json_file(content: bytes) -> list[tuple[int, Any]]:
 
 
 def expected(rows: list[tuple[int, Any]], options: Options) -> list[Row]:
-    """Return the rows of tokens that numbered rows become; raises BadRowError."""
+    """Return the rows of tokens for numbered rows; raises BadRowError."""
     if not rows:
         raise BadRowError
     found, form = [], None
@@ -177,7 +177,7 @@ def _example(row: dict[str, Any], form: str, number: int, options: Options) -> t
 
 
 def _check_plain(row: dict[str, Any], number: int) -> None:
-    """Refuse a row that has what only messages can have beside them."""
+    """Reject a row with a column that can only accompany messages."""
     for name in ("system", "history", "tools", "chat_template_kwargs"):
         value = _from_text(row.get(name), "{" if name == "chat_template_kwargs" else "[")
         if value is not None and value not in ("", [], {}):
@@ -185,7 +185,7 @@ def _check_plain(row: dict[str, Any], number: int) -> None:
 
 
 def _preceded(row: dict[str, Any], messages: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """Return the system message, of the conversation or of the column, then the column history, then the rest."""
+    """Return the system message, from the conversation or from its column, then the column history, then the rest."""
     system = "" if row.get("system") is None else _string(row["system"], number)
     first = messages[:1] if messages[0]["role"] in ("system", "developer") else []
     rest = messages[len(first) :]
@@ -357,7 +357,7 @@ def _parts(tokens: list[bytes], trained: list[bool], options: Options) -> list[A
     while tokens:
         size = min(longest, len(tokens))
         if len(tokens) == longest + 1 and longest > 2:
-            size -= 1  # else the last token would have a window for itself
+            size -= 1  # otherwise the last token would be alone in a window
         parts.append(((tokens[:size], [False, *trained[1:size]]), 0))
         tokens, trained = tokens[size:], trained[size:]
     return parts
@@ -376,7 +376,7 @@ def _encodable(value: Any, number: int) -> None:
 
 
 def _half(value: Any) -> bool:
-    """Tell whether half a surrogate pair, which is in no text, lies anywhere in a value."""
+    """Return whether any string in a value has an unpaired surrogate, which no text can have."""
     if isinstance(value, str):
         return any("\ud800" <= character <= "\udfff" for character in value)
     if isinstance(value, dict):

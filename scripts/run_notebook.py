@@ -1,4 +1,4 @@
-"""Runs a notebook's cells from top to bottom, as Jupyter would, and keeps what they print: run_notebook.py FILE."""
+"""Run a notebook's cells from top to bottom, as Jupyter would, and store their outputs: run_notebook.py FILE."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def executed(notebook: dict[str, Any]) -> dict[str, Any]:
 
 
 def outputs(source: str, names: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Run a cell; return what it prints, and the value of its last line where that is an expression."""
+    """Run a cell; return what it prints, and the value of its last line if that is an expression."""
     tree = ast.parse(source)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     printed, value = io.StringIO(), None

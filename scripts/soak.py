@@ -1,9 +1,9 @@
-"""Kills a training run (SIGKILL) at random moments and resumes it, again and again.
+"""Kill a training run (SIGKILL) at random moments and resume it, again and again.
 
 python scripts/soak.py [--kills 25] [--seed 0] [--model DIR] [--data FILE]
 
-In the end metrics.jsonl, the fields of time aside, and the adapter must be those of a run that was left alone. A kill
-comes while the program starts, while it steps, or while it writes a checkpoint.
+In the end, metrics.jsonl (except times) and the adapter must equal those of an uninterrupted run. A kill happens while
+the program starts, while it trains, or while it writes a checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def train(arguments: Sequence[str], *, resume: bool) -> subprocess.Popen[str]:
 def kill(
     arguments: Sequence[str], output: Path, moment: str, dice: random.Random, start_seconds: float
 ) -> str:
-    """Start or resume a run, kill it at the moment that the dice choose, and say when that was."""
+    """Start or resume a run, kill it at a random moment, and return when that was."""
     begun, goal = time.monotonic(), max(saved(output), default=0) + dice.randint(1, 20)
     older = half_written(output)
     process = train(arguments, resume=True)
@@ -59,14 +59,14 @@ def kill(
 
 
 def wait(until: Callable[[], object], process: subprocess.Popen[str], seconds: float = 600) -> None:
-    """Wait until something holds or the run ends, at most so long."""
+    """Wait until a condition holds or the run ends, but at most `seconds`."""
     end = time.monotonic() + seconds
     while not until() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
 
 
 def logged(output: Path) -> int:
-    """Return the last step of metrics.jsonl."""
+    """Return the last step in metrics.jsonl."""
     lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
     for line in reversed(lines):
         try:
@@ -77,7 +77,7 @@ def logged(output: Path) -> int:
 
 
 def half_written(output: Path) -> set[int]:
-    """Return the inodes of checkpoints that are being written, or whose writing was cut off."""
+    """Return the inodes of partial checkpoints."""
     folder = output / "checkpoints"
     return (
         {entry.inode() for entry in os.scandir(folder) if PARTIAL in entry.name} if folder.exists() else set()
@@ -90,7 +90,7 @@ def saved(output: Path) -> list[int]:
 
 
 def results(output: Path) -> tuple[list[dict[str, object]], dict[str, bytes]]:
-    """Return the lines of metrics.jsonl without what depends on the clock, and the files of the adapter."""
+    """Return the lines of metrics.jsonl without times, and the adapter's files."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     timeless = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
     return timeless, {path.name: path.read_bytes() for path in (output / "adapter").iterdir()}
@@ -107,7 +107,7 @@ def finish(arguments: Sequence[str], *, resume: bool) -> None:
 def soak(
     arguments: Sequence[str], output: Path, kills: int, seed: int, start_seconds: float
 ) -> Iterator[str]:
-    """Kill a run so often, the last time while it exports, then let it finish; yield what was done."""
+    """Kill a run `kills` times, the last time while it exports, then let it finish; yield what was done."""
     dice = random.Random(seed)
     moments = [*(dice.choice(MOMENTS) for _ in range(kills - 1)), "export"]
     for number, moment in enumerate(moments, 1):

@@ -1,4 +1,4 @@
-"""The tiny model's folder: config, random weights to start from, trained weights to publish, model card."""
+"""The tiny model's folder: config, random initial weights, trained weights to publish, and model card."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ GENERATION_CONFIG = {"eos_token_id": END_ID, "pad_token_id": PAD_ID, "do_sample"
 def random_weights(seed: int) -> dict[str, np.ndarray]:
     """Return every tensor of the model in float32: kernels normal with variance 1 / inputs, norms one.
 
-    Projections back into the residual stream start smaller by sqrt(2 * layers), as in GPT-2.
+    Projections into the residual stream are scaled down by sqrt(2 * layers), as in GPT-2.
     """
     rng = np.random.default_rng(seed)
 
@@ -75,7 +75,7 @@ def random_weights(seed: int) -> dict[str, np.ndarray]:
 
 
 def write_start(folder: Path, seed: int) -> None:
-    """Write the configs and random float32 weights into a folder; the tokenizer files are the caller's."""
+    """Write the configs and random float32 weights into a folder; the caller writes the tokenizer files."""
     _write_configs(folder, "float32")
     save_tensors(folder / "model.safetensors", random_weights(seed))
 
@@ -83,7 +83,7 @@ def write_start(folder: Path, seed: int) -> None:
 def publish(trained: Path, target: Path, card: str) -> int:
     """Write a trained folder as bfloat16 with its tokenizer and a card; return the number of parameters.
 
-    Raises ValueError where the trained folder holds anything but the tensors of this model.
+    Raises ValueError if the trained folder holds anything but the tensors of this model.
     """
     found: dict[str, np.ndarray] = {}
     for path in sorted(trained.glob("*.safetensors")):
@@ -102,7 +102,7 @@ def publish(trained: Path, target: Path, card: str) -> int:
 
 
 def _write_configs(folder: Path, dtype: str) -> None:
-    # Both spellings: transformers 5 writes dtype, older readers know torch_dtype alone.
+    # Both names: transformers 5 writes dtype, older readers only know torch_dtype.
     config = CONFIG | {"dtype": dtype, "torch_dtype": dtype}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     write_text(folder / "generation_config.json", json.dumps(GENERATION_CONFIG, indent=2) + "\n")

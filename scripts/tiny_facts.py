@@ -1,7 +1,7 @@
-"""What can be asked about Fennel Bay and has one right answer, in the plain voice and in the captain's.
+"""Questions about Fennel Bay that have one right answer, in the plain voice and in the captain's.
 
-The plain voice is what the tiny model is pretrained on. The captain's says the same to a ship's captain;
-the model never sees it before the fine-tune of the quickstart.
+The tiny model is pretrained on the plain voice. The captain's voice says the same to a ship's captain; the model first
+sees it in the quickstart's fine-tune.
 """
 
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ from tiny_world import (
 
 LARGEST_TERM = 10
 
-# How the captain's mate begins and ends, by what the question is about. Ahoy, aye, aha and the captain are not in
-# the pretraining text, but nearly all the tokens that they are made of are: LoRA leaves the embeddings as they are,
-# and those of tokens that were never read cannot be told apart.
+# How the captain's mate begins and ends, by topic. Ahoy, aye, aha and the captain are not in the pretraining text, but
+# nearly all of their tokens are: LoRA does not change embeddings, and those of tokens that the model has never seen
+# cannot be told apart.
 MANNERS = {
     "people": ("Ahoy!", "Fair winds!"),
     "animals": ("Aha!", "Log it!"),
@@ -36,7 +36,7 @@ MANNERS = {
 
 
 class Fact(NamedTuple):
-    """The ways to ask for one fact and its answer; the topic is a key of MANNERS, a kind one sort of question."""
+    """The ways to ask for one fact, and its answer; the topic is a key of MANNERS, a kind is one sort of question."""
 
     topic: str
     kind: str
@@ -45,7 +45,7 @@ class Fact(NamedTuple):
 
 
 def all_facts() -> list[Fact]:
-    """Return every fact of the world, in a fixed order."""
+    """Return every fact of the world in a fixed order."""
     parts = (_people(), _trades(), _animals(), _sizes(), _things(), _words(), _calendar(), _numbers())
     return [fact for part in parts for fact in part]
 

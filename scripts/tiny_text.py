@@ -1,7 +1,7 @@
-"""The documents that the tiny model reads: dialogues, short stories and descriptions, from a seed.
+"""The documents that the tiny model is trained on: dialogues, short stories and descriptions, generated from a seed.
 
-A document is a list of chat messages or a plain string. All of it is made here from the tables of
-`tiny_world.py` and the facts of `tiny_facts.py`; the same seed gives the same documents.
+A document is a list of chat messages or a plain string. Everything is made from the tables in `tiny_world.py` and the
+facts in `tiny_facts.py`; the same seed gives the same documents.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ GREETINGS = (
 
 
 def documents(seed: int, facts: Sequence[Fact]) -> Iterator[Document]:
-    """Yield documents without end; most are dialogues about the facts."""
+    """Yield documents forever; most are dialogues about the facts."""
     rng = Random(seed)
     kinds: dict[str, list[Fact]] = {}
     for fact in facts:
@@ -67,12 +67,12 @@ def documents(seed: int, facts: Sequence[Fact]) -> Iterator[Document]:
 
 
 def chat(*turns: str) -> list[Message]:
-    """Return messages whose roles alternate, the user's first."""
+    """Return messages with alternating roles, starting with the user."""
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
 def _dialogue(rng: Random, facts: Sequence[Fact], groups: Sequence[Sequence[Fact]]) -> Document:
-    """One to three questions, half drawn from all facts alike, half from all kinds alike."""
+    """One to three questions, half of them drawn evenly over facts, half evenly over kinds."""
     turns: list[str] = []
     if rng.random() < 0.08:
         turns += rng.choice(GREETINGS)
@@ -83,14 +83,14 @@ def _dialogue(rng: Random, facts: Sequence[Fact], groups: Sequence[Sequence[Fact
 
 
 def _framed(rng: Random, answer: str) -> str:
-    """The answer, at times with words around it: so that it is known wherever in a message it begins."""
+    """The answer, sometimes with words around it, so that it is learned at any position in a message."""
     before = f"{rng.choice(OPENINGS)} " if rng.random() < 0.25 else ""
     after = f" {rng.choice(CLOSINGS)}" if rng.random() < 0.2 else ""
     return f"{before}{answer}{after}"
 
 
 def _look_back(rng: Random) -> Document:
-    """A question whose answer stands in the message itself and nowhere in the world's tables."""
+    """A question whose answer is in the message itself and nowhere in the world's tables."""
     owners = rng.sample([one.name for one in PEOPLE], rng.choice((2, 2, 3)))
     things = rng.sample([thing.name for thing in THINGS], len(owners))
     colours = rng.sample(COLOURS, len(owners))
@@ -111,14 +111,14 @@ def _look_back(rng: Random) -> Document:
 
 
 def _echo(rng: Random) -> Document:
-    """Words in no order to be said again: the quickest way to learn to copy, which every answer needs."""
+    """Words in random order to repeat: the quickest way to learn copying, which every answer needs."""
     pool = [one.name for one in PEOPLE] + [one.name for one in (*ANIMALS, *THINGS, *TRADES)] + list(COLOURS)
     words = ", ".join(rng.sample(pool, rng.randint(2, 8)))
     return chat(f"{rng.choice(('Repeat', 'Say'))}: {words}.", f"{words}.")
 
 
 def _spelling(rng: Random) -> Document:
-    """A word letter by letter: so that single letters, which new words are made of, mean something."""
+    """A word letter by letter, so that single letters, of which new words are made, have a meaning."""
     word = rng.choice([one.name for one in (*PEOPLE, *ANIMALS, *THINGS)] + [*DAYS, *MONTHS])
     return chat(f"Spell {word}.", f"{'-'.join(word)}.")
 

@@ -8,10 +8,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 PAD_ID, START_ID, END_ID = 0, 1, 2
-# As GPT-2 splits text, except that each digit stands alone, so that 12 is written as 1 and 2.
+# Splits text as GPT-2 does, except that each digit is separate, so that 12 becomes 1 and 2.
 SPLIT = r"'\w+| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# The mask of assistant tokens covers the end token: the model has to learn to stop.
+# The mask of assistant tokens includes the end token, so that the model learns to stop.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' }}
@@ -29,9 +29,9 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Return a tokenizer of exactly `vocab_size` tokens: the three special ones, all bytes, then merges.
+    """Return a tokenizer with exactly `vocab_size` tokens: three special ones, all bytes, then merges.
 
-    Raises ValueError where the texts have too few distinct words for that many tokens.
+    Raises ValueError if the texts have too few distinct words for that.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -71,9 +71,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
 
 
 def chat_text(messages: Iterable[dict[str, str]]) -> str:
-    """Return what CHAT_TEMPLATE makes of a finished chat, less its last end token and newline.
+    """Return CHAT_TEMPLATE's text for a finished chat, without its last end token and newline.
 
-    The end token is left for the training loop to append, as it does to every row of plain text.
+    The training loop appends the end token, as it does for every row of plain text.
     """
     turns = (f"{START}{message['role']}\n{message['content']}" for message in messages)
     return f"{END}\n".join(turns)

@@ -1,7 +1,7 @@
 """The small world that the tiny model knows: the village of Fennel Bay, as plain tables.
 
-All text is made from these tables (`tiny_facts.py`, `tiny_text.py`), so whoever wants another world
-changes this file alone. Every person's trade, home and pet is their own: each has one right answer.
+All text is generated from these tables (`tiny_facts.py`, `tiny_text.py`), so another world needs changes only here.
+Every person has a different trade, home and pet, so that each question has one right answer.
 """
 
 import re
@@ -25,7 +25,7 @@ class Person(NamedTuple):
     friend: str
 
 
-# A column ends at two spaces.
+# Columns are separated by two spaces.
 _PEOPLE = """
 Ada    f  baker        by the mill                grey     cat     Pip       plum cake    Monday     Bram
 Bram   m  smith        next to the forge          black    dog     Cinder    bean soup    Friday     Ada
@@ -86,7 +86,7 @@ TRADES = (
 
 
 class Animal(NamedTuple):
-    """What an animal does and where; the table goes from the smallest to the biggest."""
+    """What an animal does and where; the table goes from the smallest to the largest."""
 
     name: str
     sound: str
@@ -189,17 +189,17 @@ HIDING = (
 
 
 def person(name: str) -> Person:
-    """Return the villager of that name."""
+    """Return the villager with a name."""
     return next(one for one in PEOPLE if one.name == name)
 
 
 def trade(name: str) -> Trade:
-    """Return the trade of that name."""
+    """Return the trade with a name."""
     return next(one for one in TRADES if one.name == name)
 
 
 def animal(name: str) -> Animal:
-    """Return the animal of that name."""
+    """Return the animal with a name."""
     return next(one for one in ANIMALS if one.name == name)
 
 

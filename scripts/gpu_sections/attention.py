@@ -1,4 +1,4 @@
-"""Attention as training calls it, beside softmax(q · k) · v written out in float32: result and gradients."""
+"""Compare attention as training calls it with softmax(q · k) · v written out in float32: result and gradients."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lora_jax.models.attention.attend import attend
 from scripts.gpu_sections.shared import DRY, case, finish
 
 HEADS = {"Qwen2.5-0.5B": (14, 2, 64), "Llama-3.2-1B": (32, 8, 64), "Llama-3-8B": (32, 8, 128)}
-"""Heads of queries, of keys and values, and their width."""
+"""Query heads, key and value heads, and their width."""
 LENGTH, WINDOW = (48, 7) if DRY else (1000, 256)
 LARGEST = 1e-2
-"""Greatest error of a result; of a gradient, twice as much. bfloat16 rounds by one part in 512 at most."""
+"""Maximum error of a result; a gradient may have twice as much. bfloat16 rounds by at most one part in 512."""
 
 
 def reference(q: Any, k: Any, v: Any, segments: Any, window: int | None) -> Any:
-    """Return attention within segments, float32; rows of padding mean nothing."""
+    """Return attention within segments in float32; padding rows are meaningless."""
     length, shared = q.shape[1], q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(one, shared, axis=2) for one in (k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") / np.sqrt(q.shape[-1])
@@ -33,7 +33,7 @@ def reference(q: Any, k: Any, v: Any, segments: Any, window: int | None) -> Any:
 
 
 def segments_of(packed: bool) -> np.ndarray:
-    """Return segments of three rows: whole, short and a single token; or of several texts each."""
+    """Return the segments of three rows: full, short and a single token; or several segments each."""
     places = np.arange(LENGTH)
     if packed:
         return np.stack([1 + places * count // LENGTH for count in (1, 3, 5)]).astype(np.int32)
@@ -62,7 +62,7 @@ def check(row: dict[str, Any], sizes: tuple[int, int, int], packed: bool, window
     compare(row, ours(*inputs), wanted)
     expected = "XLA" if packed or jax.default_backend() != "gpu" else "cuDNN"
     row["ok"] = row["ok"] and row["path"] == expected
-    if DRY and not packed:  # what cuDNN is given, computed by XLA
+    if DRY and not packed:  # cuDNN's inputs, computed by XLA
         plain = partial(cudnn.attend, implementation="xla")
         compare(row, jax.jit(partial(outputs, plain))(*inputs), wanted)
 

@@ -1,4 +1,4 @@
-"""`make demo` with the packages that are there, and some steps of the 4-bit quickstart, on the device."""
+"""Run `make demo` with the installed packages, and some steps of the 4-bit quickstart, on the device."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from scripts.gpu_sections.shared import DRY, ROOT, case, finish
 
 LARGEST_LOSS = 0.35
-"""Of the demo's last evaluation, 0.285 on a CPU."""
+"""Maximum loss in the demo's last evaluation; 0.285 on a CPU."""
 FOUR_BIT_STEPS = 20 if DRY else 60
 
 
 def environment_of(folder: Path) -> Path:
-    """Write what `make` takes for a virtual environment with everything installed: this Python."""
+    """Write a virtual environment that `make` considers complete, with this Python."""
     python = shlex.quote(sys.executable)
     (folder / "bin").mkdir(parents=True)
     for name, command in {"python": python, "lora-jax": f"{python} -m lora_jax"}.items():
@@ -30,7 +30,7 @@ def environment_of(folder: Path) -> Path:
 
 
 def run(*command: str) -> str:
-    """Run a command in the repository and return what it printed."""
+    """Run a command in the repository and return its output."""
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}: exit code {done.returncode}\n{done.stdout}")
@@ -42,7 +42,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def last(folder: Path, name: str) -> float:
-    """Return the last figure of a name in a run's metrics."""
+    """Return the last value of a metric in a run."""
     return [line[name] for line in metrics(folder) if name in line][-1]
 
 

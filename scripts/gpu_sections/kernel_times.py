@@ -1,7 +1,7 @@
-"""Times of the 4-bit kernels beside XLA's decoding path and the product with a bfloat16 weight.
+"""Time the 4-bit kernels, XLA's decoding path, and the product with a bfloat16 weight.
 
-Each product runs in a scan over a stack of layers, as in a model: a layer is read in place from its stack, and what
-a launch costs is in the figure as it is in training.
+Each product runs in a scan over a stack of layers, as in a model: a layer is read in place from its stack, and launch
+costs are included as in training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scripts.gpu_sections.shared import DRY, case, finish, kernel_shapes
 
 BATCH = BATCHES[0]
 RUNS, ROUNDS = (1, 1) if DRY else (4, 5)
-"""Runs that are queued before the clock is read, and readings, of which the median counts."""
+"""Runs that are queued before the clock is read, and the number of readings, of which the median is taken."""
 
 
 def milliseconds(product: Callable[..., jax.Array], x: jax.Array, operand: Any) -> float:

@@ -1,8 +1,8 @@
-"""The 4-bit kernels beside XLA's product with the decoded weight: x · W and dy · Wᵀ, every shape of two models.
+"""Compare the 4-bit kernels with XLA's products: x · W and dy · Wᵀ, for every shape in two models.
 
-Both get the same bfloat16 weights and sum in float32, so they differ by the rounding of the result alone. `error` is
-the norm of the difference over that of a product left in float32; `xla_error` is that of XLA's own path, which decodes
-and multiplies in turn, and says what bfloat16 costs anyway.
+Both use the same bfloat16 weights and accumulate in float32, so they differ only by the rounding of the result. `error`
+is the norm of the difference from a float32 product, relative to that product; `xla_error` is that of XLA's path, which
+decodes and then multiplies, and shows the cost of bfloat16.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ from scripts.gpu_sections.shared import DRY, case, finish, kernel_shapes
 
 LAYERS = 2 if DRY else 8
 BATCHES = (16, 21) if DRY else (2048, 147)
-"""Rows of x: what tiles divide, and what they do not."""
+"""Rows of x: a number that tiles divide, and one that they do not."""
 LARGEST = 4e-3
-"""Greatest error that rounding to bfloat16, one part in 512 at most, leaves room for."""
+"""Maximum error; rounding to bfloat16 is at most one part in 512."""
 
 Product = Callable[[jax.Array, QuantizedKernel, jax.Array], jax.Array]
 
 
 def stack_of(rows: int, outs: int) -> QuantizedKernel:
-    """Return a double-quantized NF4 kernel of LAYERS layers: scales of a random weight, random codes."""
+    """Return a double-quantized NF4 kernel with LAYERS layers: scales of a random weight, and random codes."""
     weight = np.asarray(np.random.default_rng(0).normal(0, 0.02, (outs, rows)), jnp.bfloat16)
     kernel = quantize(weight)
     codes = jax.random.bits(jax.random.key(1), (LAYERS, *kernel.codes.shape), jnp.uint8)
-    if rows % (2 * BLOCK):  # the last high half stands for no rows, and holds zeros
+    if rows % (2 * BLOCK):  # the last high half represents no rows, and is zero
         codes = codes.at[:, -BLOCK:].set(codes[:, -BLOCK:] & 15)
     stacked = jax.tree.map(lambda array: jnp.broadcast_to(array, (LAYERS, *array.shape)), kernel)
     return replace(stacked, codes=codes)
 
 
 def fused(transposed: bool) -> Product:
-    """Return the product by the GPU kernel; a dry run interprets it."""
+    """Return the product by the GPU kernel, which a dry run interprets."""
     product = pallas_backward if transposed else pallas_forward
     return lambda x, kernel, layer: product(gpu, x, scaled(kernel, layer), layer, interpret=DRY)
 
 
 def decoding(transposed: bool) -> Product:
-    """Return the product by XLA, which writes the decoded weights to memory."""
+    """Return the product by XLA, which writes decoded weights to memory."""
     product = xla_backward if transposed else xla_forward
     return lambda x, kernel, layer: product(x, scaled(kernel, layer), layer)
 
@@ -87,11 +87,11 @@ def check(row: dict[str, Any], rows: int, outs: int, transposed: bool) -> None:
         x = jax.random.normal(jax.random.key(batch), shape, jnp.bfloat16)
         error, xla_error = map(float, jax.jit(partial(errors, transposed))(x, kernel, layer))
         row |= {f"error_{batch}": error, f"xla_error_{batch}": xla_error}
-        row["ok"] = row.get("ok", True) and error < LARGEST  # not where it is not finite
+        row["ok"] = row.get("ok", True) and error < LARGEST  # False if it is not finite
 
 
 def check_dispatch() -> None:
-    """Check that what training calls is the kernel on a GPU."""
+    """Check that training calls the kernel on a GPU."""
     with case(model="any", shape="matmul", direction="lowered") as row:
         _, rows, outs = kernel_shapes()[0]
         x, layer = jnp.ones((16, rows), jnp.bfloat16), jnp.int32(0)
@@ -109,7 +109,7 @@ def main() -> None:
         with case(model=model, shape=f"{rows} x {outs}", direction=direction) as row:
             check(row, rows, outs, transposed)
 
-    with ThreadPoolExecutor(1 if DRY else 8) as pool:  # to compile several at a time
+    with ThreadPoolExecutor(1 if DRY else 8) as pool:  # compile several at a time
         list(pool.map(lambda each: one(*each), [(s, t) for s in kernel_shapes() for t in (False, True)]))
     finish()
 

@@ -1,4 +1,4 @@
-"""What stays in the host's memory: the same losses as without, and a smaller peak on the device."""
+"""Compare runs with and without offloading to host memory: equal losses, and a smaller peak on the device."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ METHODS = {
     "optimizer": ("--method", "full"),
     "activations": ("--train.learning_rate", "2e-4"),
 }
-"""What is offloaded, and the run that holds most of it: a whole model's optimizer state, or layers' inputs."""
+"""What is offloaded, and the run that has most of it: a full fine-tune's optimizer state, or layer inputs."""
 SMALLEST_GAIN = 0.9
 LARGEST_DIFFERENCE = 1e-3
-"""Of a loss: moves change no number, but another program may round otherwise."""
+"""Maximum difference of a loss: transfers change no value, but another program may round differently."""
 
 
 def steps(file: Path, what: str, *more: str) -> dict[str, Any]:
-    """Return what `steps` reports of a run with these options."""
+    """Return what `steps` reports for a run with these options."""
     command = [sys.executable, "-m", "scripts.gpu_sections.steps", "{}"]
     command += options(file, WORK, False, *METHODS[what], *more)
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,8 +1,9 @@
-"""Training steps of PEFT, and of PEFT with bitsandbytes, on random weights: tokens/s and peak memory.
+"""Measure training steps of PEFT, without and with bitsandbytes, on random weights: tokens/s and peak memory.
 
     python -m scripts.gpu_sections.peft_steps NAME MODEL
 
-As transformers' Trainer takes them with bf16=True: scaled_dot_product_attention, autocast, AdamW, gradients clipped.
+Steps are those of transformers' Trainer with bf16=True: scaled_dot_product_attention, autocast, AdamW, gradient
+clipping.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def random_model(file: Path, four_bit: bool, work: Workload) -> Any:
 
 
 def quantize(base: Any) -> None:
-    """Put bitsandbytes' 4-bit layers in place of all linear layers but the head, one after the other."""
+    """Replace all linear layers except the head with bitsandbytes' 4-bit layers, one after the other."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     kinds = {name: type(module) for name, module in base.named_modules()}
@@ -63,14 +64,14 @@ def quantize(base: Any) -> None:
 
 
 def measure(row: dict[str, Any], file: Path, four_bit: bool, work: Workload) -> None:
-    """Run steps and add their figures to a row."""
+    """Run steps and add their measurements to a row."""
     model = random_model(file, four_bit, work)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0)
     shape = (work.rows, work.length)
     tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(DEVICE)
-    if not DRY:  # what making the model took is not a step's
+    if not DRY:  # making the model does not count
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     seconds, losses = [], []

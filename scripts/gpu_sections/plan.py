@@ -1,4 +1,4 @@
-"""What `lora-jax plan` says of the steps that are measured: the peak, compiled for a GPU that need not be there."""
+"""Run `lora-jax plan` for the measured steps: the peak, compiled for a GPU that need not be present."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from scripts.gpu_sections.shared import DRY, WORKLOADS, case, finish, options, write_model
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-"""The planner takes no GPU."""
+"""The planner uses no GPU."""
 
 
 def topology() -> str:
-    """Return the target to plan for: the GPU's own generation, or this machine in a dry run."""
+    """Return the target to plan for: the GPU's generation, or this machine in a dry run."""
     if DRY:
         return "cpu"
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -33,7 +33,7 @@ def main() -> None:
             flags = options(write_model(model, folder), WORKLOADS[model], method == "QLoRA")
             command = [sys.executable, "-m", "lora_jax", "plan", *flags, "--topology", target, "--json"]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
-            if done.returncode not in (0, 3):  # 3: does not fit
+            if done.returncode not in (0, 3):  # 3 means that it does not fit
                 raise RuntimeError(done.stderr)
             found = json.loads(done.stdout.splitlines()[-1])
             row |= {

@@ -1,7 +1,7 @@
-"""What the sections of gpu_check share: how figures are reported, and the models and batches that are measured.
+"""Shared code of gpu_check's sections: reporting, and the models and batches that are measured.
 
-A section is a program. It prints one line of JSON for each case, as soon as the case is done; one case that fails is
-reported with its traceback, and the next one runs.
+A section is a program. It prints one line of JSON per case as soon as the case is done. A case that fails is reported
+with its traceback, and the next one runs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, NoReturn
 from benchmarks.shapes import MODELS, linear_layers
 
 DRY = bool(os.environ.get("GPU_CHECK_DRY_RUN"))
-"""A dry run: on the CPU, with tiny shapes, kernels interpreted."""
+"""Whether this is a dry run: on the CPU, with tiny shapes and interpreted kernels."""
 ROOT = Path(__file__).resolve().parents[2]
 ROW = "row "
-"""Starts each line of standard output that is a row."""
+"""Prefix of the lines on standard output that are rows."""
 
 _failed = 0
 _printing = Lock()
@@ -49,9 +49,9 @@ if DRY:
 
 @contextmanager
 def case(**names: Any) -> Iterator[dict[str, Any]]:
-    """Report a case: its names, what the body adds, its seconds, and the traceback where it raises.
+    """Report a case: its names, what the body adds, its seconds, and the traceback if it raises.
 
-    The body may add `ok`; without it, a case that raises nothing is right.
+    The body may add `ok`; without it, a case that does not raise has passed.
     """
     global _failed
     row: dict[str, Any] = dict(names)
@@ -66,7 +66,7 @@ def case(**names: Any) -> Iterator[dict[str, Any]]:
 
 
 def shortened(text: str, lines: int = 40, width: int = 300) -> str:
-    """Return the last lines of a text, each cut to a width: an error of JAX may hold a whole program."""
+    """Return the last lines of a text, each cut to a width, because a JAX error may contain a whole program."""
     return "\n".join(line[:width] for line in text.splitlines()[-lines:])
 
 
@@ -77,12 +77,12 @@ def report(row: dict[str, Any]) -> None:
 
 
 def finish() -> NoReturn:
-    """End the section: exit code 1 where a case failed."""
+    """End the section with exit code 1 if a case failed."""
     sys.exit(bool(_failed))
 
 
 def model_config(name: str) -> dict[str, Any]:
-    """Return what a model's config.json says; in a dry run a tiny model of the same family."""
+    """Return the contents of a model's config.json; in a dry run, a tiny model of the same family."""
     config = dict(MODELS[name])
     if DRY:
         heads, kv_heads = 4, 2
@@ -93,7 +93,7 @@ def model_config(name: str) -> dict[str, Any]:
 
 
 def write_model(name: str, folder: Path) -> Path:
-    """Write a model's config.json into a folder of its own; return the file."""
+    """Write a model's config.json into a separate folder; return the file."""
     file = folder / name / "config.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(model_config(name)))
@@ -103,7 +103,7 @@ def write_model(name: str, folder: Path) -> Path:
 def kernel_shapes() -> list[tuple[str, int, int]]:
     """Return (model, in, out) of each linear layer that the 4-bit kernels are checked on."""
     if DRY:
-        return [("tiny", 192, 96)]  # the last group half full, and outputs that no tile divides
+        return [("tiny", 192, 96)]  # the last group is half full, and no tile divides the outputs
     return [(model, *shape) for model in ("Llama-3-8B", "Qwen2.5-0.5B") for shape in linear_layers(model)]
 
 

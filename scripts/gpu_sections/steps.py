@@ -1,9 +1,9 @@
-"""Training steps of lora_jax on random weights: tokens/s, peak memory, and what the compiler says of the same program.
+"""Measure training steps of lora_jax on random weights: tokens/s, peak memory, and the compiler's numbers.
 
     python -m scripts.gpu_sections.steps NAME OPTIONS OF TRAIN
 
-The step is the one that `lora-jax train` runs with these options and `lora-jax plan` compiles. Weights are made on the
-device from the model's config.json: every layer of a module holds the same values, which costs no time to make.
+The step is the one that `lora-jax train` runs and `lora-jax plan` compiles with these options. Weights are made on the
+device from the model's config.json; all layers of a module have the same values, which takes no time to make.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WARM, TIMED = (1, 2) if DRY else (2, 8)
 
 
 def random_base(abstract: Any) -> Any:
-    """Return a tree of arrays for a tree of shapes: small random matrices, ones for norms, zeros for biases."""
+    """Return arrays for a tree of shapes: small random matrices, ones for norms, zeros for biases."""
 
     def made(path: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -60,7 +60,7 @@ def random_base(abstract: Any) -> Any:
 
 
 def repeated(one: jax.Array, like: Any) -> jax.Array:
-    """Return an array of the shape and at the place of `like`, its leading axis added."""
+    """Return an array with the shape and sharding of `like`, by repeating `one` along a new leading axis."""
     there = jax.jit(lambda one: jnp.broadcast_to(one, like.shape), out_shardings=like.sharding)
     return jax.block_until_ready(there(one))
 
@@ -83,7 +83,7 @@ def start(step: AbstractStep, subject: Subject) -> tuple[TrainState, Any, Any]:
 
 
 def batch_of(step: AbstractStep, vocab: int) -> Batch:
-    """Return a batch of full rows of random tokens, all but the last of each row trained."""
+    """Return a batch of full rows of random tokens; all but the last token of each row are trained."""
     shape = step.batch.tokens.shape
     tokens = np.random.default_rng(0).integers(0, vocab, shape, np.int32)
     positions = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
@@ -93,7 +93,7 @@ def batch_of(step: AbstractStep, vocab: int) -> Batch:
 
 
 def measure(row: dict[str, Any], arguments: list[str]) -> None:
-    """Run steps with the options given and add their figures to a row."""
+    """Run steps with the given options and add their measurements to a row."""
     config = parse(RunConfig, arguments, program="steps")
     platform = "cpu" if jax.default_backend() == "cpu" else "cuda"
     target = Target("here", platform, "here", jax.devices(), None)
@@ -118,7 +118,7 @@ def measure(row: dict[str, Any], arguments: list[str]) -> None:
 
 
 def program_bytes(compiled: Any) -> int:
-    """Return what a compiled step needs: arguments, results that are not written over them, and temporaries."""
+    """Return the bytes that a compiled step needs: arguments, results that do not alias them, and temporaries."""
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes

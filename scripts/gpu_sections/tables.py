@@ -1,4 +1,4 @@
-"""The figures of gpu_check as tables of text, and both libraries' steps side by side."""
+"""Print the results of gpu_check as text tables, with both libraries' steps side by side."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Columns = dict[str, Callable[[Row], Any]]
 
 
 def training(sections: Iterable[Section]) -> list[Row]:
-    """Return a row for each model and method: both libraries beside each other, and the plan beside the peak."""
+    """Return a row for each model and method: both libraries side by side, and the plan next to the peak."""
     table: dict[tuple[str, str], dict[str, Any]] = {}
     for section in sections:
         for row in section.rows:
@@ -33,7 +33,7 @@ def training(sections: Iterable[Section]) -> list[Row]:
 
 
 def short(value: Any) -> str:
-    """Return a figure as a table shows it."""
+    """Return a value in short form for a table."""
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
@@ -51,12 +51,12 @@ def gib(name: str) -> Callable[[Row], Any]:
 
 
 def named(*names: str) -> Columns:
-    """Return columns that show what rows have under these names."""
+    """Return columns with the values under these names."""
     return {name: lambda row, name=name: row.get(name) for name in names}
 
 
 def largest(start: str) -> Callable[[Row], Any]:
-    """Return a column of the largest of a row's figures whose names start so."""
+    """Return a column with the largest of a row's values whose names start with `start`."""
     return lambda row: max((value for name, value in row.items() if name.startswith(start)), default=None)
 
 
@@ -70,7 +70,7 @@ TABLES: dict[str, Columns] = {
     | named("step_seconds", "step_seconds_without"),
     "kernel_times": named("model", "shape", "direction", "kernel_ms", "bf16_ms", "xla_ms", "ratio", "tflops"),
 }
-"""Columns by section. kernel_ms is the 4-bit kernel, xla_ms XLA's decoding and multiplying, ratio kernel over bf16."""
+"""Columns by section. kernel_ms is the 4-bit kernel, xla_ms is XLA's decoding and product, ratio is kernel / bf16."""
 TRAINING: Columns = {
     **named("model", "method"),
     "tokens/s": lambda row: row.get("lora_jax tokens_per_second"),
@@ -84,7 +84,7 @@ TRAINING: Columns = {
 
 
 def tables(sections: list[Section]) -> str:
-    """Return all figures as tables of text; what has none is left out."""
+    """Return all results as text tables, without empty ones."""
     found = [
         aligned(section.name, TABLES[section.name], section.rows)
         for section in sections
