@@ -23,7 +23,9 @@ from lora_jax.quant.leaf import is_quantized
 from lora_jax.types import Collections, Trained
 
 BLOCK = 16384
-"""Tokens of the vocabulary per block; a smaller vocabulary is not split."""
+"""Tokens of the vocabulary per block, at most; a smaller vocabulary is not split."""
+LANES = 16
+"""The width of a block is a multiple of this, so that its rows of logits begin at whole vectors."""
 
 
 class Table(NamedTuple):
@@ -37,9 +39,20 @@ class Table(NamedTuple):
         """Tokens of the vocabulary."""
         return self.kernel.shape[0 if self.tied else 1]
 
+    @property
+    def width(self) -> int:
+        """Tokens per block, as even as possible: the last block repeats what is left over."""
+        even = -(-self.vocab // -(-self.vocab // BLOCK))
+        return min(-(-even // LANES) * LANES, self.vocab)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return -(-self.vocab // self.width)
+
     def block(self, start: Array) -> Array:
-        """Return the block of `BLOCK` tokens that begins at `start`."""
-        return jax.lax.dynamic_slice_in_dim(self.kernel, start, BLOCK, axis=0 if self.tied else 1)
+        """Return the block that begins at `start`."""
+        return jax.lax.dynamic_slice_in_dim(self.kernel, start, self.width, axis=0 if self.tied else 1)
 
     def rows(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens embed"]:
         """Return the rows of the given tokens."""
@@ -74,17 +87,17 @@ def losses_in_blocks(
     table: Table, x: Float[Array, "tokens embed"], targets: Int[Array, " tokens"], with_gradient: bool
 ) -> Losses:
     """Return the losses of hidden states. Logits are rounded to x's dtype, as those of the head are."""
-    count, vocab = x.shape[0], table.vocab
+    count, width = x.shape[0], table.width
 
     def body(number: Array, carry: Carry) -> Carry:
         largest, total, picked, mixed = carry
-        start = jnp.minimum(number * BLOCK, vocab - BLOCK)  # the last block overlaps the one before
+        start = jnp.minimum(number * width, table.vocab - width)
         kernel = table.block(start)
         logits = product(x, kernel, table.tied).astype(x.dtype).astype(jnp.float32)
         place = targets - start
-        found = jnp.take_along_axis(logits, jnp.clip(place, 0, BLOCK - 1)[:, None], axis=-1)[:, 0]
-        picked = jnp.where((place >= 0) & (place < BLOCK), found, picked)
-        logits = jnp.where(start + jnp.arange(BLOCK) >= number * BLOCK, logits, -jnp.inf)
+        found = jnp.take_along_axis(logits, jnp.clip(place, 0, width - 1)[:, None], axis=-1)[:, 0]
+        picked = jnp.where((place >= 0) & (place < width), found, picked)
+        logits = jnp.where(start + jnp.arange(width) >= number * width, logits, -jnp.inf)
         above = jnp.maximum(largest, jnp.max(logits, axis=-1))
         powers, kept = jnp.exp(logits - above[:, None]), jnp.exp(largest - above)
         if mixed is not None:
@@ -94,6 +107,6 @@ def losses_in_blocks(
     nothing = jnp.zeros(count, jnp.float32)
     mixed = jnp.zeros(x.shape, jnp.float32) if with_gradient else None
     carry = (jnp.full(count, -jnp.inf, jnp.float32), nothing, nothing, mixed)
-    largest, total, picked, mixed = jax.lax.fori_loop(0, -(-vocab // BLOCK), body, carry)
+    largest, total, picked, mixed = jax.lax.fori_loop(0, table.blocks, body, carry)
     gradient = None if mixed is None else mixed / total[:, None] - table.rows(targets).astype(jnp.float32)
     return Losses(jnp.log(total) + largest - picked, picked >= largest, gradient)

@@ -204,8 +204,10 @@ def test_a_head_in_blocks_of_the_vocabulary_gives_what_the_whole_head_gives(
 
     assert wide_table({}, constant, base.config.tie_word_embeddings) is None
     monkeypatch.setattr(head_blocks, "BLOCK", 40)
+    monkeypatch.setattr(head_blocks, "LANES", 20)
     table = wide_table({}, constant, base.config.tie_word_embeddings)
     assert table is not None
+    assert (table.width, table.blocks) == (40, 3)
     assert wide_table({"lm_head": jnp.ones(1)}, constant, base.config.tie_word_embeddings) is None
     found = jax.jit(partial(losses_in_blocks, table, with_gradient=True))(hidden, targets)
     expected, gradient = whole(hidden), jax.grad(lambda hidden: whole(hidden).sum())(hidden)
