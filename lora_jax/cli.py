@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lora_jax.cache import keep_compiled
-from lora_jax.errors import A_STEP, EXIT_CODE, INTERRUPTED, UserError, mendable, nearest
+from lora_jax.errors import EXIT_CODE, INTERRUPTED, UserError, mendable, naming_flags, nearest, smaller_step
 from lora_jax.hub.advice import leave_torch_out
 from lora_jax.progress import alive, hush
 from lora_jax.streams import Unread, guarded
@@ -36,12 +36,10 @@ USAGE = """usage: lora-jax COMMAND [CONFIG.yaml] [--option value …]
 lora-jax COMMAND --help lists the options of a command.
 """
 MORE_MEMORY = {
-    "train": A_STEP,
-    "plan": A_STEP,
     "generate": "give fewer or shorter prompts, a smaller --max_new_tokens, or --model.load_in_4bit True",
     "eval": "give --per_device_eval_batch_size 1, a smaller --data.max_length, or --model.load_in_4bit True",
 }
-"""Remedies for a lack of memory, the cheapest first."""
+"""Remedies for a lack of memory in commands that take no training step, the cheapest first."""
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
@@ -52,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     _print_all()
-    with guarded(lasts=leaves_files(given)):
+    with guarded(lasts=leaves_files(given)), naming_flags():
         return _main(given, program)
 
 
@@ -105,6 +103,8 @@ def _print_all() -> None:
 
 
 def _mendable(error: Exception, command: str) -> UserError | None:
+    if command in ("train", "plan"):
+        return mendable(error, smaller_step())
     return mendable(
         error, MORE_MEMORY.get(command, "close other programs, or use a machine with more memory")
     )

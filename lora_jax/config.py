@@ -11,10 +11,17 @@ import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError, switch
 from lora_jax.types import Object
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+POSITIVE = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "logging_steps",
+)
+"""Options of training that must be greater than 0."""
 NOT_NEGATIVE = (
     "weight_decay",
     "max_grad_norm",
@@ -353,23 +360,22 @@ class RunConfig:
 def check(config: RunConfig) -> None:
     """Raise UserError for the first option of a run that is wrong for any model and any data."""
     data, train = config.data, config.train
-    for name, value, remedy in (
-        ("--model.path", config.model.path, "give the model's folder or its Hub id"),
-        ("--data.path", all(data.path) and data.path, "give a file of rows or the Hub id of a data set"),
-        ("--output_dir", config.output_dir, "give the folder to write to"),
+    for name, given, remedy in (
+        ("model.path", config.model.path, "give the model's folder or its Hub id"),
+        ("data.path", all(data.path) and data.path, "give a file of rows or the Hub id of a data set"),
+        ("output_dir", config.output_dir, "give the folder to write to"),
     ):
-        _require(bool(value), name, "", f"required; {remedy}")
+        _require(bool(given), Option(name), f"required; {remedy}")
     _require(
         not (config.resume and config.overwrite),
-        "--resume",
-        True,
-        "cannot be combined with --overwrite; drop one of the two",
+        switch("resume"),
+        f"cannot be combined with {switch('overwrite')}; drop one of the two",
     )
     _require(
         not (config.method == "full" and config.lora.init_from),
-        "--lora.init_from",
-        config.lora.init_from,
-        "requires --method lora; to train in full, merge the adapter and give the merged folder as --model.path",
+        Option("lora.init_from", config.lora.init_from),
+        f"requires {Option('method', 'lora')}; to train in full, merge the adapter and give the merged folder as "
+        f"{Option('model.path')}",
     )
     check_lora(config.lora)
     check_data(data)
@@ -378,115 +384,108 @@ def check(config: RunConfig) -> None:
     _check_train(train)
     _check_evaluation(data, train)
     check_numbers(config)
-    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    batch = train.per_device_train_batch_size
+    rows = batch * train.gradient_accumulation_steps
     _require(
         rows <= INT32,
-        "--train.gradient_accumulation_steps",
-        train.gradient_accumulation_steps,
-        f"makes {rows} rows a step of --train.per_device_train_batch_size "
-        f"{train.per_device_train_batch_size}; the product must be at most {INT32}",
+        Option("train.gradient_accumulation_steps", train.gradient_accumulation_steps),
+        f"makes {rows} rows a step of {Option('train.per_device_train_batch_size', batch)}; the product must be at "
+        f"most {INT32}",
     )
 
 
 def check_lora(options: LoraOptions) -> None:
     """Raise UserError for adapter options that are wrong for any model."""
     lora: Any = resolved(options)
-    _require(lora.r > 0, "--lora.r", lora.r, "the rank must be a positive integer, such as 16")
-    _require(lora.lora_alpha > 0, "--lora.lora_alpha", lora.lora_alpha, "must be positive, such as 2 * r")
-    _require(0 <= lora.lora_dropout < 1, "--lora.lora_dropout", lora.lora_dropout, "must be in [0, 1)")
+    rank, alpha, dropout = (
+        Option(f"lora.{name}", getattr(lora, name)) for name in ("r", "lora_alpha", "lora_dropout")
+    )
+    _require(lora.r > 0, rank, "the rank must be a positive integer, such as 16")
+    _require(lora.lora_alpha > 0, alpha, "must be positive, such as 2 * r")
+    _require(0 <= lora.lora_dropout < 1, dropout, "must be in [0, 1)")
     for name, value in lora.rank_pattern.items():
-        _require(value > 0, f"--lora.rank_pattern {name}", value, "the rank must be a positive integer")
+        _require(value > 0, Option("lora.rank_pattern", {name: value}), "the rank must be a positive integer")
     for name, value in lora.alpha_pattern.items():
-        _require(value > 0, f"--lora.alpha_pattern {name}", value, "must be positive")
+        _require(value > 0, Option("lora.alpha_pattern", {name: value}), "must be positive")
     _check_regexes(lora)
-    _require(bool(lora.target_modules), "--lora.target_modules", "", f"name modules, or use {ALL_LINEAR}")
+    _require(bool(lora.target_modules), Option("lora.target_modules"), f"name modules, or use {ALL_LINEAR}")
 
 
-def check_numbers(options: Any, above: str = "--") -> None:
+def check_numbers(options: Any, section: str = "") -> None:
     """Raise UserError for the first number in a dataclass of options, or in its sections, that devices cannot hold.
 
     Integers must fit into 32 bits, and floats must be finite in float32 and not underflow to 0.
     """
     for option in fields(options):
-        name, value = f"{above}{option.name.rstrip('_')}", getattr(options, option.name)
+        name, value = f"{section}{option.name.rstrip('_')}", getattr(options, option.name)
         if is_dataclass(value):
             check_numbers(value, f"{name}.")
         elif isinstance(value, dict):
             for key, item in value.items():
-                _check_number(item, f"{name} {key}", option.name)
+                _check_number(item, Option(name, {key: item}))
         else:
             for item in value if isinstance(value, tuple) else (value,):
-                _check_number(item, name, option.name)
+                _check_number(item, Option(name, item))
 
 
-def _check_number(value: object, shown: str, option: str) -> None:
+def _check_number(value: object, shown: Option) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     least, greatest = FLOAT32 if isinstance(value, float) else (0, INT32)
-    greatest = GREATEST.get(option, greatest)
+    greatest = GREATEST.get(shown.name.rpartition(".")[2], greatest)
     limit = f"{greatest:.10g}"
-    _require(not value > greatest, shown, value, f"must be at most {limit}")
-    _require(not value < -greatest, shown, value, f"must be at least -{limit}")
+    _require(not value > greatest, shown, f"must be at most {limit}")
+    _require(not value < -greatest, shown, f"must be at least -{limit}")
     _require(
-        value == 0 or not abs(value) < least,
-        shown,
-        value,
-        f"rounds to 0 in float32; give at least {least:.10g}",
+        value == 0 or not abs(value) < least, shown, f"rounds to 0 in float32; give at least {least:.10g}"
     )
 
 
 def check_data(data: DataOptions) -> None:
     """Raise UserError for data options that are wrong for any rows."""
-    _require(data.max_length > 1, "--data.max_length", data.max_length, "must be at least 2 tokens")
-    shares = " ".join(f"{share:g}" for share in data.mixture_weights)
+    weights = Option("data.mixture_weights", data.mixture_weights)
+    _require(data.max_length > 1, Option("data.max_length", data.max_length), "must be at least 2 tokens")
     _require(
         len(data.mixture_weights) in (0, len(data.path)),
-        "--data.mixture_weights",
-        shares,
+        weights,
         f"give one number per path: {len(data.path)}",
     )
-    _require(
-        all(share > 0 for share in data.mixture_weights), "--data.mixture_weights", shares, "must be positive"
-    )
+    _require(all(share > 0 for share in data.mixture_weights), weights, "must be positive")
     _require(
         data.num_proc is None or data.num_proc > 0,
-        "--data.num_proc",
-        data.num_proc,
+        Option("data.num_proc", data.num_proc),
         "must be positive, or None",
     )
 
 
 def check_evaluation_data(data: DataOptions) -> None:
     """Raise UserError for options of evaluation data and of batching that are wrong for any rows."""
+    fraction = Option("data.eval_fraction", data.eval_fraction)
     _require(
         not data.eval_split or bool(data.eval_path or data.eval_paths),
-        "--data.eval_split",
-        data.eval_split,
-        "needs --data.eval_path",
+        Option("data.eval_split", data.eval_split),
+        f"needs {Option('data.eval_path')}",
     )
     for name in ("length_buckets", "pad_to_multiple_of"):
         value = getattr(data, name)
-        _require(value is None or value > 0, f"--data.{name}", value, "must be positive")
-    _require(0 <= data.eval_fraction < 1, "--data.eval_fraction", data.eval_fraction, "must be in [0, 1)")
+        _require(value is None or value > 0, Option(f"data.{name}", value), "must be positive")
+    _require(0 <= data.eval_fraction < 1, fraction, "must be in [0, 1)")
     _require(
         not (data.eval_path and data.eval_fraction),
-        "--data.eval_fraction",
-        data.eval_fraction,
-        "cannot be combined with --data.eval_path; drop one of the two",
+        fraction,
+        f"cannot be combined with {Option('data.eval_path')}; drop one of the two",
     )
     for name in data.eval_paths:
         _require(
             re.fullmatch(r"[\w.-]+", name) is not None,
-            "--data.eval_paths",
-            name,
+            Option("data.eval_paths", name),
             "the name becomes part of metric names (eval_NAME_loss); use letters, digits, _ . and -",
         )
-    others = [name for name in ("eval_path", "eval_fraction") if getattr(data, name)]
+    others = [str(Option(f"data.{name}")) for name in ("eval_path", "eval_fraction") if getattr(data, name)]
     _require(
         not (data.eval_paths and others),
-        "--data.eval_paths",
-        "",
-        f"cannot be combined with {' and '.join(f'--data.{name}' for name in others)}; give one of them",
+        Option("data.eval_paths"),
+        f"cannot be combined with {' and '.join(others)}; give one of them",
     )
 
 
@@ -494,16 +493,14 @@ def check_model(model: ModelOptions) -> None:
     """Raise UserError for model options that contradict each other."""
     _require(
         not (model.load_in_4bit and model.load_in_8bit),
-        "--model.load_in_8bit",
-        True,
-        "cannot be combined with --model.load_in_4bit; drop one of the two",
+        switch("model.load_in_8bit"),
+        f"cannot be combined with {Option('model.load_in_4bit')}; drop one of the two",
     )
     dtypes = (model.compute_dtype, model.bnb_4bit_compute_dtype or "auto")
     _require(
         "auto" in dtypes or dtypes[0] == dtypes[1],
-        "--model.bnb_4bit_compute_dtype",
-        model.bnb_4bit_compute_dtype,
-        f"contradicts --model.compute_dtype {model.compute_dtype}; give one of the two",
+        Option("model.bnb_4bit_compute_dtype", model.bnb_4bit_compute_dtype),
+        f"contradicts {Option('model.compute_dtype', model.compute_dtype)}; give one of the two",
     )
 
 
@@ -520,94 +517,89 @@ def _check_regexes(lora: LoraOptions) -> None:
             re.compile(regex)
         except re.error as error:
             raise UserError(
-                f"--lora.{option} {regex}: is not a regular expression ({error}); fix it"
+                f"{Option(f'lora.{option}', regex)}: is not a regular expression ({error}); fix it"
             ) from error
 
 
 def _check_train(train: TrainOptions) -> None:
-    positive = (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-        "logging_steps",
-    )
-    for name in positive:
-        _require(getattr(train, name) > 0, f"--train.{name}", getattr(train, name), "must be positive")
+    given = {option.name: getattr(train, option.name) for option in fields(train)}
+    shown = {name: Option(f"train.{name}", value) for name, value in given.items()}
+    for name in POSITIVE:
+        _require(given[name] > 0, shown[name], "must be positive")
     for name in NOT_NEGATIVE:
-        _require(getattr(train, name) >= 0, f"--train.{name}", getattr(train, name), "must not be negative")
+        _require(given[name] >= 0, shown[name], "must not be negative")
     for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
-        _require(0 <= getattr(train, name) < 1, f"--train.{name}", getattr(train, name), "must be in [0, 1)")
-    _require(0 <= train.min_lr_ratio <= 1, "--train.min_lr_ratio", train.min_lr_ratio, "must be in [0, 1]")
-    _require(train.adam_epsilon > 0, "--train.adam_epsilon", train.adam_epsilon, "must be positive")
-    _require(0 <= train.seed < 2**32, "--train.seed", train.seed, "must be in [0, 2^32)")
-    _require(train.save_steps > 0, "--train.save_steps", train.save_steps, "must be positive")
+        _require(0 <= given[name] < 1, shown[name], "must be in [0, 1)")
+    _require(0 <= train.min_lr_ratio <= 1, shown["min_lr_ratio"], "must be in [0, 1]")
+    _require(train.adam_epsilon > 0, shown["adam_epsilon"], "must be positive")
+    _require(0 <= train.seed < 2**32, shown["seed"], "must be in [0, 2^32)")
+    _require(train.save_steps > 0, shown["save_steps"], "must be positive")
     _require(
         train.max_steps > 0 or train.num_train_epochs > 0,
-        "--train.num_train_epochs",
-        train.num_train_epochs,
-        "must be positive if --train.max_steps is not given",
+        shown["num_train_epochs"],
+        f"must be positive if {Option('train.max_steps')} is not given",
     )
     _require(
         train.gradient_checkpointing or train.offload not in ("activations", "both"),
-        "--train.offload",
-        train.offload,
-        "offloads the layer inputs that --train.gradient_checkpointing keeps; turn that on, or give optimizer",
+        shown["offload"],
+        f"offloads the layer inputs that {Option('train.gradient_checkpointing')} keeps; turn that on, or give "
+        "optimizer",
     )
     traced = list(train.profile_steps)
     _require(
         not traced or (len(traced) <= 2 and 0 < traced[0] <= traced[-1]),
-        "--train.profile_steps",
-        " ".join(map(str, traced)),
+        shown["profile_steps"],
         "must be the first and last step to profile, such as 3 5",
     )
     for name in ("per_device_eval_batch_size", "save_total_limit"):
-        value = getattr(train, name)
-        _require(value is None or value > 0, f"--train.{name}", value, "must be positive, or None")
+        _require(given[name] is None or given[name] > 0, shown[name], "must be positive, or None")
 
 
 def _check_evaluation(data: DataOptions, train: TrainOptions) -> None:
-    sources = [name for name in ("eval_path", "eval_paths", "eval_fraction") if getattr(data, name)]
+    has_rows = any((data.eval_path, data.eval_paths, data.eval_fraction))
     for name in ("sample_max_new_tokens", "generation_rows", "generation_max_new_tokens"):
-        _require(getattr(train, name) > 0, f"--train.{name}", getattr(train, name), "must be positive")
-    needs_rows = {
-        "metric_for_best_model": train.metric_for_best_model,
-        "load_best_model_at_end": train.load_best_model_at_end,
-        "early_stopping_patience": train.early_stopping_patience,
-        "generation_metrics": " ".join(train.generation_metrics),
-    }
-    for name, value in needs_rows.items():
+        value = getattr(train, name)
+        _require(value > 0, Option(f"train.{name}", value), "must be positive")
+    for option in (
+        Option("train.metric_for_best_model", train.metric_for_best_model),
+        Option("train.load_best_model_at_end", train.load_best_model_at_end, bare=True),
+        Option("train.early_stopping_patience", train.early_stopping_patience),
+        Option("train.generation_metrics", train.generation_metrics),
+    ):
         _require(
-            not value or bool(sources),
-            f"--train.{name}",
-            value,
-            "requires evaluation rows; give --data.eval_path or --data.eval_fraction",
+            not option.value or has_rows,
+            option,
+            f"requires evaluation rows; give {Option('data.eval_path')} or {Option('data.eval_fraction')}",
         )
-    for name in ("load_best_model_at_end", "early_stopping_patience"):
+    best = switch("train.load_best_model_at_end")
+    for option, asked in (
+        (best, train.load_best_model_at_end),
+        (
+            Option("train.early_stopping_patience", train.early_stopping_patience),
+            train.early_stopping_patience,
+        ),
+    ):
         _require(
-            not getattr(train, name) or train.eval_steps > 0,
-            f"--train.{name}",
-            getattr(train, name),
-            "requires evaluations during training; give --train.eval_steps",
+            not asked or train.eval_steps > 0,
+            option,
+            f"requires evaluations during training; give {Option('train.eval_steps')}",
         )
     if train.load_best_model_at_end:
         _require(
             train.save_strategy != "no",
-            "--train.load_best_model_at_end",
-            True,
-            "requires checkpoints; drop --train.save_strategy no",
+            best,
+            f"requires checkpoints; drop {Option('train.save_strategy', 'no')}",
         )
         _require(
             train.save_strategy != "steps" or train.save_steps % train.eval_steps == 0,
-            "--train.save_steps",
-            train.save_steps,
-            f"must be a multiple of --train.eval_steps {train.eval_steps} for --train.load_best_model_at_end",
+            Option("train.save_steps", train.save_steps),
+            f"must be a multiple of {Option('train.eval_steps', train.eval_steps)} for {Option(best.name)}",
         )
 
 
-def _require(holds: bool, option: str, value: object, remedy: str) -> None:
+def _require(holds: bool, option: Option, remedy: str) -> None:
     if not holds:
-        shown = "" if value == "" or value is True else f" {value}"
-        raise UserError(f"{option}{shown}: {remedy}")
+        raise UserError(f"{option}: {remedy}")
 
 
 def expand_targets(option: tuple[str, ...]) -> str | tuple[str, ...]:

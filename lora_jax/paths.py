@@ -6,9 +6,11 @@ import os
 import re
 from pathlib import Path
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/|(gs|s3|hf|https?|az|abfss?|r2|hdfs|file|dbfs):")
+
+OUTPUT = Option("output")
 
 
 def scheme(text: str) -> str | None:
@@ -22,7 +24,7 @@ def home() -> Path:
     return Path(os.path.expanduser("~"))  # Path.home() raises for such a user
 
 
-def expanded(text: str, option: str) -> Path:
+def expanded(text: str, option: Option | str) -> Path:
     """Return a path with ~ expanded; raises UserError for the home of an unknown user."""
     try:
         return Path(text).expanduser()
@@ -31,7 +33,7 @@ def expanded(text: str, option: str) -> Path:
         raise UserError(f"{option} {text}: the home folder {user} is unknown; write the full path") from error
 
 
-def on_disk(text: str, option: str) -> Path:
+def on_disk(text: str, option: Option | str) -> Path:
     """Return the path of an input; raises UserError for an address, which Path would treat as a folder name."""
     path = expanded(text, option)
     if (kind := scheme(text)) is None or path.exists():
@@ -40,7 +42,7 @@ def on_disk(text: str, option: str) -> Path:
     raise UserError(f"{option} {text}: inputs must be on a disk; copy it there first{copy} and give the copy")
 
 
-def output_on_disk(text: str, option: str = "--output") -> Path:
+def output_on_disk(text: str, option: Option = OUTPUT) -> Path:
     """Return the path of an output that must be on disk; raises UserError for an address."""
     if scheme(text) is not None:
         raise UserError(f"{option} {text}: output must be on a disk; give a folder, and copy it from there")

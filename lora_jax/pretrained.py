@@ -24,13 +24,13 @@ from lora_jax.adapters.notes import Notes
 from lora_jax.adapters.read import Adapter
 from lora_jax.adapters.targets import Plan, check_unquantized
 from lora_jax.config import ModelOptions
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig, read_quantization_config
 from lora_jax.hub.checkpoint import CONFIG_FILE, Checkpoint
 from lora_jax.hub.fingerprint import fingerprint
 from lora_jax.hub.json_file import read_json_object
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
-from lora_jax.hub.resolve import resolve
+from lora_jax.hub.resolve import MODEL, resolve
 from lora_jax.hub.tokenizer import load_joined_tokenizer
 from lora_jax.models.consistency import consistent
 from lora_jax.models.families import read_config
@@ -166,7 +166,7 @@ def open_pretrained(
     options: ModelOptions,
     *,
     tokenizer_files: Path | None = None,
-    option: str = "--model.path",
+    option: Option | str = MODEL,
 ) -> Pretrained:
     """Open the base model that the options name; `option` is the option that gave its path, for messages.
 
@@ -191,14 +191,16 @@ def open_folder(folder: Path) -> Pretrained:
 
 def open_config(options: ModelOptions) -> Pretrained:
     """Open a base model that need not have weights: a folder, a config.json, or only the config.json of a Hub id."""
-    path = on_disk(options.path, "--model.path")
+    path = on_disk(options.path, MODEL)
     file = path if path.is_file() else None
     folder = path.parent if file else resolve(options.path, options.revision, wanted=(CONFIG_FILE,))
     if file is None and any(folder.glob("*.safetensors")):
         return open_folder(folder).with_options(options)
     file = file or folder / CONFIG_FILE
     if not file.exists():
-        raise UserError(f"--model.path {options.path}: no {CONFIG_FILE} in it; give a model's folder")
+        raise UserError(
+            f"{Option('model.path', options.path)}: no {CONFIG_FILE} in it; give a model's folder"
+        )
     checkpoint = Checkpoint(folder, read_json_object(file, "give a model's config.json"), {})
     quantization = read_quantization_config(checkpoint.config, file)
     if quantization is not None:
@@ -214,5 +216,5 @@ def _written_dtype(checkpoint: Checkpoint) -> np.dtype:
         return jnp.dtype(str(named).removeprefix("torch."))
     except TypeError as error:
         raise UserError(
-            f"config.json: dtype {named!r} is not known: {checkpoint.folder}; give --model.dtype"
+            f"config.json: dtype {named!r} is not known: {checkpoint.folder}; give {Option('model.dtype')}"
         ) from error

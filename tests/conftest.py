@@ -68,6 +68,15 @@ def real_model() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def names() -> Iterator[None]:
+    """Messages name options as the command line does, whose words users see in all of lora_jax but its Python API."""
+    from lora_jax.errors import naming_flags  # only now, since its annotations are checked
+
+    with naming_flags():
+        yield
+
+
 @pytest.fixture
 def optimized() -> Iterator[None]:
     """Compile as users do, for tests whose programs take far longer to run than to compile."""

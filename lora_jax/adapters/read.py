@@ -16,7 +16,7 @@ from lora_jax.adapters.init import init_adapter, start_adapter
 from lora_jax.adapters.notes import Notes, read_notes
 from lora_jax.adapters.peft import adapter_table, check_tensors, import_tensors
 from lora_jax.adapters.targets import Plan, make_plan
-from lora_jax.errors import UserError, listing
+from lora_jax.errors import Option, UserError, listing
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
 from lora_jax.hub.checkpoint import Checkpoint, equal_values
 from lora_jax.hub.fingerprint import fingerprint
@@ -145,7 +145,7 @@ def base_of(adapter: Path, config: AdapterConfig) -> str:
 
 
 def note_of_base(
-    adapter: Path, named: str | None, base: Checkpoint, given: str | None, option: str
+    adapter: Path, named: str | None, base: Checkpoint, given: str | None, option: Option | str
 ) -> str | None:
     """Return what to say where a base is not the one that an adapter was trained on; None where it is, or may be.
 

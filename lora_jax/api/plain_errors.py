@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lora_jax.errors import A_STEP, UserError, mendable
+from lora_jax.errors import UserError, mendable, smaller_step
 
 _SWITCHES = re.compile(r"--(?:[a-z]\w*\.)?(\w+) (True|False)\b|--(resume|overwrite|raw)\b")
 _VALUES = re.compile(r"--(?:[a-z]\w*\.)?([a-z]\w*)")
@@ -18,7 +18,7 @@ def naming_fields() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = mendable(error, A_STEP)
+        known = mendable(error, smaller_step())
         if known is None:
             raise
         raise UserError(without_flags(str(known))) from None

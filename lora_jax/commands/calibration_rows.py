@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from lora_jax.adapters.notes import NOTES_FILE
 from lora_jax.config import DataFormat, DataOptions, ModelOptions
 from lora_jax.data.batches import make_batch, padded_length
 from lora_jax.data.dataset import load_examples
-from lora_jax.errors import UserError, listing
+from lora_jax.errors import Option, UserError, listing
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.chat_templates import set_chat_template
 from lora_jax.models.calibration import Gain, Rows, calibrated_tensors
@@ -67,6 +68,15 @@ def check_calibration(options: CalibrationOptions, model: ModelOptions) -> None:
         raise UserError(f"--calibration.max_length {options.max_length}: must be at least 2 tokens")
 
 
+@contextmanager
+def _naming_calibration() -> Iterator[None]:
+    """Let errors about rows name the options of calibration in place of those of `data`, whose meaning they have."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--data.", "--calibration.")) from error
+
+
 class Calibration:
     """The calibration rows of `lora-jax quantize`, and their effect."""
 
@@ -82,10 +92,12 @@ class Calibration:
             text_field=options.text_field,
         )
         tokenizer, config = base.tokenizer, base.config
-        set_chat_template(tokenizer, options.chat_template, "--calibration.chat_template")
-        found = load_examples(
-            data, tokenizer, options.path, options.split, config.vocab_size, option="--calibration.path"
-        )
+        set_chat_template(tokenizer, options.chat_template, Option("calibration.chat_template"))
+        with _naming_calibration():
+            path = Option("calibration.path")
+            found = load_examples(
+                data, tokenizer, options.path, options.split, config.vocab_size, option=path
+            )
         self._rows = found.select(np.arange(min(options.rows, len(found))))
         self._positions = config.positions
 

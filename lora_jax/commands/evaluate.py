@@ -52,7 +52,7 @@ from lora_jax.run_folder import figure_name
 from lora_jax.training.feed import eval_sizes
 from lora_jax.types import Object, Tokenizer
 
-SECTION = "--"
+SECTION = ""
 """Prefix of the names of score options in this command."""
 SOURCES = ("data.path", "data.eval_path", "data.eval_paths")
 ABOUT_SOURCES = (

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.config import ModelOptions, resolved, unset
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.generate.decode import NOT_FINITE, complete, stream
 from lora_jax.generate.limits import beyond_positions, check_cache
 from lora_jax.generate.load import Loaded, load_for_inference
@@ -138,7 +138,7 @@ def _not_finite(options: GenerateOptions, loaded: Loaded) -> UserError:
 
 def _check_length(prompts: Collection[Sequence[int]], options: GenerateOptions, loaded: Loaded) -> None:
     longest, most = max(map(len, prompts)), resolved(options).max_new_tokens or 0
-    check_cache(loaded.model, len(prompts), longest, most, "--max_new_tokens")
+    check_cache(loaded.model, len(prompts), longest, most, Option("max_new_tokens"))
     asked = options.max_new_tokens or 0  # the default is a limit, not a request
     if note := beyond_positions(loaded.config.positions, longest, asked):
         print(f"note: {note}", file=sys.stderr)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lora_jax.config import DataFormat, DataOptions
-from lora_jax.errors import UserError, listing, nearest
+from lora_jax.errors import Option, UserError, listing, nearest
 from lora_jax.types import Values
 
 COLUMNS: dict[DataFormat, tuple[str, ...]] = {
@@ -48,41 +48,8 @@ _REASONING = (
     "cot",
     "chain_of_thought",
 )
-_REFUSED: dict[str, str] = {
-    name: said
-    for names, said in (
-        (
-            MEDIA,
-            (
-                "is not text, and only text can be trained on; remove these rows, or ignore the "
-                "column with --data.columns {0} none"
-            ),
-        ),
-        (
-            _PREFERENCE,
-            (
-                "belongs to a preference pair (DPO), which is not supported; map the column of the answers, "
-                "as in --data.columns completion chosen, or ignore it with --data.columns {0} none"
-            ),
-        ),
-        (
-            _VERDICT,
-            (
-                "marks answers as good or bad (KTO), and all of them would be trained on alike; remove the "
-                "rows with false, then give --data.columns {0} none"
-            ),
-        ),
-        (
-            _REASONING,
-            (
-                "contains reasoning, which would not be trained on; put it into the answer, between <think> and "
-                "</think>, or ignore it with --data.columns {0} none"
-            ),
-        ),
-    )
-    for name in names
-}
-"""What a column means that training cannot take into account, and the remedy."""
+_REFUSED = frozenset((*MEDIA, *_PREFERENCE, *_VERDICT, *_REASONING))
+"""Columns whose meaning training cannot take into account."""
 
 _ASKED = ("question", "query", "prompt", "instruction", "problem", "input", "user", "human", "request")
 _ANSWERED = (
@@ -106,7 +73,7 @@ class Columns:
         """Raise UserError for an unknown name in --data.columns."""
         read = sorted(frozenset().union(*READ.values()))
         for ours, theirs in self.names.items():
-            option = f"--data.columns {ours} {theirs}"
+            option = _mapped({ours: theirs})
             if ours not in read and ours not in _REFUSED:
                 raise UserError(
                     f"{option}: {ours} is not a known column; give our name, then the file's."
@@ -117,8 +84,7 @@ class Columns:
         text = self.names.get("text")
         if text is not None and self.text_field != DataOptions.text_field:
             raise UserError(
-                f"--data.columns text {text}: cannot be combined with --data.text_field {self.text_field}; "
-                "give one of the two"
+                f"{_mapped({'text': text})}: cannot be combined with {self._text_option}; give one of the two"
             )
 
     def named(self, row: Values) -> Values:
@@ -168,7 +134,7 @@ class Columns:
                 )
         for name in have:
             if name in _REFUSED:
-                return f"{where}: column {name} {_REFUSED[name].format(name)}"
+                return f"{where}: column {name} {_refusal(name)}"
         known = "; ".join(" and ".join(needed) for needed in COLUMNS.values())
         return (
             f"{where}: the columns {listing(have) or '(none)'} match no format; {_suggested(have)}or rename "
@@ -177,12 +143,16 @@ class Columns:
         )
 
     @cached_property
-    def _stated(self) -> list[tuple[str, str]]:
+    def _stated(self) -> list[tuple[Option, str]]:
         """The columns that options name, as pairs of option and the file's column."""
-        said = [(f"--data.columns {ours} {name}", name) for ours, name in self.names.items() if name != NONE]
+        said = [(_mapped({ours: name}), name) for ours, name in self.names.items() if name != NONE]
         if self.text_field != DataOptions.text_field:
-            said.append((f"--data.text_field {self.text_field}", self.text_field))
+            said.append((self._text_option, self.text_field))
         return said
+
+    @property
+    def _text_option(self) -> Option:
+        return Option("data.text_field", self.text_field)
 
     def check_found(self, found: Iterable[str], have: Iterable[str], name: str) -> None:
         """Raise UserError if an option names a column that no row has.
@@ -204,10 +174,10 @@ class Columns:
     def _refused(self) -> frozenset[str]:
         """Columns that are errors, except those that options name, and pairs of which options name one."""
         mentioned = {*self.names, *self.names.values(), self.weight_field, self.text_field}
-        refused = set(_REFUSED) - mentioned
+        refused = _REFUSED - mentioned
         if mentioned & set(_PREFERENCE):  # the options decide about the pair
             refused -= set(_PREFERENCE)
-        return frozenset(refused)
+        return refused
 
     def unread(self, row: Values, form: DataFormat, where: str) -> tuple[list[str], list[str]]:
         """Return the columns of a row, under the file's names, that are not read, and those that options name.
@@ -229,7 +199,7 @@ class Columns:
             if is_empty(value) or self.names.get(name) == NONE:
                 continue
             if name in self._refused and _heeded(name, value, form):
-                raise UserError(f"{where}: column {name} {_REFUSED[name].format(name)}")
+                raise UserError(f"{where}: column {name} {_refusal(name)}")
             unread.append(name)
         return unread, stated
 
@@ -239,13 +209,40 @@ class Columns:
             return
         column, have = lacking[0], list(row)
         name = self.names.get(column, column)
-        option = f" (--data.columns {column} {name})" if column in self.names else ""
+        option = f" ({_mapped({column: name})})" if column in self.names else ""
         if form == "text" and self.text_field != DataOptions.text_field:
-            option = " (--data.text_field)"
+            option = f" ({Option('data.text_field')})"
         raise UserError(
             f"{where}: no column {name!r}{option}, only {listing(have) or 'none'}; add it, map another one with "
-            f"--data.columns {'text' if form == 'text' else column} NAME, or set --data.format.{nearest(name, have)}"
+            f"{_mapped({'text' if form == 'text' else column: 'NAME'})}, or set {Option('data.format')}."
+            f"{nearest(name, have)}"
         )
+
+
+def _mapped(names: Mapping[str, str]) -> Option:
+    """Return the option that maps our columns to the file's."""
+    return Option("data.columns", names)
+
+
+def _refusal(name: str) -> str:
+    """Return what a column says that training cannot heed, and what to do."""
+    ignored = _mapped({name: NONE})
+    if name in MEDIA:
+        return f"is not text, and only text can be trained on; remove these rows, or ignore the column with {ignored}"
+    if name in _PREFERENCE:
+        return (
+            "belongs to a preference pair (DPO), which is not supported; map the column of the answers, as in "
+            f"{_mapped({'completion': 'chosen'})}, or ignore it with {ignored}"
+        )
+    if name in _VERDICT:
+        return (
+            "marks answers as good or bad (KTO), and all of them would be trained on alike; remove the rows with "
+            f"false, then give {ignored}"
+        )
+    return (
+        "contains reasoning, which would not be trained on; put it into the answer, between <think> and </think>, or "
+        f"ignore it with {ignored}"
+    )
 
 
 def is_empty(value: object) -> bool:
@@ -273,7 +270,7 @@ def _suggested(have: list[str]) -> str:
     asked, answered = first(_ASKED), first(_ANSWERED)
     if asked and answered:
         pairs = (("question", asked), ("answer", answered))
-        return f"give --data.columns {' '.join(f'{ours} {name}' for ours, name in pairs if ours != name)}, "
+        return f"give {_mapped({ours: name for ours, name in pairs if ours != name})}, "
     if talk := first(_TALKED):
-        return f"give --data.columns messages {talk}, "
-    return f"give the column of plain text with --data.text_field {first(_WRITTEN) or 'NAME'}, "
+        return f"give {_mapped({'messages': talk})}, "
+    return f"give the column of plain text with {Option('data.text_field', first(_WRITTEN) or 'NAME')}, "

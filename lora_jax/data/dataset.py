@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +19,11 @@ from lora_jax.config import DataFormat, DataOptions
 from lora_jax.data import token_cache
 from lora_jax.data.recipe import Recipe
 from lora_jax.data.remarks import WORDS, Remark
-from lora_jax.data.rows import Source, find_rows
+from lora_jax.data.rows import PATH, Source, find_rows
 from lora_jax.data.store import Store
 from lora_jax.data.tokenising import Counts, Worker, processes, write_tokens
 from lora_jax.data.tokens import Tokens
-from lora_jax.errors import UserError, listing
+from lora_jax.errors import Option, UserError, listing
 from lora_jax.hub.atomic import write_failure
 from lora_jax.progress import stage
 
@@ -228,7 +227,7 @@ def load_examples(
     split: str,
     vocab_size: int | None,
     *,
-    option: str = "--data.path",
+    option: Option = PATH,
     console: Console | None = None,
 ) -> TokenDataset:
     """Return the rows of files or Hub data sets as tokens, one source after the other.
@@ -248,31 +247,6 @@ def load_examples(
         UserError: the rows cannot be read, a row does not fit its format, a token is not in the model's
             vocabulary, or nothing is left to train on.
     """
-    with _options_of(option):
-        return _loaded(options, tokenizer, path, split, vocab_size, option, console)
-
-
-@contextmanager
-def _options_of(option: str) -> Iterator[None]:
-    """Let errors name the options of the section that gave the path, such as --calibration."""
-    section = option.partition(".")[0]
-    try:
-        yield
-    except UserError as error:
-        if section == "--data":
-            raise
-        raise UserError(str(error).replace("--data.", f"{section}.")) from error
-
-
-def _loaded(
-    options: DataOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    path: str | Sequence[str],
-    split: str,
-    vocab_size: int | None,
-    option: str,
-    console: Console | None,
-) -> TokenDataset:
     recipe = Recipe.of(options)
     sources = [find_rows(one, split, option=option) for one in ([path] if isinstance(path, str) else path)]
     parts = tuple(
@@ -283,7 +257,7 @@ def _loaded(
     rows = sum(len(part.store) for part in parts)
     counts = sum((part.counts for part in parts), Counts())
     found = TokenDataset(parts, np.arange(rows, dtype=np.int64), options.max_length, counts)
-    if not option.startswith("--data.eval"):  # evaluation rows may have other columns
+    if not option.name.startswith("data.eval"):  # evaluation rows may have other columns
         recipe.named.check_found(counts.stated, counts.unread, found.name)
     _check_vocabulary(found, tokenizer, vocab_size)
     return found
@@ -350,17 +324,17 @@ def _check_vocabulary(
         token = int(part.store[row].input_ids.max())
         raise UserError(
             f"{dataset.where(int(start) + row)}: token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) is outside "
-            f"the model's vocabulary of {vocab_size}; use --model.resize_vocab True, or the checkpoint's own tokenizer"
+            f"the model's vocabulary of {vocab_size}; use {Option('model.resize_vocab', True)}, or the "
+            "checkpoint's own tokenizer"
         )
 
 
 def _nothing_left(source: Source, form: str, recipe: Recipe, counts: Counts) -> str:
-    section = source.option.rpartition(".")[0]
     if cut := counts.cut_empty + counts.long:
         return (
-            f"{source.option} {source.name}: nothing is left to train on, as {section}.max_length {recipe.max_length} "
-            f"cuts off everything that would be trained ({cut:,} of "
-            f"{_count(counts.empty + counts.long, 'row')}); raise it"
+            f"{source.option} {source.name}: nothing is left to train on, as "
+            f"{source.option.beside('max_length', recipe.max_length)} cuts off everything that would be trained "
+            f"({cut:,} of {_count(counts.empty + counts.long, 'row')}); raise it"
         )
     remedy = "give conversations with a turn of role assistant"
     if form != "messages":

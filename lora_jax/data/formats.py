@@ -19,7 +19,7 @@ from typing import Any
 from lora_jax.config import DataFormat
 from lora_jax.data.columns import CONTEXT, CONVERSATIONS, MEDIA, is_empty
 from lora_jax.data.lines import kind
-from lora_jax.errors import UserError, listing, nearest
+from lora_jax.errors import Option, UserError, listing, nearest
 from lora_jax.types import Object, Values
 
 Message = Object
@@ -132,7 +132,7 @@ def _completed(row: Values, prompts_too: bool, whole: bool, where: str) -> Examp
             row,
             where,
             "prompt and completion are strings; give both as lists of messages, or map them to question and "
-            "answer: --data.columns question prompt answer completion",
+            f"answer: {Option('data.columns', {'question': 'prompt', 'answer': 'completion'})}",
         )
         return CompletionExample(*texts, whole=prompts_too)
     if isinstance(prompt, str) or isinstance(completion, str):
@@ -177,7 +177,7 @@ def row_weight(row: Values, column: str | None, where: str) -> float:
     """
     if column is None:
         return 1.0
-    value = _column(row, column, where, "--data.weight_field")
+    value = _column(row, column, where, "data.weight_field")
     try:
         weight = math.nan if isinstance(value, bool) else float(value)  # strings too: CSV has nothing else
     except (TypeError, ValueError, OverflowError):
@@ -254,7 +254,7 @@ def _chat(row: Values, messages: list[Message], head: int, whole: bool, where: s
         if whole:
             raise UserError(
                 f"{place} sets train or weight, which applies only to the assistant's turns; "
-                "set --data.assistant_only_loss True, or remove train and weight"
+                f"set {Option('data.assistant_only_loss', True)}, or remove train and weight"
             )
         if message["role"] == "assistant":
             silent |= set() if trained else {index}
@@ -405,10 +405,10 @@ def parsed(value: Any, opening: str = "[") -> Any:
         return value
 
 
-def _column(row: Values, column: str, where: str, option: str = "--data.format") -> Any:
+def _column(row: Values, column: str, where: str, option: str = "data.format") -> Any:
     if column not in row:
         raise UserError(
-            f"{where}: no column {column!r}, only {listing(row) or 'none'}; add it or set {option}"
+            f"{where}: no column {column!r}, only {listing(row) or 'none'}; add it or set {Option(option)}"
         )
     return row[column]
 

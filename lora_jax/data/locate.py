@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_jax.data.files import READERS, kind_of
 from lora_jax.data.packed import PACKED
-from lora_jax.errors import UserError, listing, nearest
+from lora_jax.errors import Option, UserError, listing, nearest
 from lora_jax.paths import on_disk
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -34,7 +34,7 @@ def is_local(path: str) -> bool:
     return is_pattern(path) or Path(path).expanduser().exists()
 
 
-def data_files(path: str, option: str) -> list[Path]:
+def data_files(path: str, option: Option) -> list[Path]:
     """Return the files that a path stands for, ordered by name; none if it is an id on the Hub.
 
     Raises:
@@ -62,7 +62,7 @@ def data_files(path: str, option: str) -> list[Path]:
     return found
 
 
-def _check_file(file: Path, option: str) -> None:
+def _check_file(file: Path, option: Option) -> None:
     if not file.exists():
         raise UserError(
             f"{option} {file}: is a link to a file that does not exist; remove it, or download the file"
@@ -80,7 +80,7 @@ def _check_file(file: Path, option: str) -> None:
         raise UserError(f"{option} {file}: unknown extension {file.suffix!r}; give a file of {KINDS}{hint}")
 
 
-def _of_folder(folder: Path, option: str) -> list[Path]:
+def _of_folder(folder: Path, option: Option) -> list[Path]:
     """Return the data files in a folder; raises UserError if they do not form one data set."""
     names = sorted(child.name for child in folder.iterdir())
     if "state.json" in names or "dataset_dict.json" in names:

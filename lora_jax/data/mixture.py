@@ -14,7 +14,7 @@ import numpy as np
 from lora_jax.data.batches import epoch_order
 from lora_jax.data.dataset import TokenDataset
 from lora_jax.data.tokenising import Counts
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 
 _NO_EPOCH = 2**32 - 1
 """Draw number for held-out rows, which no epoch's order uses; the draws of a mixture are below it."""
@@ -39,8 +39,8 @@ def hold_out(dataset: TokenDataset, fraction: float, seed: int) -> tuple[TokenDa
     size = max(1, round(documents * fraction))
     if size >= documents:
         raise UserError(
-            f"--data.eval_fraction {fraction}: leaves none of the {documents:,} row{'s' * (documents > 1)} of "
-            f"{dataset.name} to train on; lower it or give --data.eval_path"
+            f"{Option('data.eval_fraction', fraction)}: leaves none of the {documents:,} "
+            f"row{'s' * (documents > 1)} of {dataset.name} to train on; lower it or give {Option('data.eval_path')}"
         )
     drawn = np.zeros(documents, bool)
     drawn[epoch_order(documents, seed, _NO_EPOCH)[:size]] = True
@@ -84,7 +84,8 @@ def mixed(
     for path, count in zip(dataset.paths, rows, strict=True):
         if not count:
             raise UserError(
-                f"--data.mixture_weights: no rows of {path} are left to mix; drop it from --data.path"
+                f"{Option('data.mixture_weights')}: no rows of {path} are left to mix; drop it from "
+                f"{Option('data.path')}"
             )
     relative = np.asarray(weights, np.float64) / max(weights)
     shares = relative / relative.sum()
@@ -92,8 +93,8 @@ def mixed(
     total = pick((rows / np.maximum(shares, 1e-300)).tolist())
     if total > LONGEST_EPOCH:
         raise UserError(
-            f"--data.mixture_weights: an epoch would have {total:.2g} rows; give weights closer to each other, or "
-            "--data.stopping_strategy first_exhausted"
+            f"{Option('data.mixture_weights')}: an epoch would have {total:.2g} rows; give weights closer to each "
+            f"other, or {Option('data.stopping_strategy', 'first_exhausted')}"
         )
     chosen = []
     for number, (count, share) in enumerate(zip(rows.tolist(), shares.tolist(), strict=True)):

@@ -11,7 +11,7 @@ from lora_jax.data.columns import NONE, Columns
 from lora_jax.data.formats import row_weight, to_example
 from lora_jax.data.tokens import Tokens, TrainOnEos, encode
 from lora_jax.data.windows import TruncationMode, fitted
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.types import Values
 
 if TYPE_CHECKING:
@@ -54,13 +54,13 @@ class Recipe:
         form = self.named.recognise(columns, self.format, where)
         if self.completion_only_loss and form in ("text", "messages"):
             raise UserError(
-                f"{where}: the format {form} has no completion, which --data.completion_only_loss True requires; "
-                "drop it, or give prompt and completion"
+                f"{where}: the format {form} has no completion, which "
+                f"{Option('data.completion_only_loss', True)} requires; drop it, or give prompt and completion"
             )
         if self.assistant_only_loss and form == "text":
             raise UserError(
-                f"{where}: the format text has no assistant, which --data.assistant_only_loss True requires; "
-                "drop it, or give messages"
+                f"{where}: the format text has no assistant, which "
+                f"{Option('data.assistant_only_loss', True)} requires; drop it, or give messages"
             )
         return form
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_jax.data.files import quiet_datasets
 from lora_jax.data.parquet import BATCH, without_absent
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.types import Object
 
 
@@ -53,7 +53,7 @@ class HubRows:
         return self._batch[index - self._start]
 
 
-def read_hub(path: str, split: str, option: str) -> HubRows:
+def read_hub(path: str, split: str, option: Option) -> HubRows:
     """Return the rows of a split of a Hub data set.
 
     Args:

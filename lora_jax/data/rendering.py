@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from lora_jax.data.formats import ChatExample, Message, parsed
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.types import Object
 
 if TYPE_CHECKING:
@@ -50,14 +50,14 @@ class Renderer:
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"{self.where}: the tokenizer has no chat template for messages; give one with "
-                "--data.chat_template, or give prompt and completion"
+                f"{Option('data.chat_template')}, or give prompt and completion"
             )
         try:
             return self.tokenizer.get_chat_template(tools=self.chat.tools)
         except ValueError as error:
             raise UserError(
                 f"{self.where}: none of the tokenizer's chat templates is named default; rename one, or give one "
-                "with --data.chat_template"
+                f"with {Option('data.chat_template')}"
             ) from error
 
     @cached_property
@@ -105,7 +105,7 @@ class Renderer:
             refusal = next((error for error in refusals if type(error) is TemplateError), refusals[0])
             raise UserError(
                 f"{self.where}: the chat template rejects the messages ({refusal}); give messages that it accepts, or "
-                "another template with --data.chat_template"
+                f"another template with {Option('data.chat_template')}"
             ) from refusal
         return best
 

@@ -19,10 +19,12 @@ from lora_jax.data.lines import CutFile, Parser
 from lora_jax.data.locate import data_files
 from lora_jax.data.packed import PACKED
 from lora_jax.data.remote import HubRows, read_hub
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.types import Object
 
 Row = Object
+PATH = Option("data.path")
+"""The option that gives rows, unless a message is to name another."""
 
 
 class Rows:
@@ -79,7 +81,7 @@ class Source:
     path: str
     """The path as given: a file, a folder or pattern that the file belongs to, or an id on the Hub."""
     split: str
-    option: str
+    option: Option
     """The option that gave the path, for messages."""
     file: Path | None
     """None for a data set on the Hub."""
@@ -161,11 +163,11 @@ class Source:
         return rows
 
 
-def _no_rows(option: str, name: str, split: str) -> UserError:
+def _no_rows(option: Option, name: str, split: str) -> UserError:
     return UserError(f"{option} {name}: split {split!r} has no rows; widen the slice")
 
 
-def find_rows(path: str, split: str, *, option: str = "--data.path") -> list[Source]:
+def find_rows(path: str, split: str, *, option: Option = PATH) -> list[Source]:
     """Return the sources that a path stands for: a Hub data set, a file, or each of several files. Reads no rows.
 
     Args:
@@ -195,7 +197,7 @@ def find_rows(path: str, split: str, *, option: str = "--data.path") -> list[Sou
     return found
 
 
-def read_rows(path: str, split: str, *, option: str = "--data.path") -> Rows:
+def read_rows(path: str, split: str, *, option: Option = PATH) -> Rows:
     """Return the rows of a file or of a Hub data set, found and read as by `find_rows` and `Source.read`."""
     (source,) = find_rows(path, split, option=option)
     return source.read()

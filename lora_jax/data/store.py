@@ -22,7 +22,7 @@ import numpy as np
 
 from lora_jax.data.remarks import Remark
 from lora_jax.data.tokens import Tokens
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.hub.atomic import write_failure
 
 SCALARS = {
@@ -91,7 +91,7 @@ class StoreWriter:
             plain = OSError(error.errno, os.strerror(error.errno)) if error.errno else error
             raise UserError(
                 f"{write_failure(self.file, plain)}; LORA_JAX_CACHE sets another folder for tokens; with "
-                "--data.cache False they go to TMPDIR"
+                f"{Option('data.cache', False)} they go to TMPDIR"
             ) from error
 
 

@@ -28,7 +28,7 @@ from lora_jax.data.lines import Parser
 from lora_jax.data.recipe import Recipe
 from lora_jax.data.rows import Rows
 from lora_jax.data.store import StoreWriter, as_batch
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError, name_flags, names_flags
 from lora_jax.progress import at, shown_by
 from lora_jax.types import Object
 
@@ -179,7 +179,9 @@ def _in_processes(
 ) -> Iterator[tuple[Any, Counts, int]]:
     # Not forked: a fork would leave JAX's threads in an undefined state.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(worker,))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start, initargs=(worker, names_flags())
+    )
     waiting = deque[Future[Any]]()
     try:
         for chunk in chunks:
@@ -191,7 +193,7 @@ def _in_processes(
     except BrokenProcessPool as error:
         raise UserError(
             f"{worker.name}: a tokenizer process was killed, perhaps for lack of memory; "
-            "give --data.num_proc 1"
+            f"give {Option('data.num_proc', 1)}"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -200,10 +202,11 @@ def _in_processes(
 _worker: Worker | None = None
 
 
-def _start(worker: Worker) -> None:
-    """Initialize a worker process: it leaves signals to its parent, and ends with it."""
+def _start(worker: Worker, flags: bool) -> None:
+    """Initialize a worker process: it leaves signals to its parent, ends with it, and names options as it does."""
     global _worker
     _worker = worker
+    name_flags(flags)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lora_jax.data.formats import ChatExample, Message
 from lora_jax.data.remarks import Remark
 from lora_jax.data.rendering import REASONING, Renderer, holds, saying, spoken, squashed
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -194,7 +194,7 @@ class _Conversation(Renderer):
                 raise UserError(
                     f"{self.where}: message {turn + 1}: the chat template rewrites earlier turns, so the "
                     "assistant's words cannot be located; end the conversation after that turn, or give a "
-                    "template with {% generation %} marks with --data.chat_template"
+                    f"template with {{% generation %}} marks with {Option('data.chat_template')}"
                 )
             spans.append(span)
         return spans

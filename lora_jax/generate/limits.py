@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.generate.decode import cache_bytes
 from lora_jax.models.decoder import Decoder
 from lora_jax.parallel.memory import devices_memory
 
 
-def check_cache(model: Decoder, batch: int, longest: int, max_new_tokens: int, option: str) -> None:
+def check_cache(model: Decoder, batch: int, longest: int, max_new_tokens: int, option: Option) -> None:
     """Raise UserError, naming the `option` for max_new_tokens, if the cache alone is larger than memory."""
     needed, there = cache_bytes(model, batch, longest, max_new_tokens), devices_memory()
     if needed > there:
@@ -23,7 +23,7 @@ def beyond_positions(positions: int, longest: int, max_new_tokens: int) -> str |
     if longest > positions:
         what = f"the prompt has {longest:,} tokens"
     elif longest + max_new_tokens > positions:
-        what = f"the prompt and --max_new_tokens make up to {longest + max_new_tokens:,} tokens"
+        what = f"the prompt and {Option('max_new_tokens')} make up to {longest + max_new_tokens:,} tokens"
     else:
         return None
     return f"{what}; the model has {positions:,} positions (max_position_embeddings) and generates noise beyond them"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from lora_jax.adapters.notes import read_notes
 from lora_jax.adapters.read import Adapter, adapter_trees, base_of, note_of_base, open_adapter
 from lora_jax.config import ModelOptions, check_model
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.generate.stops import generation_settings
 from lora_jax.hub.adapter_files import read_adapter_config
 from lora_jax.hub.checkpoint import Checkpoint
@@ -51,11 +51,11 @@ class Opened:
         if self.adapter is None:
             return
         adapter, named = self.adapter.folder, self.adapter.config.base_model_name_or_path
-        if note := note_of_base(adapter, named, self.checkpoint, options.path, "--model.path"):
+        if note := note_of_base(adapter, named, self.checkpoint, options.path, Option("model.path")):
             yield note
         trained = read_notes(adapter).quantization
         if trained is not None and self.base.quantization is None:
-            how = "--model.load_in_4bit True" if trained.bits == 4 else "--model.load_in_8bit True"
+            how = Option(f"model.load_in_{trained.bits}bit", True)
             yield f"the adapter was trained on a quantized base ({trained.summary()}); {how} makes it so"
 
 
@@ -90,18 +90,20 @@ def open_for_inference(options: ModelOptions, adapter: str | None = None) -> Ope
     Tokenizer files and generation settings come from the adapter if it has them. Raises UserError for whatever is wrong
     with the files.
     """
-    folder = None if adapter is None else resolve(adapter, option="--adapter")
+    folder = None if adapter is None else resolve(adapter, option=Option("adapter"))
     path, revision = options.path, options.revision
     if folder is not None and not path:
         stored = read_adapter_config(folder)
         path, revision = base_of(folder, stored), revision or stored.revision
     if not path:
-        raise UserError("--model.path: required without --adapter; give a folder or a Hub id")
+        raise UserError(
+            f"{Option('model.path')}: required without {Option('adapter')}; give a folder or a Hub id"
+        )
     check_model(options)
     base = open_pretrained(
         replace(options, path=path, revision=revision),
         tokenizer_files=folder,
-        option="base model (--model.path)",
+        option=f"base model ({Option('model.path')})",
     )
     base.tokenizer  # noqa: B018 - what is wrong with it is said here
     opened = None if folder is None else open_adapter(folder, base.config)

@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 
 from lora_jax.data.formats import ChatExample
 from lora_jax.data.tokens import tokenise
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError, switch
 from lora_jax.hub.tokenizer import end_token_id, plain_ids, without_double_bos
 from lora_jax.types import Tokenizer, Values
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 _LONGEST_TURN = 2**16
+PROMPT = Option("prompt")
 
 
 def encode_prompt(
@@ -25,7 +26,7 @@ def encode_prompt(
     *,
     chat: bool,
     system: str | None = None,
-    option: str = "--prompt",
+    option: Option = PROMPT,
 ) -> list[int]:
     """Return a prompt's tokens: as a user turn with a generation prompt, or as plain text.
 
@@ -74,16 +75,18 @@ def named_ends(settings: Values, config: Values) -> list[int]:
     return [token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)]
 
 
-def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase, system: str | None, option: str) -> str:
+def _asked(prompt: str, tokenizer: PreTrainedTokenizerBase, system: str | None, option: Option) -> str:
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # pyright: ignore[reportReturnType]
     except _TEMPLATE_ERRORS as error:
-        remedy = "give one that it accepts" if option != "--prompt" else "give --raw, or fix the template"
+        remedy = "give one that it accepts"
+        if option == PROMPT:
+            remedy = f"give {switch('raw')}, or fix the template"
         if system is not None:
-            remedy = "drop --system, or give --raw"
+            remedy = f"drop {Option('system')}, or give {switch('raw')}"
         raise UserError(f"{option}: the chat template rejects it ({error}); {remedy}") from error
 
 
@@ -91,7 +94,7 @@ def _turn_end(tokenizer: Tokenizer) -> int | None:
     """Return the special token that training teaches to end a turn with; None if it cannot be determined."""
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
     try:
-        tokens = tokenise(ChatExample(messages), tokenizer, _LONGEST_TURN, "--prompt")
+        tokens = tokenise(ChatExample(messages), tokenizer, _LONGEST_TURN, "the prompt")
     except UserError:
         return None  # a template that is unfit for training may still work for generation
     last = int(tokens.input_ids[tokens.trained][-1]) if tokens.trained.any() else -1

@@ -14,7 +14,7 @@ from glob import escape
 from pathlib import Path, PurePath
 from uuid import uuid4
 
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, switch
 from lora_jax.hub.bucket import Place, unreachable, uploaded_folder
 
 STALE = 24 * 3600
@@ -182,7 +182,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path} is a file; give a folder to write to")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UserError(
-            f"{path} exists and is not empty; choose another folder, or pass --overwrite to replace it"
+            f"{path} exists and is not empty; choose another folder, or pass {switch('overwrite')} to replace it"
         )
 
 

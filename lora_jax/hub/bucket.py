@@ -14,7 +14,7 @@ from pathlib import Path
 
 from etils import epath
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.install import install_command
 from lora_jax.paths import scheme
 
@@ -22,7 +22,7 @@ Place = Path | epath.Path
 """A file or folder on disk or in a bucket."""
 
 
-def place(text: str, option: str) -> Place:
+def place(text: str, option: Option) -> Place:
     """Return the folder that a text names; raises UserError if its bucket cannot be reached."""
     kind = scheme(text)
     if kind is None:
@@ -44,7 +44,7 @@ def place(text: str, option: str) -> Place:
     return folder
 
 
-def unreachable(what: str, path: epath.Path, error: Exception) -> UserError:
+def unreachable(what: Option | str, path: epath.Path, error: Exception) -> UserError:
     """Return the error for a bucket that does not respond as expected."""
     return UserError(
         f"{what} {path}: the bucket does not respond ({type(error).__name__}: {str(error)[:200]}); check its name, "

@@ -7,12 +7,13 @@ given as a file. If the tokenizer adds BOS to every text, the conversation start
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jinja2 import Environment, TemplateSyntaxError
 
-from lora_jax.errors import UserError, listing, nearest
+from lora_jax.errors import Option, UserError, listing, nearest
 from lora_jax.hub.atomic import write_bytes
 from lora_jax.hub.tokenizer import TEMPLATE_FILE
 from lora_jax.paths import expanded
@@ -85,12 +86,13 @@ _ALSO = {
     "mistral_v1": "mistral", "phi_3": "phi3", "phi_4": "phi4", "phi": "phi3",
 }  # fmt: skip
 """Names in LLaMA-Factory and axolotl."""
+TEMPLATE = Option("data.chat_template")
 _AS_TEXT = ("zephyr",)
 """Templates whose tags are plain text."""
 
 
 def set_chat_template(
-    tokenizer: PreTrainedTokenizerBase, chosen: str | None, option: str = "--data.chat_template"
+    tokenizer: PreTrainedTokenizerBase, chosen: str | None, option: Option = TEMPLATE
 ) -> None:
     """Set a tokenizer's chat template from a file or by name; None keeps its own.
 
@@ -100,7 +102,7 @@ def set_chat_template(
     if chosen is None:
         return
     name = _ALSO.get(chosen.lower(), chosen.lower())
-    option = f"{option} {chosen}"
+    option = replace(option, value=chosen)
     text = _read(chosen, option) if name not in BUILT_IN else BUILT_IN[name]
     if name in BUILT_IN:
         known = tokenizer.get_vocab()
@@ -130,8 +132,8 @@ def _tokens(name: str) -> set[str]:
     return set(_CONTROL.findall(spelt))
 
 
-def _read(path: str, option: str) -> str:
-    file = expanded(path, option.partition(" ")[0])
+def _read(path: str, option: Option) -> str:
+    file = expanded(path, Option(option.name))
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.errors import UserError, listing
+from lora_jax.errors import Option, UserError, listing
 from lora_jax.hub.bitsandbytes import Packed4bit, Packed8bit, QuantizationConfig
 from lora_jax.hub.json_file import read_json_object
 from lora_jax.hub.links import cached_snapshots, leads_outside, lost_target
@@ -225,7 +225,8 @@ def _lost(folder: Path, name: str) -> str | None:
 def _folder_hint(folder: Path) -> str:
     if (folder / "adapter_config.json").exists():
         return (
-            "it is an adapter: give its base model here, and the adapter with --adapter or --lora.init_from"
+            f"it is an adapter: give its base model here, and the adapter with {Option('adapter')} or "
+            f"{Option('lora.init_from')}"
         )
     inside = cached_snapshots(folder) or sorted(
         child.parent.name for child in folder.glob(f"*/{CONFIG_FILE}")

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 
 _WIDER = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
 
@@ -33,7 +33,7 @@ def not_finite(values: np.ndarray) -> str:
     return f"{count:,} of {values.size:,} values {'is' if count == 1 else 'are'} {' or '.join(found)}"
 
 
-def converted(values: np.ndarray, dtype: DTypeLike, name: str, option: str) -> np.ndarray:
+def converted(values: np.ndarray, dtype: DTypeLike, name: str, option: Option | str) -> np.ndarray:
     """Return values in another dtype; raises UserError if finite values are too large for it (see `too_large`)."""
     found = cast(values, dtype)
     if found.dtype != values.dtype and not finite(found) and finite(values):
@@ -47,7 +47,7 @@ def cast(values: np.ndarray, dtype: DTypeLike) -> np.ndarray:
         return values.astype(dtype)
 
 
-def too_large(values: np.ndarray, dtype: DTypeLike, name: str, option: str) -> UserError:
+def too_large(values: np.ndarray, dtype: DTypeLike, name: str, option: Option | str) -> UserError:
     """Return the error for a tensor of finite values that `dtype`, which `option` selects, cannot hold."""
     kind, most = np.dtype(dtype).name, float(ml_dtypes.finfo(dtype).max)
     return UserError(

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.bucket import Place
 from lora_jax.types import Object
@@ -37,7 +37,7 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 class Lock:
     """The right to write to a folder, from construction until `release`; the folder is created if needed."""
 
-    def __init__(self, folder: Place, option: str, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Place, option: Option | str, say: Callable[[str], None]) -> None:
         """Take the lock; raises UserError, which calls the folder `option`, if another process has it.
 
         `say` receives a message if it takes SILENCE seconds to find out.
@@ -148,11 +148,11 @@ class Lock:
                 folder.rmdir()
 
 
-def _unwritable(option: str, error: OSError) -> UserError:
+def _unwritable(option: Option | str, error: OSError) -> UserError:
     return UserError(f"{option}: cannot be written ({error.strerror}); give another folder")
 
 
-def _made(folder: Place, option: str) -> list[Path]:
+def _made(folder: Place, option: Option | str) -> list[Path]:
     """Create a folder; return the folders that did not exist before, innermost first."""
     missing: list[Path] = []
     try:

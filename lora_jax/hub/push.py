@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 
-from lora_jax.errors import UserError, listing
+from lora_jax.errors import Option, UserError, listing
 from lora_jax.progress import stage
 
 LOG_IN = "set HF_TOKEN to a token with write access, or run `hf auth login`"
@@ -50,7 +50,7 @@ def check_push(repo_id: str, folder: PurePath) -> None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    option = f"--push_to_hub {repo_id}"
+    option = Option("push_to_hub", repo_id)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -114,8 +114,8 @@ def push(
     except Exception as error:
         branch = f" --revision {quote(revision)}" if revision is not None else ""
         raise UserError(
-            f"--push_to_hub {repo_id}: not pushed ({_first(error)}); {folder} is complete, push it manually: "
-            f"hf upload {quote(repo_id)} {quote(str(folder))} .{branch}"
+            f"{Option('push_to_hub', repo_id)}: not pushed ({_first(error)}); {folder} is complete, push it "
+            f"manually: hf upload {quote(repo_id)} {quote(str(folder))} .{branch}"
         ) from error
     return str(made)
 

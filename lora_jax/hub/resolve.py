@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_jax.errors import UserError, nearest
+from lora_jax.errors import Option, UserError, nearest
 from lora_jax.hub.links import cached_snapshots
 from lora_jax.paths import on_disk
 from lora_jax.progress import stage
@@ -25,6 +25,8 @@ _UNWANTED = [
     "*/*.model",
 ]
 
+MODEL = Option("model.path")
+
 
 def looks_like_id(text: str) -> bool:
     """Return whether a text has the form of a Hub id, `name` or `owner/name`."""
@@ -36,7 +38,7 @@ def resolve(
     path_or_id: str,
     revision: str | None = None,
     *,
-    option: str = "--model.path",
+    option: Option | str = MODEL,
     wanted: Sequence[str] = _WANTED,
 ) -> Path:
     """Return the folder for a path or a Hub id, downloading it if necessary.
@@ -75,7 +77,7 @@ def _similar(folder: Path) -> str:
 
 
 @stage("downloading from the Hub")
-def _download(repo_id: str, revision: str | None, option: str, wanted: Sequence[str]) -> Path:
+def _download(repo_id: str, revision: str | None, option: Option | str, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lora_jax.errors import UserError, listing
+from lora_jax.errors import Option, UserError, listing
 from lora_jax.paths import home, output_on_disk
 
 _OF_A_MODEL = re.compile(
@@ -26,24 +26,23 @@ def check_target(output: str, written: str, *sources: Path) -> Path:
     """
     folder = output_on_disk(output)
     target = folder.resolve()
+    option = Option("output", output)
     for source in sources:
         if source.resolve().is_relative_to(target):
-            raise UserError(
-                f"--output {output}: is or contains {source}, which is an input; give another folder"
-            )
+            raise UserError(f"{option}: is or contains {source}, which is an input; give another folder")
     for place, what in ((home(), "your home folder"), (Path.cwd(), "the current directory")):
         if place.resolve().is_relative_to(target):
             raise UserError(
-                f"--output {output}: is or contains {what}, which cannot be replaced; give a folder inside it"
+                f"{option}: is or contains {what}, which cannot be replaced; give a folder inside it"
             )
     names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     if names and written not in names:
         raise UserError(
-            f"--output {output}: is not empty and has no {written}, so it is not replaced; give another folder"
+            f"{option}: is not empty and has no {written}, so it is not replaced; give another folder"
         )
     if foreign := [name for name in names if not _OF_A_MODEL.fullmatch(name)]:
         raise UserError(
-            f"--output {output}: contains {listing(foreign, 3)} besides {written}, so it is not replaced; give "
+            f"{option}: contains {listing(foreign, 3)} besides {written}, so it is not replaced; give "
             "another folder"
         )
     return folder

@@ -7,7 +7,7 @@ from types import TracebackType
 
 import numpy as np
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.hub.atomic import write_text, writing_to
 from lora_jax.hub.checkpoint import INDEX_FILE, WEIGHTS_FILE
 from lora_jax.hub.safetensors_file import save_tensors
@@ -20,11 +20,11 @@ _UNITS = {
 }
 
 
-def parse_size(text: str, *, option: str = "--max_shard_size") -> int:
+def parse_size(text: str) -> int:
     """Return the bytes of a size such as 5GB (decimal), 4GiB (binary) or 1000000; raises UserError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", text.upper())
     if found is None or found[2] not in _UNITS or (size := int(float(found[1]) * _UNITS[found[2]])) < 1:
-        raise UserError(f"{option} {text}: not a size; write it as 500MB, 5GB or 4GiB")
+        raise UserError(f"{Option('max_shard_size', text)}: not a size; write it as 500MB, 5GB or 4GiB")
     return size
 
 

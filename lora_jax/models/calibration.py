@@ -21,7 +21,7 @@ from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.models.attention.query_blocks import Places
@@ -132,8 +132,8 @@ def _kernel(
     inputs = moments[SAME_INPUT.get(module, module)]
     if not bool(jnp.isfinite(inputs).all()):
         raise UserError(
-            f"--calibration.path: inputs of {entry.name} are not finite; compute in another dtype with "
-            "--model.compute_dtype float32"
+            f"{Option('calibration.path')}: inputs of {entry.name} are not finite; compute in another dtype with "
+            f"{Option('model.compute_dtype', 'float32')}"
         )
     quant_type: Any = quantization.quant_type
     kernel = calibrated(weight, inputs, quant_type, quantization.use_double_quant, entry.name)

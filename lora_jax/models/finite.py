@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 
-from lora_jax.errors import listing
+from lora_jax.errors import Option, listing
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.finite_tensors import cast, finite, not_finite, too_large
 from lora_jax.models.model_config import ModelConfig
@@ -28,7 +28,7 @@ def broken_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: str = "au
     for name in names if dtype != "auto" else ():
         values = read_weight(checkpoint, name)
         if not finite(cast(values, jnp.dtype(dtype))):
-            return str(too_large(values, jnp.dtype(dtype), name, "--model.dtype"))
+            return str(too_large(values, jnp.dtype(dtype), name, Option("model.dtype")))
     return None
 
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from lora_jax.config import ModelOptions
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.models.model_config import ModelConfig
@@ -69,7 +69,7 @@ def load_params(
             kernel = read_kernel(checkpoint, entry.name, quantization, source)
             if kernel.shape[-1] != entry.shape[0]:
                 raise UserError(
-                    f"--model.resize_vocab: {entry.name} is quantized, and its rows cannot be changed to "
+                    f"{Option('model.resize_vocab')}: {entry.name} is quantized, and its rows cannot be changed to "
                     f"{entry.shape[0]}: "
                     f"{checkpoint.folder}; give a checkpoint whose head is not quantized"
                 )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.config import FOUR_BIT, ModelOptions, resolved
-from lora_jax.errors import UserError, listing, nearest
+from lora_jax.errors import Option, UserError, listing, nearest
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.finite_tensors import converted, finite, not_finite
@@ -46,15 +46,16 @@ def quantization_of(
     idle = [name for name in given if name.startswith(FOUR_BIT) and not four]
     if idle:
         raise UserError(
-            f"--model.{idle[0]}: applies only to a 4-bit model; add --model.load_in_4bit True, or drop it"
+            f"{Option(f'model.{idle[0]}')}: applies only to a 4-bit model; add {Option('model.load_in_4bit', True)}, "
+            "or drop it"
         )
     if packed is not None:
         _check_same(options, packed, checkpoint.folder, given)
         return packed
     if not (options.load_in_4bit or options.load_in_8bit):
         if SKIP in given and options.llm_int8_skip_modules:
-            remedy = "add --model.load_in_4bit True or --model.load_in_8bit True, or drop it"
-            raise UserError(f"--model.{SKIP}: applies only to a quantized model; {remedy}")
+            remedy = f"add {Option('model.load_in_4bit', True)} or {Option('model.load_in_8bit', True)}, or drop it"
+            raise UserError(f"{Option(f'model.{SKIP}')}: applies only to a quantized model; {remedy}")
         return None
     skipped = options.llm_int8_skip_modules or ()
     _check_patterns(skipped, [module.name for module in modules(config)])
@@ -67,8 +68,8 @@ def quantization_of(
     )
     if not quantized_names(config, quantization):
         raise UserError(
-            f"--model.{SKIP} {' '.join(skipped)}: leaves no linear layer to quantize; skip less, "
-            "or drop --model.load_in_4bit and --model.load_in_8bit"
+            f"{Option(f'model.{SKIP}', skipped)}: leaves no linear layer to quantize; skip less, "
+            f"or drop {Option('model.load_in_4bit')} and {Option('model.load_in_8bit')}"
         )
     return quantization
 
@@ -137,7 +138,7 @@ def read_tensor(checkpoint: Checkpoint, name: str, dtype: str = "auto") -> np.nd
             f"weights that are not finite: {name} ({not_finite(tensor)}): {checkpoint.folder}; download it again, or "
             "use another checkpoint"
         )
-    return tensor if dtype == "auto" else converted(tensor, jnp.dtype(dtype), name, "--model.dtype")
+    return tensor if dtype == "auto" else converted(tensor, jnp.dtype(dtype), name, Option("model.dtype"))
 
 
 def quantized_kernel(weight: np.ndarray, quantization: QuantizationConfig, name: str) -> Quantized:
@@ -198,7 +199,7 @@ def _check_same(
         asked = getattr(options, name)
         if name in given and asked != found:
             raise UserError(
-                f"--model.{name} {' '.join(asked) if name == SKIP else asked}: {folder} is already quantized "
+                f"{Option(f'model.{name}', asked)}: {folder} is already quantized "
                 f"({stored.summary()}); drop the option, or give the unquantized checkpoint"
             )
 
@@ -214,11 +215,11 @@ def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
             matches = any(_skipped(name, (pattern,)) for name in names)
         except re.error as error:
             raise UserError(
-                f"--model.{SKIP} {pattern}: is not a regular expression ({error}); fix it"
+                f"{Option(f'model.{SKIP}', pattern)}: is not a regular expression ({error}); fix it"
             ) from error
         if not matches:
             known = sorted({name.rpartition(".")[2] for name in names})
             raise UserError(
-                f'--model.{SKIP}: "{pattern}" matches no module of this model;{nearest(pattern, known)} '
+                f'{Option(f"model.{SKIP}")}: "{pattern}" matches no module of this model;{nearest(pattern, known)} '
                 f"Modules: {listing(known, 12)}"
             )

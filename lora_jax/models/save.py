@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
-from lora_jax.errors import UserError, listing
+from lora_jax.errors import Option, UserError, listing
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.bucket import Place
@@ -93,7 +93,7 @@ def tree_tensors(params: Params, config: ModelConfig, dtype: DTypeLike) -> Itera
         leaf = leaves[entry.path]
         value = on_host(leaf if entry.layer is None else leaf[entry.layer])
         value = np.ascontiguousarray(value.T if entry.transposed else value)
-        yield entry.name, converted(value, jnp.dtype(dtype), entry.name, "--model.dtype")
+        yield entry.name, converted(value, jnp.dtype(dtype), entry.name, Option("model.dtype"))
 
 
 def packed_tensors(

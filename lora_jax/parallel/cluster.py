@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lora_jax.config import DistributedOptions
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 
 NAMES = ("coordinator_address", "num_processes", "process_id")
 """Options that together describe a run of several processes."""
 VARIABLES = {name: f"JAX_{name.upper()}" for name in NAMES}
 """Environment variables for them."""
-ALONE = "or --distributed.num_processes 1 if this process should train alone"
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,10 @@ def resolved(options: DistributedOptions, environment: Mapping[str, str] = os.en
         UserError: the information is wrong or insufficient.
     """
     if options.timeout < 1:
-        raise UserError(f"--distributed.timeout {options.timeout}: must be positive")
+        raise UserError(f"{Option('distributed.timeout', options.timeout)}: must be positive")
     port = options.coordinator_port
     if port is not None and not 0 < port < 2**16:
-        raise UserError(f"--distributed.coordinator_port {port}: must be from 1 to 65535")
+        raise UserError(f"{Option('distributed.coordinator_port', port)}: must be from 1 to 65535")
     if options == replace(DistributedOptions(num_processes=1), timeout=options.timeout):
         return options
     filled = replace(options, **_of_jax(options, environment))
@@ -109,13 +108,14 @@ def refuse_alone(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _refused(found: Announcement) -> UserError:
-    missing = "--distributed.coordinator_address HOST:PORT of process 0"
+    missing = f"{Option('distributed.coordinator_address', 'HOST:PORT')} of process 0"
+    alone = f"or {Option('distributed.num_processes', 1)} if this process should train alone"
     if found.count is None:
-        missing += ", --distributed.num_processes and --distributed.process_id"
+        missing += f", {Option('distributed.num_processes')} and {Option('distributed.process_id')}"
     return UserError(
         f"{found.text} started several processes, but JAX does not know how to connect them: each would "
         "train alone and "
-        f"write the same files; give {missing}, {ALONE}"
+        f"write the same files; give {missing}, {alone}"
     )
 
 
@@ -136,8 +136,8 @@ def _of_jax(options: DistributedOptions, environment: Mapping[str, str]) -> dict
 def incomplete(options: DistributedOptions) -> UserError:
     """Return the error for incomplete options."""
     missing = [name for name in NAMES if getattr(options, name) is None]
-    given = " and ".join(f"--distributed.{name}" for name in NAMES if name not in missing)
-    needed = " and ".join(f"--distributed.{name} (or {VARIABLES[name]})" for name in missing)
+    given = " and ".join(str(Option(f"distributed.{name}")) for name in NAMES if name not in missing)
+    needed = " and ".join(f"{Option(f'distributed.{name}')} (or {VARIABLES[name]})" for name in missing)
     return UserError(f"{needed}: required with {given}; give all three, or none")
 
 
@@ -147,22 +147,23 @@ def _check(options: DistributedOptions) -> None:
         raise incomplete(options)
     if options.coordinator_port is not None:
         raise UserError(
-            f"--distributed.coordinator_port {options.coordinator_port}: cannot be combined with "
-            "--distributed.coordinator_address, which already contains the port; drop one"
+            f"{Option('distributed.coordinator_port', options.coordinator_port)}: cannot be combined with "
+            f"{Option('distributed.coordinator_address')}, which already contains the port; drop one"
         )
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(
-            f"--distributed.coordinator_address {address}: must be host:port of process 0, such as 10.0.0.2:8476"
+            f"{Option('distributed.coordinator_address', address)}: must be host:port of process 0, such as "
+            "10.0.0.2:8476"
         )
     if processes is None or number is None:
         return
     if processes < 1:
-        raise UserError(f"--distributed.num_processes {processes}: must be positive")
+        raise UserError(f"{Option('distributed.num_processes', processes)}: must be positive")
     if not 0 <= number < processes:
         raise UserError(
-            f"--distributed.process_id {number}: must be from 0 to {processes - 1}, for --distributed.num_processes "
-            f"{processes}"
+            f"{Option('distributed.process_id', number)}: must be from 0 to {processes - 1}, for "
+            f"{Option('distributed.num_processes', processes)}"
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from lora_jax.errors import A_STEP, UserError
+from lora_jax.errors import UserError, smaller_step
 
 CONTAINER = Path("/sys/fs/cgroup/memory.max")
 """File with a container's memory limit in bytes; its usage is in the same folder."""
@@ -61,8 +61,10 @@ def free_memory() -> int | None:
     return free
 
 
-def check_fits(what: str, parts: Mapping[str, int], remedy: str = A_STEP) -> None:
+def check_fits(what: str, parts: Mapping[str, int], remedy: str | None = None) -> None:
     """Raise UserError if `parts`, bytes by name, exceed the free memory that a CPU computes in.
+
+    `remedy` is what to do then, if not what helps a training step.
 
     Not checked with several processes, which may or may not share a machine, nor with accelerators, which have their
     own memory.
@@ -78,7 +80,7 @@ def check_fits(what: str, parts: Mapping[str, int], remedy: str = A_STEP) -> Non
     listed = f" ({shown})" if len(parts) > 1 else ""
     raise UserError(
         f"out of memory: {what} needs {size_text(needed)}{listed}, and this machine has {size_text(free)} free; "
-        f"{remedy}"
+        f"{remedy or smaller_step()}"
     )
 
 

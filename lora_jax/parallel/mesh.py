@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.config import MeshOptions
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 
 PARAMETERS, FEATURES, POSITIONS = "fsdp", "tensor", "sequence"
 SAME = ("data",)
@@ -33,21 +33,26 @@ def mesh_shape(options: MeshOptions, devices: int) -> dict[str, int]:
     sizes = asdict(options)
     for name, size in sizes.items():
         if size < 1 and size != -1:
-            raise UserError(f"--mesh.{name} {size}: must be positive, or -1 for the remaining devices")
+            raise UserError(
+                f"{Option(f'mesh.{name}', size)}: must be positive, or -1 for the remaining devices"
+            )
     left = sorted((name for name, size in sizes.items() if size == -1), key=PARAMETERS.__eq__)
     if len(left) > 1:
-        remedy = (
-            "which does by default: give --mesh.fsdp 1 too" if PARAMETERS in left else "which does already"
-        )
+        remedy = "which does already"
+        if PARAMETERS in left:
+            remedy = f"which does by default: give {Option('mesh.fsdp', 1)} too"
         raise UserError(
-            f"--mesh.{left[0]} -1: cannot take the remaining devices besides --mesh.{left[-1]}, {remedy}"
+            f"{Option(f'mesh.{left[0]}', -1)}: cannot take the remaining devices besides "
+            f"{Option(f'mesh.{left[-1]}')}, {remedy}"
         )
     given = prod(size for size in sizes.values() if size != -1)
     shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
     if (devices % given) if left else (devices != given):
         whole = "divides" if left else "is"
         remedy = "give sizes whose product " + f"{whole} {devices}, -1 for the remaining devices"
-        raise UserError(f"--mesh ({shown}): {given} devices requested, but there are {devices}; {remedy}")
+        raise UserError(
+            f"{Option('mesh')} ({shown}): {given} devices requested, but there are {devices}; {remedy}"
+        )
     return sizes | dict.fromkeys(left, devices // given)
 
 

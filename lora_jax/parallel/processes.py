@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.config import DistributedOptions
-from lora_jax.errors import EXIT_CODE, UserError
+from lora_jax.errors import EXIT_CODE, Option, UserError, switch
 from lora_jax.parallel.cluster import announced, incomplete, refuse_alone, resolved
 from lora_jax.streams import only_python_prints
 
@@ -94,8 +94,8 @@ def start(options: DistributedOptions) -> None:
         watchdog.done()
         first = str(error).partition("\n")[0]
         raise UserError(
-            f"--distributed.coordinator_address {address or '(of the environment)'}: the processes cannot meet "
-            f"({first[:200]}); start all of them with the same free address of process 0"
+            f"{Option('distributed.coordinator_address')} {address or '(of the environment)'}: the processes cannot "
+            f"meet ({first[:200]}); start all of them with the same free address of process 0"
         ) from error
     finally:
         late.cancel()
@@ -119,7 +119,7 @@ def lost(error: Exception) -> UserError | None:
     first = text.partition("\n")[0]
     return UserError(
         f"process {jax.process_index()} of {jax.process_count()} lost another process; its log explains why "
-        f"({first[:160]}); start all processes again with --resume"
+        f"({first[:160]}); start all processes again with {switch('resume')}"
     )
 
 
@@ -251,8 +251,9 @@ def _check_free(address: str) -> None:
             probe.bind(("", int(address.rpartition(":")[2])))
         except OSError as error:
             raise UserError(
-                f"--distributed.coordinator_address {address}: process 0 cannot listen there ({error.strerror}); give "
-                "a free port, and a different --distributed.process_id for each process"
+                f"{Option('distributed.coordinator_address', address)}: process 0 cannot listen there "
+                f"({error.strerror}); give a free port, and a different {Option('distributed.process_id')} for each "
+                "process"
             ) from error
 
 
@@ -267,8 +268,8 @@ def _reach(address: str, timeout: int) -> None:
         except OSError as error:
             if time.monotonic() > until:
                 raise UserError(
-                    f"--distributed.coordinator_address {address}: process 0 does not answer there within {timeout} s "
-                    f"({error.strerror or error}); start process 0, and open its port to this machine"
+                    f"{Option('distributed.coordinator_address', address)}: process 0 does not answer there within "
+                    f"{timeout} s ({error.strerror or error}); start process 0, and open its port to this machine"
                 ) from error
         time.sleep(0.2)
 
@@ -280,7 +281,7 @@ class _Watchdog:
         self.met = False
         met = (
             f"error: {who} of the run was ended: another process was lost, or this one was killed. The first error "
-            "in the logs explains why; start all processes again with --resume"
+            f"in the logs explains why; start all processes again with {switch('resume')}"
         )
         self._who, self._address = who, address
         self._process = subprocess.Popen(
@@ -311,18 +312,18 @@ class _Watchdog:
         """Return the line about others that did not arrive, with the address that JAX has found by now."""
         if self._address is not None:
             remedy = (
-                "start all processes with the same --distributed.coordinator_address, on a port that only process 0 "
-                "uses"
+                f"start all processes with the same {Option('distributed.coordinator_address')}, on a port that only "
+                "process 0 uses"
             )
         else:
             remedy = (
                 "start the command on all machines and open that port between them, or choose another with "
-                "--distributed.coordinator_port"
+                f"{Option('distributed.coordinator_port')}"
             )
         found = self._address or _jax_state("coordinator_address") or "the address that the environment gives"
         return (
             f"error: {self._who} waited for the others in vain at {found}; {remedy}, or wait longer with "
-            "--distributed.timeout"
+            f"{Option('distributed.timeout')}"
         )
 
     def _say(self, what: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from lora_jax.config import INT32
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.hub.atomic import write_text
 from lora_jax.plan import collectives
 from lora_jax.plan.abstract_step import AbstractStep
@@ -62,8 +62,8 @@ def figures(step: AbstractStep, target: Target) -> Figures:
     _, rows, length = step.batch.tokens.shape
     if rows * length > INT32:
         raise UserError(
-            f"--train.per_device_train_batch_size: a pass of {rows:,} rows of {length:,} tokens is more than "
-            f"{INT32:,} tokens; give fewer rows, or a smaller --data.max_length"
+            f"{Option('train.per_device_train_batch_size')}: a pass of {rows:,} rows of {length:,} tokens is more "
+            f"than {INT32:,} tokens; give fewer rows, or a smaller {Option('data.max_length')}"
         )
     with stage("tracing the step"), target.compiling():
         lowered = step.lower(target.platform)

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_jax.errors import UserError, listing, nearest
+from lora_jax.errors import Option, UserError, listing, nearest
 from lora_jax.install import install_command
 from lora_jax.parallel.chips import GPUS, TPUS, Chip
 from lora_jax.parallel.memory import host_memory
@@ -123,7 +123,9 @@ def _exists(kind: str, size: str) -> bool:
 
 def _tpu(name: str, kind: str, sizes: tuple[int, ...]) -> Target:
     if find_spec("libtpu") is None:
-        raise UserError(f"--topology {name}: the TPU compiler is not installed; {install_command('tpu')}")
+        raise UserError(
+            f"{Option('topology', name)}: the TPU compiler is not installed; {install_command('tpu')}"
+        )
     from jax.experimental import topologies
 
     options: Object = {}
@@ -139,7 +141,7 @@ def _tpu(name: str, kind: str, sizes: tuple[int, ...]) -> Target:
 def _gpu(name: str) -> Target:
     if not any(find_spec(f"jax_cuda{version}_plugin") for version in (13, 12)):
         raise UserError(
-            f"--topology {name}: compiling for a GPU needs JAX's CUDA plugin; {install_command('cuda')}"
+            f"{Option('topology', name)}: compiling for a GPU needs JAX's CUDA plugin; {install_command('cuda')}"
         )
     from jax.experimental import topologies
 
@@ -157,14 +159,16 @@ def _unknown(name: str) -> UserError:
     if found := re.fullmatch(r"(\w+?)[-:](\d+)", name.lower()):
         kind = GOOGLES.get(found[1], found[1])
         if kind in TPUS and (same := _of_as_many(kind, int(found[2]))):
-            return UserError(f"--topology {name}: {same}")
+            return UserError(f"{Option('topology', name)}: {same}")
     if kind in TPUS:
         sizes = ", ".join(f"{kind}:{size}" for size in TPUS[kind].known)
         more = f", and axes of 4, 8, 12 or 16, the least first, such as {kind}:4x4x12"
         cubes = TPUS[kind].known[0].count("x") == 2
-        return UserError(f"--topology {name}: no topology of {kind}. Known: {sizes}{more if cubes else ''}")
+        return UserError(
+            f"{Option('topology', name)}: no topology of {kind}. Known: {sizes}{more if cubes else ''}"
+        )
     hint = nearest(name, known())
-    return UserError(f"--topology {name}: not known.{hint} Known: {shown_targets()}")
+    return UserError(f"{Option('topology', name)}: not known.{hint} Known: {shown_targets()}")
 
 
 def _of_as_many(kind: str, count: int) -> str:

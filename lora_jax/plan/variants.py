@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lora_jax.config import QUANTIZING, MeshOptions, RunConfig, TrainOptions, check
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.plan.compiled import Figures
 from lora_jax.plan.estimate import Estimate, estimate, held_parts, planned_step
 from lora_jax.plan.topologies import TPUS, Target, find_target
@@ -35,9 +35,9 @@ def methods(config: RunConfig) -> list[tuple[str, Variant]]:
     plain = replace(config.model, **dict.fromkeys(QUANTIZING))
     four = _four_bit(config)
     return [
-        ("full", Variant(replace(config, model=plain, method="full"), "--method full")),
+        ("full", Variant(replace(config, model=plain, method="full"), str(Option("method", "full")))),
         ("LoRA", Variant(replace(config, model=plain, method="lora"), "")),
-        ("QLoRA", Variant(replace(four, method="lora"), "--model.load_in_4bit True")),
+        ("QLoRA", Variant(replace(four, method="lora"), str(Option("model.load_in_4bit", True)))),
     ]  # fmt: skip
 
 
@@ -72,29 +72,35 @@ def _least_activations(train: TrainOptions, found: Estimate) -> float:
 
 
 def _changes(config: RunConfig, found: Estimate) -> Iterator[Variant]:
-    whole, flags = config, []
+    whole, options = config, list[Option]()
     if not config.train.gradient_checkpointing:
         whole = _train(whole, gradient_checkpointing=True)
-        flags.append("--train.gradient_checkpointing True")
-        yield Variant(whole, " ".join(flags))
+        options.append(Option("train.gradient_checkpointing", True))
+        yield Variant(whole, _shown(options))
     rows = config.train.per_device_train_batch_size
     if rows > 1:
         passes = rows * config.train.gradient_accumulation_steps
         whole = _train(whole, per_device_train_batch_size=1, gradient_accumulation_steps=passes)
-        flags.append(f"--train.per_device_train_batch_size 1 --train.gradient_accumulation_steps {passes}")
-        yield Variant(whole, " ".join(flags))
+        options.append(Option("train.per_device_train_batch_size", 1))
+        options.append(Option("train.gradient_accumulation_steps", passes))
+        yield Variant(whole, _shown(options))
     if config.method == "full":
         whole = replace(whole, method="lora")
-        flags.append("--method lora")
-        yield Variant(whole, " ".join(flags))
+        options.append(Option("method", "lora"))
+        yield Variant(whole, _shown(options))
     if not (config.model.load_in_4bit or config.model.load_in_8bit):
         whole = _four_bit(whole)
-        flags.append("--model.load_in_4bit True")
-        yield Variant(whole, " ".join(flags))
+        options.append(Option("model.load_in_4bit", True))
+        yield Variant(whole, _shown(options))
     kind, _, size = found.target.name.partition(":")
     sizes = TPUS[kind].known if kind in TPUS else ()
     for larger in sizes[sizes.index(size) + 1 :] if size in sizes else ():
-        yield Variant(config, f"--topology {kind}:{larger}", f"{kind}:{larger}")
+        name = f"{kind}:{larger}"
+        yield Variant(config, str(Option("topology", name)), name)
+
+
+def _shown(options: Iterable[Option]) -> str:
+    return " ".join(map(str, options))
 
 
 @dataclass(frozen=True)
@@ -108,11 +114,13 @@ class Found:
     def flags(self) -> str:
         """The options for this result."""
         train, mesh = self.config.train, asdict(self.config.mesh)
-        shown = " ".join(f"--mesh.{name} {size}" for name, size in mesh.items() if size != 1)
-        return (
-            f"--train.per_device_train_batch_size {train.per_device_train_batch_size} "
-            f"--train.gradient_checkpointing {train.gradient_checkpointing} {shown}"
-        ).strip()
+        return _shown(
+            [
+                Option("train.per_device_train_batch_size", train.per_device_train_batch_size),
+                Option("train.gradient_checkpointing", train.gradient_checkpointing),
+                *(Option(f"mesh.{name}", size) for name, size in mesh.items() if size != 1),
+            ]
+        )
 
     @property
     def rate(self) -> float | None:

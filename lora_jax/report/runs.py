@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.report.movement import Movement, movement
 from lora_jax.run_folder import ADAPTER, CONFIG, METRICS, MODEL, RECORD, SAMPLES
 from lora_jax.types import Object, Values
@@ -148,11 +148,11 @@ def read_lines(folder: Path) -> list[Object]:
 def read_run(folder: Path) -> RunFiles:
     """Read a run's folder; raises UserError if it is not one."""
     if not folder.is_dir():
-        raise UserError(f"report {folder}: no such folder; give the --output_dir of a run")
+        raise UserError(f"report {folder}: no such folder; give the {Option('output_dir')} of a run")
     if not any((folder / name).exists() for name in (METRICS, CONFIG, RECORD)):
         raise UserError(
             f"report {folder}: contains neither {METRICS} nor {CONFIG}, so it is not a run; give the "
-            "--output_dir of one"
+            f"{Option('output_dir')} of one"
         )
     options = _options(folder / CONFIG)
     named = section(options, "train").get("run_name")

@@ -29,7 +29,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lora_jax.errors import UserError, listing
+from lora_jax.errors import Option, UserError, listing, switch
 from lora_jax.hub.atomic import write_failure, write_text, writing_to
 from lora_jax.hub.bucket import Place
 from lora_jax.parallel.processes import lost, wait_for_all, writes
@@ -99,16 +99,16 @@ class Identity:
         now = json.loads(json.dumps(self.plain()))
         if bases := _differences(stored["base"], now["base"]):
             raise UserError(
-                f"--resume: the checkpoint belongs to another base model: {listing(bases)}; give that one "
-                "as --model.path, or start over with --overwrite"
+                f"{switch('resume')}: the checkpoint belongs to another base model: {listing(bases)}; give that "
+                f"one as {Option('model.path')}, or start over with {switch('overwrite')}"
             )
         known = {name: value for name, value in stored["options"].items() if name not in FREE | LENGTH}
         if known.keys() != now["options"].keys():
             raise KeyError(*sorted(known.keys() ^ now["options"].keys())[:1])
         if options := _differences(known, now["options"]):
             raise UserError(
-                f"--resume: the checkpoint was made with different options: {listing(options)}; give those, or "
-                "--overwrite; to continue training, use --lora.init_from"
+                f"{switch('resume')}: the checkpoint was made with different options: {listing(options)}; give those, "
+                f"or {switch('overwrite')}; to continue training, use {Option('lora.init_from')}"
             )
 
     def plain(self) -> Object:
@@ -279,8 +279,8 @@ class Checkpoints:
             progress = Progress(**notes["progress"])
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(
-                f"--resume: the checkpoint {self.folder}/{step} was written by another version of lora_jax ({error}); "
-                "resume with that version, or start over with --overwrite"
+                f"{switch('resume')}: the checkpoint {self.folder}/{step} was written by another version of lora_jax "
+                f"({error}); resume with that version, or start over with {switch('overwrite')}"
             ) from error
         arrays = _arrays(state)
         like = {
@@ -303,10 +303,10 @@ class Checkpoints:
 
     def _unreadable(self, step: object, error: Exception) -> UserError:
         return UserError(
-            f"--resume: the checkpoint {self.folder}/{step} cannot be read "
+            f"{switch('resume')}: the checkpoint {self.folder}/{step} cannot be read "
             f"({type(error).__name__}: {str(error)[:200]}), although none of its files is known to be "
             "damaged; resume with "
-            f"the versions of orbax-checkpoint and jax that run.json names, or start over with --overwrite"
+            f"the versions of orbax-checkpoint and jax that run.json names, or start over with {switch('overwrite')}"
         )
 
     def damage(self, step: int) -> str | None:
@@ -328,8 +328,8 @@ class Checkpoints:
         if damaged and newest is None:
             step, found = max(damaged.items())
             raise UserError(
-                f"--resume: the checkpoint {place}/{step} is damaged: {found}; no other one is intact, so restore it "
-                "from a copy, or start over with --overwrite"
+                f"{switch('resume')}: the checkpoint {place}/{step} is damaged: {found}; no other one is intact, so "
+                f"restore it from a copy, or start over with {switch('overwrite')}"
             )
         for step, found in damaged.items():
             (place / str(step)).rename(_free(place / f"{step}.damaged"))

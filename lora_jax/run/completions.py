@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.generate.decode import NO_TOKEN, NOT_FINITE, stream
 from lora_jax.generate.limits import check_cache
 from lora_jax.generate.prompt import encode_prompt, end_ids
@@ -27,17 +27,17 @@ class Completions:
 
     def encoded(self, prompt: str) -> list[int]:
         """Return a sample prompt's tokens, as a user turn if there is a chat template."""
-        option = "--train.sample_prompts"
+        option = Option("train.sample_prompts")
         tokens = encode_prompt(prompt, self.base.tokenizer, chat=self.chat, option=option)
         if max(tokens) >= self.base.model_config.vocab_size:
             raise UserError(
                 f"{option}: token {max(tokens)} is outside the model's vocabulary of "
-                f"{self.base.model_config.vocab_size}; use --model.resize_vocab True, or another prompt"
+                f"{self.base.model_config.vocab_size}; use {Option('model.resize_vocab', True)}, or another prompt"
             )
         return tokens
 
     def check_room(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch: int, option: str
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch: int, option: Option
     ) -> None:
         """Raise UserError, naming the `option` for max_new_tokens, if the cache does not fit into memory."""
         if prompts:

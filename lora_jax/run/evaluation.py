@@ -15,7 +15,7 @@ import numpy as np
 from lora_jax.config import TrainOptions
 from lora_jax.data.batches import Batch
 from lora_jax.data.dataset import TokenDataset
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.generate.text import decoded
 from lora_jax.hub.tokenizer import padding_token_id
 from lora_jax.progress import at, stage
@@ -52,7 +52,7 @@ class Evaluator:
         sizes: EvalSizes,
         options: TrainOptions,
         interrupted: Callable[[], None] = lambda: None,
-        section: str = "--train.",
+        section: str = "train.",
     ) -> None:
         """Encode the prompts; raises UserError for what cannot be evaluated.
 
@@ -142,12 +142,13 @@ class Evaluator:
 
     def _check_room(self, section: str) -> None:
         room, options = self.completions.check_room, self.options
-        room(
-            self.prompts, options.sample_max_new_tokens, len(self.prompts), f"{section}sample_max_new_tokens"
+        of_samples, of_answers = (
+            Option(f"{section}{name}_max_new_tokens") for name in ("sample", "generation")
         )
+        room(self.prompts, options.sample_max_new_tokens, len(self.prompts), of_samples)
         for given in self.questions.values():
             prompts, batch = [question.prompt for question in given], min(self.sizes.batch, len(given))
-            room(prompts, options.generation_max_new_tokens, batch, f"{section}generation_max_new_tokens")
+            room(prompts, options.generation_max_new_tokens, batch, of_answers)
 
     def _completed(
         self, given: list[Question], trainable: Trained, adapter: Facts, passes: int = 0
@@ -164,7 +165,7 @@ def asked(rows: TokenDataset, options: TrainOptions, section: str) -> list[Quest
     found = list(islice(questions(rows), options.generation_rows))
     if not found:
         raise UserError(
-            f"{section}generation_metrics: no complete row of {rows.name} has a prompt and an answer; give "
-            "conversations, or prompts and completions"
+            f"{Option(f'{section}generation_metrics')}: no complete row of {rows.name} has a prompt and an answer; "
+            "give conversations, or prompts and completions"
         )
     return found

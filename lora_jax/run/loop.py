@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import jax
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError, switch
 from lora_jax.hub.tokenizer import padding_token_id
 from lora_jax.parallel.processes import same_in_all, writes
 from lora_jax.progress import at, stage
@@ -214,9 +214,12 @@ class Loop:
         rows = [row for step in steps for row in self.feed.rows_of(step)]
         behind = ""
         if saved < self.sizes.steps:
-            behind = f", or continue after them with --resume: step {saved} is saved, unchanged by the skipped steps"
+            behind = (
+                f", or continue after them with {switch('resume')}: step {saved} is saved, unchanged by the skipped "
+                "steps"
+            )
         which = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-        cause = broken_base(self.run) or "check those rows or lower --train.learning_rate"
+        cause = broken_base(self.run) or f"check those rows or lower {Option('train.learning_rate')}"
         return UserError(
             f"loss or gradient not finite in {which}, on {places(self.run.train_rows, rows)}; {cause}{behind}"
         )

@@ -14,7 +14,7 @@ import yaml
 
 from lora_jax.config import FOUR_BIT, RunConfig, unset_names
 from lora_jax.data.locate import is_local
-from lora_jax.errors import UserError, listing
+from lora_jax.errors import Option, UserError, listing, switch
 from lora_jax.hub.atomic import remove_leftovers, write_text, writing_to
 from lora_jax.hub.bucket import Place, place, remove
 from lora_jax.hub.lock import Lock
@@ -39,17 +39,18 @@ def check_place(config: RunConfig) -> None:
     """Raise UserError if output_dir cannot be the folder of any run; write nothing."""
     folder = output_folder(config)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder}: is a file; give a folder")
+        raise UserError(f"{Option('output_dir', folder)}: is a file; give a folder")
     if isinstance(folder, Path) and folder.is_dir() and folder.resolve() in (Path("/"), home().resolve()):
         raise UserError(
-            f"--output_dir {folder}: cannot be the folder of a run; give one inside it, such as {folder / 'run'}"
+            f"{Option('output_dir', folder)}: cannot be the folder of a run; give one inside it, such as "
+            f"{folder / 'run'}"
         )
     if not folder.is_dir() or holds_run(folder):
         return
     if foreign := sorted(path.name for path in folder.iterdir() if not _harmless(path.name)):
         raise UserError(
-            f"--output_dir {config.output_dir}: contains {listing(foreign, 3)} and no run; give an empty folder, or "
-            f"one inside it, such as {folder / 'run'}"
+            f"{Option('output_dir', config.output_dir)}: contains {listing(foreign, 3)} and no run; give an empty "
+            f"folder, or one inside it, such as {folder / 'run'}"
         )
 
 
@@ -59,12 +60,15 @@ def check_output(config: RunConfig) -> None:
     folder = output_folder(config)
     if holds_run(folder) and not (config.resume or config.overwrite):
         raise UserError(
-            f"--output_dir {folder}: already contains a run; add --resume or --overwrite, or give another folder"
+            f"{Option('output_dir', folder)}: already contains a run; add {switch('resume')} or "
+            f"{switch('overwrite')}, or give another folder"
         )
     for option, source in _sources(config) if config.overwrite and isinstance(folder, Path) else ():
         path = Path(source or "").expanduser().resolve()
         if source and any(path.is_relative_to((folder / name).resolve()) for name in (*OURS, *BESIDE)):
-            raise UserError(f"--overwrite: would remove {option} {source}; give another --output_dir")
+            raise UserError(
+                f"{switch('overwrite')}: would remove {option}; give another {Option('output_dir')}"
+            )
 
 
 @contextmanager
@@ -77,7 +81,7 @@ def only_writer(config: RunConfig, say: Callable[[str], None]) -> Iterator[Calla
         yield lambda: None
         return
     folder = output_folder(config)
-    lock = Lock(folder, f"--output_dir {folder}", say)
+    lock = Lock(folder, Option("output_dir", folder), say)
     try:
         yield lock.release
     finally:
@@ -109,17 +113,17 @@ def _harmless(name: str) -> bool:
 
 def output_folder(config: RunConfig) -> Place:
     """Return output_dir as a path; raises UserError if its bucket cannot be reached."""
-    return place(config.output_dir, "--output_dir")
+    return place(config.output_dir, Option("output_dir"))
 
 
-def _sources(config: RunConfig) -> list[tuple[str, str | None]]:
+def _sources(config: RunConfig) -> list[tuple[Option, str | None]]:
     data = config.data
     return [
-        ("--model.path", config.model.path),
-        *(("--data.path", path) for path in data.path),
-        ("--data.eval_path", data.eval_path),
-        *((f"--data.eval_paths {name}", path) for name, path in data.eval_paths.items()),
-        ("--lora.init_from", config.lora.init_from),
+        (Option("model.path", config.model.path), config.model.path),
+        *((Option("data.path", path), path) for path in data.path),
+        (Option("data.eval_path", data.eval_path), data.eval_path),
+        *((Option("data.eval_paths", {name: path}), path) for name, path in data.eval_paths.items()),
+        (Option("lora.init_from", config.lora.init_from), config.lora.init_from),
     ]
 
 
@@ -137,8 +141,8 @@ def open_output(config: RunConfig) -> Place:
     while not (folder / CONFIG).exists():
         if time.monotonic() > until:
             raise UserError(
-                f"--output_dir {folder}: what process 0 wrote there does not show here; give a folder that all "
-                "processes share, or one in a bucket: gs://"
+                f"{Option('output_dir', folder)}: what process 0 wrote there does not show here; give a folder that "
+                "all processes share, or one in a bucket: gs://"
             )
         time.sleep(1)
     return folder
@@ -156,7 +160,7 @@ def _open(folder: Place, config: RunConfig) -> None:
         write_text(folder / CONFIG, config_yaml(_with_whole_paths(config)))
     except OSError as error:
         raise UserError(
-            f"--output_dir {folder}: cannot be written ({error.strerror}); give another folder"
+            f"{Option('output_dir', folder)}: cannot be written ({error.strerror}); give another folder"
         ) from error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.hub.bucket import Place
 from lora_jax.parallel.processes import writes
 from lora_jax.run_folder import PROFILE
@@ -17,7 +17,7 @@ def check_profile(asked: tuple[int, ...], steps: int) -> None:
     """Raise UserError if a run of `steps` steps never reaches the first step to trace."""
     if asked and asked[0] > steps:
         raise UserError(
-            f"--train.profile_steps {' '.join(map(str, asked))}: the run has {steps:,} steps; give earlier ones"
+            f"{Option('train.profile_steps', asked)}: the run has {steps:,} steps; give earlier ones"
         )
 
 
@@ -30,7 +30,8 @@ class Profiler:
         self.path, self.tracing = folder / PROFILE, False
         if steps and not isinstance(folder, Path):
             raise UserError(
-                f"--train.profile_steps: {folder} is in a bucket; give an --output_dir on the disk"
+                f"{Option('train.profile_steps')}: {folder} is in a bucket; give an {Option('output_dir')} on the "
+                "disk"
             )
 
     def before(self, step: int) -> None:

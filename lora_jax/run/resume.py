@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 from rich.console import Console
 
 from lora_jax.config import resolved
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError, switch
 from lora_jax.hub.bucket import Place
 from lora_jax.run.checkpoints import LENGTHS_OF_STEPS, Checkpoints, Identity, Progress
 from lora_jax.run.record import Record, jax_settings
@@ -47,7 +47,7 @@ def resumed(
     if is_done(run, folder, before, latest, sizes, progress):
         console.print(
             f"nothing to do: the run finished after step {latest} and {folder / result_name(run)} is written; to "
-            "train further, give more --train.max_steps or --train.num_train_epochs",
+            f"train further, give more {Option('train.max_steps')} or {Option('train.num_train_epochs')}",
         )
         return None
     console.print(f"resuming after step {latest}")
@@ -69,8 +69,8 @@ def check_length(done: int, steps: int) -> None:
     """Raise UserError if more steps are done than the run now has."""
     if done > steps:
         raise UserError(
-            f"--resume: {done} steps are already done, but --train.max_steps or --train.num_train_epochs makes {steps} "
-            f"in all; give at least {done}"
+            f"{switch('resume')}: {done} steps are already done, but {Option('train.max_steps')} or "
+            f"{Option('train.num_train_epochs')} makes {steps} in all; give at least {done}"
         )
 
 
@@ -89,7 +89,8 @@ def check_unfinished(folder: Place) -> None:
         return  # for example, the disk was full before a checkpoint was complete
     if any((folder / name).is_dir() for name in (ADAPTER, MODEL)):
         raise UserError(
-            f"--resume: {folder} contains a finished run and no checkpoint; add --overwrite to repeat it"
+            f"{switch('resume')}: {folder} contains a finished run and no checkpoint; add "
+            f"{switch('overwrite')} to repeat it"
         )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_jax.config import GenerationMetric
 from lora_jax.data.tokens import Tokens
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.install import install_command
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -37,13 +37,14 @@ def score_names(metrics: Collection[GenerationMetric]) -> tuple[str, ...]:
     return tuple(name for metric in metrics for name in _NAMES[metric])
 
 
-def check_installed(metrics: Collection[GenerationMetric], section: str = "--train.") -> None:
+def check_installed(metrics: Collection[GenerationMetric], section: str = "train.") -> None:
     """Raise UserError for a score whose library is not installed; `section` is the prefix of the option's name."""
     for metric in metrics:
         module, package = _LIBRARIES.get(metric, ("", ""))
         if module and find_spec(module) is None:
             raise UserError(
-                f"{section}generation_metrics {metric}: needs the package {package}; {install_command('eval')}"
+                f"{Option(f'{section}generation_metrics', metric)}: needs the package {package}; "
+                f"{install_command('eval')}"
             )
 
 

@@ -24,7 +24,7 @@ from lora_jax.data.dataset import TokenDataset, load_examples
 from lora_jax.data.locate import is_local
 from lora_jax.data.mixture import hold_out, mixed
 from lora_jax.data.packing import packs
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.generate.stops import generation_settings
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter_config
 from lora_jax.hub.chat_templates import set_chat_template
@@ -189,17 +189,18 @@ def notes_of_start(run: Run) -> list[str]:
         return []
     adapter = Path(run.config.lora.init_from).expanduser()
     named = read_adapter_config(adapter).base_model_name_or_path
-    notes = [note_of_base(adapter, named, run.checkpoint, run.config.model.path, "--model.path")]
+    notes = [note_of_base(adapter, named, run.checkpoint, run.config.model.path, Option("model.path"))]
     template = chat_template(adapter)
     if template is not None and template.decode(errors="replace") != run.tokenizer.chat_template:
-        whose = "base's" if run.config.data.chat_template is None else "one of --data.chat_template"
+        given = Option("data.chat_template")
+        whose = "base's" if run.config.data.chat_template is None else f"one of {given}"
         notes.append(
-            f"the adapter of --lora.init_from has another chat template, but the run uses the {whose}; to "
-            "use the adapter's, give its file as --data.chat_template"
+            f"the adapter of {Option('lora.init_from')} has another chat template, but the run uses the {whose}; to "
+            f"use the adapter's, give its file as {given}"
         )
     before = read_notes(adapter).quantization
     if before is not None and run.base.quantization is None:
-        notes.append(f"--lora.init_from was trained on a quantized base ({before.summary()})")
+        notes.append(f"{Option('lora.init_from')} was trained on a quantized base ({before.summary()})")
     return [note for note in notes if note is not None]
 
 
@@ -215,7 +216,8 @@ def _check_finite(params: Params, base: Pretrained, config: RunConfig) -> None:
         lambda tree: jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
     )
     if not bool(finite(params)):
-        raise UserError(f"--method full: {broken_weights(base.checkpoint, base.config, config.model.dtype)}")
+        found = broken_weights(base.checkpoint, base.config, config.model.dtype)
+        raise UserError(f"{Option('method', 'full')}: {found}")
 
 
 def _check_memory(config: RunConfig, base: Pretrained, plan: Plan | None) -> None:
@@ -249,13 +251,13 @@ def evaluation_rows(
     data: DataOptions, tokenizer: Tokenizer, vocab_size: int, console: Console
 ) -> Mapping[str, TokenDataset]:
     """Return the sets in eval_path or eval_paths by name, a single one under the empty name; none for neither."""
-    paths, option = data.eval_paths, "--data.eval_paths"
+    paths, option = data.eval_paths, "data.eval_paths"
     if data.eval_path:
-        paths, option = {"": data.eval_path}, "--data.eval_path"
+        paths, option = {"": data.eval_path}, "data.eval_path"
     sets = {}
     for name, path in paths.items():
         split = data.eval_split or ("train" if is_local(path) else data.split)
-        where = f"{option} {name}".rstrip()
+        where = Option(f"{option} {name}".rstrip())
         sets[name] = load_examples(data, tokenizer, path, split, vocab_size, option=where, console=console)
     return sets
 
@@ -267,6 +269,7 @@ def check_resized(base: Pretrained, plan: Plan) -> None:
     if not added or set(added) <= set(plan.token_indices) or {"model.embed_tokens", "lm_head"} <= saved:
         return
     raise UserError(
-        f"--model.resize_vocab: {len(added)} rows are added ({added[0]} to {added[-1]}), which the adapter must hold; "
-        "add --lora.modules_to_save embed_tokens lm_head, or --lora.trainable_token_indices with those ids"
+        f"{Option('model.resize_vocab')}: {len(added)} rows are added ({added[0]} to {added[-1]}), which the adapter "
+        f"must hold; add {Option('lora.modules_to_save', ('embed_tokens', 'lm_head'))}, or "
+        f"{Option('lora.trainable_token_indices')} with those ids"
     )

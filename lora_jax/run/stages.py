@@ -21,7 +21,7 @@ from rich.console import Console
 
 from lora_jax.config import RunConfig, check
 from lora_jax.console import plain_console
-from lora_jax.errors import INTERRUPTED, UserError
+from lora_jax.errors import INTERRUPTED, Option, UserError, switch
 from lora_jax.hub.bucket import Place
 from lora_jax.hub.push import check_push, push_output
 from lora_jax.parallel.mesh import make_mesh
@@ -99,7 +99,7 @@ def _checked(config: RunConfig, console: Console, signals: Signals, prepare: Pre
         if not same_in_all(given):  # every process has checked the output folder
             raise UserError(
                 "the processes of this run were given different options; start all of them with the same command "
-                "line, except for --distributed.process_id"
+                f"line, except for {Option('distributed.process_id')}"
             )
         with jax.set_mesh(mesh):
             return train_run(prepare(config, mesh), console, signals)
@@ -188,7 +188,9 @@ def _trained(
         signals.on_leaving = partial(_stopped, tracking)
         outcome = _looped(training, begun, checkpoints, tracking, console, signals)
         if outcome.stopped_by is not None:
-            console.print(f"stopped; step {int(outcome.state.step)} is saved, continue with --resume")
+            console.print(
+                f"stopped; step {int(outcome.state.step)} is saved, continue with {switch('resume')}"
+            )
             tracking.done(whole=False, results=outcome.results)
             return Result(outcome, None)
         with stage("exporting"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lora_jax.config import TrainOptions
-from lora_jax.errors import UserError, listing, nearest
+from lora_jax.errors import Option, UserError, listing, nearest
 from lora_jax.run.scores import score_names
 from lora_jax.run_folder import EVALUATED, figure_name
 
@@ -39,7 +39,7 @@ def goal(train: TrainOptions, names: Sequence[str]) -> Goal:
     metric = metric if metric.startswith(EVALUATED) else f"{EVALUATED}{metric}"
     if metric not in known:
         raise UserError(
-            f"--train.metric_for_best_model {train.metric_for_best_model}: is not a metric of this run;"
+            f"{Option('train.metric_for_best_model', train.metric_for_best_model)}: is not a metric of this run;"
             f"{nearest(metric, known)} Metrics: {listing(known)}"
         )
     return Goal(metric, not metric.endswith(("loss", "perplexity")))
@@ -49,8 +49,8 @@ def check_saves(train: TrainOptions, steps_per_epoch: int) -> None:
     """Raise UserError if the best checkpoint is asked for but checkpoints do not coincide with evaluations."""
     if train.load_best_model_at_end and train.save_strategy == "epoch" and steps_per_epoch % train.eval_steps:
         raise UserError(
-            f"--train.eval_steps {train.eval_steps}: must divide the {steps_per_epoch} steps of an epoch for "
-            "--train.load_best_model_at_end with --train.save_strategy epoch"
+            f"{Option('train.eval_steps', train.eval_steps)}: must divide the {steps_per_epoch} steps of an epoch for "
+            f"{Option('train.load_best_model_at_end')} with {Option('train.save_strategy', 'epoch')}"
         )
 
 

@@ -18,7 +18,7 @@ from pathlib import PurePath
 from rich.console import Console
 
 from lora_jax.config import RunConfig
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.hub.bucket import Place
 from lora_jax.install import install_command
 from lora_jax.parallel.processes import writes
@@ -37,7 +37,7 @@ def check_tracking(config: RunConfig) -> None:
     for name in config.train.report_to:
         if find_spec(MODULES[name]) is None:
             raise UserError(
-                f"--train.report_to {name}: {MODULES[name]} is not installed; "
+                f"{Option('train.report_to', name)}: {MODULES[name]} is not installed; "
                 f"{install_command(name)}, or drop it: metrics.jsonl is always written"
             )
 

@@ -37,7 +37,7 @@ from lora_jax.adapters.targets import Plan
 from lora_jax.config import RunConfig, TrainOptions
 from lora_jax.data.dataset import TokenDataset
 from lora_jax.data.remarks import Remark
-from lora_jax.errors import listing
+from lora_jax.errors import Option, listing
 from lora_jax.models.finite import broken_weights
 from lora_jax.parallel.mesh import row_shards
 from lora_jax.run.setup import Run
@@ -60,24 +60,12 @@ is no fault. The wrong tokenizer, broken weights or positions that the model nev
 MOVED_BY = 10
 """Number of steps after which every B has moved, even if the first step of a warmup has learning rate 0."""
 _REMARKED = {
-    Remark.LOST: (
-        "lost_words",
-        "end a row with each turn whose reasoning should be trained, or choose another --data.chat_template",
-    ),
-    Remark.EMPTY: (
-        "empty_answers",
-        "they teach the model to say nothing; remove them unless that is intended",
-    ),
-    Remark.CONTROL: ("control_tokens", "the model reads them as the ends and starts of turns; remove them"),
-    Remark.DATED: (
-        "date",
-        (
-            "the model learns that one date, and resuming on another day needs the cached tokens; give a copy of the "
-            "template with a fixed date as --data.chat_template"
-        ),
-    ),
+    Remark.LOST: "lost_words",
+    Remark.EMPTY: "empty_answers",
+    Remark.CONTROL: "control_tokens",
+    Remark.DATED: "date",
 }
-"""The remarks about rows that become warnings: name and remedy."""
+"""The remarks about rows that become warnings, and their names."""
 ADAM_LIKE = ("adamw", "adamw8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor")
 
 
@@ -161,9 +149,9 @@ def learning_rate(config: RunConfig) -> str | None:
     if config.train.optim not in ADAM_LIKE:
         return None
     if config.method == "lora" and rate < LEAST_FOR_LORA:
-        return f"{rate:g} suits full fine-tuning; adapters need more, such as --train.learning_rate 2e-4"
+        return f"{rate:g} suits full fine-tuning; adapters need more, such as {Option('train.learning_rate')} 2e-4"
     if config.method == "full" and rate > MOST_FOR_FULL:
-        return f"{rate:g} suits adapters; full fine-tuning needs less, such as --train.learning_rate 1e-5"
+        return f"{rate:g} suits adapters; full fine-tuning needs less, such as {Option('train.learning_rate')} 1e-5"
     return None
 
 
@@ -175,11 +163,11 @@ def warmup(train: TrainOptions, steps: int) -> str | None:
     warm = warmup_steps(train, steps)
     if warm < steps:
         return None
-    remedy = (
-        "--train.warmup_ratio 0 --train.warmup_steps 0" if steps == 1 else "a smaller --train.warmup_steps"
-    )
-    if train.warmup_steps == 0 and steps > 1:
-        remedy = "a smaller --train.warmup_ratio"
+    remedy = f"a smaller {Option('train.warmup_steps')}"
+    if steps == 1:
+        remedy = f"{Option('train.warmup_ratio', 0)} {Option('train.warmup_steps', 0)}"
+    elif train.warmup_steps == 0:
+        remedy = f"a smaller {Option('train.warmup_ratio')}"
     count = "1 step" if steps == 1 else f"{steps:,} steps"
     reached = train.learning_rate * (steps - 1) / warm
     if not reached:
@@ -201,7 +189,7 @@ def rank(plan: Plan) -> str | None:
         return None
     return (
         f"r {max(above.values()):,} exceeds the smaller dimension of adapted modules ({listing(above, 4)}): it costs "
-        "memory and time, and adds nothing; give a smaller --lora.r"
+        f"memory and time, and adds nothing; give a smaller {Option('lora.r')}"
     )
 
 
@@ -213,8 +201,9 @@ def accumulation(train: TrainOptions, sizes: Sizes, shards: int) -> str | None:
     rows = len(sizes.plan.bins)
     return (
         f"a step needs {asked * batch:,} rows ({asked:,} micro-batches of {batch:,}), but an epoch has {rows:,}: each "
-        f"epoch is one step of {sizes.rows_per_step:,}; give --train.per_device_train_batch_size "
-        f"{sizes.batch // shards} --train.gradient_accumulation_steps {sizes.accumulation}, or fewer"
+        f"epoch is one step of {sizes.rows_per_step:,}; give "
+        f"{Option('train.per_device_train_batch_size', sizes.batch // shards)} "
+        f"{Option('train.gradient_accumulation_steps', sizes.accumulation)}, or fewer"
     )
 
 
@@ -226,7 +215,8 @@ def positions(known: int, rows: TokenDataset, sets: Mapping[str, TokenDataset]) 
         return None
     return (
         f"{_share(long, len(lengths))} rows are longer than the model's {known:,} positions "
-        f"(max_position_embeddings), the longest has {lengths.max():,} tokens; give --data.max_length {known}"
+        f"(max_position_embeddings), the longest has {lengths.max():,} tokens; give "
+        f"{Option('data.max_length', known)}"
     )
 
 
@@ -237,12 +227,12 @@ def about_rows(rows: TokenDataset) -> dict[str, str | None]:
     long, all_rows = rows.truncated + left_out, len(rows) + left_out
     if long > BULK * all_rows:
         found["max_length"] = (
-            f"{_share(long, all_rows)} training rows are longer than --data.max_length {rows.max_length:,} "
-            "and lose their ends, or are left out; raise it, or shorten them"
+            f"{_share(long, all_rows)} training rows are longer than {Option('data.max_length')} "
+            f"{rows.max_length:,} and lose their ends, or are left out; raise it, or shorten them"
         )
-    for remark, (name, remedy) in _REMARKED.items():
+    for remark, name in _REMARKED.items():
         if remark in rows.remarks:
-            found[name] = f"{rows.remarked(remark)}; {remedy}"
+            found[name] = f"{rows.remarked(remark)}; {_remedy(remark)}"
     once = _digests(rows)[np.unique(rows.order, return_index=True)[1]]  # mixtures repeat rows on purpose
     repeated = len(once) - len(np.unique(once))
     if repeated > BULK * len(once):
@@ -250,6 +240,23 @@ def about_rows(rows: TokenDataset) -> dict[str, str | None]:
             f"{_share(repeated, len(once))} training rows repeat another row, token for token"
         )
     return found
+
+
+def _remedy(remark: Remark) -> str:
+    """Return what can be done about a remark that is warned of."""
+    template = Option("data.chat_template")
+    match remark:
+        case Remark.LOST:
+            return f"end a row with each turn whose reasoning should be trained, or choose another {template}"
+        case Remark.EMPTY:
+            return "they teach the model to say nothing; remove them unless that is intended"
+        case Remark.CONTROL:
+            return "the model reads them as the ends and starts of turns; remove them"
+        case _:
+            return (
+                "the model learns that one date, and resuming on another day needs the cached tokens; give a copy of "
+                f"the template with a fixed date as {template}"
+            )
 
 
 def about_leaks(rows: TokenDataset, sets: Mapping[str, TokenDataset]) -> dict[str, str | None]:
@@ -281,13 +288,14 @@ def start(
     """
     if loss is None:
         why = (
-            "all weights are, so products overflow; give --model.compute_dtype float32, or use another model"
+            f"all weights are, so products overflow; give {Option('model.compute_dtype', 'float32')}, or use another "
+            "model"
         )
         return f"{name} is not finite before the first step: {cause or why}"
     if base_loss is not None and loss > base_loss + WORSE:
         return (
-            f"{name} starts at {loss:.4f} with the adapter of --lora.init_from and is {base_loss:.4f} without it; it "
-            "may belong to another base, or to rows of another format"
+            f"{name} starts at {loss:.4f} with the adapter of {Option('lora.init_from')} and is {base_loss:.4f} "
+            "without it; it may belong to another base, or to rows of another format"
         )
     if loss > math.log(vocabulary) + FAR_WORSE:
         return (

@@ -9,7 +9,7 @@ from lora_jax.adapters.peft import Tensors, adapter_config, check_tensors
 from lora_jax.adapters.read import Adapter, carried_tensors, open_adapter
 from lora_jax.adapters.targets import Plan, make_plan
 from lora_jax.config import RunConfig, resolved
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
@@ -48,7 +48,7 @@ def adapted(config: RunConfig, model_config: ModelConfig) -> Adapted:
     if config.lora.init_from is None:
         config = replace(config, lora=resolved(config.lora))
         return Adapted(config, model_config, make_plan(asked, modules(model_config)), asked, None)
-    start = open_adapter(on_disk(config.lora.init_from, "--lora.init_from"), model_config)
+    start = open_adapter(on_disk(config.lora.init_from, Option("lora.init_from")), model_config)
     stored, tensors, model_config = start.config, start.tensors, start.model_config
     known = modules(model_config)
     lora_config = continued_config(config.lora, asked, stored, known)
@@ -62,6 +62,6 @@ def check_full(config: RunConfig, quantization: QuantizationConfig | None) -> No
     """Raise UserError if a full fine-tune is asked for and the base is quantized."""
     if config.method == "full" and quantization is not None:
         raise UserError(
-            f"--method full: trains every weight, but the base has {quantization.bits} bits; train an adapter, or "
-            "give the unquantized checkpoint"
+            f"{Option('method', 'full')}: trains every weight, but the base has {quantization.bits} bits; train an "
+            "adapter, or give the unquantized checkpoint"
         )

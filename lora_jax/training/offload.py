@@ -15,6 +15,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.config import TrainOptions
+from lora_jax.errors import Option
 from lora_jax.types import PyTree
 
 HOST = "pinned_host"
@@ -54,9 +55,12 @@ def nowhere_to_go(train: TrainOptions, device: Any) -> str | None:
     """Return a note if the options ask for offloading and the device cannot do it."""
     if has_host_memory(device) or not (offloads_optimizer(train) or offloads_activations(train)):
         return None
-    option = "--train.offload" if train.offload != "none" else "--train.optim"
-    value = train.offload if train.offload != "none" else train.optim
-    return f"note: {option} {value}: a {device.platform.upper()} has no memory besides the host's; nothing is offloaded"
+    option = Option("train.optim", train.optim)
+    if train.offload != "none":
+        option = Option("train.offload", train.offload)
+    return (
+        f"note: {option}: a {device.platform.upper()} has no memory besides the host's; nothing is offloaded"
+    )
 
 
 def fetched(opt_state: PyTree) -> Any:

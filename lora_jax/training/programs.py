@@ -11,7 +11,6 @@ from typing import Any
 import jax
 
 from lora_jax.data.batches import Batch
-from lora_jax.errors import A_STEP
 from lora_jax.parallel.memory import check_fits
 from lora_jax.progress import at, stage
 
@@ -22,8 +21,8 @@ class Programs:
     There is one program per batch shape and structure of the other arguments, whose shapes must not change.
     """
 
-    def __init__(self, function: Any, name: str, less_memory: str = A_STEP) -> None:
-        """Use `name` in messages, and `less_memory` as the remedy if a program does not fit into memory."""
+    def __init__(self, function: Any, name: str, less_memory: str | None = None) -> None:
+        """Use `name` in messages, and `less_memory`, if not what helps a step, as the remedy for a lack of memory."""
         self._function, self._name, self._less_memory = function, name, less_memory
         self._compiled: dict[Any, Any] = {}
 

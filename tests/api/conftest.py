@@ -9,6 +9,11 @@ from tests.runs import write_rows
 from tests.tiny import CONFIGS, write_checkpoint
 
 
+@pytest.fixture(autouse=True)
+def names() -> None:
+    """Messages name fields, as the library does of itself."""
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny checkpoint."""

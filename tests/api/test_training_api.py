@@ -89,9 +89,9 @@ def test_errors_name_fields_and_no_flags(model: lj.Model, rows: Path, tmp_path: 
     """A flag of the command line means nothing in a notebook."""
     adapter = model.add_adapter(lj.LoraConfig(r=2))
     args = lj.TrainingArguments(output_dir=str(tmp_path / "out"), learning_rate=-1.0)
-    with pytest.raises(lj.UserError, match=r"^learning_rate -1\.0: must be positive$"):
+    with pytest.raises(lj.UserError, match=r"^learning_rate=-1\.0: must be positive$"):
         lj.train(model, adapter, rows, args)
-    with pytest.raises(lj.UserError, match=r"^lora_dropout 2\.0: must be in"):
+    with pytest.raises(lj.UserError, match=r"^lora_dropout=2\.0: must be in"):
         model.add_adapter(lj.LoraConfig(lora_dropout=2.0))
     with pytest.raises(lj.UserError) as caught:
         lj.load(tmp_path / "absent", load_in_4bit=True, load_in_8bit=True)

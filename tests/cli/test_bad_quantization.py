@@ -297,6 +297,11 @@ COMMANDS: dict[str, Case] = {
         (*CALIBRATE, "--calibration.max_length", "2"),
         "as --calibration.max_length 2 cuts off everything",
     ),
+    "calibrate on no column": (
+        nothing,
+        (*CALIBRATE, "--calibration.text_field", "bdy"),
+        "--calibration.text_field bdy: no row of ",
+    ),
     "calibrate on a bad split": (
         nothing,
         (*CALIBRATE, "--calibration.split", "test"),

@@ -17,7 +17,7 @@ from lora_jax.data.dataset import load_examples
 from lora_jax.data.locate import data_files
 from lora_jax.data.mixture import mixed
 from lora_jax.data.rows import find_rows, read_rows
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 
 ROWS = [{"question": f"What is {i} + 1?", "answer": f"{i + 1}"} for i in range(20)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -78,8 +78,8 @@ def test_text_beside_other_data_in_a_folder_is_one_clear_error(tmp_path):
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(LINES))
     (tmp_path / "LICENSE.txt").write_text("Permission is granted.\n")
     with pytest.raises(UserError, match=r"LICENSE\.txt.*; select files .*/\*\.jsonl\*'"):
-        data_files(str(tmp_path), "--data.path")
-    assert data_files(f"{tmp_path}/*.jsonl*", "--data.path") == [tmp_path / "rows.jsonl.gz"]
+        data_files(str(tmp_path), Option("data.path"))
+    assert data_files(f"{tmp_path}/*.jsonl*", Option("data.path")) == [tmp_path / "rows.jsonl.gz"]
 
 
 def test_line_of_a_text_file_is_a_row(tmp_path):
@@ -103,11 +103,11 @@ def parts(folder: Path) -> list[Path]:
 def test_folder_and_pattern_give_their_files_in_the_order_of_the_names(tmp_path, monkeypatch):
     files = parts(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert data_files(str(tmp_path / "d"), "--data.path") == files
-    assert data_files(str(tmp_path / "d" / "[ab].*"), "--data.path") == files[:2]
-    assert data_files("**/*.csv.gz", "--data.path") == [Path("d/c.csv.gz")]
+    assert data_files(str(tmp_path / "d"), Option("data.path")) == files
+    assert data_files(str(tmp_path / "d" / "[ab].*"), Option("data.path")) == files[:2]
+    assert data_files("**/*.csv.gz", Option("data.path")) == [Path("d/c.csv.gz")]
     (tmp_path / "odd[1].jsonl").write_bytes(LINES)
-    assert data_files("odd[1].jsonl", "--data.path") == [Path("odd[1].jsonl")]
+    assert data_files("odd[1].jsonl", Option("data.path")) == [Path("odd[1].jsonl")]
 
 
 @pytest.mark.parametrize("split", ["train", "train[:25]", "train[90%:]", "train[19:22]+train[:1]"])
@@ -171,7 +171,7 @@ def test_folder_or_pattern_that_is_no_data_set_is_one_clear_error(
 def test_pipe_is_refused_before_it_is_read(tmp_path):
     """A pipe gives its rows once, and the rows are read twice: the second time waited for ever."""
     os.mkfifo(tmp_path / "r.jsonl")
-    for option in ("--data.path", "--data.eval_path", "--calibration.path"):
+    for option in map(Option, ("data.path", "data.eval_path", "calibration.path")):
         with pytest.raises(
             UserError, match=rf"^{option} .*r\.jsonl: is a pipe or a device, .* write them to a file"
         ):

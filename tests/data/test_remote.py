@@ -100,8 +100,8 @@ def test_rows_splits_and_errors_of_a_data_set_on_the_hub(hub, tmp_path):
     first, second = ({"question": "What?", "answer": "5"}, {"question": "Who?", "answer": "I"})
     assert lines[0] == f"{[first, second]} someone/rows train row 1"
     assert lines[1] == f"{[second]} someone/rows train[1:] row 1"
-    assert "--data.path someone/rows: no such split; give one" in lines[2]
-    assert "--data.path someone/rows: no such split; give one" in lines[3]
-    assert "--data.path someone/rows:main: no configuration 'main'" in lines[4]
-    assert "--data.path someone/none: neither a local file nor a data set on the Hub" in lines[5]
+    assert "path someone/rows: no such split; give one" in lines[2]
+    assert "path someone/rows: no such split; give one" in lines[3]
+    assert "path someone/rows:main: no configuration 'main'" in lines[4]
+    assert "path someone/none: neither a local file nor a data set on the Hub" in lines[5]
     assert "Traceback" not in done.stderr

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_jax.data.rows import read_rows
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 
 ROWS = [{"question": f"What is {i} + 1?", "answer": f"00{i + 1}"} for i in range(20)]
 
@@ -144,7 +144,7 @@ def test_file_that_cannot_be_read_is_one_clear_error(tmp_path, capfd, name, cont
 def test_wrong_path_is_one_clear_error_that_names_the_neighbour(tmp_path):
     write_all(tmp_path)
     with pytest.raises(UserError, match=r"--data\.eval_path .*no such file.*'rows\.jsonl'"):
-        read_rows(str(tmp_path / "row.jsonl"), "train", option="--data.eval_path")
+        read_rows(str(tmp_path / "row.jsonl"), "train", option=Option("data.eval_path"))
     with pytest.raises(UserError, match="no such file"):
         read_rows("/nowhere/at/all", "train")
     with pytest.raises(UserError, match=r"--data\.path: required"):

@@ -3,7 +3,7 @@
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.generate.prompt import encode_prompt, end_ids
 from tests.generate.conftest import CHATML, MakeTokenizer
 
@@ -73,10 +73,13 @@ def test_template_that_refuses_the_system_message_is_one_clear_error(make_tokeni
 
 @pytest.mark.parametrize(
     ("option", "remedy"),
-    [("--prompt", "give --raw, or fix the template"), ("--train.sample_prompts", "give one that")],
+    [
+        (Option("prompt"), "give --raw, or fix the template"),
+        (Option("train.sample_prompts"), "give one that"),
+    ],
 )
 def test_a_template_that_refuses_any_message_is_no_matter_of_the_system_message(
-    make_tokenizer: MakeTokenizer, option: str, remedy: str
+    make_tokenizer: MakeTokenizer, option: Option, remedy: str
 ) -> None:
     """The remedy named --system where none was given."""
     with pytest.raises(UserError, match=rf"^{option}: the chat template rejects it \(never\); {remedy}"):

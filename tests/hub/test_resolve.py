@@ -223,19 +223,19 @@ def test_each_refusal_of_the_hub_is_one_error_with_its_remedy(hub: str, tmp_path
     assert [kind for kind, _ in answers] == ["error"] * 4
     absent, gated, revision, broken = (text for _, text in answers)
     assert absent == (
-        f"--model.path owner/absent: no such local folder, and no such repository at {hub}; check its spelling, "
+        f"path owner/absent: no such local folder, and no such repository at {hub}; check its spelling, "
         "or, if it is private, set HF_TOKEN or run `hf auth login`."
     )
     assert gated == (
-        f"--model.path owner/gated: the repository is gated; request access at {hub}/owner/gated, then set HF_TOKEN "
+        f"path owner/gated: the repository is gated; request access at {hub}/owner/gated, then set HF_TOKEN "
         "or run `hf auth login`"
     )
     assert revision == (
-        f"--model.path owner/model: {hub} has no revision 'nowhere' of it; give a branch, tag or commit"
+        f"path owner/model: {hub} has no revision 'nowhere' of it; give a branch, tag or commit"
     )
     assert (
         broken
-        == f"--model.path owner/broken: {hub} answered 418 I'm a Teapot; try again later, or give a local folder"
+        == f"path owner/broken: {hub} answered 418 I'm a Teapot; try again later, or give a local folder"
     )
 
 
