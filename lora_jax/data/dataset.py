@@ -21,7 +21,7 @@ from lora_jax.data.recipe import Recipe
 from lora_jax.data.remarks import WORDS, Remark
 from lora_jax.data.rows import PATH, Source, find_rows
 from lora_jax.data.store import Store
-from lora_jax.data.tokenising import Counts, Worker, processes, write_tokens
+from lora_jax.data.tokenizing import Counts, Worker, processes, write_tokens
 from lora_jax.data.tokens import Tokens
 from lora_jax.errors import Option, UserError, listing
 from lora_jax.hub.atomic import write_failure

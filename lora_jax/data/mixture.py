@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_jax.data.batches import epoch_order
 from lora_jax.data.dataset import TokenDataset
-from lora_jax.data.tokenising import Counts
+from lora_jax.data.tokenizing import Counts
 from lora_jax.errors import Option, UserError
 
 _NO_EPOCH = 2**32 - 1

@@ -11,7 +11,7 @@ from lora_jax.run.evaluation import Evaluation
 from lora_jax.run.output import Logs
 from lora_jax.run.reporter import Reporter
 from lora_jax.run.setup import Run
-from lora_jax.run.utilisation import utilisation_of_a_token
+from lora_jax.run.utilization import utilisation_of_a_token
 from lora_jax.run.warnings import RunWarnings
 from lora_jax.run.window import Window
 from lora_jax.run_folder import BASE_LOSS, EVALUATED, WARNINGS

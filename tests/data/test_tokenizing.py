@@ -13,7 +13,7 @@ from rich.console import Console
 from lora_jax.config import DataOptions
 from lora_jax.data.dataset import load_examples
 from lora_jax.data.rows import read_rows
-from lora_jax.data.tokenising import LARGE_FILE, LARGE_SET, MOST, ROWS, processes
+from lora_jax.data.tokenizing import LARGE_FILE, LARGE_SET, MOST, ROWS, processes
 from lora_jax.errors import UserError
 
 TURNS = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "The sum is 5."}]
