@@ -128,11 +128,11 @@ class Browser:
         self.fits()
         assert self.curves("loss") > 0, "no curve of the loss"
         assert self.run("return document.querySelectorAll('.pair .plot .trace').length") >= 3
-        before = self.colour()
+        before = self.color()
         self.click(f"[data-theme={'light' if theme == 'dark' else 'dark'}]")
-        assert self.colour() != before, "the theme's button changes no curve"
+        assert self.color() != before, "the theme's button changes no curve"
         self.click("[data-theme=auto]")
-        assert self.colour() == before
+        assert self.color() == before
         self.switches()
         if name == "several":
             self.overlay()
@@ -208,7 +208,7 @@ class Browser:
         """Return the number of visible curves in a figure."""
         return self.run(f"return document.querySelectorAll('#{figure} .scatterlayer .trace').length")
 
-    def colour(self) -> str:
+    def color(self) -> str:
         """Return the color of the first curve of the loss."""
         return self.run("return getComputedStyle(document.querySelector('#loss .js-line')).stroke")
 

@@ -12,7 +12,7 @@ from lora_jax.data.mixture import hold_out, mixed
 from lora_jax.data.packing import pack, packs
 from lora_jax.data.rows import Rows, read_rows
 from lora_jax.data.steps import StepPlan, step_batch
-from lora_jax.data.tokens import Tokens, tokenise
+from lora_jax.data.tokens import Tokens, tokenize
 
 __all__ = [
     "Batch",
@@ -31,5 +31,5 @@ __all__ = [
     "padded_length",
     "read_rows",
     "step_batch",
-    "tokenise",
+    "tokenize",
 ]

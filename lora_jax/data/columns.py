@@ -96,7 +96,7 @@ class Columns:
         kept = {name: value for name, value in row.items() if name not in left_out}
         return kept | {ours: row[name] for ours, name in self.names.items() if name in row and name != NONE}
 
-    def recognise(self, columns: Iterable[str], stated: DataFormat, where: str) -> DataFormat:
+    def recognize(self, columns: Iterable[str], stated: DataFormat, where: str) -> DataFormat:
         """Return the format that the columns of a row fit, or the stated one.
 
         If they fit several, a column that an option names decides, then the order of COLUMNS.

@@ -281,7 +281,7 @@ def _part(
     if aside is None:
         aside = Path(tempfile.mkdtemp(prefix="lora_jax-tokens-"))
     try:
-        part = _tokenised(source, recipe, tokenizer, options, console, aside / token_cache.ROWS)
+        part = _tokenized(source, recipe, tokenizer, options, console, aside / token_cache.ROWS)
         if keep and folder and key and source.state() == before:
             about = {"unit": part.unit, "format": part.form, "counts": asdict(part.counts)}
             token_cache.note(aside, about)
@@ -295,7 +295,7 @@ def _part(
     return part
 
 
-def _tokenised(
+def _tokenized(
     source: Source,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,

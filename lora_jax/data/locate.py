@@ -54,7 +54,7 @@ def data_files(path: str, option: Option) -> list[Path]:
     elif file.exists():
         found = [file]
     elif kind_of(file) or not _HUB_ID.fullmatch(path):
-        raise UserError(f"{option} {path}: no such file; check the path.{_neighbour(file)}")
+        raise UserError(f"{option} {path}: no such file; check the path.{_neighbor(file)}")
     else:
         return []
     for each in found:
@@ -128,7 +128,7 @@ def _split_of(name: str) -> str | None:
     return next((split for split, known in _SPLITS.items() if any(word in known for word in words)), None)
 
 
-def _neighbour(file: Path) -> str:
+def _neighbor(file: Path) -> str:
     folder = file.parent
     return nearest(file.name, _names(folder)) if folder.is_dir() else ""
 

@@ -51,7 +51,7 @@ class Recipe:
         Raises:
             UserError: the columns fit no format, or lack what the loss needs.
         """
-        form = self.named.recognise(columns, self.format, where)
+        form = self.named.recognize(columns, self.format, where)
         if self.completion_only_loss and form in ("text", "messages"):
             raise UserError(
                 f"{where}: the format {form} has no completion, which "

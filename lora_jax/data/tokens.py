@@ -80,7 +80,7 @@ class Encoded(NamedTuple):
     remarks: Remark
 
 
-def tokenise(
+def tokenize(
     example: Example,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,

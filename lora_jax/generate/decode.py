@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lora_jax.generate.sampling import GREEDY, Sampling, choose, penalise
+from lora_jax.generate.sampling import GREEDY, Sampling, choose, penalize
 from lora_jax.models.decoder import Cache, Decoder, positions_of
 from lora_jax.parallel.processes import on_host
 from lora_jax.progress import at
@@ -164,8 +164,8 @@ def _read(
 def _next(
     logits: Logits, seen: Seen | None, key: Key[Array, ""], step: Any, sampling: Sampling
 ) -> tuple[Int[Array, " batch"], Seen | None]:
-    penalised = logits if seen is None else penalise(logits, seen, sampling.repetition_penalty)
-    chosen = choose(jax.random.fold_in(key, step), penalised, sampling)
+    penalized = logits if seen is None else penalize(logits, seen, sampling.repetition_penalty)
+    chosen = choose(jax.random.fold_in(key, step), penalized, sampling)
     if seen is not None:
         seen = seen.at[jnp.arange(len(chosen)), chosen].set(True)
     return jnp.where(jnp.isfinite(logits).all(axis=-1), chosen, NOT_FINITE), seen

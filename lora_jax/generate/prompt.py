@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 from jinja2 import TemplateError
 
 from lora_jax.data.formats import ChatExample
-from lora_jax.data.tokens import tokenise
+from lora_jax.data.tokens import tokenize
 from lora_jax.errors import Option, UserError, switch
 from lora_jax.hub.tokenizer import end_token_id, plain_ids, without_double_bos
 from lora_jax.types import Tokenizer, Values
@@ -94,7 +94,7 @@ def _turn_end(tokenizer: Tokenizer) -> int | None:
     """Return the special token that training teaches to end a turn with; None if it cannot be determined."""
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
     try:
-        tokens = tokenise(ChatExample(messages), tokenizer, _LONGEST_TURN, "the prompt")
+        tokens = tokenize(ChatExample(messages), tokenizer, _LONGEST_TURN, "the prompt")
     except UserError:
         return None  # a template that is unfit for training may still work for generation
     last = int(tokens.input_ids[tokens.trained][-1]) if tokens.trained.any() else -1

@@ -40,7 +40,7 @@ def choose(key: Key[Array, ""], logits: Logits, sampling: Sampling) -> Int[Array
     return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-def penalise(logits: Logits, seen: Bool[Array, "batch vocab"], penalty: float) -> Logits:
+def penalize(logits: Logits, seen: Bool[Array, "batch vocab"], penalty: float) -> Logits:
     """Return the logits with those of seen tokens made less likely: positive ones divided, negative ones multiplied.
 
     Keskar et al. 2019, arXiv:1909.05858, section 4.1, with the sign taken into account as in transformers.

@@ -18,7 +18,7 @@ from lora_jax.report.movement import Moved
 from lora_jax.report.runs import EVAL_LOSS, RunFiles
 from lora_jax.types import Values
 
-COLOURS = 6
+COLORS = 6
 """Number of colors for runs, --c1 to --c6; further runs start again."""
 SMOOTHED = 60
 """Number of points from which a curve is shown with its running mean."""
@@ -50,11 +50,11 @@ def loss_figure(runs: Sequence[RunFiles]) -> Figure | None:
     """Return the figure of training and evaluation losses, or None if none was logged."""
     figure, several = _figure(340), len(runs) > 1
     for index, run in enumerate(runs):
-        _curve(figure, index, run, "loss", f"{run.name}, train" if several else "train", _colour(index))
+        _curve(figure, index, run, "loss", f"{run.name}, train" if several else "train", _color(index))
         for number, label in enumerate(eval_labels(run)):
             key = f"{label.replace(' ', '_', 1)}_loss"
-            colour = _colour(index) if several else _colour(1 + number)
-            _points(figure, index, run, key, f"{run.name}, {label}" if several else label, colour, number)
+            color = _color(index) if several else _color(1 + number)
+            _points(figure, index, run, key, f"{run.name}, {label}" if several else label, color, number)
         _mark(figure, run, f"{_plain(run.name)}: " if several else "")
     return _shown("loss", "Loss", figure, "Nats per token.")
 
@@ -75,8 +75,8 @@ def legend(runs: Sequence[RunFiles]) -> list[tuple[str, str, bool]]:
             ("training", "var(--soft)", False),
             *([("evaluation", "var(--soft)", True)] if evaluated else []),
         ]
-    sets = [(label, _colour(1 + number), True) for number, label in enumerate(eval_labels(runs[0]))]
-    return [("train", _colour(0), False), *sets]
+    sets = [(label, _color(1 + number), True) for number, label in enumerate(eval_labels(runs[0]))]
+    return [("train", _color(0), False), *sets]
 
 
 def small_figures(runs: Sequence[RunFiles]) -> list[Figure]:
@@ -99,11 +99,11 @@ def small_figures(runs: Sequence[RunFiles]) -> list[Figure]:
                 words = label if len(members) > 1 else _words(name).lower()
                 words = (f"{run.name}, {words}" if len(members) > 1 else run.name) if several else words
                 if label == "train":
-                    _curve(figure, index, run, key, words, _colour(index))
+                    _curve(figure, index, run, key, words, _color(index))
                     continue
                 number = labels.index(label) if label in labels else 0
-                colour = _colour(index) if several else _colour(1 + number)
-                _points(figure, index, run, key, words, colour, number)
+                color = _color(index) if several else _color(1 + number)
+                _points(figure, index, run, key, words, color, number)
         if name == "mfu":
             figure.update_yaxes(tickformat=".0%")
         found.append(_shown(name, _words(name), figure))
@@ -131,12 +131,12 @@ def lengths_figure(runs: Sequence[RunFiles]) -> Figure | None:
         if len(runs) > 1:  # overlapping bars would hide each other
             figure.add_scatter(
                 x=[middles[0] - width, *middles, middles[-1] + width], y=[0, *heights, 0], mode="lines",
-                name=_plain(run.name), line={"color": _colour(index), "width": 2, "shape": "hvh"},
+                name=_plain(run.name), line={"color": _color(index), "width": 2, "shape": "hvh"},
                 meta={"run": index},
             )  # fmt: skip
             continue
         figure.add_bar(
-            x=middles, y=heights, width=width * 0.92, marker={"color": _colour(index)}, meta={"run": index},
+            x=middles, y=heights, width=width * 0.92, marker={"color": _color(index)}, meta={"run": index},
             customdata=[f"{i * width + 1:,} to {(i + 1) * width:,}" if width > 1 else str(i + 1) for i in bars],
             hovertemplate="%{customdata} tokens: %{y:,} rows<extra></extra>",
         )  # fmt: skip
@@ -213,8 +213,8 @@ def _words(key: str) -> str:
     return words[:1].upper() + words[1:]
 
 
-def _colour(index: int) -> str:
-    return f"var(--c{1 + index % COLOURS})"
+def _color(index: int) -> str:
+    return f"var(--c{1 + index % COLORS})"
 
 
 def _plain(text: str) -> str:
@@ -222,7 +222,7 @@ def _plain(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%{", "% {")
 
 
-def _curve(figure: go.Figure, index: int, run: RunFiles, key: str, name: str, colour: str) -> None:
+def _curve(figure: go.Figure, index: int, run: RunFiles, key: str, name: str, color: str) -> None:
     steps, values, tokens = run.series(key)
     if not steps:
         return
@@ -230,26 +230,26 @@ def _curve(figure: go.Figure, index: int, run: RunFiles, key: str, name: str, co
     smoothed = key in ("loss", "grad_norm", "tokens_per_second") and len(steps) >= SMOOTHED
     meta = {"run": index, "tokens": tokens} | ({"smooth": False} if smoothed else {})
     figure.add_scatter(
-        x=steps, y=values, name=_plain(name), line={"color": colour, "width": 2}, marker={"color": colour},
+        x=steps, y=values, name=_plain(name), line={"color": color, "width": 2}, marker={"color": color},
         meta=meta, **lone,
     )  # fmt: skip
     if smoothed:
         figure.add_scatter(
             x=steps, y=_running_mean(values), name=_plain(f"{name}, smoothed"), mode="lines",
-            line={"color": colour, "width": 2}, meta=meta | {"smooth": True},
+            line={"color": color, "width": 2}, meta=meta | {"smooth": True},
         )  # fmt: skip
 
 
 def _points(
-    figure: go.Figure, index: int, run: RunFiles, key: str, name: str, colour: str, number: int = 0
+    figure: go.Figure, index: int, run: RunFiles, key: str, name: str, color: str, number: int = 0
 ) -> None:
     steps, values, tokens = run.series(key)
     if not steps:
         return
     symbol = ("circle", "diamond", "square", "triangle-up", "cross", "x")[number % 6]
     figure.add_scatter(
-        x=steps, y=values, name=_plain(name), mode="lines+markers", line={"color": colour, "width": 2, "dash": "dot"},
-        marker={"color": colour, "size": 8, "symbol": symbol, "line": {"color": "var(--card)", "width": 1.5}},
+        x=steps, y=values, name=_plain(name), mode="lines+markers", line={"color": color, "width": 2, "dash": "dot"},
+        marker={"color": color, "size": 8, "symbol": symbol, "line": {"color": "var(--card)", "width": 1.5}},
         meta={"run": index, "tokens": tokens},
     )  # fmt: skip
 
@@ -275,9 +275,9 @@ def _mark(figure: go.Figure, run: RunFiles, name: str) -> None:
         _line(figure, run.diverged, f"{name}loss not finite", "var(--bad)", "dash")
 
 
-def _line(figure: go.Figure, step: int, text: str, colour: str, dash: str) -> None:
+def _line(figure: go.Figure, step: int, text: str, color: str, dash: str) -> None:
     figure.add_vline(
-        x=step, line={"color": colour, "dash": dash, "width": 1.5}, annotation_text=text,
+        x=step, line={"color": color, "dash": dash, "width": 1.5}, annotation_text=text,
         annotation_position="top left", annotation_font={"color": "var(--soft)", "size": 11},
     )  # fmt: skip
 

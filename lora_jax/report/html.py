@@ -34,7 +34,7 @@ def render(runs: Sequence[RunFiles]) -> str:
     return environment.get_template("page.html").render(
         runs=runs,
         title=" · ".join(run.name for run in runs),
-        colours=figures.COLOURS,
+        colors=figures.COLORS,
         legend=figures.legend(runs),
         smoothed=figures.SMOOTHED,
         summary=summary,

@@ -11,7 +11,7 @@ from lora_jax.run.evaluation import Evaluation
 from lora_jax.run.output import Logs
 from lora_jax.run.reporter import Reporter
 from lora_jax.run.setup import Run
-from lora_jax.run.utilization import utilisation_of_a_token
+from lora_jax.run.utilization import mfu_at_one_token_per_second
 from lora_jax.run.warnings import RunWarnings
 from lora_jax.run.window import Window
 from lora_jax.run_folder import BASE_LOSS, EVALUATED, WARNINGS
@@ -30,7 +30,7 @@ class Journal:
         self.warnings = RunWarnings(run, [text for line in kept for text in line.get(WARNINGS, [])])
         self.evaluations = {line["step"]: found for line in kept if (found := evaluated_figures(line))}
         """Metrics of all evaluations so far, by step."""
-        self._utilisation = utilisation_of_a_token(run)
+        self._mfu_at_one_token_per_second = mfu_at_one_token_per_second(run)
         # One program instead of one per operation.
         self._rate = jax.jit(schedule(run.config.train, sizes.steps))
         self._unwritten: list[str] = []
@@ -56,8 +56,8 @@ class Journal:
     def entry(self, step: int, window: Window, skipped: Skipped, padding: float) -> Object:
         """Wait for the steps of the window; return the line of a step without its evaluation."""
         loss, figures = window.figures()
-        if self._utilisation is not None:
-            figures["mfu"] = self._utilisation * figures["tokens_per_second"]
+        if self._mfu_at_one_token_per_second is not None:
+            figures["mfu"] = self._mfu_at_one_token_per_second * figures["tokens_per_second"]
         # A skipped step does not advance the schedule.
         rate = float(self._rate(max(0, step - skipped.total - (skipped.in_a_row == 0))))
         return {

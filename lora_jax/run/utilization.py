@@ -7,7 +7,7 @@ from lora_jax.parallel.chips import peak_flops
 from lora_jax.run.setup import Run
 
 
-def utilisation_of_a_token(run: Run) -> float | None:
+def mfu_at_one_token_per_second(run: Run) -> float | None:
     """Return the MFU at one real token per second, as a mean over the data; None if the peak is not known.
 
     The peak is that of bfloat16, whatever the compute dtype.

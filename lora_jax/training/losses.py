@@ -178,7 +178,7 @@ class _Chunk(NamedTuple):
     weights: Float[Array, " tokens"]
     key: Array | None
 
-    def labelled(self) -> tuple[Array, Array]:
+    def labeled(self) -> tuple[Array, Array]:
         """Return the labels and weights of the chunk's positions."""
         labels, weights = (_at(array, self.rows) for array in (self.labels, self.weights))
         return labels, weights
@@ -220,7 +220,7 @@ class _Head:
         variables = {**chunk.constant, "lora": chunk.trainable}
         rngs = None if chunk.key is None else {"dropout": jax.random.fold_in(chunk.key, chunk.rows[0])}
         logits: Any = self.model.apply(variables, chunk.hidden, method="logits", rngs=rngs)
-        labels, weights = chunk.labelled()
+        labels, weights = chunk.labeled()
         right = right_tokens(jax.lax.stop_gradient(logits), labels) & (weights != 0)
         return jnp.sum(token_losses(logits, labels) * weights), jnp.sum(right, dtype=jnp.float32)
 
@@ -235,7 +235,7 @@ class _Head:
     def _in_blocks(self, chunk: _Chunk, with_gradient: bool) -> tuple[Sums, Array | None]:
         table = self._table(chunk)
         assert table is not None
-        labels, weights = chunk.labelled()
+        labels, weights = chunk.labeled()
         found = losses_in_blocks(table, chunk.hidden, labels, with_gradient)
         right = jnp.sum(found.right & (weights != 0), dtype=jnp.float32)
         sums = jnp.sum(found.loss * weights), right

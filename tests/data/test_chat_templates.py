@@ -8,7 +8,7 @@ import pytest
 
 from lora_jax.cli import main
 from lora_jax.data.formats import ChatExample
-from lora_jax.data.tokens import tokenise
+from lora_jax.data.tokens import tokenize
 from lora_jax.errors import UserError
 from lora_jax.generate.prompt import encode_prompt, end_ids
 from lora_jax.hub.chat_templates import BUILT_IN, set_chat_template
@@ -41,7 +41,7 @@ def test_named_template_trains_the_turns_with_the_token_that_generation_stops_at
     tokenizer = make_family_tokenizer(BASE)
     set_chat_template(tokenizer, name)
     for head in ([], [{"role": "system", "content": "Be kind."}]):
-        tokens = tokenise(ChatExample([*head, *TURNS]), tokenizer, 512, "here")
+        tokens = tokenize(ChatExample([*head, *TURNS]), tokenizer, 512, "here")
         runs = re.finditer("1+", "".join("1" if one else "0" for one in tokens.trained))
         said = [tokenizer.decode(tokens.input_ids[one.start() : one.end()]) for one in runs]
         space, end = " " if name in SPACED else "", ENDINGS[name]
@@ -49,7 +49,7 @@ def test_named_template_trains_the_turns_with_the_token_that_generation_stops_at
         assert head == [] or "Be kind." in tokenizer.decode(tokens.input_ids)
     assert tokenizer.convert_tokens_to_ids(end.strip()) in end_ids({}, {}, tokenizer, chat=True)
     asked = encode_prompt("2 + 3?", tokenizer, chat=True)
-    assert tokenise(ChatExample(TURNS), tokenizer, 512, "here").input_ids[: len(asked)].tolist() == asked
+    assert tokenize(ChatExample(TURNS), tokenizer, 512, "here").input_ids[: len(asked)].tolist() == asked
 
 
 def test_names_of_other_tools_are_known_and_bos_stands_where_the_tokenizer_puts_it(make_tokenizer):
@@ -57,7 +57,7 @@ def test_names_of_other_tools_are_known_and_bos_stands_where_the_tokenizer_puts_
     for tokenizer in (plain, adding):
         set_chat_template(tokenizer, "qwen_25")
     assert plain.chat_template == BUILT_IN["chatml"]
-    tokens = tokenise(ChatExample(TURNS), adding, 512, "here")
+    tokens = tokenize(ChatExample(TURNS), adding, 512, "here")
     assert tokens.input_ids[:2].tolist() == adding.convert_tokens_to_ids(["<s>", "<|im_start|>"])
 
 

@@ -16,7 +16,7 @@ MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content
 
 
 def example(row, *, chat=True, form="auto", text_field="text"):
-    found = Columns({}, text_field).recognise(row, form, "rows.jsonl line 3")
+    found = Columns({}, text_field).recognize(row, form, "rows.jsonl line 3")
     return to_example(row, found, "rows.jsonl line 3", text_field=text_field, chat=chat)
 
 
@@ -34,13 +34,13 @@ def example(row, *, chat=True, form="auto", text_field="text"):
     ],
 )
 def test_columns_tell_the_format(columns, form):
-    assert Columns({}).recognise(columns.split(), "auto", "here") == form
+    assert Columns({}).recognize(columns.split(), "auto", "here") == form
 
 
 def test_naming_the_column_of_text_or_the_format_decides():
     columns = ["instruction", "output", "body"]
-    assert Columns({}, "body").recognise(columns, "auto", "here") == "text"
-    assert Columns({}).recognise(columns, "question_answer", "here") == "question_answer"
+    assert Columns({}, "body").recognize(columns, "auto", "here") == "text"
+    assert Columns({}).recognize(columns, "question_answer", "here") == "question_answer"
     assert example({"text": "a", "body": "b"}, text_field="body") == TextExample("b")
 
 

@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from lora_jax.data.formats import ChatExample, CompletionExample, TextExample
 from lora_jax.data.remarks import Remark
-from lora_jax.data.tokens import Tokens, tokenise, within
+from lora_jax.data.tokens import Tokens, tokenize, within
 from lora_jax.data.turns import Span
 from lora_jax.errors import UserError
 
@@ -24,7 +24,7 @@ def chat(*turns: str) -> ChatExample:
 
 def test_text_is_trained_from_its_second_token_to_its_eos(make_tokenizer):
     tokenizer = make_tokenizer()
-    tokens = tokenise(TextExample("Hello, good day."), tokenizer, 64, "here")
+    tokens = tokenize(TextExample("Hello, good day."), tokenizer, 64, "here")
     assert tokenizer.decode(tokens.input_ids) == "Hello, good day.</s>"
     assert not tokens.trained[0]
     assert tokens.trained[1:].all()
@@ -34,8 +34,8 @@ def test_text_is_trained_from_its_second_token_to_its_eos(make_tokenizer):
 
 def test_eos_is_appended_once(make_tokenizer):
     tokenizer = make_tokenizer()
-    written = tokenise(TextExample("Hello</s>"), tokenizer, 64, "here")
-    plain = tokenise(TextExample("Hello"), tokenizer, 64, "here")
+    written = tokenize(TextExample("Hello</s>"), tokenizer, 64, "here")
+    plain = tokenize(TextExample("Hello"), tokenizer, 64, "here")
     np.testing.assert_array_equal(written.input_ids, plain.input_ids)
     assert (plain.input_ids == tokenizer.eos_token_id).sum() == 1
 
@@ -55,7 +55,7 @@ def test_tokenizer_that_adds_eos_gives_the_tokens_of_one_that_does_not(make_toke
         CompletionExample("the ans", "wer"),
         CompletionExample("", "day"),
     ):
-        expected, found = (tokenise(example, one, 64, "here") for one in (plain, adding))
+        expected, found = (tokenize(example, one, 64, "here") for one in (plain, adding))
         np.testing.assert_array_equal(found.input_ids, expected.input_ids)
         np.testing.assert_array_equal(found.trained, expected.trained)
         assert (found.input_ids == adding.eos_token_id).sum() == 1
@@ -67,7 +67,7 @@ def test_truncation_and_padding_left_in_tokenizer_json_have_no_effect(make_token
     left.backend_tokenizer.enable_truncation(4)
     left.backend_tokenizer.enable_padding(length=64)
     example = CompletionExample("Hello, good day.", " It is a good day.")
-    expected, found = (tokenise(example, one, 64, "here") for one in (plain, left))
+    expected, found = (tokenize(example, one, 64, "here") for one in (plain, left))
     np.testing.assert_array_equal(found.input_ids, expected.input_ids)
 
 
@@ -75,14 +75,14 @@ def test_eos_is_trained_even_when_it_is_the_padding_token(make_tokenizer):
     tokenizer = make_tokenizer("chatml", eos="<|im_end|>", pad="<|im_end|>")
     examples = (TextExample("Hello"), CompletionExample("Hello", " day"), chat("Hello", "day"))
     for example in examples:
-        tokens = tokenise(example, tokenizer, 64, "here")
+        tokens = tokenize(example, tokenizer, 64, "here")
         last = np.flatnonzero(tokens.input_ids == tokenizer.eos_token_id)[-1]
         assert tokens.trained[last]
 
 
 def test_completion_and_eos_are_trained_and_the_prompt_is_not(make_tokenizer):
     tokenizer = make_tokenizer()
-    tokens = tokenise(CompletionExample("What is 2 + 3?", " The sum is 5."), tokenizer, 64, "here")
+    tokens = tokenize(CompletionExample("What is 2 + 3?", " The sum is 5."), tokenizer, 64, "here")
     assert tokenizer.decode(tokens.input_ids) == "What is 2 + 3? The sum is 5.</s>"
     assert trained_text(tokens, tokenizer) == " The sum is 5.</s>"
 
@@ -92,7 +92,7 @@ def test_completion_that_would_share_a_token_with_the_prompt_is_tokenised_apart(
     """A prompt of one token that melts into its completion would leave nothing but EOS to train."""
     tokenizer = make_tokenizer()
     for completion in ("wer", "e", "e answer"):
-        tokens = tokenise(CompletionExample(prompt, completion), tokenizer, 64, "here")
+        tokens = tokenize(CompletionExample(prompt, completion), tokenizer, 64, "here")
         assert trained_text(tokens, tokenizer) == completion + "</s>"
         asked = tokenizer(prompt)["input_ids"]  # what a model that generates is given
         assert tokens.input_ids[: len(asked)].tolist() == asked
@@ -100,7 +100,7 @@ def test_completion_that_would_share_a_token_with_the_prompt_is_tokenised_apart(
 
 def test_completion_tokenised_apart_gets_no_space_from_a_tokenizer_with_metaspace(make_tokenizer):
     tokenizer = make_tokenizer(form="metaspace")
-    tokens = tokenise(CompletionExample("the ans", "wer"), tokenizer, 64, "here")
+    tokens = tokenize(CompletionExample("the ans", "wer"), tokenizer, 64, "here")
     assert tokenizer.decode(tokens.input_ids).removesuffix("</s>").strip() == "the answer"
     assert trained_text(tokens, tokenizer).removesuffix("</s>") in ("wer", "answer")
 
@@ -114,7 +114,7 @@ def test_tokenizer_that_adds_bos_gives_exactly_one(make_tokenizer):
         CompletionExample("<s>Hello", " day"),
         chat("Hello", "day"),
     ):
-        tokens = tokenise(example, tokenizer, 64, "here")
+        tokens = tokenize(example, tokenizer, 64, "here")
         assert (tokens.input_ids == tokenizer.bos_token_id).sum() == 1
         assert tokens.input_ids[0] == tokenizer.bos_token_id
         assert not tokens.trained[0]
@@ -122,41 +122,41 @@ def test_tokenizer_that_adds_bos_gives_exactly_one(make_tokenizer):
 
 def test_written_out_bos_does_not_change_the_prompt(make_tokenizer):
     tokenizer = make_tokenizer(add_bos=True)
-    one = tokenise(CompletionExample("Hello", " day"), tokenizer, 64, "here")
-    other = tokenise(CompletionExample("<s>Hello", " day"), tokenizer, 64, "here")
+    one = tokenize(CompletionExample("Hello", " day"), tokenizer, 64, "here")
+    other = tokenize(CompletionExample("<s>Hello", " day"), tokenizer, 64, "here")
     np.testing.assert_array_equal(one.input_ids, other.input_ids)
     np.testing.assert_array_equal(one.trained, other.trained)
 
 
 def test_cut_keeps_the_start_and_says_so(make_tokenizer):
     tokenizer = make_tokenizer()
-    whole = tokenise(TextExample("Hello, good day."), tokenizer, 64, "here")
-    cut = tokenise(TextExample("Hello, good day."), tokenizer, 3, "here")
+    whole = tokenize(TextExample("Hello, good day."), tokenizer, 64, "here")
+    cut = tokenize(TextExample("Hello, good day."), tokenizer, 3, "here")
     assert (whole.truncated, cut.truncated) == (False, True)
     np.testing.assert_array_equal(cut.input_ids, whole.input_ids[:3])
-    assert len(tokenise(TextExample("Hello, good day."), tokenizer, len(whole), "here")) == len(whole)
+    assert len(tokenize(TextExample("Hello, good day."), tokenizer, len(whole), "here")) == len(whole)
 
 
 def test_blank_text_has_nothing_to_train_on(make_tokenizer):
-    assert not tokenise(TextExample(" \n"), make_tokenizer(), 64, "here").trained.any()
+    assert not tokenize(TextExample(" \n"), make_tokenizer(), 64, "here").trained.any()
 
 
 def test_empty_completion_trains_eos_alone(make_tokenizer):
     tokenizer = make_tokenizer()
-    tokens = tokenise(CompletionExample("Hello", ""), tokenizer, 64, "here")
+    tokens = tokenize(CompletionExample("Hello", ""), tokenizer, 64, "here")
     assert trained_text(tokens, tokenizer) == "</s>"
     assert tokens.remarks == Remark.EMPTY
 
 
 def test_tokenizer_without_eos_is_one_clear_error(make_tokenizer):
     with pytest.raises(UserError, match="set eos_token"):
-        tokenise(TextExample("Hello"), make_tokenizer(eos=None), 64, "here")
+        tokenize(TextExample("Hello"), make_tokenizer(eos=None), 64, "here")
 
 
 @given(st.text(alphabet="the answer é🙂\n", min_size=1), st.text(alphabet="the answer é🙂\n"))
 def test_trained_tokens_hold_the_whole_completion(make_tokenizer, prompt, completion):
     tokenizer = make_tokenizer()
-    tokens = tokenise(CompletionExample(prompt, completion), tokenizer, 512, "here")
+    tokens = tokenize(CompletionExample(prompt, completion), tokenizer, 512, "here")
     assert (
         tokenizer.decode(tokens.input_ids, clean_up_tokenization_spaces=False) == prompt + completion + "</s>"
     )

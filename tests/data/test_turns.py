@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_jax.data.formats import ChatExample
-from lora_jax.data.tokens import tokenise
+from lora_jax.data.tokens import tokenize
 from lora_jax.errors import UserError
 from lora_jax.generate.prompt import end_ids
 
@@ -32,7 +32,7 @@ def chat(*turns: str, system: str | None = None, prompt_messages: int = 0) -> Ch
 
 
 def trained_text(example: ChatExample, tokenizer, max_length: int = 512) -> str:
-    tokens = tokenise(example, tokenizer, max_length, "rows.jsonl line 7")
+    tokens = tokenize(example, tokenizer, max_length, "rows.jsonl line 7")
     return tokenizer.decode(tokens.input_ids[tokens.trained], clean_up_tokenization_spaces=False)
 
 
@@ -46,7 +46,7 @@ def test_every_assistant_turn_is_trained_with_its_end_token(make_tokenizer, temp
 def test_tokens_are_those_of_the_rendered_conversation(make_tokenizer, template):
     tokenizer = make_tokenizer(template, add_bos=True)
     messages = chat(*TURNS).messages
-    tokens = tokenise(chat(*TURNS), tokenizer, 512, "here")
+    tokens = tokenize(chat(*TURNS), tokenizer, 512, "here")
     expected = tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
     assert tokens.input_ids.tolist() == expected
 
@@ -54,7 +54,7 @@ def test_tokens_are_those_of_the_rendered_conversation(make_tokenizer, template)
 @pytest.mark.parametrize("template", ["chatml", "mistral"])
 def test_words_of_a_tokenizer_with_metaspace_are_assigned_whole(make_tokenizer, template):
     tokenizer = make_tokenizer(template, form="metaspace")
-    tokens = tokenise(chat("a good day", "the old mill"), tokenizer, 512, "here")
+    tokens = tokenize(chat("a good day", "the old mill"), tokenizer, 512, "here")
     words = tokenizer.decode(tokens.input_ids[tokens.trained]).replace(" ", "")
     assert words in ("theoldmill<|im_end|>", "theoldmill</s>")
 
@@ -144,8 +144,8 @@ def test_marks_that_cover_no_turn_are_one_clear_error(make_tokenizer):
 
 def test_cut_conversation_loses_its_end(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    whole = tokenise(chat(*TURNS), tokenizer, 512, "here")
-    cut = tokenise(chat(*TURNS), tokenizer, len(whole) - 4, "here")
+    whole = tokenize(chat(*TURNS), tokenizer, 512, "here")
+    cut = tokenize(chat(*TURNS), tokenizer, len(whole) - 4, "here")
     assert cut.truncated
     np.testing.assert_array_equal(cut.trained, whole.trained[:-4])
 
@@ -153,7 +153,7 @@ def test_cut_conversation_loses_its_end(make_tokenizer):
 def test_turn_is_tokenised_apart_from_what_asks_for_it(make_tokenizer):
     """A line end that starts an answer would share a token with the header's, which generation is given alone."""
     tokenizer = make_tokenizer("chatml")
-    tokens = tokenise(chat("Hello", "\n\nthe answer", "Hello", "\nday"), tokenizer, 512, "here")
+    tokens = tokenize(chat("Hello", "\n\nthe answer", "Hello", "\nday"), tokenizer, 512, "here")
     assert tokenizer.decode(tokens.input_ids[tokens.trained]) == "\n\nthe answer<|im_end|>\nday<|im_end|>"
     asked = tokenizer.apply_chat_template(chat("Hello").messages, add_generation_prompt=True)["input_ids"]
     assert tokens.input_ids[: len(asked)].tolist() == asked

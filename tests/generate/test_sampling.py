@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_jax.generate.sampling import Sampling, choose, keep_top_k, keep_top_p, penalise
+from lora_jax.generate.sampling import Sampling, choose, keep_top_k, keep_top_p, penalize
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15])
 LOGITS = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32))[None]
@@ -79,5 +79,5 @@ def test_top_p_keeps_the_smallest_set_of_likeliest_tokens(values: list[float], p
 def test_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None:
     logits = jnp.asarray([[2.0, -2.0, 2.0, -2.0]])
     seen = jnp.asarray([[True, True, False, False]])
-    assert penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
-    assert penalise(logits, seen, 1.0).tolist() == logits.tolist()
+    assert penalize(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
+    assert penalize(logits, seen, 1.0).tolist() == logits.tolist()

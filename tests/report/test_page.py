@@ -134,8 +134,8 @@ def test_several_runs_lie_over_each_other_with_what_they_differ_in(copied: Copy,
     page = page_of(first, second, output=tmp_path / "both.html")
     runs = [(trace["meta"]["run"], trace["name"]) for trace in page.figures["loss"]["data"]]
     assert runs == [(0, "first, train"), (0, "first, eval"), (1, "second, train"), (1, "second, eval")]
-    colours = [trace["line"]["color"] for trace in page.figures["loss"]["data"]]
-    assert colours[0] == colours[1] != colours[2] == colours[3]
+    colors = [trace["line"]["color"] for trace in page.figures["loss"]["data"]]
+    assert colors[0] == colors[1] != colors[2] == colors[3]
     assert "option first second lora.r 2 64 rank_pattern" not in page.text
     assert "option first second lora.r 2 64" in page.text
     assert {"moved0", "moved1"} <= page.figures.keys()
@@ -236,7 +236,7 @@ def test_a_colour_means_the_same_in_every_figure_and_the_legend_says_what(
     copied: Copy, tmp_path: Path
 ) -> None:
     """In the loss training was blue and evaluation orange, in the accuracy the other way round, without a legend."""
-    output = copied("colours")
+    output = copied("colors")
     start = {
         "eval_loss": 3.0,
         "eval_token_accuracy": 0.1,
@@ -249,11 +249,11 @@ def test_a_colour_means_the_same_in_every_figure_and_the_legend_says_what(
         {"step": 1, "loss": 2.0, "token_accuracy": 0.3, "learning_rate": 0.1, **start, "eval_accuracy": 0.75},
     )
     page = page_of(output)
-    colours: dict[str, set[str]] = {}
+    colors: dict[str, set[str]] = {}
     for figure in ("loss", "token_accuracy"):
         for trace in page.figures[figure]["data"]:
-            colours.setdefault(trace["name"], set()).add(trace["line"]["color"])
-    assert colours == {"train": {"var(--c1)"}, "eval": {"var(--c2)"}, "eval math": {"var(--c3)"}}
+            colors.setdefault(trace["name"], set()).add(trace["line"]["color"])
+    assert colors == {"train": {"var(--c1)"}, "eval": {"var(--c2)"}, "eval math": {"var(--c3)"}}
     assert page.figures["learning_rate"]["data"][0]["line"]["color"] == "var(--c1)"
     assert page.figures["accuracy"]["data"][0]["line"]["color"] == "var(--c2)"
     legend = [

@@ -10,8 +10,8 @@
   const all = (selector) => [...document.querySelectorAll(selector)];
   const figures = all("script[data-plot]").map((script) => [script.dataset.plot, script.textContent]);
 
-  // A figure with the theme's colours in place of their names.
-  function coloured(text, style) {
+  // A figure with the theme's colors in place of their names.
+  function colored(text, style) {
     const value = (_, name) => JSON.stringify(style.getPropertyValue(name).trim());
     return JSON.parse(text.replace(/"var\((--[\w-]+)\)"/g, value));
   }
@@ -23,7 +23,7 @@
     const tokens = one("#axis") !== null && one("#axis").value === "tokens";
     const smooth = one("#smooth") !== null && one("#smooth").checked;
     for (const [key, text] of figures) {
-      const { data, layout } = coloured(text, style);
+      const { data, layout } = colored(text, style);
       let curves = 0;
       for (const trace of data) {
         const meta = trace.meta || {};
