@@ -16,6 +16,6 @@ EVALUATED = "eval_"
 """Prefix of the names of evaluation metrics."""
 
 
-def figure_name(name: str, figure: str) -> str:
+def metric_name(name: str, metric: str) -> str:
     """Return the name of a set's metric in metrics.jsonl: eval_NAME_loss, or eval_loss for a set without a name."""
-    return f"{EVALUATED}{name}_{figure}" if name else f"{EVALUATED}{figure}"
+    return f"{EVALUATED}{name}_{metric}" if name else f"{EVALUATED}{metric}"

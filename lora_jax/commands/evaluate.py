@@ -47,8 +47,8 @@ from lora_jax.run.in_memory import InMemory
 from lora_jax.run.journal import number
 from lora_jax.run.scores import check_installed, score_names
 from lora_jax.run.setup import evaluation_rows
-from lora_jax.run.stopping import FIGURES
-from lora_jax.run_folder import figure_name
+from lora_jax.run.stopping import EVAL_METRICS
+from lora_jax.run_folder import metric_name
 from lora_jax.training.feed import eval_sizes
 from lora_jax.types import Object, Tokenizer
 
@@ -239,7 +239,7 @@ def _measured(
                 settings=one.opened.settings, mesh=mesh,
             )  # fmt: skip
             evaluators[same] = Evaluator(base, sets[one], sizes, options.scoring, section=SECTION)
-        line = _line(one, sets[one], evaluators[same](*trees).figures)
+        line = _line(one, sets[one], evaluators[same](*trees).metrics)
         if any(value is None for name, value in line.items() if name.endswith("_loss")):
             cause = broken_weights(first.checkpoint, first.config, options.model.dtype)
             cause = cause or f"the products overflow in {jnp.dtype(model.dtype).name}"
@@ -247,27 +247,27 @@ def _measured(
         yield line
 
 
-def _line(one: Candidate, sets: Sets, figures: Mapping[str, float]) -> Line:
+def _line(one: Candidate, sets: Sets, metrics: Mapping[str, float]) -> Line:
     line: Line = {"model": one.base, "adapter": one.adapter, "quantization": one.quantization}
     for name, rows in sets.items():
         counts = {"rows": rows.rows, "trained_tokens": rows.trained_tokens}
-        line |= {figure_name(name, what): count for what, count in counts.items()}
-    return line | {name: number(value) for name, value in figures.items()}
+        line |= {metric_name(name, what): count for what, count in counts.items()}
+    return line | {name: number(value) for name, value in metrics.items()}
 
 
 def _print_table(
     console: Console, lines: Sequence[Line], sets: Sets, metrics: Collection[GenerationMetric]
 ) -> None:
     """Print a row for each model and set."""
-    named, figures = list(sets) != [""], (*FIGURES, *score_names(metrics))
+    named, names = list(sets) != [""], (*EVAL_METRICS, *score_names(metrics))
     table = Table("model", *(["set"] if named else []), box=None, pad_edge=False)
-    for name in ("rows", *figures):
+    for name in ("rows", *names):
         table.add_column(name, justify="right")
     for line in lines:
         for name in sets:
             texts = [line["adapter"] or line["model"], *([name] if named else [])]
-            rows = f"{line[figure_name(name, 'rows')]:,}"
-            values = (line[figure_name(name, figure)] for figure in figures)
+            rows = f"{line[metric_name(name, 'rows')]:,}"
+            values = (line[metric_name(name, metric)] for metric in names)
             shown = ("not finite" if value is None else f"{value:.4f}" for value in values)
             table.add_row(*map(Text, (*texts, rows, *shown)))
     # Do not cut long paths, neither in a log nor on a narrow terminal.

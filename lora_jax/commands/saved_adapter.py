@@ -28,7 +28,7 @@ from lora_jax.report.runs import RunFiles, read_lines
 from lora_jax.run.checkpoints import steps_in, unheard_callbacks
 from lora_jax.run.checksums import METADATA, damage, has_checksums
 from lora_jax.run.results import planned_facts
-from lora_jax.run_folder import CHECKPOINTS, CONFIG, figure_name
+from lora_jax.run_folder import CHECKPOINTS, CONFIG, metric_name
 from lora_jax.training.adapted import adapted
 
 BEST, LAST = "best", "last"
@@ -92,7 +92,7 @@ def _logged(folder: Path, step: int, facts: TrainingFacts) -> TrainingFacts:
     """Return the facts with what the run logged before its first step and at a step."""
     run = RunFiles(folder.name, folder, read_lines(folder))
     lines = {int(line["step"]): line for line in run.lines}
-    name = next((figure_name(name, "loss") for name in run.all_eval_sets), "")
+    name = next((metric_name(name, "loss") for name in run.all_eval_sets), "")
     before, here = lines.get(0, {}), lines.get(step, {})
     return replace(
         facts,

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from lora_jax.report.figures import moved_value
 from lora_jax.report.runs import RunFiles
-from lora_jax.run_folder import CONFIG, figure_name
+from lora_jax.run_folder import CONFIG, metric_name
 from lora_jax.types import Values
 
 Fact = tuple[str, str]
@@ -44,7 +44,7 @@ def evaluated(run: RunFiles) -> list[tuple[str, str | None]]:
     """
     final, facts = _mapping(run.record.get("results")), []
     for name in run.all_eval_sets:
-        key, label = figure_name(name, "loss"), f"eval loss, {name}" if name else "eval loss"
+        key, label = metric_name(name, "loss"), f"eval loss, {name}" if name else "eval loss"
         steps, values, _ = run.series(key)
         exported = final.get(key)
         after = exported if isinstance(exported, int | float) else values[-1]

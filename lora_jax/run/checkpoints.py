@@ -43,7 +43,7 @@ from lora_jax.run.checksums import (
     write_checksums,
 )
 from lora_jax.run.stopping import Goal
-from lora_jax.run_folder import figure_name
+from lora_jax.run_folder import metric_name
 from lora_jax.training.step import TrainState
 from lora_jax.types import Object, Values
 
@@ -81,7 +81,7 @@ With dropout the number of micro-batches must not change, because each one draws
 LENGTH = frozenset({"train.max_steps", "train.num_train_epochs"})
 """Options that may differ on resuming, to make a run longer; the schedule is that of the new length."""
 LENGTHS_OF_STEPS = "lengths of steps"
-EVAL_LOSS = Goal(figure_name("", "loss"), greater_is_better=False)
+EVAL_LOSS = Goal(metric_name("", "loss"), greater_is_better=False)
 
 
 @dataclass(frozen=True)
@@ -168,14 +168,14 @@ class Checkpoints:
         kept: list[Any] = [policies.LatestN(keep)]
         if keep is not None:
             best = policies.BestN(
-                get_metric_fn=self._figure,
+                get_metric_fn=self._compared,
                 reverse=not goal.greater_is_better,
                 n=1,
                 keep_checkpoints_without_metrics=False,
             )
             kept.append(best)
         options = ocp.CheckpointManagerOptions(
-            best_fn=self._figure,
+            best_fn=self._compared,
             best_mode="max" if goal.greater_is_better else "min",
             preservation_policy=policies.AnyPreservationPolicy(kept),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
@@ -242,7 +242,7 @@ class Checkpoints:
             write_text(place / "metrics" / "metrics", json.dumps({self.goal.metric: value}))
             if known and isinstance(place, Path):
                 write_checksums(place, known)
-        wait_for_all("figure of a checkpoint")
+        wait_for_all("metric of a checkpoint")
         self.manager.reload()
 
     def _noted(self, step: int, value: float | None) -> float | None:
@@ -352,9 +352,9 @@ class Checkpoints:
         metrics = None if step is None else self.manager.metrics(step)
         if step is None or metrics is None or self.goal.metric not in metrics:
             return None
-        return Best(step, self._figure(metrics))
+        return Best(step, self._compared(metrics))
 
-    def _figure(self, metrics: Mapping[str, float]) -> float:
+    def _compared(self, metrics: Mapping[str, float]) -> float:
         # A run with another metric left none with this name; it is refused on resuming.
         return metrics.get(self.goal.metric, -math.inf if self.goal.greater_is_better else math.inf)
 

@@ -22,7 +22,7 @@ from lora_jax.progress import at, stage
 from lora_jax.run.completions import Completions
 from lora_jax.run.in_memory import InMemory
 from lora_jax.run.scores import Question, questions, scores
-from lora_jax.run_folder import figure_name
+from lora_jax.run_folder import metric_name
 from lora_jax.training.feed import EvalSizes, evaluation, evaluation_plan, evaluation_shapes
 from lora_jax.training.programs import Programs
 from lora_jax.training.step import EvalSums, make_eval_step
@@ -33,13 +33,13 @@ from lora_jax.types import Facts, Object, Trained
 class Evaluation:
     """The results of one evaluation."""
 
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     """Metrics by their names in metrics.jsonl."""
     samples: list[Object] = field(default_factory=list)
     """Prompt and completion for each line of samples.jsonl."""
 
     def __bool__(self) -> bool:
-        return bool(self.figures or self.samples)
+        return bool(self.metrics or self.samples)
 
 
 class Evaluator:
@@ -79,7 +79,7 @@ class Evaluator:
         Raises what `interrupted` raises.
         """
         adapter = self.base.adapter if adapter is None else adapter
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, rows in self.sets.items():
             sums = self._sums(rows, trainable, adapter)
             loss = float(sums.loss / sums.weight)
@@ -88,8 +88,8 @@ class Evaluator:
             found["token_accuracy"] = float(sums.right_tokens / sums.trained_tokens)
             if given := self.questions[name]:
                 found |= self._scores(given, trainable, adapter)
-            figures |= {figure_name(name, figure): value for figure, value in found.items()}
-        return Evaluation(figures, self._samples(trainable, adapter))
+            metrics |= {metric_name(name, metric): value for metric, value in found.items()}
+        return Evaluation(metrics, self._samples(trainable, adapter))
 
     def base_loss(self) -> float | None:
         """Return the base's own loss on the first set, or None if there is no set."""

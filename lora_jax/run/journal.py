@@ -28,7 +28,7 @@ class Journal:
         self.sizes, self.logs, self.reporter = sizes, logs, reporter
         kept = logs.metrics.kept
         self.warnings = RunWarnings(run, [text for line in kept for text in line.get(WARNINGS, [])])
-        self.evaluations = {line["step"]: found for line in kept if (found := evaluated_figures(line))}
+        self.evaluations = {line["step"]: found for line in kept if (found := evaluation_metrics(line))}
         """Metrics of all evaluations so far, by step."""
         self._mfu_at_one_token_per_second = mfu_at_one_token_per_second(run)
         # One program instead of one per operation.
@@ -47,17 +47,17 @@ class Journal:
         entry = {"step": 0, "epoch": 0.0, "num_tokens": 0}
         if base_loss is not None:
             entry[BASE_LOSS] = base_loss
-        self.warn(self.warnings.about_start(evaluation.figures, base_loss))
+        self.warn(self.warnings.about_start(evaluation.metrics, base_loss))
         self._note(entry, evaluation)
-        if evaluation.figures:
-            self._write(entry | evaluation.figures)
+        if evaluation.metrics:
+            self._write(entry | evaluation.metrics)
         self._write_samples(0, evaluation)
 
     def entry(self, step: int, window: Window, skipped: Skipped, padding: float) -> Object:
         """Wait for the steps of the window; return the line of a step without its evaluation."""
-        loss, figures = window.figures()
+        loss, metrics = window.metrics()
         if self._mfu_at_one_token_per_second is not None:
-            figures["mfu"] = self._mfu_at_one_token_per_second * figures["tokens_per_second"]
+            metrics["mfu"] = self._mfu_at_one_token_per_second * metrics["tokens_per_second"]
         # A skipped step does not advance the schedule.
         rate = float(self._rate(max(0, step - skipped.total - (skipped.in_a_row == 0))))
         return {
@@ -65,7 +65,7 @@ class Journal:
             "epoch": round(step / self.sizes.steps_per_epoch, 4),
             "loss": loss,
             "learning_rate": float(f"{rate:.7g}"),  # 0.0002 rather than all digits of the float32
-            **figures,
+            **metrics,
             "padding": round(padding, 4),
             "skipped_steps": skipped.total,
         }
@@ -76,12 +76,12 @@ class Journal:
         self.warn(self.warnings.about_step(entry, trainable, ends))
         if entry["step"] == 1 and 0 not in self.evaluations:
             self.warn(self.warnings.about_start(entry))
-        self._write(entry | evaluation.figures)
+        self._write(entry | evaluation.metrics)
         self._write_samples(entry["step"], evaluation)
 
     def _note(self, entry: Values, evaluation: Evaluation) -> None:
-        if evaluation.figures:
-            self.evaluations[entry["step"]] = evaluation.figures
+        if evaluation.metrics:
+            self.evaluations[entry["step"]] = evaluation.metrics
 
     def _write(self, entry: Values) -> None:
         line = {name: number(value) for name, value in entry.items()}
@@ -96,7 +96,7 @@ class Journal:
             self.reporter.sampled(sample)
 
 
-def evaluated_figures(line: Values) -> dict[str, float]:
+def evaluation_metrics(line: Values) -> dict[str, float]:
     """Return the evaluation metrics in a line of metrics.jsonl, with NaN for null."""
     found = {name: value for name, value in line.items() if name.startswith(EVALUATED)}
     return {name: math.nan if value is None else value for name, value in found.items()}

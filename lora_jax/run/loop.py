@@ -147,7 +147,7 @@ class Loop:
     def _evaluate_start(self, state: TrainState) -> None:
         evaluation = self.evaluator(state.trainable)
         base_loss = None
-        if evaluation.figures and self.run.config.lora.init_from is not None:
+        if evaluation.metrics and self.run.config.lora.init_from is not None:
             base_loss = self.evaluator.base_loss()
         self._judge(evaluation)
         self.journal.start(evaluation, base_loss)
@@ -159,7 +159,7 @@ class Loop:
         self.journal.write(entry, state.trainable, evaluation, self._ends(step))
         if self._saves(step) or (step == self.sizes.steps and self.options.save_strategy != "no"):
             # The checkpoint may turn out to be the best, as if the run had not been stopped.
-            self.checkpoints.measured(step, evaluation.figures.get(self.goal.metric))
+            self.checkpoints.measured(step, evaluation.metrics.get(self.goal.metric))
 
     def _take(self, step: int, state: TrainState) -> TrainState:
         """Queue a step, and return the state after it."""
@@ -196,11 +196,11 @@ class Loop:
         self._judge(evaluation)
         self.journal.write(entry, state.trainable, evaluation, self._ends(step))
         self.window.restart()
-        return evaluation.figures.get(self.goal.metric)
+        return evaluation.metrics.get(self.goal.metric)
 
     def _judge(self, evaluation: Evaluation) -> None:
-        if evaluation.figures:
-            self.patience = self.patience.after(evaluation.figures)
+        if evaluation.metrics:
+            self.patience = self.patience.after(evaluation.metrics)
 
     def _check_finite(self, step: int, state: TrainState, unlogged: Object | None = None) -> None:
         """If too many steps in a row were not finite, save and raise UserError."""
@@ -277,5 +277,5 @@ class Loop:
         return every > 0 and step % every == 0
 
 
-def _loss(figures: Mapping[str, float]) -> float | None:
-    return next((value for name, value in figures.items() if name.endswith("loss")), None)
+def _loss(metrics: Mapping[str, float]) -> float | None:
+    return next((value for name, value in metrics.items() if name.endswith("loss")), None)

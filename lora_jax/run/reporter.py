@@ -27,11 +27,11 @@ class Reporter:
     def __init__(self, console: Console, steps: int, done: int = 0) -> None:
         self.console, self.steps = console, steps
         self.progress = Progress(
-            TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self.task = self.progress.add_task("train", total=steps, completed=done, figures="", stage=TRAINING)
+        self.task = self.progress.add_task("train", total=steps, completed=done, metrics="", stage=TRAINING)
         self._showing = ExitStack()
 
     def __enter__(self) -> Reporter:
@@ -57,15 +57,15 @@ class Reporter:
         parts = [f"step {entry['step']}/{self.steps}"]
         if "loss" in entry:
             speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
-            figures = f"{_figure('loss', entry['loss'])}  {speed}"
-            self.progress.update(self.task, completed=entry["step"], figures=figures)
-            parts += [_figure("loss", entry["loss"]), f"lr {entry['learning_rate']:.2e}"]
-            parts += [_figure("grad_norm", entry["grad_norm"], 3), speed]
+            metrics = f"{_shown('loss', entry['loss'])}  {speed}"
+            self.progress.update(self.task, completed=entry["step"], metrics=metrics)
+            parts += [_shown("loss", entry["loss"]), f"lr {entry['learning_rate']:.2e}"]
+            parts += [_shown("grad_norm", entry["grad_norm"], 3), speed]
             if "mfu" in entry:
                 parts.append(f"MFU {100 * entry['mfu']:.1f}%")
             if entry["skipped_steps"]:
                 parts.append(f"skipped_steps {entry['skipped_steps']}")
-        found = [_figure(name, value) for name, value in entry.items() if is_evaluated(name)]
+        found = [_shown(name, value) for name, value in entry.items() if is_evaluated(name)]
         if found or not self.console.is_terminal:
             self._print("  ".join([*parts, *found]))
 
@@ -89,7 +89,7 @@ def is_evaluated(name: str) -> bool:
     return name.startswith(("eval_", "base_eval_"))
 
 
-def _figure(name: str, value: float | None, digits: int = 4) -> str:
+def _shown(name: str, value: float | None, digits: int = 4) -> str:
     return f"{name} not finite" if value is None else f"{name} {value:.{digits}f}"
 
 

@@ -52,21 +52,21 @@ def scores(
     metrics: Collection[GenerationMetric], found: Sequence[str], wanted: Sequence[str]
 ) -> dict[str, float]:
     """Return the scores of completions, each compared with its answer."""
-    figures: dict[str, float] = {}
+    values: dict[str, float] = {}
     if "exact_match" in metrics:
         equal = [one.strip() == other.strip() for one, other in zip(found, wanted, strict=True)]
-        figures["exact_match"] = fmean(equal)
+        values["exact_match"] = fmean(equal)
     if "bleu" in metrics:
         import sacrebleu  # pyright: ignore[reportMissingImports]
 
-        figures["bleu"] = float(sacrebleu.corpus_bleu(list(found), [list(wanted)]).score)
+        values["bleu"] = float(sacrebleu.corpus_bleu(list(found), [list(wanted)]).score)
     if "rouge" in metrics:
         from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingImports]
 
         scorer: Any = RougeScorer(list(ROUGE))
         each = [scorer.score(other, one) for one, other in zip(found, wanted, strict=True)]
-        figures |= {name: fmean(score[name].fmeasure for score in each) for name in ROUGE}
-    return figures
+        values |= {name: fmean(score[name].fmeasure for score in each) for name in ROUGE}
+    return values
 
 
 def questions(rows: Iterable[Tokens]) -> Iterator[Question]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from lora_jax.config import TrainOptions
 from lora_jax.errors import Option, UserError, listing, nearest
 from lora_jax.run.scores import score_names
-from lora_jax.run_folder import EVALUATED, figure_name
+from lora_jax.run_folder import EVALUATED, metric_name
 
-FIGURES = ("loss", "perplexity", "token_accuracy")
+EVAL_METRICS = ("loss", "perplexity", "token_accuracy")
 """Metrics that are evaluated on each set."""
 
 
@@ -31,9 +31,9 @@ class Goal:
 def goal(train: TrainOptions, names: Sequence[str]) -> Goal:
     """Return the metric to compare, eval_loss by default; `names` are the sets. Raises UserError for an unknown one."""
     known = [
-        figure_name(name, figure)
+        metric_name(name, metric)
         for name in names or ("",)
-        for figure in (*FIGURES, *score_names(train.generation_metrics))
+        for metric in (*EVAL_METRICS, *score_names(train.generation_metrics))
     ]
     metric = train.metric_for_best_model or known[0]
     metric = metric if metric.startswith(EVALUATED) else f"{EVALUATED}{metric}"
@@ -68,9 +68,9 @@ class Patience:
     best: float | None = None
     worse: int = 0
 
-    def after(self, figures: Mapping[str, float]) -> Patience:
+    def after(self, metrics: Mapping[str, float]) -> Patience:
         """Return the count after an evaluation; a metric that is NaN is no improvement."""
-        value = figures[self.goal.metric]
+        value = metrics[self.goal.metric]
         if math.isnan(value):
             return replace(self, worse=self.worse + 1)
         if self.best is None:

@@ -39,7 +39,7 @@ class Tracker(Protocol):
     run_id: str | None
     """Id to resume the same run with."""
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the metrics of a step."""
         ...
 
@@ -61,9 +61,9 @@ class TensorBoard:
         rows = "".join(f"| {name} | {value} |\n" for name, value in start.options.items())
         self.writer.add_text("config", f"| option | value |\n|---|---|\n{rows}", start.resumed_at or 0)
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write scalars."""
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
 
     def finish(self, status: Status, results: Mapping[str, float]) -> None:
@@ -89,9 +89,9 @@ class WandB:
         )
         self.run_id: str | None = self.run.id
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a step."""
-        self.run.log(dict(figures), step=step)
+        self.run.log(dict(metrics), step=step)
 
     def finish(self, status: Status, results: Mapping[str, float]) -> None:
         """Write the final metrics into the summary, and close."""
@@ -122,13 +122,13 @@ class MLflow:
             self.run_id = start.run_id
             self.client.update_run(start.run_id, status="RUNNING")
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a step in one request."""
         assert self.run_id is not None
         at = int(1000 * time.time())
         self.client.log_batch(
             self.run_id,
-            metrics=[self.entities.Metric(name, value, at, step) for name, value in figures.items()],
+            metrics=[self.entities.Metric(name, value, at, step) for name, value in metrics.items()],
         )
 
     def finish(self, status: Status, results: Mapping[str, float]) -> None:
@@ -152,9 +152,9 @@ class Trackio:
         )
         self.run_id: str | None = self.run.name
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a step."""
-        self.run.log(dict(figures), step=step)
+        self.run.log(dict(metrics), step=step)
 
     def finish(self, status: Status, results: Mapping[str, float]) -> None:
         """Log the final metrics, and close."""

@@ -89,9 +89,9 @@ class Tracking:
 
     def log(self, entry: Values) -> None:
         """Send a line of metrics.jsonl."""
-        step, figures = entry["step"], named(entry)
+        step, metrics = entry["step"], named(entry)
         for name, tracker in tuple(self._open.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(step, figures))
+            self._try(name, lambda tracker=tracker: tracker.log(step, metrics))
 
     def done(self, whole: bool, results: dict[str, float]) -> None:
         """Note that the run did not fail, whether it reached its end, and its final metrics."""
@@ -144,9 +144,9 @@ def plain_options(config: RunConfig) -> Object:
 
 def named(entry: Values) -> dict[str, float]:
     """Return the metrics of a logged line under the names that transformers gives them in trackers."""
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, value in entry.items():
         if name != "step" and isinstance(value, int | float):
             group, rest = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
-            figures[f"{group}/{rest}"] = float(value)
-    return figures
+            metrics[f"{group}/{rest}"] = float(value)
+    return metrics

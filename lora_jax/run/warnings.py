@@ -99,11 +99,11 @@ class RunWarnings:
         rows = about_rows(run.train_rows) | about_leaks(run.train_rows, run.eval_rows)
         return self._new(options | rows)
 
-    def about_start(self, figures: Values, base_loss: float | None = None) -> list[str]:
+    def about_start(self, metrics: Values, base_loss: float | None = None) -> list[str]:
         """Return the warnings about the first known loss; `base_loss` is the base's own."""
         losses = [
             (name, value if math.isfinite(value) else None)
-            for name, value in figures.items()
+            for name, value in metrics.items()
             if name.endswith("loss")
         ]
         if not losses:

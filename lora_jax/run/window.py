@@ -49,7 +49,7 @@ class Window:
                 trained += int(metrics.trained_tokens)
         return [loss, weight, right, trained]
 
-    def figures(self) -> tuple[float, Object]:
+    def metrics(self) -> tuple[float, Object]:
         """Wait for the steps; return their mean loss, and the other metrics of a logged line."""
         loss, weight, right, trained = self.sums()
         seconds = time.perf_counter() - self.started

@@ -21,10 +21,10 @@ def test_the_mean_loss_goes_by_weights_and_the_accuracy_by_tokens() -> None:
     window.add(10, step(loss=2.0, weight=1.5, right=1, trained=8))
     window.add(20, step(loss=math.nan, weight=9, right=9, trained=9, finite=False))
     window.add(30, step(loss=4.0, weight=0.5, right=3, trained=2))
-    loss, figures = window.figures()
+    loss, metrics = window.metrics()
     assert loss == pytest.approx((2.0 * 1.5 + 4.0 * 0.5) / 2)
-    assert figures["token_accuracy"] == pytest.approx(4 / 10)
-    assert figures["num_tokens"] == 160
+    assert metrics["token_accuracy"] == pytest.approx(4 / 10)
+    assert metrics["num_tokens"] == 160
 
 
 def test_a_window_goes_on_from_the_sums_of_another() -> None:
@@ -36,7 +36,7 @@ def test_a_window_goes_on_from_the_sums_of_another() -> None:
     for metrics, tokens in ((one, 7), (two, 8)):
         whole.add(tokens, metrics)
     assert second.sums() == whole.sums()
-    assert second.figures()[0] == whole.figures()[0]
+    assert second.metrics()[0] == whole.metrics()[0]
 
 
 def test_sums_of_an_older_checkpoint_are_those_of_rows_without_weights() -> None:
@@ -47,5 +47,5 @@ def test_a_window_of_skipped_steps_has_no_loss_and_one_of_padding_has_zero() -> 
     skipped, padding = Window(0, []), Window(0, [])
     skipped.add(1, step(math.nan, 4, 0, 4, finite=False))
     padding.add(1, step(0.0, 0.0, 0, 0))
-    assert math.isnan(skipped.figures()[0])
-    assert padding.figures()[0] == 0
+    assert math.isnan(skipped.metrics()[0])
+    assert padding.metrics()[0] == 0
