@@ -22,7 +22,6 @@ from jax.typing import DTypeLike
 
 from lora_jax.adapters.notes import Notes
 from lora_jax.adapters.read import Adapter
-from lora_jax.adapters.targets import Plan, check_unquantized
 from lora_jax.config import ModelOptions
 from lora_jax.errors import Option, UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig, read_quantization_config
@@ -32,6 +31,7 @@ from lora_jax.hub.json_file import read_json_object
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from lora_jax.hub.resolve import MODEL, resolve
 from lora_jax.hub.tokenizer import load_joined_tokenizer
+from lora_jax.methods.matching import Plan, check_unquantized
 from lora_jax.models.consistency import consistent
 from lora_jax.models.families import read_config
 from lora_jax.models.load import Params, abstract_params, load_params, storage_dtype

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax.errors import UserError
 from lora_jax.hub.checkpoint import same_values
-from lora_jax.models.names import EMBEDDING_NAME, HEAD_NAME
+from lora_jax.modules import EMBEDDING_NAME, HEAD_NAME
 from lora_jax.pretrained import open_folder
 from tests.tiny import CONFIGS, write_checkpoint
 

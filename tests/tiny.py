@@ -18,10 +18,10 @@ from tokenizers import models as token_models
 
 from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.peft import adapter_table, import_tensors
-from lora_jax.adapters.targets import Plan, make_plan
 from lora_jax.config import ModelOptions
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.methods.matching import Plan, make_plan
 from lora_jax.models.decoder import Decoder, positions_of
 from lora_jax.models.families import read_config
 from lora_jax.models.layers import variables
@@ -191,9 +191,7 @@ def random_adapter(plan: Plan, seed: int = 0) -> dict[str, np.ndarray]:
 def adapted(base: Base, config: AdapterConfig, seed: int = 0) -> tuple[Plan, dict[str, np.ndarray], Any, Any]:
     """Return plan, random tensors, trainable tree and adapter tree of a config over a base."""
     plan = make_plan(config, modules(base.config))
-    trainable, adapter = init_adapter(
-        jax.random.key(seed), plan, base.params, base.config.num_hidden_layers, "true"
-    )
+    trainable, adapter = init_adapter(jax.random.key(seed), plan, base.params, base.config.num_hidden_layers)
     tensors = random_adapter(plan, seed)
     filled = jax.tree.map(jnp.asarray, import_tensors(tensors, trainable, plan, "here"))
     return plan, tensors, filled, adapter

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_jax.adapters.targets import make_plan
 from lora_jax.config import LoraOptions
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import AdapterConfig
-from lora_jax.models.names import Module
+from lora_jax.methods.matching import make_plan
+from lora_jax.modules import Module
 from lora_jax.types import Object
 
 FIXED = (

@@ -2,7 +2,7 @@
 
 A base product runs forward, and backward for its input's gradient; a kernel that is trained has a product more. With
 gradient checkpointing the backward pass runs a layer's products again, but for what only its output needs: the last
-product, down_proj's. The low-rank term has two products forward and four backward. Attention's scores and values are
+product, down_proj's. What a method adds is its own (`Method.flops`). Attention's scores and values are
 two products with all keys, which a causal kernel halves; backward they are four, and what is not kept of them is formed
 again. The head runs forward and backward on trained tokens alone. What is no product, a few per cent in a model of this
 kind, is not counted.
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_jax.adapters.targets import Plan
+from lora_jax.methods.matching import Plan
 from lora_jax.models.model_config import ModelConfig
-from lora_jax.models.names import LM_HEAD, modules
+from lora_jax.models.names import modules
+from lora_jax.modules import LM_HEAD
 
 LAST = "down_proj"
 
@@ -54,7 +55,7 @@ def needed_flops(config: ModelConfig, plan: Plan | None, lengths: np.ndarray, tr
 
 def _products(config: ModelConfig, plan: Plan | None, tokens: int, trained: int, again: bool) -> int:
     whole = {module.name for module in plan.saved} if plan else set()
-    ranks = {target.module.name: target.r for target in plan.targets} if plan else {}
+    adapted = {site.module.name: site for site in plan.targets} if plan else {}
     total = 0
     for module in modules(config):
         if module.kind != "linear":
@@ -64,8 +65,8 @@ def _products(config: ModelConfig, plan: Plan | None, tokens: int, trained: int,
         repeats = again and module.layer is not None
         needed = repeats and not module.name.endswith(LAST)
         total += 2 * count * inputs * outputs * (2 + (plan is None or module.name in whole) + needed)
-        repeated = inputs + outputs * needed if repeats else 0
-        total += 2 * count * ranks.get(module.name, 0) * (3 * (inputs + outputs) + repeated)
+        if plan is not None and (site := adapted.get(module.name)) is not None:
+            total += count * plan.method.flops(site, repeats, needed)
     return total
 
 

@@ -1,7 +1,6 @@
 """Merging an adapter into its base, streaming over the checkpoint's tensors in torch's layout.
 
-    W' = W + scaling * B A            (a Linear, [out, in])
-    E' = E + scaling * (B A)^T        (an Embedding, [vocab, embed])
+    W' = W + what the adapter's method adds to it         [out, in], or an Embedding's [vocab, embed]
 
 W is the base's weight as stored; or, for a base that is quantized or was while the adapter was trained, what its
 codes stand for. Sums are float32 and rounded once, to the dtype asked for. A head tied to the embedding stays tied
@@ -20,15 +19,20 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.adapters.notes import Notes
-from lora_jax.adapters.peft import TOKEN_ROWS
-from lora_jax.adapters.targets import Plan, Target
+from lora_jax.adapters.peft import stored_leaves
 from lora_jax.errors import UserError
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.finite_tensors import cast, finite, not_finite, too_large
+from lora_jax.methods.base import Method, Site
+from lora_jax.methods.matching import Plan
+from lora_jax.methods.whole import TOKEN_ROWS
 from lora_jax.models.load import resized
 from lora_jax.models.model_config import ModelConfig
-from lora_jax.models.names import EMBED_TOKENS, EMBEDDING_NAME, HEAD_NAME, LM_HEAD, name_table
+from lora_jax.models.names import name_table
 from lora_jax.models.quantization import quantized_weights, read_weight
+from lora_jax.modules import EMBED_TOKENS, EMBEDDING_NAME, HEAD_NAME, LM_HEAD
+
+TOKEN_ROWS_NAME = f"{EMBEDDING_NAME.removesuffix('.weight')}.{TOKEN_ROWS.stored}"
 
 
 def merged_config(config: ModelConfig, plan: Plan) -> ModelConfig:
@@ -56,7 +60,8 @@ def merged_tensors(
     notes = notes or Notes()
     quantization = notes.quantization
     quantized = quantized_weights(base, config, quantization)
-    deltas = {f"{target.module.name}.weight": target for target in plan.targets}
+    adapted = {f"{site.module.name}.weight": site for site in plan.targets}
+    biased = {f"{site.module.name}.bias": site for site in plan.targets}
     biases = {
         f"{module.name}.bias": name
         for module in plan.biases
@@ -68,19 +73,24 @@ def merged_tensors(
         stored = base.dtype(source)
         target_dtype = stored if dtype == "auto" else jnp.dtype(dtype)
         whole = tensors.get(entry.name, tensors.get(biases.get(entry.name, "")))
+        if whole is not None and entry.name in biased:
+            whole = plan.method.merged_bias(
+                biased[entry.name], stored_leaves(biased[entry.name], tensors), whole
+            )
         if whole is not None:
             yield entry.name, _converted(whole, target_dtype, entry.name, base, None)
             continue
         held = quantization if source in quantized else None
         read = partial(read_weight, base, source, held, notes.dtype, notes.decoded)
         value = resized(read(), entry.shape[0])
-        if entry.name in deltas:
-            target = deltas[entry.name]
-            with np.errstate(over="ignore", invalid="ignore"):  # `_converted` names what is not finite then
-                value = value.astype(np.float32) + delta(target, tensors)
+        with np.errstate(over="ignore", invalid="ignore"):  # `_converted` names what is not finite then
+            if (site := adapted.get(entry.name)) is not None:
+                value = value.astype(np.float32) + update(plan.method, site, tensors, value)
+            elif (site := biased.get(entry.name)) is not None:
+                value = plan.method.merged_bias(site, stored_leaves(site, tensors), value)
         if plan.token_indices and source == EMBEDDING_NAME:
             value = value.astype(np.float32)
-            value[list(plan.token_indices)] = tensors[TOKEN_ROWS]
+            value[list(plan.token_indices)] = tensors[TOKEN_ROWS_NAME]
         yield entry.name, _converted(value, target_dtype, entry.name, base, read)
 
 
@@ -105,13 +115,9 @@ def _converted(
     )
 
 
-def delta(target: Target, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+def update(method: Method, site: Site, tensors: Mapping[str, np.ndarray], weight: np.ndarray) -> np.ndarray:
     """Return what an adapter adds to a module's weight, float32 in torch's layout."""
-    name, scaling = target.module.name, np.float32(target.scaling)
-    if f"{name}.lora_embedding_A" in tensors:
-        a, b = tensors[f"{name}.lora_embedding_A"], tensors[f"{name}.lora_embedding_B"]
-        return scaling * (a.T @ b.T)
-    return scaling * (tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"])
+    return method.update(site, stored_leaves(site, tensors), weight.astype(np.float32))
 
 
 def _bias_names(name: str) -> tuple[str, str]:

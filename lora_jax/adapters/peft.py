@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lora_jax.adapters.targets import Plan, compact_targets
 from lora_jax.config import ALL_LINEAR, LoraOptions, expand_targets, names_or_regex, resolved
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.adapter_files import AdapterConfig
-from lora_jax.models.names import Module, Path
+from lora_jax.methods.base import DEFAULT_ADAPTER, Site
+from lora_jax.methods.matching import Plan, compact_targets
+from lora_jax.modules import Path
 from lora_jax.parallel.processes import on_host
 from lora_jax.types import Trained
 
@@ -67,33 +68,24 @@ def saved_config(config: AdapterConfig, plan: Plan) -> AdapterConfig:
     return config
 
 
-def adapter_table(plan: Plan) -> tuple[AdapterTensor, ...]:
-    """Return every tensor that an adapter file of this plan holds."""
-    table: list[AdapterTensor] = []
-    for target in plan.targets:
-        inputs, outputs = target.module.sizes
-        stem, suffix = ("lora_embedding_", "") if target.module.kind == "embedding" else ("lora_", ".weight")
-        for factor, shape in (("A", (target.r, inputs)), ("B", (outputs, target.r))):
-            name = f"{target.module.name}.{stem}{factor}{suffix}"
-            path = (*target.module.path, f"lora_{factor}")
-            table.append(AdapterTensor(name, path, target.module.layer, shape, transposed=True))
-    for module in plan.saved:
-        linear = module.kind == "linear"
-        shape = module.sizes[::-1] if linear else module.sizes
-        table.append(_whole(module, f"{module.name}.weight", module.leaf, shape, linear))
-        if module.bias:
-            table.append(_whole(module, f"{module.name}.bias", "bias", module.sizes[-1:], False))
-    adapted = {target.module.name for target in plan.targets}
-    for module in plan.biases:
-        stem = f"{module.name}.base_layer" if module.name in adapted else module.name
-        table.append(_whole(module, f"{stem}.bias", "bias", module.sizes[-1:], False))
-    if plan.token_indices:
-        shape = (len(plan.token_indices), plan.embedding.sizes[1])
-        table.append(AdapterTensor(TOKEN_ROWS, ("embed_tokens", "token_rows"), None, shape, False))
-    return tuple(table)
+def adapter_table(plan: Plan, name: str = DEFAULT_ADAPTER) -> tuple[AdapterTensor, ...]:
+    """Return every tensor that the file of a plan's adapter holds, with its place under the adapter's name."""
+    return tuple(
+        AdapterTensor(
+            f"{site.module.name}.{leaf.stored}",
+            (*site.module.path, name, leaf.name),
+            site.module.layer,
+            site.stored_shape(leaf),
+            leaf.transposed,
+        )
+        for site in plan.sites
+        for leaf in site.leaves
+    )
 
 
-TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+def stored_leaves(site: Site, tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """Return a site's tensors by the names of its leaves."""
+    return {leaf.name: tensors[f"{site.module.name}.{leaf.stored}"] for leaf in site.leaves}
 
 
 def export_tensors(trainable: Trained, plan: Plan) -> Tensors:
@@ -167,17 +159,13 @@ def fold_for_vllm(
             raise UserError(
                 f"--for vllm: the adapter uses {what}, which vLLM does not support; merge it into the base instead"
             )
-    width = max(target.r for target in plan.targets)
+    width = max(target.sizes["rank"] for target in plan.targets)
     folded: Tensors = {}
     for target in plan.targets:
         name_a, name_b = (f"{target.module.name}.lora_{factor}.weight" for factor in "AB")
-        rest = width - target.r
+        rest = width - target.sizes["rank"]
         folded[name_a] = np.pad(tensors[name_a], ((0, rest), (0, 0)))
-        folded[name_b] = np.pad(tensors[name_b] * np.float32(target.scaling), ((0, 0), (0, rest)))
+        folded[name_b] = np.pad(tensors[name_b] * np.float32(target.facts["scaling"]), ((0, 0), (0, rest)))
     return replace(
         config, r=width, lora_alpha=width, rank_pattern={}, alpha_pattern={}, use_rslora=False
     ), folded
-
-
-def _whole(module: Module, name: str, leaf: str, shape: tuple[int, ...], transposed: bool) -> AdapterTensor:
-    return AdapterTensor(name, (*module.path, leaf), module.layer, shape, transposed)

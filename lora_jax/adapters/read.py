@@ -15,14 +15,15 @@ from jax.sharding import Mesh
 from lora_jax.adapters.init import init_adapter, start_adapter
 from lora_jax.adapters.notes import Notes, read_notes
 from lora_jax.adapters.peft import adapter_table, check_tensors, import_tensors
-from lora_jax.adapters.targets import Plan, make_plan
 from lora_jax.errors import Option, UserError, listing
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
 from lora_jax.hub.checkpoint import Checkpoint, equal_values
 from lora_jax.hub.fingerprint import fingerprint
+from lora_jax.methods.matching import Plan, make_plan
 from lora_jax.models.model_config import ModelConfig
-from lora_jax.models.names import EMBEDDING_NAME, HEAD_NAME, modules, name_table
+from lora_jax.models.names import modules, name_table
 from lora_jax.models.sharding import placed, shardings
+from lora_jax.modules import EMBEDDING_NAME, HEAD_NAME
 from lora_jax.progress import stage
 from lora_jax.types import Params
 
@@ -128,10 +129,10 @@ def adapter_trees(adapter: Adapter, frozen: Params, mesh: Mesh | None = None) ->
     layers = adapter.model_config.num_hidden_layers
     key, plan = jax.random.key(0), adapter.plan
     if mesh is None:
-        trainable, facts = init_adapter(key, plan, frozen, layers, "true")
+        trainable, facts = init_adapter(key, plan, frozen, layers)
         tensors = import_tensors(adapter.tensors, trainable, plan, adapter.folder)
         return jax.tree.map(jnp.asarray, tensors), facts
-    trainable, facts = start_adapter(key, plan, frozen, layers, "true", mesh)
+    trainable, facts = start_adapter(key, plan, frozen, layers, mesh)
     tensors = import_tensors(adapter.tensors, trainable, plan, adapter.folder)
     return placed(tensors, shardings(tensors, mesh)), facts
 

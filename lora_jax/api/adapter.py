@@ -10,11 +10,11 @@ import jax
 
 from lora_jax.adapters.count import trainable_line, trainable_parameters
 from lora_jax.adapters.peft import Tensors, export_tensors, saved_config
-from lora_jax.adapters.targets import Plan
 from lora_jax.api.plain_errors import naming_fields
 from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, AdapterConfig
 from lora_jax.hub.model_card import TrainingFacts
 from lora_jax.hub.target import check_target
+from lora_jax.methods.matching import Plan
 from lora_jax.pretrained import Pretrained
 from lora_jax.run.results import write_adapter_folder
 from lora_jax.version import __version__
@@ -41,12 +41,12 @@ class Adapter:
 
     >>> adapter = model.add_adapter(lj.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
     trainable params: 20,480 || all params: 1,865,408 || trainable%: 1.0979
-    >>> sorted(adapter.trained["layers"]["self_attn"]["q_proj"])
+    >>> sorted(adapter.trained["layers"]["self_attn"]["q_proj"]["default"])
     ['lora_A', 'lora_B']
     """
 
     trained: Any
-    """Float32 arrays, nested as the parameters are: lora_A [layer, in, rank], lora_B [layer, rank, out], …"""
+    """Float32 arrays, nested as the parameters are, under the adapter's name: lora_A [layer, in, rank], lora_B, …"""
     facts: Any
     """What is not trained: scaling of each module, masks of layers, token indices."""
     about: AboutAdapter

@@ -16,12 +16,10 @@ from lora_jax.api.language_model import Model
 from lora_jax.api.plain_errors import naming_fields
 from lora_jax.config import MeshOptions
 from lora_jax.data.batches import Batch
+from lora_jax.methods.base import DEFAULT_ADAPTER
 from lora_jax.models import sharding
 from lora_jax.parallel import mesh as meshes
 from lora_jax.training.step import batch_loss
-
-WHOLE = "modules_to_save"
-"""What the branches of one tree are called that hold leaves trained whole, beside the base's own."""
 
 
 def loss(model: Model, adapter: Adapter | None, batch: Batch, key: Array | None = None) -> Float[Array, ""]:
@@ -43,26 +41,21 @@ def loss(model: Model, adapter: Adapter | None, batch: Batch, key: Array | None 
 def _loss(model: Model, adapter: Adapter | None, batch: Batch, key: Any) -> Any:
     trained, facts = ({}, {}) if adapter is None else (adapter.trained, adapter.facts)
     with jax.sharding.use_abstract_mesh(model.mesh.abstract_mesh):
-        total, _ = batch_loss(model.module_of(adapter), trained, model.params, facts, batch, key)
+        total, _ = batch_loss(model.module, trained, model.params, facts, batch, key)
     weight = jnp.sum(batch.weights)
     return total / jnp.where(weight > 0, weight, 1.0)
 
 
 def join(params: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one tree of base parameters and what is trained: lora_A and lora_B beside the kernel that they adapt.
-
-    Leaves that are trained whole stand in a branch `modules_to_save` beside the base's own.
+    """Return one tree of base parameters and what is trained, which stands under the adapter's name in its module.
 
     >>> params = lj.join(model.params, adapter.trained)
     >>> sorted(params["layers"]["self_attn"]["q_proj"])
-    ['kernel', 'lora_A', 'lora_B']
+    ['default', 'kernel']
+    >>> sorted(params["layers"]["self_attn"]["q_proj"]["default"])
+    ['lora_A', 'lora_B']
     """
-    leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(dict(params)))
-    found = dict(leaves)
-    for path, leaf in flatten_dict(dict(trained)).items():
-        added = _is_added(path)
-        found[path if added else (*path[:-1], WHOLE, path[-1])] = leaf
-    return unflatten_dict(found)
+    return unflatten_dict(flatten_dict(dict(params)) | flatten_dict(dict(trained)))
 
 
 def partition(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -75,10 +68,7 @@ def partition(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     frozen: dict[tuple[str, ...], Any] = {}
     trained: dict[tuple[str, ...], Any] = {}
     for path, leaf in flatten_dict(dict(params)).items():
-        if _is_trained(path):
-            trained[tuple(part for part in path if part != WHOLE)] = leaf
-        else:
-            frozen[path] = leaf
+        (trained if _is_trained(path) else frozen)[path] = leaf
     return unflatten_dict(frozen), unflatten_dict(trained)
 
 
@@ -97,16 +87,8 @@ def trainable_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _is_added(path: tuple[str, ...]) -> bool:
-    return path[-1] in ADDED
-
-
 def _is_trained(path: tuple[str, ...]) -> bool:
-    return any(part in ADDED or part == WHOLE for part in path)
-
-
-ADDED = ("lora_A", "lora_B", "token_rows")
-"""Names of trained leaves that no leaf of a base has."""
+    return DEFAULT_ADAPTER in path
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, sequence: int = 1) -> Mesh:

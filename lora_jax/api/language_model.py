@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 from lora_jax.adapters.init import start_adapter
 from lora_jax.adapters.peft import adapter_config
 from lora_jax.adapters.read import adapter_trees, note_of_base, open_adapter
-from lora_jax.adapters.targets import make_plan
 from lora_jax.api.adapter import AboutAdapter, Adapter
 from lora_jax.api.plain_errors import naming_fields
 from lora_jax.api.settings import LoraConfig, plain
@@ -35,6 +34,7 @@ from lora_jax.errors import UserError
 from lora_jax.generate.load import Loaded
 from lora_jax.generate.stops import generation_settings
 from lora_jax.hub.resolve import resolve
+from lora_jax.methods.matching import make_plan
 from lora_jax.models.decoder import Decoder, positions_of
 from lora_jax.models.layers import variables
 from lora_jax.models.model_config import ModelConfig
@@ -94,10 +94,6 @@ class Model:
         trained, facts = ({}, {}) if adapter is None else (adapter.trained, adapter.facts)
         return variables(self.params, trained, facts)
 
-    def module_of(self, adapter: Adapter | None) -> Decoder:
-        """Return the Linen module with an adapter's dropout, which is on where a key is given."""
-        return self.module if adapter is None else self.module.clone(lora_dropout=adapter.config.lora_dropout)
-
     def __call__(
         self,
         tokens: Int[Array | np.ndarray, "batch length"],
@@ -140,9 +136,7 @@ class Model:
             self.base.check_adapted(plan)
             key = run_keys(RunConfig())[0] if key is None else key
             layers = self.config.num_hidden_layers
-            trained, facts = start_adapter(
-                key, plan, self.params, layers, options.init_lora_weights, self.mesh
-            )
+            trained, facts = start_adapter(key, plan, self.params, layers, self.mesh)
         adapter = Adapter(trained, facts, AboutAdapter(config=wanted, plan=plan, base=self.base))
         adapter.print_trainable_parameters()
         return adapter
@@ -275,7 +269,7 @@ def _logits(
     model: Model, adapter: Adapter | None, tokens: Any, segments: Any, positions: Any, key: Any
 ) -> Any:
     with jax.sharding.use_abstract_mesh(model.mesh.abstract_mesh):
-        module, collections = model.module_of(adapter), model.variables(adapter)
+        module, collections = model.module, model.variables(adapter)
         rngs = None if key is None else {"dropout": key}
         hidden, _ = module.apply(collections, tokens, positions, segments, rngs=rngs)
         return module.apply(collections, hidden, method="logits", rngs=rngs)

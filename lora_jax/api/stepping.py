@@ -55,7 +55,7 @@ class TrainStep:
     def __init__(self, model: Model, adapter: Adapter, optimizer: optax.GradientTransformation) -> None:
         start = partial(training.init_state, optimizer=optimizer, key=jax.random.key(0))
         where = shardings(jax.eval_shape(start, adapter.trained), model.mesh)
-        self._step: Any = training.make_train_step(model.module_of(adapter), optimizer, where)
+        self._step: Any = training.make_train_step(model.module, optimizer, where)
         self._constant, self._mesh = (model.params, adapter.facts), model.mesh
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lora_jax.adapters.merging import delta, merged_config, merged_tensors
+from lora_jax.adapters.merging import merged_config, merged_tensors, update
 from lora_jax.adapters.notes import Notes, read_notes
 from lora_jax.adapters.read import Adapter
 from lora_jax.errors import UserError
@@ -148,13 +149,13 @@ class Comparison:
             held, notes = self.trained.quantization if name in quantized else None, self.trained
             decoded = read_weight(self.base, name, held, notes.dtype, notes.decoded)
             own = decoded if self._packed else self.base.tensor(name)
-            update = delta(target, self.adapter.tensors)
-            exact = decoded.astype(np.float32) + update
-            squares = [exact, update]
+            change = partial(update, self.adapter.plan.method, target, self.adapter.tensors)
+            exact = decoded.astype(np.float32) + change(decoded)
+            squares = [exact, change(decoded)]
             for choice in choices:
                 weight = own if choice.precision == "original" else decoded
                 dtype = self.base.dtype(name) if choice.dtype == "auto" else jnp.dtype(choice.dtype)
-                written = (weight.astype(np.float32) + update).astype(dtype)
+                written = (weight.astype(np.float32) + change(weight)).astype(dtype)
                 if choice.quantization is not None and name in anew:
                     written = _through_codes(written, choice.quantization, name)
                 squares.append(written.astype(np.float32) - exact)

@@ -87,8 +87,8 @@ def inspect_data(options: InspectDataOptions, console: Console | None = None) ->
 
 def inspect_adapter(options: InspectAdapterOptions, console: Console | None = None) -> int:
     """Print an adapter's config, and the norm of the tensors of each kind of module; return the exit code."""
-    from lora_jax.adapters.targets import is_saved
     from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter
+    from lora_jax.methods.matching import is_saved
 
     if not options.adapter:
         raise UserError("inspect adapter: needs --adapter, the folder")
@@ -97,7 +97,7 @@ def inspect_adapter(options: InspectAdapterOptions, console: Console | None = No
     console.print(
         f"r {config.r}, lora_alpha {config.lora_alpha:g}, base {config.base_model_name_or_path}",
     )
-    whole = [name for name in tensors if name.endswith(".weight") and ".lora_" not in name]
+    whole = [name for name in tensors if name.endswith(".weight") and config.owner(name) is None]
     untold = [name for name in whole if not is_saved(name.rpartition(".")[0], config.modules_to_save)]
     if untold:
         console.print(
@@ -107,8 +107,8 @@ def inspect_adapter(options: InspectAdapterOptions, console: Console | None = No
     kinds: dict[str, dict[str, list[Any]]] = {}
     for name, tensor in tensors.items():
         kind = ".".join(part for part in name.split(".") if not part.isdigit())
-        module, adapted, factor = kind.removesuffix(".weight").rpartition(".lora_")
-        module, factor = (module, factor.removeprefix("embedding_")) if adapted else (kind, "whole")
+        module, factor = config.owner(kind) or (kind, "whole")
+        factor = factor.removesuffix(".weight").removeprefix("lora_").removeprefix("embedding_")
         kinds.setdefault(module, {}).setdefault(factor, []).append(tensor)
     table = Table("module", "number", "tensor", "shapes", "Frobenius norm", box=None, pad_edge=False)
     for column in table.columns:

@@ -25,7 +25,7 @@ from lora_jax.options import parse
 from lora_jax.paths import on_disk
 from lora_jax.pretrained import Pretrained, open_pretrained
 from lora_jax.report.runs import RunFiles, read_lines
-from lora_jax.run.checkpoints import steps_in, unheard_callbacks
+from lora_jax.run.checkpoints import ADAPTER_NAME, steps_in, unheard_callbacks
 from lora_jax.run.checksums import METADATA, damage, has_checksums
 from lora_jax.run.results import planned_facts
 from lora_jax.run_folder import CHECKPOINTS, CONFIG, metric_name
@@ -122,6 +122,11 @@ def _read(folder: Path, which: str, given: str, base: Pretrained) -> tuple[int, 
     try:
         step, found = _step(folder, which, steps, given)
         stored = json.loads((folder / str(step) / "options" / "metadata").read_bytes())
+        if ADAPTER_NAME not in stored["options"]:
+            raise UserError(
+                f"--checkpoint {given}: {folder / str(step)} was written by an earlier version of lora_jax; export it "
+                "with that version"
+            )
         if stored["base"] != base.fingerprint:
             raise UserError(
                 f"--checkpoint {given}: belongs to another base model than {base.folder} now contains; restore that"

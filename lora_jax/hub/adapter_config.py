@@ -7,13 +7,13 @@ and is not known here is an error, not a warning.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.json_file import read_json_object
 from lora_jax.hub.links import cached_snapshots, lost_target
+from lora_jax.methods.lora import Lora as AdapterConfig
 from lora_jax.types import Object
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -35,66 +35,42 @@ _FIELDS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class AdapterConfig:
-    """A LoRA adapter's configuration, in the words of PEFT's LoraConfig; an empty tuple is PEFT's null."""
+def to_json(config: AdapterConfig) -> str:
+    """Return the text of adapter_config.json; equal configurations give equal texts.
 
-    r: int
-    lora_alpha: float
-    target_modules: str | tuple[str, ...]
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    task_type: str | None = "CAUSAL_LM"
-    lora_dropout: float = 0.0
-    exclude_modules: str | tuple[str, ...] = ()
-    layers_to_transform: tuple[int, ...] = ()
-    layers_pattern: tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    modules_to_save: tuple[str, ...] = ()
-    bias: str = "none"
-    use_rslora: bool = False
-    init_lora_weights: bool | str = True
-    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
-    fan_in_fan_out: bool = False
-    ensure_weight_tying: bool = False
-
-    def to_json(self) -> str:
-        """Return the text of adapter_config.json; equal configurations give equal texts.
-
-        The keys are sorted, names too; patterns keep their order, because the first that matches a module
-        holds, and so do token indices, which the rows of the saved tensor follow.
-        """
-        content: Object = {
-            "alpha_pattern": {name: _whole(alpha) for name, alpha in self.alpha_pattern.items()},
-            "auto_mapping": None,
-            "base_model_name_or_path": self.base_model_name_or_path,
-            "bias": self.bias,
-            "fan_in_fan_out": self.fan_in_fan_out,
-            "inference_mode": True,
-            "init_lora_weights": self.init_lora_weights,
-            "layers_pattern": sorted(self.layers_pattern) or None,
-            "layers_to_transform": sorted(self.layers_to_transform) or None,
-            "lora_alpha": _whole(self.lora_alpha),
-            "lora_dropout": self.lora_dropout,
-            "modules_to_save": sorted(self.modules_to_save) or None,
-            "peft_type": "LORA",
-            "r": self.r,
-            "rank_pattern": dict(self.rank_pattern),
-            "revision": self.revision,
-            "target_modules": _names_or_regex(self.target_modules),
-            "task_type": self.task_type,
-        }
-        if self.exclude_modules:
-            content["exclude_modules"] = _names_or_regex(self.exclude_modules)
-        if self.trainable_token_indices:
-            tokens = self.trainable_token_indices
-            named = isinstance(tokens, Mapping)
-            content["trainable_token_indices"] = (
-                {k: list(v) for k, v in tokens.items()} if named else list(tokens)
-            )
-        content |= {name: True for name in ("use_rslora", "ensure_weight_tying") if getattr(self, name)}
-        return json.dumps({key: content[key] for key in sorted(content)}, indent=2) + "\n"
+    The keys are sorted, names too; patterns keep their order, because the first that matches a module
+    holds, and so do token indices, which the rows of the saved tensor follow.
+    """
+    content: Object = {
+        "alpha_pattern": {name: _whole(alpha) for name, alpha in config.alpha_pattern.items()},
+        "auto_mapping": None,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "bias": config.bias,
+        "fan_in_fan_out": config.fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": config.init_lora_weights,
+        "layers_pattern": sorted(config.layers_pattern) or None,
+        "layers_to_transform": sorted(config.layers_to_transform) or None,
+        "lora_alpha": _whole(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": sorted(config.modules_to_save) or None,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": dict(config.rank_pattern),
+        "revision": config.revision,
+        "target_modules": _names_or_regex(config.target_modules),
+        "task_type": config.task_type,
+    }
+    if config.exclude_modules:
+        content["exclude_modules"] = _names_or_regex(config.exclude_modules)
+    if config.trainable_token_indices:
+        tokens = config.trainable_token_indices
+        named = isinstance(tokens, Mapping)
+        content["trainable_token_indices"] = (
+            {k: list(v) for k, v in tokens.items()} if named else list(tokens)
+        )
+    content |= {name: True for name in ("use_rslora", "ensure_weight_tying") if getattr(config, name)}
+    return json.dumps({key: content[key] for key in sorted(content)}, indent=2) + "\n"
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.errors import UserError, listing
-from lora_jax.hub.adapter_config import ADAPTER_CONFIG_FILE, AdapterConfig, read_adapter_config
+from lora_jax.hub.adapter_config import ADAPTER_CONFIG_FILE, AdapterConfig, read_adapter_config, to_json
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.finite_tensors import finite, not_finite
 from lora_jax.hub.safetensors_file import SafetensorsFile, save_tensors
@@ -23,6 +23,7 @@ __all__ = [
     "AdapterConfig",
     "read_adapter",
     "read_adapter_config",
+    "to_json",
     "write_adapter",
 ]
 
@@ -72,7 +73,7 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, np.
     """
     _check_finite(tensors, "the adapter has values that are not finite", "use an earlier checkpoint")
     save_tensors(folder / ADAPTER_WEIGHTS_FILE, {_PREFIX + name: array for name, array in tensors.items()})
-    write_text(folder / ADAPTER_CONFIG_FILE, config.to_json())
+    write_text(folder / ADAPTER_CONFIG_FILE, to_json(config))
 
 
 def _check_finite(tensors: Mapping[str, np.ndarray], what: str, remedy: str) -> None:

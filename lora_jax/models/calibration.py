@@ -28,9 +28,10 @@ from lora_jax.models.attention.query_blocks import Places
 from lora_jax.models.decoder import Layer, Sight, positions_of
 from lora_jax.models.layers import FROZEN, Linear
 from lora_jax.models.model_config import ModelConfig
-from lora_jax.models.names import EMBED_TOKENS, TensorName, name_table
+from lora_jax.models.names import TensorName, name_table
 from lora_jax.models.quantization import quantized_kernel, quantized_names, read_tensor
 from lora_jax.models.rope import angles
+from lora_jax.modules import EMBED_TOKENS
 from lora_jax.progress import at
 from lora_jax.quant.dequantize import dequantize
 from lora_jax.quant.gptq import calibrated, output_error
@@ -187,10 +188,10 @@ def _moments(
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):
-        Layer(config, 0.0).apply({FROZEN: params}, states, sight, index, None)
+        Layer(config).apply({FROZEN: params}, states, sight, index, None)
     return moments
 
 
 @partial(jax.jit, static_argnums=0)
 def _layer(config: ModelConfig, params: Params, states: Array, sight: Sight, index: Array) -> Array:
-    return Layer(config, 0.0).apply({FROZEN: params}, states, sight, index, None)[0]
+    return Layer(config).apply({FROZEN: params}, states, sight, index, None)[0]

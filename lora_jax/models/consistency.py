@@ -17,8 +17,9 @@ from lora_jax.errors import UserError, listing
 from lora_jax.hub.checkpoint import Checkpoint, same_values, standard_name
 from lora_jax.models.families import own_code
 from lora_jax.models.model_config import ModelConfig, Rope
-from lora_jax.models.names import EMBEDDING_NAME, HEAD_NAME, name_table
+from lora_jax.models.names import name_table
 from lora_jax.models.rope import frequencies
+from lora_jax.modules import EMBEDDING_NAME, HEAD_NAME
 
 _ROTARY = re.compile(r"(?:.*\.)?rotary_emb\.inv_freq")
 _ROUNDING = 1e-2, 1e-7

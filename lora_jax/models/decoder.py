@@ -80,12 +80,11 @@ class Attention(nn.Module):
     """Self-attention with rotary positions and optional head norms."""
 
     config: ModelConfig
-    lora_dropout: float
     packed: bool = True
 
     def setup(self) -> None:
-        self.q_proj, self.k_proj = Linear(self.lora_dropout), Linear(self.lora_dropout)
-        self.v_proj, self.o_proj = Linear(self.lora_dropout), Linear(self.lora_dropout)
+        self.q_proj, self.k_proj = Linear(), Linear()
+        self.v_proj, self.o_proj = Linear(), Linear()
         if self.config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(self.config.rms_norm_eps), RMSNorm(self.config.rms_norm_eps)
 
@@ -123,11 +122,10 @@ class MLP(nn.Module):
     """Gated MLP: down(act(gate(x)) * up(x))."""
 
     config: ModelConfig
-    lora_dropout: float
 
     def setup(self) -> None:
-        self.gate_proj, self.up_proj = Linear(self.lora_dropout), Linear(self.lora_dropout)
-        self.down_proj = Linear(self.lora_dropout)
+        self.gate_proj, self.up_proj = Linear(), Linear()
+        self.down_proj = Linear()
 
     def __call__(self, x: Array) -> Array:
         gate, up = checkpoint_name(self.gate_proj(x), "gate"), checkpoint_name(self.up_proj(x), "up")
@@ -138,14 +136,13 @@ class Layer(nn.Module):
     """One pre-norm block, called by the scan over layers; `index` is the layer's index if windows differ."""
 
     config: ModelConfig
-    lora_dropout: float
     packed: bool = True
 
     def setup(self) -> None:
         self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
-        self.self_attn = Attention(self.config, self.lora_dropout, self.packed)
+        self.self_attn = Attention(self.config, self.packed)
         self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
-        self.mlp = MLP(self.config, self.lora_dropout)
+        self.mlp = MLP(self.config)
 
     def __call__(self, x: Array, sight: Sight, index: Array | None, cache: Any) -> tuple[Array, Any]:
         x = checkpoint_name(x, "input")
@@ -159,7 +156,6 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
-    lora_dropout: float = 0.0
     gradient_checkpointing: bool = False
     offload_inputs: bool = False
     """With gradient checkpointing, keep the inputs of layers in host memory."""
@@ -170,8 +166,8 @@ class Decoder(nn.Module):
 
     @property
     def draws(self) -> bool:
-        """Whether a training step uses random numbers."""
-        return bool(self.lora_dropout or self.neftune_noise_alpha)
+        """Whether the model itself uses random numbers in a training step; adapters may (`any_draws`)."""
+        return bool(self.neftune_noise_alpha)
 
     def setup(self) -> None:
         kept = "products"
@@ -188,9 +184,9 @@ class Decoder(nn.Module):
             length=self.config.num_hidden_layers,
         )
         self.embed_tokens = Embedding(self.dtype)
-        self.layers = scanned(self.config, self.lora_dropout, self.packed)
+        self.layers = scanned(self.config, self.packed)
         self.norm = RMSNorm(self.config.rms_norm_eps)
-        self.lm_head = Linear(self.lora_dropout)
+        self.lm_head = Linear()
 
     def __call__(
         self,

@@ -1,12 +1,9 @@
 """The layers that adapters touch, and the norm.
 
-Every layer reads its leaves through `Leaves.leaf`: a leaf in the `lora` collection replaces the base
-leaf of the same name in `params`, on the layers that the `adapter` collection's mask names. `Linear`
-and `Embedding` add the low-rank term where `lora_A` and `lora_B` stand under their own path. Nothing is
+Every layer reads its leaves through `Leaves.leaf`: a leaf of the base's name in the `lora` collection, under its own
+path or an adapter's name there, replaces the base's in `params`, on the layers that the `adapter` collection's mask
+names. Where the facts of an adapter name a method, that says what the layer computes (`lora_jax.methods`). Nothing is
 initialized here: parameters come from files, adapters from `lora_jax.adapters`.
-
-    Linear:     y = x W + b + scaling * (dropout(x) A) B      (Hu et al. 2021, arXiv:2106.09685, eq. 3)
-    Embedding:  y = E[t] + scaling * A[t] B
 
 A quantized kernel of scanned layers is not scanned: the whole stack stands in the `stacks` collection, and in
 `params` the index of each layer, with which the product reads its layer in place (`variables`).
@@ -14,6 +11,7 @@ A quantized kernel of scanned layers is not scanned: the whole stack stands in t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -21,12 +19,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from lora_jax.methods.base import METHOD, Layer, own_leaves
 from lora_jax.parallel.mesh import PARAMETERS, SAME, constrained
-from lora_jax.quant.leaf import is_quantized
+from lora_jax.product import matmul, product
+from lora_jax.quant.dequantize import dequantize
+from lora_jax.quant.leaf import at, is_quantized
 from lora_jax.quant.matmul import matmul as quantized_matmul
 from lora_jax.types import Facts, Object, Params, Trained
 
@@ -51,92 +51,49 @@ class Leaves(nn.Module):
     """A module that reads its leaves from the frozen, trainable and adapter collections."""
 
     def leaf(self, name: str) -> Any:
-        """Return the trained leaf where there is one, else the frozen one, else None."""
+        """Return the trained leaf where there is one, else the base's, else None."""
         base = self.get_variable(FROZEN, name)
-        trained = self.get_variable(TRAINABLE, name)
-        if trained is None:
-            return base
-        mask = self.get_variable(ADAPTER, f"{name}_mask")
-        return trained if mask is None or base is None else jnp.where(mask, trained, base)
+        found = self.get_variable(TRAINABLE, name)
+        found = base if found is None else found
+        for own in self.adapters():
+            if name in own:
+                mask = own.get(f"{name}_mask")
+                found = own[name] if mask is None or base is None else jnp.where(mask, own[name], found)
+        return found
 
-    def low_rank(self) -> tuple[Array, Array, Array] | None:
-        """Return (A, B, scaling), or None where the module is not adapted."""
-        a = self.get_variable(TRAINABLE, "lora_A")
-        if a is None:
-            return None
-        return a, self.get_variable(TRAINABLE, "lora_B"), self.get_variable(ADAPTER, "scaling")
+    def adapters(self) -> list[Object]:
+        """Return the leaves and facts of each adapter that this module has."""
+        trained, facts = (self.variables.get(name, {}) for name in (TRAINABLE, ADAPTER))
+        return [
+            own_leaves(dict(leaves), facts.get(name, {}))
+            for name, leaves in trained.items()
+            if isinstance(leaves, Mapping)
+        ]
 
-
-def product(x: Array, kernel: Array, transposed: bool = False) -> Array:
-    """Return x · kernel, or x · kernelᵀ, in float32, its factors in x's dtype; true float32 where that is it.
-
-    So are the factors of the two products of the backward pass, where JAX's own rule would widen a 16-bit kernel to
-    meet the float32 cotangent: a copy of it, and a product at half the speed or less. A kernel is never transposed
-    as an array, for which a CPU has no product of 16-bit factors.
-    """
-    return _product(transposed, x, kernel)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(transposed: bool, x: Array, kernel: Array) -> Any:
-    return _dot(x, kernel.astype(x.dtype), x.ndim - 1, int(transposed))
-
-
-def _product_forward(transposed: bool, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return product(x, kernel, transposed), (x, kernel)
-
-
-def _product_backward(transposed: bool, factors: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = factors
-    dy = dy.astype(x.dtype)
-    dx = _dot(dy, kernel.astype(x.dtype), dy.ndim - 1, int(not transposed)).astype(x.dtype)
-    rows, d_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    pair = (d_rows, rows) if transposed else (rows, d_rows)
-    return dx, _dot(*pair, 0, 0).astype(kernel.dtype)
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
-    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    contracted = (((left_axis,), (right_axis,)), ((), ()))
-    return jax.lax.dot_general(left, right, contracted, precision, preferred_element_type=jnp.float32)
-
-
-def matmul(x: Array, kernel: Array) -> Array:
-    """Return x · kernel in x's dtype, accumulated in float32."""
-    return product(x, kernel).astype(x.dtype)
-
-
-def drop(x: Array, rate: float, key: Array) -> Array:
-    """Return x with each element zeroed with probability `rate` (to 1/65536) and the rest scaled up."""
-    cut = min(round(rate * 65536), 65535)
-    keep = jax.random.bits(key, x.shape, jnp.uint16) >= cut
-    return jnp.where(keep, x * (65536 / (65536 - cut)), jnp.zeros_like(x))
+    def layer(self, apply: Callable[[Array], Array], weight: Callable[[], Array]) -> Layer:
+        """Return this layer as the methods of its adapters find it."""
+        dropping = self.has_rng("dropout")
+        return Layer(apply, weight, partial(self.make_rng, "dropout") if dropping else None)
 
 
 class Linear(Leaves):
-    """y = x W + b, with the low-rank term where the module is adapted."""
-
-    lora_dropout: float = 0.0
+    """y = x W + b, and what the methods of its adapters make of it."""
 
     def __call__(
         self, x: Float[Array, "*batch in"], tied_table: Array | None = None
     ) -> Float[Array, "*batch out"]:
         """Apply the layer; `tied_table` [out, in] stands in where the module has no kernel of its own."""
-        y = self._base(x, tied_table)
-        adapted = self.low_rank()
-        if adapted is not None:
-            a, b, scaling = adapted
-            if self.lora_dropout and self.has_rng("dropout"):
-                x = drop(x, self.lora_dropout, self.make_rng("dropout"))
-            low_rank = (product(x, a) * scaling).astype(x.dtype)  # scaled before it is rounded, as in merging
-            y = y + matmul(checkpoint_name(low_rank, "low_rank"), b)
-        bias = self.leaf("bias")
+        layer = self.layer(partial(self._base, tied_table), partial(self._weight, tied_table))
+        for own in self.adapters():
+            if (method := own.get(METHOD)) is not None:
+                layer = layer.adapted(method, own)
+        return layer(x)
+
+    def _base(self, tied_table: Array | None, x: Array) -> Array:
+        y, bias = self._product(tied_table, x), self.leaf("bias")
         return y if bias is None else y + bias.astype(y.dtype)
 
-    def _base(self, x: Array, tied_table: Array | None) -> Array:
+    def _product(self, tied_table: Array | None, x: Array) -> Array:
         kernel, stack = self.leaf("kernel"), self.get_variable(STACKS, "kernel")
         if stack is not None:
             return quantized_matmul(x, cast(Any, stack), kernel)
@@ -145,6 +102,13 @@ class Linear(Leaves):
         if kernel is None and tied_table is not None:
             return product(x, tied_table, True).astype(x.dtype)
         return matmul(x, cast(Array, kernel))
+
+    def _weight(self, tied_table: Array | None) -> Array:
+        kernel, stack = self.leaf("kernel"), self.get_variable(STACKS, "kernel")
+        kernel = kernel if stack is None else at(stack, kernel)
+        if is_quantized(kernel):
+            return dequantize(kernel)
+        return tied_table.T if kernel is None and tied_table is not None else cast(Array, kernel)
 
 
 class Embedding(Leaves):
@@ -161,10 +125,10 @@ class Embedding(Leaves):
         if rows is not None:
             matches = tokens[..., None] == indices
             x = jnp.where(matches.any(-1, keepdims=True), rows.astype(self.dtype)[matches.argmax(-1)], x)
-        adapted = self.low_rank()
-        if adapted is not None:
-            a, b, scaling = adapted
-            x = x + matmul((a[tokens] * scaling).astype(self.dtype), b)
+        layer = self.layer(lambda _: x, lambda: self.leaf("embedding"))
+        for own in self.adapters():
+            if (method := own.get(METHOD)) is not None:
+                x = method.lookup(own, tokens, layer)
         return x
 
     def tied_table(self) -> Float[Array, "vocab embed"]:
@@ -182,7 +146,8 @@ class Embedding(Leaves):
         return logits if rows is None else logits.at[..., indices].set(matmul(x, rows.T))
 
     def _token_rows(self) -> tuple[Any, Any]:
-        return self.get_variable(TRAINABLE, "token_rows"), self.get_variable(ADAPTER, "token_indices")
+        own = next((own for own in self.adapters() if "token_rows" in own), {})
+        return own.get("token_rows"), own.get("token_indices")
 
 
 class RMSNorm(Leaves):

@@ -24,7 +24,7 @@ from lora_jax.errors import Option, UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.models.model_config import ModelConfig
-from lora_jax.models.names import Path, TensorName, name_table
+from lora_jax.models.names import TensorName, name_table
 from lora_jax.models.quantization import (
     abstract_kernel,
     quantized_names,
@@ -33,6 +33,7 @@ from lora_jax.models.quantization import (
     read_weight,
 )
 from lora_jax.models.sharding import cut, placed, shardings
+from lora_jax.modules import Path
 from lora_jax.parallel.rules import spec_of
 from lora_jax.progress import at, stage
 from lora_jax.quant.leaf import Quantized

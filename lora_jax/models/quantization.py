@@ -22,7 +22,8 @@ from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.finite_tensors import converted, finite, not_finite
 from lora_jax.models.model_config import ModelConfig
-from lora_jax.models.names import LM_HEAD, modules
+from lora_jax.models.names import modules
+from lora_jax.modules import LM_HEAD
 from lora_jax.quant.dequantize import dequantize
 from lora_jax.quant.encode import abstract_int8, abstract_quantized, quantize, quantize_int8
 from lora_jax.quant.leaf import Quantized

@@ -13,14 +13,12 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lora_jax.methods.table import LEAVES
 from lora_jax.parallel.rules import axes_of, dividing, spec_of
 from lora_jax.quant.leaf import GROUP, Int8Kernel, QuantizedKernel, is_quantized
 from lora_jax.quant.sharded import partition_specs
 
 Tree = Any
-
-_SIDES = {"lora_A": ("in", "rank"), "lora_B": ("rank", "out")}
-"""Names of the last two dimensions of leaves that are not kernels."""
 
 
 def cut(tree: Tree, mesh: Mapping[str, int]) -> Tree:
@@ -64,7 +62,8 @@ def left_whole(mesh: Mapping[str, int], *trees: Tree) -> list[str]:
             if cuts:
                 found.append(f"{path} (blocks of an in of {leaf.sizes[0]} run over the ends of rows)")
             return
-        sides = _SIDES.get(path.rpartition("/")[2], ("in", "out"))
+        declared = LEAVES.get(path.rpartition("/")[2])
+        sides = declared.axes[-2:] if declared is not None and len(declared.axes) > 1 else ("in", "out")
         for side, size, axis in zip(sides, leaf.shape[-2:], asked, strict=True):
             if axis is not None and axis not in kept and mesh[axis] > 1:
                 grouped = side == "in" and isinstance(leaf, QuantizedKernel)

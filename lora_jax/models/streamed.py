@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.models.attention.query_blocks import Places
 from lora_jax.models.decoder import Layer, Sight, positions_of
-from lora_jax.models.layers import SCANNED, RMSNorm, product
+from lora_jax.models.layers import SCANNED, RMSNorm
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import name_table
 from lora_jax.models.rope import angles
+from lora_jax.product import product
 from lora_jax.types import Params
 
 Tensors = dict[str, np.ndarray]
@@ -65,4 +66,4 @@ def streamed_logits(
 
 @partial(jax.jit, static_argnums=0)
 def _layer(config: ModelConfig, params: Params, hidden: Array, sight: Sight, index: Array) -> Array:
-    return Layer(config, 0.0).apply({"params": params}, hidden, sight, index, None)[0]
+    return Layer(config).apply({"params": params}, hidden, sight, index, None)[0]

@@ -1,10 +1,11 @@
 """Sharding rules: which mesh axes shard which leaf, in one table for the paths of all trees.
 
 A rule is (regex, axes): the regex is searched in the leaf's path, such as "layers/self_attn/q_proj/kernel", and the
-axes shard the leaf's last dimensions. The first match wins. Adapters follow their base, A on its input axis and B on
-its output axis, and `fsdp` shards both. Optimizer state is sharded like its parameters, because its paths end in
-theirs. A dimension that does not divide is not sharded; a matrix is then sharded over `fsdp` along its other dimension,
-if nothing else shards that.
+axes shard the leaf's last dimensions. The first match wins. The leaf of a method, such as
+"layers/self_attn/q_proj/default/lora_A", is sharded on the axes that it shares with its module's weight, and `fsdp`
+shards its rank if none of them does. Optimizer state is sharded like its parameters, because its paths end in theirs.
+A dimension that does not divide is not sharded; a matrix is then sharded over `fsdp` along its other dimension, if
+nothing else shards that.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec as P
 
+from lora_jax.methods import whole
+from lora_jax.methods.base import RANK, Leaf
+from lora_jax.methods.table import LEAVES
 from lora_jax.parallel.mesh import FEATURES, PARAMETERS
 
 _COLUMNS, _ROWS = r"(q|k|v|gate|up)_proj", r"(o|down)_proj"
+_ADAPTER = r"([^/]+/)?"
+"""An adapter's name, under which it holds leaves in place of the base's."""
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"\bembed_tokens/embedding$", (FEATURES, PARAMETERS)),
-    (r"\blm_head/kernel$", (PARAMETERS, FEATURES)),
-    (rf"\b{_COLUMNS}/kernel$", (PARAMETERS, FEATURES)),
-    (rf"\b{_ROWS}/kernel$", (FEATURES, PARAMETERS)),
-    (rf"\b{_COLUMNS}/bias$", (FEATURES,)),
-    (rf"\b({_COLUMNS}|lm_head)/lora_A$", (PARAMETERS, None)),
-    (rf"\b({_COLUMNS}|lm_head)/lora_B$", (PARAMETERS, FEATURES)),
-    (rf"\b({_ROWS}|embed_tokens)/lora_A$", (FEATURES, PARAMETERS)),
-    (rf"\b({_ROWS}|embed_tokens)/lora_B$", (None, PARAMETERS)),
+    (rf"\bembed_tokens/{_ADAPTER}embedding$", (FEATURES, PARAMETERS)),
+    (rf"\blm_head/{_ADAPTER}kernel$", (PARAMETERS, FEATURES)),
+    (rf"\b{_COLUMNS}/{_ADAPTER}kernel$", (PARAMETERS, FEATURES)),
+    (rf"\b{_ROWS}/{_ADAPTER}kernel$", (FEATURES, PARAMETERS)),
+    (rf"\b{_COLUMNS}/{_ADAPTER}bias$", (FEATURES,)),
     (r"", ()),
 )
 """Norms, scales, biases of replicated outputs, and counters are replicated."""
@@ -35,8 +37,28 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 def axes_of(path: str, ndim: int) -> tuple[str | None, ...]:
     """Return the mesh axis of each of a leaf's `ndim` dimensions, or None."""
-    last = next(axes for regex, axes in RULES if re.search(regex, path))
+    *module, _, name = path.split("/") if path.count("/") > 1 else ("", "", path)
+    leaf = LEAVES.get(name)
+    last = (
+        _rule(path)
+        if leaf is None or not module or leaf in whole.LEAVES
+        else _of_leaf(leaf, "/".join(module))
+    )
     return (*(None,) * (ndim - len(last)), *last) if len(last) <= ndim else (None,) * ndim
+
+
+def _rule(path: str) -> tuple[str | None, ...]:
+    return next(axes for regex, axes in RULES if re.search(regex, path))
+
+
+def _of_leaf(leaf: Leaf, module: str) -> tuple[str | None, ...]:
+    """Return the axes of a method's leaf: those of its module's weight, and `fsdp` on the rank where it is free."""
+    weight = "embedding" if module.endswith("embed_tokens") else "kernel"
+    ends: dict[str, str | None] = dict(zip(("in", "out"), _rule(f"{module}/{weight}"), strict=False))
+    axes = [ends.get(axis) if isinstance(axis, str) else None for axis in leaf.axes]
+    if RANK in leaf.axes and PARAMETERS in ends.values() and PARAMETERS not in axes:
+        axes[leaf.axes.index(RANK)] = PARAMETERS
+    return tuple(axes)
 
 
 def dividing(

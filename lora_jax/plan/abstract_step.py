@@ -59,7 +59,7 @@ def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
     else:
         frozen = params
         layers = model_config.num_hidden_layers
-        trainable, adapter = adapter_shapes(jax.random.key(0), subject.plan, params, layers, "true")
+        trainable, adapter = adapter_shapes(jax.random.key(0), subject.plan, params, layers)
     optimizer, train = make_optimizer(config.train, STEPS), config.train
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer, jax.random.key(0)), trainable)
     rows = train.per_device_train_batch_size * row_shards(mesh.shape)
@@ -69,7 +69,6 @@ def abstract_step(subject: Subject, mesh: Mesh) -> AbstractStep:
     model = Decoder(
         model_config,
         dtype=subject.compute_dtype,
-        lora_dropout=0.0 if subject.plan is None else config.lora.lora_dropout or 0.0,
         gradient_checkpointing=train.gradient_checkpointing,
         offload_inputs=offloads_activations(train) and has_host_memory(mesh.devices.flat[0]),
         packed=packs(config.data),

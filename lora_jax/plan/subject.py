@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_jax.adapters.targets import Plan
 from lora_jax.config import RunConfig
+from lora_jax.methods.matching import Plan
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.plan.topologies import Platform
 from lora_jax.pretrained import Pretrained, open_config

@@ -1,8 +1,8 @@
 """How much each layer changed: the Frobenius norm of each module's update, from a run's files.
 
-For a low-rank module it is the norm of s·B·A, computed from two rank x rank products: |BA|² = Σ (BᵀB ∘ AAᵀ). For a
-fully trained module it is the norm of the difference from the base. If the base is cheap to read, each norm is also
-divided by the norm of the base's weight, with one tensor in memory at a time.
+The method of an adapted module computes it (`Method.moved`), LoRA from A and B alone. For a fully trained module it is
+the norm of the difference from the base. If the base is cheap to read, each norm is also divided by the norm of the
+base's weight, with one tensor in memory at a time.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_jax.adapters.targets import scaled
+from lora_jax.adapters.peft import stored_leaves
 from lora_jax.errors import UserError
-from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, AdapterConfig, read_adapter
+from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, read_adapter
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.json_file import read_json_object
+from lora_jax.methods.base import Method, Site
+from lora_jax.modules import EMBEDDING_NAME, Module
 from lora_jax.run_folder import ADAPTER, MODEL
 from lora_jax.types import Values
 
@@ -67,16 +69,19 @@ def movement(folder: Path, options: Values) -> Movement | None:
 
 
 def _of_adapter(folder: Path) -> Movement | None:
-    config, tensors = read_adapter(folder)
-    norms = low_rank_norms(config, tensors)
-    base, reason = _base(config.base_model_name_or_path, config.revision)
-    if base is not None and sum(_size(base, f"{name}.weight") for name in norms) > CHEAP:
+    method, tensors = read_adapter(folder)
+    sites = _sites(method, tensors)
+    base, reason = _base(method.base_model_name_or_path, method.revision)
+    if base is not None and sum(_size(base, f"{name}.weight") for name in sites) > CHEAP:
         base, reason = None, "the base is large"
     found = []
-    for name, norm in norms.items():
-        weight = _norm(base, f"{name}.weight")
-        found.append(_moved(name, norm, None if weight is None else norm / weight))
-    whole = [name for name in tensors if name.endswith(".weight") and ".lora_" not in name]
+    for name, site in sites.items():
+        weight = _weight(base, f"{name}.weight")
+        norm = method.moved(site, stored_leaves(site, tensors), weight)
+        if norm is not None:
+            whole = None if weight is None else float(np.linalg.norm(weight)) or None
+            found.append(_moved(name, norm, None if whole is None else norm / whole))
+    whole = [name for name in tensors if name.endswith(".weight") and method.owner(name) is None]
     if base is not None:
         found += [_difference(name, tensors[name], base) for name in whole if name in base.names]
     if not found:
@@ -86,18 +91,14 @@ def _of_adapter(folder: Path) -> Movement | None:
     return Movement(tuple(found), reason)
 
 
-def low_rank_norms(config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return the norm of s·B·A for each adapted module; tensors have PEFT's shapes, [rank, in] and [out, rank]."""
-    norms: dict[str, float] = {}
-    for key, a in tensors.items():
-        for ending in (".lora_A.weight", ".lora_embedding_A"):
-            b = tensors.get(key.replace("_A", "_B")) if key.endswith(ending) else None
-            if b is not None:
-                name = key.removesuffix(ending)
-                with np.errstate(over="ignore", invalid="ignore"):  # for a run that diverged
-                    square = float(np.sum((b.T @ b).astype(np.float64) * (a @ a.T)))
-                norms[name] = scaled(name, config)[2] * max(square, 0.0) ** 0.5
-    return norms
+def _sites(method: Method, tensors: Mapping[str, np.ndarray]) -> dict[str, Site]:
+    """Return the adapted modules by name, as their tensors tell them: no config of the base is at hand."""
+    found: dict[str, Site] = {}
+    for owner in filter(None, map(method.owner, tensors)):
+        name = owner[0]
+        embedding = name == EMBEDDING_NAME.removesuffix(".weight")
+        found[name] = method.site(Module(name, (), None, "embedding" if embedding else "linear", ()))
+    return found
 
 
 def _of_model(folder: Path, options: Values) -> Movement | None:
@@ -144,7 +145,5 @@ def _size(base: Checkpoint, name: str) -> int:
     return int(np.prod(base.shape(name))) * base.dtype(name).itemsize if name in base.files else 0
 
 
-def _norm(base: Checkpoint | None, name: str) -> float | None:
-    if base is None or name not in base.files:
-        return None
-    return float(np.linalg.norm(base.tensor(name).astype(np.float32))) or None
+def _weight(base: Checkpoint | None, name: str) -> np.ndarray | None:
+    return None if base is None or name not in base.files else base.tensor(name).astype(np.float32)

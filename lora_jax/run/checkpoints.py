@@ -81,6 +81,8 @@ With dropout the number of micro-batches must not change, because each one draws
 LENGTH = frozenset({"train.max_steps", "train.num_train_epochs"})
 """Options that may differ on resuming, to make a run longer; the schedule is that of the new length."""
 LENGTHS_OF_STEPS = "lengths of steps"
+ADAPTER_NAME = "adapter name"
+"""Entry of an identity: the name that the paths of trained leaves contain. Checkpoints without it have other paths."""
 EVAL_LOSS = Goal(metric_name("", "loss"), greater_is_better=False)
 
 

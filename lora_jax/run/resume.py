@@ -11,7 +11,8 @@ from rich.console import Console
 from lora_jax.config import resolved
 from lora_jax.errors import Option, UserError, switch
 from lora_jax.hub.bucket import Place
-from lora_jax.run.checkpoints import LENGTHS_OF_STEPS, Checkpoints, Identity, Progress
+from lora_jax.methods.base import DEFAULT_ADAPTER
+from lora_jax.run.checkpoints import ADAPTER_NAME, LENGTHS_OF_STEPS, Checkpoints, Identity, Progress
 from lora_jax.run.record import Record, jax_settings
 from lora_jax.run.setup import Run
 from lora_jax.run_folder import ADAPTER, MODEL
@@ -117,6 +118,7 @@ def identity_of(run: Run, sizes: Sizes) -> Identity:
         "method": run.config.method,
         **flatten_dict(sections, is_leaf=lambda path, _: len(path) == 2, sep="."),
         **counted,
+        ADAPTER_NAME: None if run.plan is None else DEFAULT_ADAPTER,
         **jax_settings(),
     }
     return Identity(flat, run.base.fingerprint)

@@ -17,7 +17,6 @@ from lora_jax.adapters.count import trainable_parameters
 from lora_jax.adapters.init import adapter_shapes, start_adapter
 from lora_jax.adapters.notes import read_notes
 from lora_jax.adapters.read import adapter_trees, note_of_base
-from lora_jax.adapters.targets import Plan
 from lora_jax.config import DataOptions, RunConfig, resolved
 from lora_jax.console import plain_console
 from lora_jax.data.dataset import TokenDataset, load_examples
@@ -29,6 +28,7 @@ from lora_jax.generate.stops import generation_settings
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter_config
 from lora_jax.hub.chat_templates import set_chat_template
 from lora_jax.hub.tokenizer import chat_template
+from lora_jax.methods.matching import Plan
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.finite import broken_weights
 from lora_jax.parallel.memory import check_fits
@@ -95,8 +95,7 @@ def prepare(config: RunConfig, mesh: Mesh) -> Run:
         trainable, facts = adapter_trees(replace(start, plan=plan), frozen, mesh)
     else:
         key, _ = run_keys(config)
-        layers, init = base.config.num_hidden_layers, config.lora.init_lora_weights
-        trainable, facts = start_adapter(key, plan, frozen, layers, init, mesh)
+        trainable, facts = start_adapter(key, plan, frozen, base.config.num_hidden_layers, mesh)
     return make_run(
         config, base, rows, mesh, frozen, trainable, facts,
         asked=asked, plan=plan, adapter_config=found.lora_config, carried=carried,
@@ -134,7 +133,6 @@ def make_run(
     model = Decoder(
         base.config,
         dtype=base.compute_dtype(),
-        lora_dropout=adapter_config.lora_dropout if adapter_config else 0.0,
         gradient_checkpointing=config.train.gradient_checkpointing,
         offload_inputs=offloads_activations(config.train) and has_host_memory(mesh.devices.flat[0]),
         packed=packs(config.data),
@@ -226,7 +224,7 @@ def _check_memory(config: RunConfig, base: Pretrained, plan: Plan | None) -> Non
     trained = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
     if plan is not None:
         layers = base.config.num_hidden_layers
-        trained, _ = adapter_shapes(jax.random.key(0), plan, params, layers, "true")
+        trained, _ = adapter_shapes(jax.random.key(0), plan, params, layers)
     optimizer = jax.eval_shape(make_optimizer(config.train, 1).init, trained)
     held = {"base": params, "trained": trained, "optimizer": optimizer}
     check_fits("the run", {name: _bytes(tree) for name, tree in held.items()})

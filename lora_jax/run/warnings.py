@@ -33,11 +33,11 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.adapters.targets import Plan
 from lora_jax.config import RunConfig, TrainOptions
 from lora_jax.data.dataset import TokenDataset
 from lora_jax.data.remarks import Remark
 from lora_jax.errors import Option, listing
+from lora_jax.methods.matching import Plan
 from lora_jax.models.finite import broken_weights
 from lora_jax.parallel.mesh import row_shards
 from lora_jax.run.setup import Run
@@ -81,7 +81,7 @@ class RunWarnings:
 
     def compile(self, trainable: Trained) -> None:
         """Compile what warnings compute, so that nothing compiles after the first step."""
-        leaves = matrices(trainable)
+        leaves = {} if self.run.plan is None else matrices(trainable, self.run.plan)
         if leaves and "untouched" not in self._given:
             self._moved = moved(self.mesh).lower(leaves).compile()
 
@@ -92,7 +92,7 @@ class RunWarnings:
             "base": "; ".join(run.base.remarks) or None,
             "learning_rate": learning_rate(run.config),
             "warmup": warmup(run.config.train, sizes.steps),
-            "rank": None if run.plan is None else rank(run.plan),
+            "rank": None if run.plan is None else run.plan.method.warning(run.plan.targets),
             "accumulation": accumulation(run.config.train, sizes, row_shards(run.mesh.shape)),
             "positions": positions(run.model_config.positions, run.train_rows, run.eval_rows),
         }
@@ -126,7 +126,7 @@ class RunWarnings:
         return self._new(found)
 
     def _untouched(self, step: int, trainable: Trained) -> str | None:
-        leaves = matrices(trainable)
+        leaves = {} if self.run.plan is None else matrices(trainable, self.run.plan)
         names = [] if self._moved is None else untouched(self._moved(leaves))
         if not names:
             return None
@@ -175,21 +175,6 @@ def warmup(train: TrainOptions, steps: int) -> str | None:
     return (
         f"the run has {count}, and the warmup takes {warm:,}: the learning rate reaches {reached:.2g} instead of "
         f"{train.learning_rate:g}; give {remedy}, or more steps"
-    )
-
-
-def rank(plan: Plan) -> str | None:
-    """Return a warning if an adapter's rank exceeds the rank of every matrix it applies to."""
-    above = {
-        f"{target.module.name.rpartition('.')[2]} {min(target.module.sizes)}": target.r
-        for target in plan.targets
-        if target.r > min(target.module.sizes)
-    }
-    if not above:
-        return None
-    return (
-        f"r {max(above.values()):,} exceeds the smaller dimension of adapted modules ({listing(above, 4)}): it costs "
-        f"memory and time, and adds nothing; give a smaller {Option('lora.r')}"
     )
 
 
@@ -315,14 +300,11 @@ def untouched(flags: Mapping[str, jax.Array]) -> list[str]:
     return [name for name, flag in flags.items() if not bool(flag)]
 
 
-def matrices(trainable: Trained) -> dict[str, jax.Array]:
+def matrices(trainable: Trained, plan: Plan) -> dict[str, jax.Array]:
     """Return for each adapted module, by path, the stacked matrix that starts at zero: B, or A for an embedding."""
     flat: Any = flatten_dict(dict(trainable))
-    return {
-        "/".join(path[:-1]): leaf
-        for path, leaf in flat.items()
-        if path[-1] == ("lora_A" if path[-2] == "embed_tokens" else "lora_B")
-    }
+    starting = {(*site.module.path, leaf.name) for site in plan.targets for leaf in site.leaves if leaf.zero}
+    return {"/".join(path[:-2]): leaf for path, leaf in flat.items() if (*path[:-2], path[-1]) in starting}
 
 
 @lru_cache(maxsize=1)  # the training rows are digested twice in a row

@@ -26,10 +26,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Float32, Int32, UInt16
 
+from lora_jax.methods.table import LEAVES
 from lora_jax.quant.dynamic import ZERO, decode_signed, decode_unsigned, encode_signed, encode_unsigned
 
 BLOCK, MIN_SIZE = 256, 4096
-_TRANSPOSED = frozenset({"lora_A", "lora_B", "kernel"})
+_TRANSPOSED = frozenset(leaf.name for leaf in LEAVES.values() if leaf.transposed)
 """Leaves whose last two axes are swapped in torch."""
 
 

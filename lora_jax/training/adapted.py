@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from lora_jax.adapters.continued import continued_config, resolved_options
 from lora_jax.adapters.peft import Tensors, adapter_config, check_tensors
 from lora_jax.adapters.read import Adapter, carried_tensors, open_adapter
-from lora_jax.adapters.targets import Plan, make_plan
 from lora_jax.config import RunConfig, resolved
 from lora_jax.errors import Option, UserError
 from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.methods.matching import Plan, make_plan
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import modules
 from lora_jax.paths import on_disk

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lora_jax.models.layers import product
+from lora_jax.product import product
 from lora_jax.quant.leaf import is_quantized
 from lora_jax.types import Collections, Trained
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.config import TrainOptions
+from lora_jax.methods.table import LEAVES
 from lora_jax.training.adam8bit import adamw8bit
 from lora_jax.types import PyTree
 
-DECAYED = frozenset({"lora_A", "lora_B", "kernel", "embedding", "token_rows"})
+DECAYED = frozenset(leaf.name for leaf in LEAVES.values() if leaf.decays)
 
 
 def warmup_steps(train: TrainOptions, steps: int) -> int:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from lora_jax.config import TrainOptions
 from lora_jax.data.batches import Batch
+from lora_jax.methods.base import any_draws
 from lora_jax.models.decoder import NOISE, Decoder
 from lora_jax.models.layers import variables
 from lora_jax.models.sharding import placed, shardings
@@ -119,9 +120,10 @@ def make_train_step(
     ) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
         passes = batch.tokens.shape[0]
+        draws = model.draws or any_draws(adapter)
 
         def one_pass(index: Any, micro: Batch) -> tuple[tuple[jax.Array, jax.Array], Tree]:
-            random = jax.random.fold_in(key, index) if model.draws else None
+            random = jax.random.fold_in(key, index) if draws else None
             return jax.value_and_grad(partial(batch_loss, model), has_aux=True)(
                 state.trainable, frozen, adapter, micro, random
             )

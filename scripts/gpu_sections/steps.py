@@ -74,7 +74,7 @@ def start(step: AbstractStep, subject: Subject) -> tuple[TrainState, Any, Any]:
     else:
         base = random_base(step.frozen)
         layers = subject.model_config.num_hidden_layers
-        init = partial(init_adapter, plan=subject.plan, layers=layers, init_lora_weights="true")
+        init = partial(init_adapter, plan=subject.plan, layers=layers)
         where = jax.tree.map(lambda leaf: leaf.sharding, (step.state.trainable, step.adapter))
         trained, facts = jax.jit(lambda key, base: init(key, frozen=base), out_shardings=where)(key, base)
     train = subject.config.train

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from lora_jax.adapters.read import carried_tensors, open_adapter
-from lora_jax.adapters.targets import make_plan
 from lora_jax.cli import main
 from lora_jax.hub.adapter_files import AdapterConfig, read_adapter, write_adapter
+from lora_jax.methods.matching import make_plan
 from lora_jax.models.finite import broken_weights
-from lora_jax.models.names import EMBEDDING_NAME, HEAD_NAME, modules
+from lora_jax.models.names import modules
+from lora_jax.modules import EMBEDDING_NAME, HEAD_NAME
 from lora_jax.pretrained import Pretrained, open_folder
 from tests.tiny import CONFIGS, lora, random_adapter, write_checkpoint
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_jax.adapters.flops import needed_flops, step_flops
-from lora_jax.adapters.targets import make_plan
+from lora_jax.methods.matching import make_plan
 from lora_jax.models.families import read_config
 from lora_jax.models.names import modules
 from lora_jax.parallel.chips import peak_flops

@@ -1,5 +1,6 @@
 """How an adapter starts, and what stays zero while it is trained."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import optax
 import pytest
 
 from lora_jax.adapters.init import init_adapter
-from lora_jax.adapters.targets import make_plan
 from lora_jax.config import TrainOptions
+from lora_jax.methods.matching import make_plan
 from lora_jax.models.families import read_config
 from lora_jax.models.names import modules
 from lora_jax.training.optim import make_optimizer
@@ -36,8 +37,9 @@ UNEQUAL = lora(
 
 
 def fresh(base: Base, config: Any, init: str = "true", seed: int = 0) -> tuple[Any, Any]:
+    config = replace(config, init_lora_weights=True if init == "true" else init)
     plan = make_plan(config, modules(base.config))
-    return init_adapter(jax.random.key(seed), plan, base.params, LAYERS, init)
+    return init_adapter(jax.random.key(seed), plan, base.params, LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_the_program_of_a_start_is_as_short_for_many_layers_as_for_few() -> None
     for layers in (4, 64):
         config = read_config(CONFIGS["llama"] | {"num_hidden_layers": layers}, "test")
         plan = make_plan(lora(rank_pattern={"layers.1.self_attn.q_proj": 6}), modules(config))
-        start = partial(init_adapter, plan=plan, frozen={}, layers=layers, init_lora_weights="true")
+        start = partial(init_adapter, plan=plan, frozen={}, layers=layers)
         lengths.append(jax.jit(start).lower(jax.random.key(0)).as_text().count("\n"))
     assert lengths[1] < 1.1 * lengths[0]
 
@@ -82,11 +84,11 @@ def test_factors_are_those_of_the_seed_and_of_the_modules_own_path(tmp_path: Pat
     few, _ = fresh(base, lora(target_modules=("q_proj",)))
     many, _ = fresh(base, lora(target_modules=("q_proj", "k_proj", "lm_head")))
     other, _ = fresh(base, lora(target_modules=("q_proj",)), seed=1)
-    first = few["layers"]["self_attn"]["q_proj"]["lora_A"]
-    np.testing.assert_array_equal(first, many["layers"]["self_attn"]["q_proj"]["lora_A"])
-    assert np.abs(first - other["layers"]["self_attn"]["q_proj"]["lora_A"]).max() > 0.01
+    first = few["layers"]["self_attn"]["q_proj"]["default"]["lora_A"]
+    np.testing.assert_array_equal(first, many["layers"]["self_attn"]["q_proj"]["default"]["lora_A"])
+    assert np.abs(first - other["layers"]["self_attn"]["q_proj"]["default"]["lora_A"]).max() > 0.01
     assert np.abs(first[0] - first[1]).max() > 0.01
-    assert np.abs(first - many["layers"]["self_attn"]["k_proj"]["lora_A"]).max() > 0.01
+    assert np.abs(first - many["layers"]["self_attn"]["k_proj"]["default"]["lora_A"]).max() > 0.01
 
 
 def test_saved_module_is_a_copy_that_may_be_consumed(tmp_path: Path) -> None:
@@ -98,12 +100,16 @@ def test_saved_module_is_a_copy_that_may_be_consumed(tmp_path: Path) -> None:
 
 def test_ranks_are_padded_with_zeros_and_layers_left_out_are_zero(tmp_path: Path) -> None:
     trainable, adapter = fresh(tiny_base(tmp_path / "base", "llama-biases"), UNEQUAL)
-    query = trainable["layers"]["self_attn"]["q_proj"]
+    query = trainable["layers"]["self_attn"]["q_proj"]["default"]
     assert (query["lora_A"].shape, query["lora_B"].shape) == ((LAYERS, 32, 6), (LAYERS, 6, 48))
-    scaling = adapter["layers"]["self_attn"]["q_proj"]["scaling"]
+    scaling = adapter["layers"]["self_attn"]["q_proj"]["default"]["scaling"]
     np.testing.assert_allclose(scaling, [1.5, 0, 1])
     assert [int(jnp.any(layer != 0, axis=0).sum()) for layer in query["lora_A"]] == [4, 0, 6]
-    assert adapter["layers"]["self_attn"]["q_proj"]["bias_mask"].ravel().tolist() == [True, False, True]
+    assert adapter["layers"]["self_attn"]["q_proj"]["default"]["bias_mask"].ravel().tolist() == [
+        True,
+        False,
+        True,
+    ]
 
 
 def gradients(base: Base, adapter: Any, trainable: Any, tokens: jax.Array, segments: jax.Array) -> Any:
@@ -132,14 +138,20 @@ def test_padding_gets_no_gradient_and_stays_zero_under_each_optimiser(
     update = jax.jit(optimizer.update)
     for number in range(5):
         grads = gradients_of(trainable, *text(seed=number))
-        for factors in (grads["layers"]["self_attn"]["q_proj"], grads["layers"]["mlp"]["down_proj"]):
+        for factors in (
+            grads["layers"]["self_attn"]["q_proj"]["default"],
+            grads["layers"]["mlp"]["down_proj"]["default"],
+        ):
             _assert_padding_is_zero(
                 factors, adapted={0, 2}, rank=4 if factors["lora_A"].shape[-1] == 6 else None
             )
             assert not np.any(factors["bias"][1])
         updates, state = update(grads, state, trainable)
         trainable = optax.apply_updates(trainable, updates)
-    query, before = trainable["layers"]["self_attn"]["q_proj"], start["layers"]["self_attn"]["q_proj"]
+    query, before = (
+        trainable["layers"]["self_attn"]["q_proj"]["default"],
+        start["layers"]["self_attn"]["q_proj"]["default"],
+    )
     _assert_padding_is_zero(query, adapted={0, 2}, rank=4)
     assert np.all(query["lora_B"][0][:4] != before["lora_B"][0][:4])
     np.testing.assert_array_equal(query["bias"][1], before["bias"][1])
@@ -165,7 +177,7 @@ def test_leaf_of_a_layer_left_out_is_the_bases_whatever_the_tree_holds(tmp_path:
         adapted_logits(base, changed, adapter, *text()), adapted_logits(base, trainable, adapter, *text())
     )
     grads = jax.jit(partial(gradients, base, adapter))(trainable, *text())["layers"]
-    for leaf in (grads["mlp"]["up_proj"]["kernel"], grads["input_layernorm"]["weight"]):
+    for leaf in (grads["mlp"]["up_proj"]["default"]["kernel"], grads["input_layernorm"]["default"]["weight"]):
         assert np.any(leaf[1])
         assert not np.any(leaf[0])
         assert not np.any(leaf[2])

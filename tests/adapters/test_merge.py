@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax.adapters.notes import NOTES_FILE
 from lora_jax.adapters.read import adapter_trees, open_adapter
-from lora_jax.adapters.targets import make_plan
 from lora_jax.cli import main
 from lora_jax.commands.merge import MergeOptions, merge
 from lora_jax.errors import EXIT_CODE, UserError
 from lora_jax.hub.adapter_files import write_adapter
+from lora_jax.methods.matching import make_plan
 from lora_jax.models.families import read_config
 from lora_jax.models.load import load_params
 from lora_jax.models.names import modules, name_table

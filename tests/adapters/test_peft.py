@@ -140,7 +140,9 @@ def test_adapter_folded_for_vllm_has_one_rank_and_scale_1_and_is_equal(tmp_path:
     plan, tensors, trainable, adapter = adapted(base, config)
     folded, folded_tensors = fold_for_vllm(config, tensors, plan)
     folded_plan, _, empty, folded_adapter = adapted(base, folded)
-    assert {(target.r, target.scaling) for target in folded_plan.targets} == {(folded.r, 1)}
+    assert {(target.sizes["rank"], target.facts["scaling"]) for target in folded_plan.targets} == {
+        (folded.r, 1)
+    }
     folded_trainable = import_tensors(folded_tensors, empty, folded_plan, "folded")
     np.testing.assert_allclose(
         adapted_logits(base, folded_trainable, folded_adapter, *text()),

@@ -7,9 +7,9 @@ import pytest
 
 from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.peft import adapter_config, saved_config
-from lora_jax.adapters.targets import Plan, make_plan
 from lora_jax.config import LoraOptions
 from lora_jax.errors import UserError
+from lora_jax.methods.matching import Plan, make_plan
 from lora_jax.models.families import read_config
 from lora_jax.models.names import modules
 from tests.tiny import CONFIGS, LAYERS, lora
@@ -55,16 +55,16 @@ def test_first_pattern_that_matches_the_end_of_a_name_decides() -> None:
         alpha_pattern={"layers.0.self_attn.q_proj": 24},
         use_rslora=False,
     )
-    assert [(target.r, target.lora_alpha, target.scaling) for target in found.targets] == [
-        (8, 24, 3),
-        (2, 6, 3),
-        (8, 6, 0.75),
+    assert [(site.sizes["rank"], site.facts["scaling"]) for site in found.targets] == [
+        (8, 3),
+        (2, 3),
+        (8, 0.75),
     ]
 
 
 def test_scale_of_rslora_divides_by_the_root_of_the_modules_own_rank() -> None:
     found = plan(target_modules=("q_proj",), rank_pattern={"layers.1.self_attn.q_proj": 9}, use_rslora=True)
-    assert [target.scaling for target in found.targets] == [3, 2, 3]
+    assert [site.facts["scaling"] for site in found.targets] == [3, 2, 3]
 
 
 def test_excluded_and_saved_modules_are_not_adapted() -> None:
@@ -140,7 +140,7 @@ def test_odd_rank_cannot_be_orthogonal() -> None:
     with pytest.raises(
         UserError, match=r"orthogonal: requires an even rank, but model\.layers\.0\..* has r 3"
     ):
-        init_adapter(jax.random.key(0), plan(r=3), {}, LAYERS, "orthogonal")
+        init_adapter(jax.random.key(0), plan(r=3, init_lora_weights="orthogonal"), {}, LAYERS)
 
 
 @pytest.mark.parametrize(

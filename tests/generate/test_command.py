@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_jax.adapters.targets import make_plan
 from lora_jax.cli import main
 from lora_jax.config import ModelOptions
 from lora_jax.generate.decode import NOT_FINITE, complete
 from lora_jax.generate.load import load_for_inference
 from lora_jax.generate.text import decoded
 from lora_jax.hub.adapter_files import write_adapter
+from lora_jax.methods.matching import make_plan
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
 from lora_jax.models.names import modules

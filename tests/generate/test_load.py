@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from lora_jax.adapters.notes import NOTES_FILE
-from lora_jax.adapters.targets import make_plan
 from lora_jax.config import ModelOptions
 from lora_jax.errors import UserError
 from lora_jax.generate.load import Loaded, load_for_inference
 from lora_jax.hub.adapter_files import write_adapter
+from lora_jax.methods.matching import make_plan
 from lora_jax.models.names import modules
 from tests.tiny import (
     CONFIGS,

@@ -15,11 +15,11 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 
-from lora_jax.adapters.targets import make_plan
 from lora_jax.cli import main
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import write_adapter
 from lora_jax.hub.push import check_push, push
+from lora_jax.methods.matching import make_plan
 from lora_jax.models.names import modules
 from tests.runs import train_arguments, write_rows
 from tests.tiny import CONFIGS, lora, random_adapter, tiny_base, write_checkpoint

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models.decoder import Decoder, positions_of
-from lora_jax.models.layers import drop
+from lora_jax.product import drop
 from tests.tiny import adapted, adapted_logits, logits, lora, text, tiny_base
 
 FAMILIES = ["llama", "mistral-window", "qwen2-windows", "qwen3"]
@@ -97,9 +97,9 @@ def test_dropout_is_off_without_a_key_and_differs_from_key_to_key(
     tmp_path: Path, checkpointing: bool
 ) -> None:
     base = tiny_base(tmp_path / "base")
-    _, _, trainable, adapter = adapted(base, lora())
+    _, _, trainable, adapter = adapted(base, lora(lora_dropout=0.5))
     variables = {"params": base.params, "lora": trainable, "adapter": adapter}
-    model = Decoder(base.config, lora_dropout=0.5, gradient_checkpointing=checkpointing)
+    model = Decoder(base.config, gradient_checkpointing=checkpointing)
     tokens, segments = text()
     place = (tokens, positions_of(segments), segments)
     dropping = jax.jit(lambda key: model.apply(variables, *place, rngs={"dropout": key})[0])
@@ -112,17 +112,6 @@ def test_dropout_is_off_without_a_key_and_differs_from_key_to_key(
     np.testing.assert_allclose(hidden(None), plain, atol=1e-6)
     np.testing.assert_array_equal(hidden(1), hidden(1))
     assert np.abs(hidden(1) - hidden(2)).max() > 1e-3 < np.abs(hidden(1) - hidden(None)).max()
-
-
-def test_dropout_touches_the_adapter_alone(tmp_path: Path) -> None:
-    base = tiny_base(tmp_path / "base")
-    model = Decoder(base.config, lora_dropout=0.5)
-    tokens, segments = text()
-    found, _ = model.apply(
-        {"params": base.params}, tokens, positions_of(segments), segments, rngs={"dropout": jax.random.key(0)}
-    )
-    plain, _ = Decoder(base.config).apply({"params": base.params}, tokens, positions_of(segments), segments)
-    np.testing.assert_allclose(found, plain, atol=1e-6)
 
 
 @pytest.mark.slow

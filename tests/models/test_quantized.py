@@ -16,13 +16,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.adapters.init import init_adapter
-from lora_jax.adapters.targets import make_plan
 from lora_jax.cli import main
 from lora_jax.config import TrainOptions
 from lora_jax.data.batches import Batch
 from lora_jax.errors import UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from lora_jax.methods.matching import make_plan
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
 from lora_jax.models.load import abstract_params, load_params
@@ -227,7 +227,7 @@ def test_weights_of_a_large_4bit_model_take_little_more_than_4_bits_in_the_compi
         plan = make_plan(lora(target_modules="all-linear"), modules(config))
 
         def start(key: Any, base: Any, plan: Any = plan) -> Any:
-            return init_adapter(key, plan, base, config.num_hidden_layers, "true")
+            return init_adapter(key, plan, base, config.num_hidden_layers)
 
         trainable, adapter = jax.eval_shape(start, jax.random.key(0), frozen)
         optimizer = make_optimizer(TrainOptions(), 10)

@@ -59,12 +59,12 @@ def losses_and_adapter(base: Base, bits: int, mesh: Mesh) -> tuple[list[float], 
     quantization = quantization_of(options, base.checkpoint, base.config)
     with jax.set_mesh(mesh):
         frozen = load_params(base.checkpoint, base.config, quantization=quantization, mesh=mesh)
-        _, _, trainable, adapter = adapted(base, lora(r=4))
+        _, _, trainable, adapter = adapted(base, lora(r=4, lora_dropout=0.1))
         state = init_state(jax.tree.map(jnp.copy, trainable), OPTIMIZER, jax.random.key(0))
         kept = shardings(state, mesh)
         state, adapter = placed(state, kept), placed(adapter, shardings(adapter, mesh))
         rows = jax.device_put(batch(), NamedSharding(mesh, P(None, ROWS, POSITIONS)))
-        model = Decoder(base.config, lora_dropout=0.1, gradient_checkpointing=True)
+        model = Decoder(base.config, gradient_checkpointing=True)
         step: Any = make_train_step(model, OPTIMIZER, kept)
         compiled = step.lower(state, frozen, adapter, rows).compile()
         losses = []
@@ -127,7 +127,7 @@ def check_start_on_eight_devices() -> None:
         assert jax.tree.map(lambda leaf: leaf.sharding, run.trainable) == shardings(run.trainable, mesh)
         state, where = sharded_state(run.trainable, OPTIMIZER, run.key, config.train, mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == where
-    gate = ("layers", "mlp", "gate_proj", "lora_A")
+    gate = ("layers", "mlp", "gate_proj", "default", "lora_A")
     moments = state.opt_state[1][0].mu
     for tree in (state.trainable, moments):
         leaf = reduce(lambda node, name: node[name], gate, tree)

@@ -55,7 +55,7 @@ def test_adapters_follow_their_base_and_fsdp_cuts_both_matrices() -> None:
         name: spec_of(f"layers/{name}/kernel", (2, 64, 64), SIZES) for name in ("x/q_proj", "x/down_proj")
     }
     for name, spec in base.items():
-        a, b = (spec_of(f"layers/{name}/{leaf}", shape, SIZES) for leaf, shape in
+        a, b = (spec_of(f"layers/{name}/default/{leaf}", shape, SIZES) for leaf, shape in
                 (("lora_A", (2, 64, 4)), ("lora_B", (2, 4, 64))))  # fmt: skip
         assert a[1] == spec[1]
         assert b[2] == spec[2]
@@ -75,24 +75,32 @@ def test_fsdp_shares_out_every_adapter_and_names_the_one_that_it_cannot() -> Non
             ("lora_A", (64, 4)),
             ("lora_B", (4, 64)),
         ):
-            assert "fsdp" in spec_of(f"{name}/{leaf}", shape, eight.shape), (name, leaf)
+            assert "fsdp" in spec_of(f"{name}/default/{leaf}", shape, eight.shape), (name, leaf)
     tree = {
-        "layers": {"mlp": {"up_proj": {"lora_A": jnp.zeros((2, 64, 3)), "lora_B": jnp.zeros((2, 3, 64))}}}
+        "layers": {
+            "mlp": {
+                "up_proj": {"default": {"lora_A": jnp.zeros((2, 64, 3)), "lora_B": jnp.zeros((2, 3, 64))}}
+            }
+        }
     }
     assert left_whole(mesh(fsdp=4, tensor=2).shape, tree) == [
-        "layers/mlp/up_proj/lora_B (rank of 3 does not divide by fsdp 4)"
+        "layers/mlp/up_proj/default/lora_B (rank of 3 does not divide by fsdp 4)"
     ]
 
 
 def test_optimiser_state_is_cut_as_what_it_is_about_and_counters_are_whole() -> None:
     trainable = {
-        "layers": {"mlp": {"up_proj": {"lora_A": jnp.zeros((2, 64, 4)), "lora_B": jnp.zeros((2, 4, 64))}}}
+        "layers": {
+            "mlp": {
+                "up_proj": {"default": {"lora_A": jnp.zeros((2, 64, 4)), "lora_B": jnp.zeros((2, 4, 64))}}
+            }
+        }
     }
     state = jax.eval_shape(
         lambda tree: init_state(tree, make_optimizer(TrainOptions(), 10), jax.random.key(0)), trainable
     )
     specs = jax.tree.map(lambda leaf: leaf.spec, shardings(state, mesh(fsdp=2, tensor=2)))
-    up = specs.trainable["layers"]["mlp"]["up_proj"]
+    up = specs.trainable["layers"]["mlp"]["up_proj"]["default"]
     assert up == {"lora_A": P(None, "fsdp", None), "lora_B": P(None, "fsdp", "tensor")}
     moments = [
         leaf for path, leaf in jax.tree_util.tree_leaves_with_path(specs.opt_state) if "lora_A" in str(path)

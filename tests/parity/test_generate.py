@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_jax.adapters.targets import make_plan
 from lora_jax.cli import main
 from lora_jax.config import ModelOptions
 from lora_jax.generate.decode import advance, bucket, complete, padded, prefill
@@ -20,6 +19,7 @@ from lora_jax.generate.sampling import Sampling
 from lora_jax.generate.text import decoded
 from lora_jax.hub.adapter_files import write_adapter
 from lora_jax.hub.packed_checkpoint import open_checkpoint
+from lora_jax.methods.matching import make_plan
 from lora_jax.models.families import read_config
 from lora_jax.models.names import modules
 from tests.parity.peers import peft_model, quiet, randomise, torch_base, torch_model

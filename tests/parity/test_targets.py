@@ -2,6 +2,7 @@
 
 import re
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,8 +20,8 @@ from peft.tuners.lora import LoraLayer
 from lora_jax.adapters.count import trainable_line, trainable_parameters
 from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.peft import adapter_config, adapter_table
-from lora_jax.adapters.targets import Plan, make_plan
 from lora_jax.config import LoraOptions
+from lora_jax.methods.matching import Plan, make_plan
 from lora_jax.models.families import read_config
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import modules
@@ -111,7 +112,7 @@ def compare(name: str, drawn: dict[str, Any]) -> None:
         for key, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
     }
-    found = {target.module.name: (target.r, target.scaling) for target in plan.targets}
+    found = {target.module.name: (target.sizes["rank"], target.facts["scaling"]) for target in plan.targets}
     assert found.keys() == layers.keys()
     for key, (rank, scaling) in layers.items():
         assert found[key][0] == rank
@@ -172,9 +173,10 @@ def test_fresh_factors_are_spread_as_those_of_peft(tmp_path: Path, init: str) ->
     model = theirs("llama", drawn | {"init_lora_weights": True if init == "true" else init})
     plan, config = ours("llama", drawn)
     params = tiny_base(tmp_path / "base").params
-    trainable, _ = init_adapter(jax.random.key(0), plan, params, config.num_hidden_layers, init)
+    plan = replace(plan, method=replace(plan.method, init_lora_weights=True if init == "true" else init))
+    trainable, _ = init_adapter(jax.random.key(0), plan, params, config.num_hidden_layers)
     expected = peft_tensors(model)
-    mlp, embedding = trainable["layers"]["mlp"]["down_proj"], trainable["embed_tokens"]
+    mlp, embedding = trainable["layers"]["mlp"]["down_proj"]["default"], trainable["embed_tokens"]["default"]
     pairs = {
         "A": (mlp["lora_A"], _stack(expected, "down_proj.lora_A.weight")),
         "B": (mlp["lora_B"], _stack(expected, "down_proj.lora_B.weight")),

@@ -12,12 +12,12 @@ from peft import PeftModel
 from lora_jax.adapters.continued import continued_config
 from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.peft import adapter_config, export_tensors, import_tensors
-from lora_jax.adapters.targets import make_plan
 from lora_jax.config import LoraOptions, TrainOptions
 from lora_jax.data.batches import Batch
 from lora_jax.data.steps import Shaping, step_batch
 from lora_jax.data.tokens import Tokens
 from lora_jax.hub.adapter_files import read_adapter
+from lora_jax.methods.matching import make_plan
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.names import modules
 from lora_jax.training.optim import DECAYED, make_optimizer
@@ -107,12 +107,12 @@ def train_ours(
     stored, tensors = read_adapter(start)
     config = continued_config(LoraOptions(init_from="here"), asked, stored, known)
     plan = make_plan(config, known, strict=False)
-    empty, adapter = init_adapter(jax.random.key(0), plan, base.params, base.config.num_hidden_layers, "true")
+    empty, adapter = init_adapter(jax.random.key(0), plan, base.params, base.config.num_hidden_layers)
     # Without the tables of the base that PEFT writes beside an adapter of one of them.
     own = {name: tensor for name, tensor in tensors.items() if not name.endswith("base_layer.weight")}
     trainable = import_tensors(own, empty, plan, start)
     optimizer = make_optimizer(OPTIONS, STEPS)
-    step = make_train_step(Decoder(base.config, lora_dropout=config.lora_dropout), optimizer)
+    step = make_train_step(Decoder(base.config), optimizer)
     state = init_state(trainable, optimizer, jax.random.key(0))
     losses = []
     for batch in steps:

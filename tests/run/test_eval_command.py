@@ -16,7 +16,7 @@ from lora_jax.commands.evaluate import from_file, on_one_base
 from lora_jax.config import ModelOptions
 from lora_jax.hub.adapter_files import read_adapter, write_adapter
 from lora_jax.models.families import read_config
-from lora_jax.models.names import EMBEDDING_NAME
+from lora_jax.modules import EMBEDDING_NAME
 from lora_jax.pretrained import open_folder
 from tests.rarely import rarely
 from tests.runs import ROWS, metrics, run, train_arguments, write_rows

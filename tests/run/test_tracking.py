@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 
 from lora_jax.adapters.flops import needed_flops
-from lora_jax.adapters.targets import make_plan
 from lora_jax.cli import main
 from lora_jax.config import LoraOptions, RunConfig, TrainOptions, resolved
+from lora_jax.methods.matching import make_plan
 from lora_jax.models.families import read_config
 from lora_jax.models.names import modules
 from lora_jax.parallel.chips import KINDS, Chip

@@ -12,12 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_jax.cli import main
 from lora_jax.config import DataOptions, MeshOptions, RunConfig, TrainOptions
 from lora_jax.data.dataset import TokenDataset, load_examples
 from lora_jax.errors import EXIT_CODE
 from lora_jax.hub.tokenizer import load_tokenizer
+from lora_jax.methods.matching import make_plan
+from lora_jax.models.families import read_config
+from lora_jax.models.names import modules
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.run.warnings import (
     about_leaks,
@@ -32,7 +36,7 @@ from lora_jax.run.warnings import (
 )
 from lora_jax.training.optim import schedule
 from tests.runs import ROWS, metrics, run, train_arguments, write_rows
-from tests.tiny import write_tokenizer
+from tests.tiny import CONFIGS, lora, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -167,18 +171,23 @@ def test_a_start_is_warned_of_that_is_far_worse_than_an_even_guess_or_worse_than
 def test_stacks_whose_b_is_all_zero_are_named_and_a_layer_without_an_adapter_does_not_count() -> None:
     mesh = make_mesh(MeshOptions(), jax.devices()[:1])
     one_layer = jnp.zeros((3, 2, 4)).at[1, 0, 0].set(1e-9)
-    tree = {
+    leaves = {
         "layers": {
-            "q_proj": {"lora_A": jnp.ones((3, 4, 2)), "lora_B": one_layer},
-            "v_proj": {"lora_A": jnp.ones((3, 4, 2)), "lora_B": jnp.zeros((3, 2, 4))},
+            "self_attn": {
+                "q_proj": {"lora_A": jnp.ones((3, 4, 2)), "lora_B": one_layer},
+                "v_proj": {"lora_A": jnp.ones((3, 4, 2)), "lora_B": jnp.zeros((3, 2, 4))},
+            },
         },
         "lm_head": {"kernel": jnp.zeros((4, 4))},
         "embed_tokens": {"lora_A": jnp.zeros((4, 2)), "lora_B": jnp.ones((2, 4))},
     }
-    stacks = matrices(tree)
-    assert list(stacks) == ["layers/q_proj", "layers/v_proj", "embed_tokens"]
-    assert sorted(untouched(moved(mesh)(stacks))) == ["embed_tokens", "layers/v_proj"]
-    assert matrices({"lm_head": {"kernel": jnp.zeros((4, 4))}}) == {}
+    tree = unflatten_dict(
+        {(*path[:-1], "default", path[-1]): leaf for path, leaf in flatten_dict(leaves).items()}
+    )
+    asked = lora(target_modules=("q_proj", "v_proj", "embed_tokens"), modules_to_save=("lm_head",))
+    stacks = matrices(tree, make_plan(asked, modules(read_config(CONFIGS["llama"], "test"))))
+    assert list(stacks) == ["layers/self_attn/q_proj", "layers/self_attn/v_proj", "embed_tokens"]
+    assert sorted(untouched(moved(mesh)(stacks))) == ["embed_tokens", "layers/self_attn/v_proj"]
 
 
 @pytest.mark.slow

@@ -143,12 +143,12 @@ def test_no_buffer_of_the_compiled_step_holds_all_positions_logits(
 
 @pytest.mark.slow
 def test_dropout_of_an_adapted_head_differs_between_chunks_and_repeats_with_its_key(base: Base) -> None:
-    _, _, trainable, adapter = adapted(base, lora(target_modules=("lm_head",)))
+    _, _, trainable, adapter = adapted(base, lora(target_modules=("lm_head",), lora_dropout=0.5))
     constant = head_variables(
         {"params": base.params, "lora": trainable, "adapter": adapter}, base.config.tie_word_embeddings
     )
     leaves = constant.pop("lora")
-    model = Decoder(base.config, lora_dropout=0.5)
+    model = Decoder(base.config)
     hidden = jnp.ones((ROWS, LENGTH, 32))
     targets = jnp.zeros((ROWS, LENGTH), jnp.int32)
 

@@ -113,10 +113,16 @@ def test_checkpointing_the_activations_changes_nothing(parts: Any, in_one_pass: 
     assert_same_update(parts, in_one_pass, recomputed)
 
 
+def with_dropout(parts: Any, rate: float) -> Any:
+    """Return the parts with an adapter whose method drops at a rate."""
+    base, trainable, _ = parts
+    return base, trainable, adapted(base, lora(lora_dropout=rate))[3]
+
+
 @pytest.mark.slow
 def test_the_step_is_compiled_once_whatever_the_rows_lengths(parts: Any) -> None:
-    base, trainable, adapter = parts
-    model = Decoder(base.config, lora_dropout=0.5)
+    base, trainable, adapter = with_dropout(parts, 0.5)
+    model = Decoder(base.config)
     step, evaluate = make_train_step(model, OPTIMIZER), make_eval_step(model)
     state = fresh(trainable)
     for seed, lengths in enumerate([(12,) * 8, LENGTHS, (2, 2), (1, 12, 1)]):
@@ -137,8 +143,8 @@ def test_a_step_without_a_trained_token_is_finite_and_moves_nothing(parts: Any) 
 
 @pytest.mark.slow
 def test_dropout_is_drawn_anew_for_every_step_and_pass_and_repeats_with_the_seed(parts: Any) -> None:
-    base, trainable, adapter = parts
-    step = train_step(Decoder(base.config, lora_dropout=0.5))
+    base, trainable, adapter = with_dropout(parts, 0.5)
+    step = train_step(Decoder(base.config))
     rows = examples()[:4]
 
     def loss(given: list[Tokens], seed: int = 0, number: int = 0) -> float:
@@ -151,13 +157,13 @@ def test_dropout_is_drawn_anew_for_every_step_and_pass_and_repeats_with_the_seed
 
 
 def test_evaluation_has_no_dropout(parts: Any) -> None:
-    base, trainable, adapter = parts
+    base, trainable, _ = parts
     rows = make_batch(examples(), 8, 12, 0)
-    with_dropout, without = (
-        make_eval_step(Decoder(base.config, lora_dropout=rate))(trainable, base.params, adapter, rows)
-        for rate in (0.5, 0.0)
+    evaluate = make_eval_step(Decoder(base.config))
+    dropping, without = (
+        evaluate(trainable, base.params, with_dropout(parts, rate)[2], rows) for rate in (0.5, 0.0)
     )
-    assert with_dropout == without
+    assert dropping == without
     assert float(without.weight) == without.trained_tokens == sum(row.trained[1:].sum() for row in examples())
 
 

@@ -8,39 +8,45 @@ name, as a regex from a dot on, decides. Rules observed in peft 0.21's `tuners_u
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_jax.config import ALL_LINEAR
 from lora_jax.errors import UserError, listing, nearest
-from lora_jax.hub.adapter_files import AdapterConfig
-from lora_jax.models.names import LM_HEAD, Module
-
-
-@dataclass(frozen=True)
-class Target:
-    """One adapted module with its own rank, alpha and scaling (alpha/r, or alpha/sqrt(r) for rsLoRA)."""
-
-    module: Module
-    r: int
-    lora_alpha: float
-    scaling: float
+from lora_jax.methods.base import Method, Site
+from lora_jax.methods.whole import bias_sites, saved_sites, token_sites
+from lora_jax.modules import LM_HEAD, Module
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is trained: low-rank targets, modules trained whole, single biases, single token rows."""
+    """All that an adapter trains: sites of its method, modules in full, single biases, single token rows."""
 
+    method: Method = field(compare=False)
     embedding: Module
-    targets: tuple[Target, ...]
+    targets: tuple[Site, ...]
     saved: tuple[Module, ...] = ()
     biases: tuple[Module, ...] = ()
     token_indices: tuple[int, ...] = ()
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites: the method's, then those that are trained whole."""
+        return (*self.targets, *self.whole)
 
-def make_plan(config: AdapterConfig, modules: Sequence[Module], *, strict: bool = True) -> Plan:
+    @property
+    def whole(self) -> tuple[Site, ...]:
+        """The sites that are trained whole."""
+        adapted = frozenset(site.module.name for site in self.targets)
+        return (
+            *saved_sites(self.saved),
+            *bias_sites(self.biases, adapted),
+            *token_sites(self.embedding, self.token_indices),
+        )
+
+
+def make_plan(config: Method, modules: Sequence[Module], *, strict: bool = True) -> Plan:
     """Return the plan of an adapter config over a model's modules.
 
     Raises UserError where nothing matches, a norm is targeted or a pattern is no regex; with `strict` also
@@ -54,13 +60,13 @@ def make_plan(config: AdapterConfig, modules: Sequence[Module], *, strict: bool 
         ) from error
 
 
-def _plan(config: AdapterConfig, modules: Sequence[Module], strict: bool) -> Plan:
+def _plan(config: Method, modules: Sequence[Module], strict: bool) -> Plan:
     saved = tuple(module for module in modules if is_saved(module.name, config.modules_to_save))
     saved_names = {module.name for module in saved}
     candidates = [module for module in modules if module.name not in saved_names]
     matched = [module for module in candidates if _targeted(module, config)]
     _check_matches(config, modules, matched, strict)
-    targets = tuple(_target(module, config) for module in matched)
+    targets = tuple(config.site(module) for module in matched)
     if strict:
         _check_patterns(config, matched)
     if config.bias == "all":
@@ -69,7 +75,7 @@ def _plan(config: AdapterConfig, modules: Sequence[Module], strict: bool) -> Pla
         biased = [module for module in matched if module.bias] if config.bias == "lora_only" else []
     whole = dict.fromkeys(saved_names, "modules_to_save") | {m.name: "target_modules" for m in matched}
     _check_tied(config, modules, whole)
-    return Plan(modules[0], targets, saved, tuple(biased), _token_indices(config, modules, whole))
+    return Plan(config, modules[0], targets, saved, tuple(biased), _token_indices(config, modules, whole))
 
 
 def check_unquantized(plan: Plan, quantized: Collection[str]) -> None:
@@ -83,7 +89,7 @@ def check_unquantized(plan: Plan, quantized: Collection[str]) -> None:
             )
 
 
-def compact_targets(targets: Iterable[Target]) -> tuple[str, ...]:
+def compact_targets(targets: Iterable[Site]) -> tuple[str, ...]:
     """Return the targets' last names, sorted: the list that "all-linear" is saved as."""
     return tuple(sorted({target.module.name.rpartition(".")[2] for target in targets}))
 
@@ -101,7 +107,7 @@ def _listed(name: str, entries: str | Sequence[str]) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
-def _targeted(module: Module, config: AdapterConfig) -> bool:
+def _targeted(module: Module, config: Method) -> bool:
     if config.exclude_modules and _listed(module.name, config.exclude_modules):
         return False
     targets = config.target_modules
@@ -124,32 +130,15 @@ def _layer_index(name: str, patterns: Sequence[str]) -> int | None:
     return None
 
 
-def _pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """Return a module's value of rank_pattern or alpha_pattern: that of the first key that matches."""
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
 
 
-def _target(module: Module, config: AdapterConfig) -> Target:
-    if module.kind == "norm":
-        raise UserError(
-            f"target_modules: {module.name} is a norm, which has no low-rank form; "
-            "train it in full with --lora.modules_to_save"
-        )
-    return Target(module, *scaled(module.name, config))
-
-
-def scaled(name: str, config: AdapterConfig) -> tuple[int, float, float]:
-    """Return rank, alpha and scaling of an adapted module."""
-    r = int(_pattern(config.rank_pattern, name, config.r))
-    alpha = _pattern(config.alpha_pattern, name, config.lora_alpha)
-    return r, alpha, alpha / (math.sqrt(r) if config.use_rslora else r)
-
-
-def _token_indices(
-    config: AdapterConfig, modules: Sequence[Module], trained: Mapping[str, str]
-) -> tuple[int, ...]:
+def _token_indices(config: Method, modules: Sequence[Module], trained: Mapping[str, str]) -> tuple[int, ...]:
     """Return the token ids in the file's order, which the rows of the saved tensor follow.
 
     `trained` are the modules trained otherwise, by name, each with the option that asks for it.
@@ -174,7 +163,7 @@ def _token_indices(
     return indices
 
 
-def _check_tied(config: AdapterConfig, modules: Sequence[Module], trained: Mapping[str, str]) -> None:
+def _check_tied(config: Method, modules: Sequence[Module], trained: Mapping[str, str]) -> None:
     """Refuse what a head tied to the embedding leaves without a meaning, in PEFT too."""
     head = modules[-1]
     if not head.tied:
@@ -191,9 +180,7 @@ def _check_tied(config: AdapterConfig, modules: Sequence[Module], trained: Mappi
         )
 
 
-def _check_matches(
-    config: AdapterConfig, modules: Sequence[Module], matched: list[Module], strict: bool
-) -> None:
+def _check_matches(config: Method, modules: Sequence[Module], matched: list[Module], strict: bool) -> None:
     linear = sorted({module.name.rpartition(".")[2] for module in modules if module.kind == "linear"})
     checks: list[tuple[str, str | Sequence[str], bool]] = [
         ("target_modules", config.target_modules, strict or not matched),
@@ -235,7 +222,7 @@ def _check_matches(
         raise UserError("target_modules: everything it matches is excluded; nothing would be trained")
 
 
-def _check_patterns(config: AdapterConfig, matched: list[Module]) -> None:
+def _check_patterns(config: Method, matched: list[Module]) -> None:
     names = [module.name for module in matched]
     known = sorted({name.rpartition(".")[2] for name in names})
     for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):

@@ -1,0 +1,213 @@
+"""What a method of PEFT declares: its leaves, where they go, and what they make of a layer. All else follows.
+
+    trained/<module>/<adapter>/<leaf>    facts/<module>/<adapter>/<fact>
+
+A *method* is a frozen dataclass in PEFT's words. A *leaf* is one array of an adapted module, declared once: its axes,
+its name in a file, whether it decays. A *site* is an adapted module of one layer with the sizes of those axes. Start,
+files, counts, sharding, optimizer groups, 8-bit blocks and merging follow from leaves and sites, and know no method.
+
+Facts are what a layer needs and nobody trains: scales, masks of layers and, as `METHOD`, the method itself, which is
+static. So a model finds in the trees what it is to compute, and needs no option for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lora_jax.errors import UserError
+from lora_jax.modules import Module
+from lora_jax.product import drop
+from lora_jax.types import PyTree, Tree
+
+DEFAULT_ADAPTER = "default"
+"""Name of an adapter that nobody named, as in PEFT."""
+RANK = "rank"
+"""The axis of a leaf between those of its module: fsdp cuts it where it cuts neither of these."""
+METHOD = "method"
+"""The fact that is the method itself."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of a site, and what depends on which it is.
+
+    `axes` name its dimensions, the layer's left out: "in" and "out" are those of the module, others are sizes of the
+    site; a number is a size itself.
+    """
+
+    name: str
+    axes: tuple[str | int, ...]
+    stored: str
+    """Name in an adapter file, after the module's."""
+    transposed: bool = False
+    """Whether a file has the two axes the other way round, as torch does."""
+    decays: bool = True
+    """Whether weight decay applies to it."""
+    zero: bool = False
+    """Whether it starts at zero, so that any other value shows that it was trained."""
+    absent: float | None = None
+    """What a mask keeps it at on layers without the site; None where zeros have no gradient there."""
+    added: bool = True
+    """Whether its parameters come on top of the base's; a trained bias is one of them."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted module of one layer: its leaves, sizes of their axes, and numbers that become facts."""
+
+    module: Module
+    leaves: tuple[Leaf, ...]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+    def shape(self, leaf: Leaf) -> tuple[int, ...]:
+        """Return a leaf's shape in the tree, the layer's axis left out."""
+        known = {"in": self.module.sizes[0], "out": self.module.sizes[-1], **self.sizes}
+        return tuple(known[axis] if isinstance(axis, str) else axis for axis in leaf.axes)
+
+    def stored_shape(self, leaf: Leaf) -> tuple[int, ...]:
+        """Return a leaf's shape in a file."""
+        shape = self.shape(leaf)
+        return shape[::-1] if leaf.transposed else shape
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters it trains."""
+        return sum(math.prod(self.shape(leaf)) for leaf in self.leaves)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as a method finds it: called on an input it computes what it does without the method."""
+
+    apply: Callable[[Array], Array]
+    weight: Callable[[], Array]
+    """Returns the base's weight [in, out], decoded where it is quantized."""
+    key: Callable[[], Array] | None = None
+    """Returns a key for dropout; None where nothing is to be dropped."""
+
+    def __call__(self, x: Array) -> Array:
+        """Return the layer's output, its bias included."""
+        return self.apply(x)
+
+    def adapted(self, method: Method, own: Tree) -> Layer:
+        """Return the layer with one more adapter; the weight stays the base's."""
+        return replace(self, apply=lambda x: method.linear(own, x, self))
+
+    def dropped(self, x: Array, rate: float) -> Array:
+        """Return an input with dropout in training, and as it is otherwise."""
+        return x if self.key is None or not rate else drop(x, rate, self.key())
+
+
+Stored = Mapping[str, np.ndarray]
+"""A site's tensors by the names of its leaves, in a file's layout."""
+
+
+class Method:
+    """A method of PEFT; a subclass is a frozen dataclass of its options, static to JAX and equal by its values.
+
+    It says what becomes of a module (`site`), how leaves start (`init`), what a layer computes (`linear`, and `lookup`
+    for an embedding) and what it adds to a weight (`update`). The rest has defaults.
+    """
+
+    peft_type: ClassVar[str]
+    leaves: ClassVar[tuple[Leaf, ...]]
+    """All that its sites may have."""
+
+    # What matching and files ask of each method; one that lacks an option leaves it as it is here.
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = "CAUSAL_LM"
+    target_modules: str | tuple[str, ...] = ()
+    exclude_modules: str | tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = {}
+    alpha_pattern: Mapping[str, float] = {}
+    bias: str = "none"
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
+    ensure_weight_tying: bool = False
+
+    def __init_subclass__(cls) -> None:
+        jax.tree_util.register_static(cls)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(self) is type(other) and vars(self) == vars(other))
+
+    def __hash__(self) -> int:
+        return hash((type(self), *(value for value in vars(self).values() if not isinstance(value, Mapping))))
+
+    @classmethod
+    def owner(cls, name: str) -> tuple[str, str] | None:
+        """Return the module and the leaf, as a file calls them, that a tensor is of; None where it is none of these."""
+        endings = (f".{leaf.stored}" for leaf in cls.leaves)
+        ending = next((ending for ending in endings if name.endswith(ending)), None)
+        return None if ending is None else (name.removesuffix(ending), ending[1:])
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws anything in a training step."""
+        return False
+
+    def site(self, module: Module) -> Site:
+        """Return what a targeted module gets; raises UserError where it cannot be adapted."""
+        raise NotImplementedError
+
+    def init(self, key: Array, site: Site, weight: Callable[[], Array]) -> dict[str, Array]:
+        """Return a site's leaves at their start, float32; `weight` returns the base's [in, out]."""
+        raise NotImplementedError
+
+    def linear(self, own: Tree, x: Array, layer: Layer) -> Array:
+        """Return what a linear layer computes with it; `own` are a site's leaves and facts."""
+        raise NotImplementedError
+
+    def lookup(self, own: Tree, tokens: Array, layer: Layer) -> Array:
+        """Return what an embedding computes with it, for a method that adapts one."""
+        raise NotImplementedError
+
+    def update(self, site: Site, own: Stored, weight: np.ndarray) -> np.ndarray:
+        """Return what merging adds to a weight, both float32 in torch's layout; raises UserError where it cannot."""
+        raise UserError(f"peft_type {self.peft_type}: cannot be merged; use it as an adapter")
+
+    def merged_bias(self, site: Site, own: Stored, bias: np.ndarray) -> np.ndarray:
+        """Return what becomes of a layer's bias on merging."""
+        return bias
+
+    def moved(self, site: Site, own: Stored, weight: np.ndarray | None) -> float | None:
+        """Return the Frobenius norm of the update, None where that takes a weight and there is none."""
+        return None if weight is None else float(np.linalg.norm(self.update(site, own, weight)))
+
+    def flops(self, site: Site, again: bool, needed: bool) -> int:
+        """Return the operations of its products in training, forward and backward, for one token at a site.
+
+        `again` says that the backward pass runs the layer once more, `needed` that it takes the layer's output then.
+        """
+        return 0
+
+    def warning(self, sites: Sequence[Site]) -> str | None:
+        """Return what is odd about the sites' sizes, for a warning of the run."""
+        return None
+
+
+def own_leaves(trained: Tree, facts: Tree) -> dict[str, Any]:
+    """Return a module's leaves and facts of one adapter in one, those of the method masked on layers without them."""
+    own = {**trained, **facts}
+    for leaf in facts[METHOD].leaves if METHOD in facts else ():
+        if (mask := facts.get(f"{leaf.name}_mask")) is not None:
+            own[leaf.name] = jnp.where(mask, own[leaf.name], leaf.absent)
+    return own
+
+
+def any_draws(facts: PyTree) -> bool:
+    """Say whether a method among facts draws anything in a training step."""
+    nodes = jax.tree.leaves(facts, is_leaf=lambda node: isinstance(node, Method))
+    return any(node.draws for node in nodes if isinstance(node, Method))
