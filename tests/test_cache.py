@@ -15,14 +15,14 @@ def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(NAME, raising=False)
 
 
-def test_programs_are_kept_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_are_cached_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     keep_compiled()
     assert os.environ[NAME] == str(tmp_path / ".cache" / "lora_jax" / "compiled")
     assert Path(os.environ[NAME]).is_dir()
 
 
-def test_another_folder_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_cache_folder_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(NAME, "elsewhere")
     keep_compiled()
@@ -30,14 +30,14 @@ def test_another_folder_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_home_that_takes_no_folder_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_home_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".cache").write_text("")  # root may write to any folder, but not below a file
     monkeypatch.setenv("HOME", str(tmp_path))
     keep_compiled()
     assert NAME not in os.environ
 
 
-def test_the_least_recently_used_programs_go_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_programs_are_removed_first(tmp_path: Path) -> None:
     for number, name in enumerate(("newest", "oldest", "middle")):
         (tmp_path / name).write_bytes(b"x" * 10)
         os.utime(tmp_path / name, (time := (3, 1, 2)[number], time))
@@ -47,7 +47,7 @@ def test_the_least_recently_used_programs_go_first(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_jax_is_not_told_to_list_the_folder_for_every_program_it_writes(
+def test_jax_does_not_list_the_folder_for_every_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With thousands of small programs that took most of a second each."""

@@ -21,7 +21,7 @@ def written(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_dry_run_writes_figures_of_its_sections(tmp_path: Path) -> None:
+def test_the_dry_run_writes_results_of_its_sections(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/gpu_check.py", "--dry-run", "--output", str(tmp_path)]
     only = ["--only", "kernels", "lora_jax LoRA Qwen"]
     done = subprocess.run([*command, *only], cwd=ROOT, capture_output=True, text=True)
@@ -44,7 +44,7 @@ def test_the_dry_run_writes_figures_of_its_sections(tmp_path: Path) -> None:
     assert "Qwen2.5-0.5B  LoRA" in done.stdout
 
 
-def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
+def test_a_failed_section_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
     check = Check(tmp_path, dry_run=True, limit=60, site=None)
     check.sections = [Section("absent", 30), Section("slow", 1, module="kernels"), Section("late", 30)]
     check.run(check.sections[0])
@@ -59,7 +59,7 @@ def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path: Path) 
     assert "timed out" in tables(check.sections)
 
 
-def test_both_libraries_stand_beside_each_other_and_beside_the_plan() -> None:
+def test_both_libraries_and_the_plan_are_side_by_side() -> None:
     names = {"model": "M", "method": "LoRA"}
     sections = [
         Section("plan", 1, rows=[{**names, "peak_bytes": 3}]),
@@ -78,7 +78,7 @@ def test_both_libraries_stand_beside_each_other_and_beside_the_plan() -> None:
     }
 
 
-def test_every_model_is_measured_in_both_libraries_in_turn(tmp_path: Path) -> None:
+def test_every_model_is_measured_in_both_libraries(tmp_path: Path) -> None:
     _, alone = planned(dry_run=False, folder=tmp_path)
     steps = [section for section in alone if section.name != "kernel_times"]
     assert [section.module for section in steps] == ["steps", "peft_steps"] * 6

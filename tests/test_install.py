@@ -16,7 +16,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 
 
 @pytest.mark.parametrize("extra", ["tpu", "cuda", "tensorboard", "wandb", "mlflow", "trackio", "eval", "gcs"])
-def test_the_hint_names_what_the_extra_needs_and_never_our_own_name(extra: str) -> None:
+def test_the_hint_names_the_extras_packages_but_not_ours(extra: str) -> None:
     """pip install "lora_jax[wandb]" asks an index for a package of our name, which may be a stranger's."""
     words = install_command(extra).lower().split()
     assert words[:2] == ["pip", "install"]
@@ -27,13 +27,13 @@ def absent(name: str) -> list[str]:
     raise metadata.PackageNotFoundError(name)
 
 
-def test_a_checkout_that_was_never_installed_is_named_by_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_that_is_not_installed_is_named_by_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """python train.py in a clone, beside packages from elsewhere."""
     monkeypatch.setattr("lora_jax.install.requires", absent)
     assert install_command("wandb") == f"pip install -e '{ROOT}[wandb]'"
 
 
-def test_a_package_without_metadata_and_without_a_checkout_is_not_installed_from_its_folder(
+def test_without_metadata_or_checkout_no_folder_is_installed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A wheel that was unpacked by hand: its folder has no pyproject.toml for pip to read."""
@@ -42,6 +42,6 @@ def test_a_package_without_metadata_and_without_a_checkout_is_not_installed_from
     assert install_command("wandb") == "pip install 'WHEEL[wandb]', where WHEEL is the wheel of lora_jax"
 
 
-def test_no_message_sends_anybody_to_an_index_for_our_name() -> None:
+def test_no_message_installs_our_name_from_an_index() -> None:
     files = [*ROOT.glob("lora_jax/**/*.py"), *ROOT.glob("docs/*.md"), ROOT / "README.md"]
     assert [f for f in files if re.search(r"install ['\"]?lora_jax", f.read_text())] == []

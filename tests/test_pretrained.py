@@ -43,7 +43,7 @@ def rounded(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("change", [rolled, rounded])
-def test_a_head_that_differs_from_the_embedding_is_used_although_config_json_ties_it(
+def test_a_head_that_differs_from_the_embedding_is_used_despite_config_json(
     tmp_path: Path, change: Callable[[dict[str, np.ndarray]], dict[str, Any]]
 ) -> None:
     """vllm PR #51665, transformers PR #42612: the head of the file was ignored on the config's word."""
@@ -55,7 +55,7 @@ def test_a_head_that_differs_from_the_embedding_is_used_although_config_json_tie
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_head_that_equals_the_embedding_stays_tied_whatever_its_dtype(tmp_path: Path, dtype: Any) -> None:
+def test_a_head_that_equals_the_embedding_stays_tied_in_any_dtype(tmp_path: Path, dtype: Any) -> None:
     def copied(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return tensors | {HEAD_NAME: tensors[EMBEDDING_NAME].astype(dtype)}
 
@@ -76,7 +76,7 @@ def test_matrices_are_compared_to_their_last_row(tmp_path: Path, monkeypatch: py
     assert same_values(checkpoint, HEAD_NAME, HEAD_NAME)
 
 
-def test_a_tied_model_that_is_saved_with_its_head_alone_has_it_as_embedding(tmp_path: Path) -> None:
+def test_a_tied_model_saved_with_only_its_head_gets_an_embedding(tmp_path: Path) -> None:
     def head_alone(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {HEAD_NAME if name == EMBEDDING_NAME else name: value for name, value in tensors.items()}
 
@@ -97,7 +97,7 @@ def test_a_tied_head_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("scale", "remarks"), [(1, 0), (2, 1)])
-def test_rotary_frequencies_that_config_json_does_not_give_are_remarked_on(
+def test_rotary_frequencies_that_contradict_config_json_are_a_remark(
     tmp_path: Path, scale: float, remarks: int
 ) -> None:
     """They are buffers of old files, which transformers drops without looking at them."""
@@ -137,7 +137,7 @@ def test_names_are_read_with_and_without_the_decoders_prefix(tmp_path: Path, for
         (lambda name: f"base_model.model.{name}", "base_model.model.", "PEFT"),
     ],
 )
-def test_names_inside_a_wrapper_are_refused_by_its_name(
+def test_names_inside_a_wrapper_are_refused(
     tmp_path: Path, wrap: Callable[[str], str], part: str, origin: str
 ) -> None:
     folder = spoilt(
@@ -148,7 +148,7 @@ def test_names_inside_a_wrapper_are_refused_by_its_name(
     assert "\n" not in str(caught.value)
 
 
-def test_two_names_that_mean_one_tensor_are_refused(tmp_path: Path) -> None:
+def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:
     twice = {"embed_tokens.weight": np.zeros((96, 32), np.float32)}
     folder = spoilt(tmp_path / "base", "llama", lambda found: found | twice)
     with pytest.raises(
@@ -157,7 +157,7 @@ def test_two_names_that_mean_one_tensor_are_refused(tmp_path: Path) -> None:
         open_folder(folder)
 
 
-def test_a_model_that_comes_with_code_of_its_own_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_model_with_custom_code_is_refused(tmp_path: Path) -> None:
     code = {"AutoModelForCausalLM": "modeling_mine.MyLlamaForCausalLM"}
     folder = configured(tmp_path / "base", architectures=["MyLlamaForCausalLM"], auto_map=code)
     with pytest.raises(UserError, match=r"custom code for the model \(modeling_mine.MyLlamaForCausalLM\)"):
@@ -178,7 +178,7 @@ def test_a_model_that_comes_with_code_of_its_own_is_refused_by_name(tmp_path: Pa
         ({"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoTokenizer": ["a.B", None]}}, None),
     ],
 )
-def test_an_architecture_that_is_not_the_familys_is_remarked_on(
+def test_an_unusual_architecture_is_a_remark(
     tmp_path: Path, changes: dict[str, Any], remark: str | None
 ) -> None:
     remarks = open_folder(configured(tmp_path / "base", **changes)).remarks
@@ -195,7 +195,7 @@ def test_an_architecture_that_is_not_the_familys_is_remarked_on(
         ("head_dim", 8.0, 8),
     ],
 )
-def test_numbers_of_config_json_may_be_written_with_or_without_a_point(
+def test_integers_in_config_json_may_be_written_as_floats(
     tmp_path: Path, key: str, stored: float, read: float
 ) -> None:
     config = open_folder(configured(tmp_path / "base", **{key: stored})).config
@@ -204,6 +204,6 @@ def test_numbers_of_config_json_may_be_written_with_or_without_a_point(
 
 
 @pytest.mark.parametrize(("key", "value"), [("rms_norm_eps", "1e-6"), ("vocab_size", 96.5), ("use_cache", 1)])
-def test_values_that_are_no_such_number_are_refused(tmp_path: Path, key: str, value: Any) -> None:
+def test_values_that_are_not_such_a_number_are_refused(tmp_path: Path, key: str, value: Any) -> None:
     with pytest.raises(UserError, match=re.escape(key)):
         open_folder(configured(tmp_path / "base", **{key: value}))

@@ -22,7 +22,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_stage_that_lasts_is_named_soon_and_then_again_and_again(
+def test_a_long_stage_is_named_repeatedly(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """nohup, SLURM and notebooks: 119 s without one character until step 0."""
@@ -40,7 +40,7 @@ def test_a_stage_that_lasts_is_named_soon_and_then_again_and_again(
     assert set(more) == {"[0:00] compiling: 2 of 4 (0:00 so far)"}
 
 
-def test_what_a_command_prints_itself_counts_as_a_sign_of_life(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_commands_own_output_counts_as_progress(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.alive("lora-jax train"), progress.stage("training"):
         for _ in range(15):
             progress.spoke()
@@ -48,7 +48,7 @@ def test_what_a_command_prints_itself_counts_as_a_sign_of_life(capsys: pytest.Ca
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_on_a_terminal_is_given_the_stages_in_place_of_lines(
+def test_a_terminal_bar_receives_the_stages(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shown: list[tuple[str, str]] = []
@@ -64,7 +64,7 @@ def test_a_bar_on_a_terminal_is_given_the_stages_in_place_of_lines(
     assert capsys.readouterr().err == ""
 
 
-def test_of_several_processes_the_first_alone_says_so(
+def test_only_the_first_process_reports_progress(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_PROCID", "1")
@@ -77,14 +77,14 @@ def test_of_several_processes_the_first_alone_says_so(
     assert capsys.readouterr().err == ""
 
 
-def test_times_are_minutes_and_seconds_and_hours_where_there_are_any() -> None:
+def test_times_are_minutes_and_seconds_with_hours_if_any() -> None:
     assert [progress.clock(seconds) for seconds in (0, 65.9, 3600, 36061)] == [
         "0:00", "1:05", "1:00:00", "10:01:01",
     ]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_train_and_generate_name_their_stages_and_leave_standard_output_to_results(
+def test_train_and_generate_name_their_stages_on_standard_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """nohup, SLURM and notebooks: every stage of every command has its line."""

@@ -507,7 +507,7 @@ MERGES: dict[str, Case] = {
     ("spoil", "arguments", "message"),
     named(model=MODEL, data=DATA, option=OPTIONS, train=OTHERS, merge=MERGES),
 )
-def test_one_line_says_what_is_wrong_and_nothing_is_written(
+def test_bad_input_is_one_line_and_writes_nothing(
     spoil: Spoil, arguments: tuple[str, ...], message: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil()
@@ -531,7 +531,7 @@ def test_one_line_says_what_is_wrong_and_nothing_is_written(
         ),
     ],
 )
-def test_the_programs_exit_with_2_and_that_line_alone(
+def test_programs_exit_with_2_and_print_only_that_line(
     program: str, arguments: tuple[str, ...], message: str, home: Path
 ) -> None:
     before = tree(home)
@@ -543,7 +543,7 @@ def test_the_programs_exit_with_2_and_that_line_alone(
     assert tree(home) == before
 
 
-def test_overwriting_replaces_only_a_folder_of_the_kind_that_is_written(
+def test_overwrite_replaces_only_folders_of_the_same_kind(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / "project").mkdir()
@@ -557,9 +557,7 @@ def test_overwriting_replaces_only_a_folder_of_the_kind_that_is_written(
         run("merge", "--adapter", "adapter", "--base", "model", "--output", "merged", "--overwrite")
 
 
-def test_an_empty_value_in_the_file_is_no_folder_called_none(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_value_is_not_a_folder_named_none(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "run.yaml").write_text("output_dir:\nmodel: {path: model}\ndata: {path: rows.jsonl}\n")
     assert main(["train", "run.yaml"]) == EXIT_CODE
     assert "output_dir: needs a value" in capsys.readouterr().err
@@ -580,7 +578,7 @@ def test_an_empty_value_in_the_file_is_no_folder_called_none(
         ),
     ],
 )
-def test_nothing_of_a_file_is_dropped_or_flattened(
+def test_no_part_of_a_file_is_dropped_or_flattened(
     home: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
 ) -> None:
     (home / "run.yaml").write_text(text)
@@ -589,7 +587,7 @@ def test_nothing_of_a_file_is_dropped_or_flattened(
 
 
 @pytest.mark.slow
-def test_data_are_shown_by_a_runs_own_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_data_accepts_the_config_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = train_arguments(home / "model", home / "rows.jsonl", home / "out")
     run(*arguments)
     capsys.readouterr()
@@ -602,7 +600,7 @@ def test_data_are_shown_by_a_runs_own_file(home: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.slow
-def test_resuming_a_finished_run_that_kept_no_checkpoint_is_refused(
+def test_resuming_a_finished_run_without_checkpoints_is_refused(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = train_arguments(

@@ -355,7 +355,7 @@ COMMANDS: dict[str, Case] = {
 @pytest.mark.parametrize(
     ("spoil", "arguments", "message"), named(option=OPTIONS, checkpoint=CHECKPOINTS, command=COMMANDS)
 )
-def test_one_line_says_what_is_wrong_and_nothing_is_written(
+def test_bad_quantization_is_one_line_and_writes_nothing(
     spoil: Spoil, arguments: tuple[str, ...], message: str, homes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil()

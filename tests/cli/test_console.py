@@ -24,7 +24,7 @@ def arguments(home: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_lines_in_a_file_are_whole_and_plain(home: Path) -> None:
+def test_log_lines_are_whole_and_plain(home: Path) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", *arguments(home)[1:]],
         capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "40"},
@@ -83,7 +83,7 @@ def test_a_terminal_shows_a_bar_with_loss_speed_and_time_left(home: Path) -> Non
     assert "Traceback" not in text
 
 
-def test_merge_says_what_it_did(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_prints_a_summary(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", "--adapter", "adapter", "--base", "model", "--output", "merged"]) == 0
     note, ends, done = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"note: the adapter names /\S+/model as its base; \S+ is used", note)
@@ -91,7 +91,7 @@ def test_merge_says_what_it_did(home: Path, capsys: pytest.CaptureFixture[str]) 
     assert done == "merged 21 modules into merged"
 
 
-def test_inspecting_shows_the_rows_and_the_adapter(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_rows_and_adapter(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "adapter", "--adapter", "adapter"]) == 0
     assert "r 2, lora_alpha 32" in capsys.readouterr().out
     assert (
@@ -101,7 +101,7 @@ def test_inspecting_shows_the_rows_and_the_adapter(home: Path, capsys: pytest.Ca
 
 
 @pytest.mark.slow
-def test_inspecting_a_mixture_shows_the_shares_that_training_takes(
+def test_inspecting_a_mixture_shows_the_shares_used_in_training(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / "more.jsonl").write_text('{"text": "Hello"}\n' * 3)

@@ -24,7 +24,7 @@ def untied(home: Path) -> np.ndarray:
     return head
 
 
-def test_a_head_that_config_json_ties_is_merged_and_quantised_as_the_file_has_it(
+def test_a_head_that_config_json_ties_is_merged_and_quantized_as_stored(
     untied: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """vllm PR #51665, transformers PR #42612: what is written has the head, and a config.json that says so."""

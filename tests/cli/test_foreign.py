@@ -63,7 +63,7 @@ UNSLOTH = """
 """
 
 
-def test_every_option_that_the_table_names_exists() -> None:
+def test_every_option_in_the_table_exists() -> None:
     """So that a renamed option of ours cannot leave an answer behind that is refused in turn."""
     for text in RENAMED:
         name, _, value = text.partition(" ")
@@ -89,7 +89,7 @@ def test_every_option_that_the_table_names_exists() -> None:
 @pytest.mark.parametrize(
     "keys", [AXOLOTL, LLAMA_FACTORY, UNSLOTH], ids=["axolotl", "llama-factory", "unsloth"]
 )
-def test_common_keys_of_other_tools_all_have_an_answer(keys: str) -> None:
+def test_common_keys_of_other_tools_have_an_answer(keys: str) -> None:
     """The keys of axolotl's and LLaMA-Factory's examples, and the arguments of Unsloth's two functions."""
     guesses = {
         key: found.text
@@ -133,7 +133,7 @@ def test_a_flag_of_another_tool_is_answered_with_ours(
     assert error.count("\n") == 1
 
 
-def test_bits_are_answered_by_their_number() -> None:
+def test_bits_are_answered_by_number() -> None:
     """`--bits 16`, as QLoRA's scripts have it, asks for no quantization at all."""
     answers = {bits: answer_to(Unknown("bits", [bits]), OURS).text for bits in ("4", "8", "16")}
     assert answers == {"4": "model.load_in_4bit True", "8": "model.load_in_8bit True", "16": ""}
@@ -150,7 +150,7 @@ def test_merge_answers_with_its_own_options(capsys: pytest.CaptureFixture[str]) 
     )
 
 
-def test_an_axolotl_config_is_answered_in_one_go(tmp_path: Path) -> None:
+def test_an_axolotl_config_is_answered_at_once(tmp_path: Path) -> None:
     """A file in the words of axolotl's examples, keys without a value included: one answer, not one a try."""
     (tmp_path / "a.yml").write_text(
         "base_model: m\nload_in_4bit: true\ndatasets:\n  - path: d\n    type: alpaca\nadapter: qlora\nlora_model_dir:\n"

@@ -34,7 +34,7 @@ WHOLE = RunConfig(ModelOptions(path="a"), data=DataOptions(path=("b",)), output_
 
 
 @pytest.mark.parametrize("kind", [RunConfig, GenerateOptions])
-def test_no_number_of_any_option_is_beyond_what_devices_hold(kind: Any) -> None:
+def test_no_option_accepts_numbers_beyond_32_bits(kind: Any) -> None:
     for name, hint in option_names(kind).items():
         kinds = {hint, *get_args(hint)} & {int, float}
         for value in () if not kinds else (HUGE, -HUGE) if int in kinds else (1e39, -1e39, 1e-60):
@@ -60,14 +60,16 @@ def test_no_number_of_any_option_is_beyond_what_devices_hold(kind: Any) -> None:
         (f"--lora.r {10**400}", "must be at most 2147483647"),
     ],
 )
-def test_such_a_number_is_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_number_beyond_32_bits_is_one_line(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", *words.split()]) == EXIT_CODE
     assert capsys.readouterr().err == f"error: {words}: {message}\n"
     assert main(["generate", "--seed", "4294967296"]) == EXIT_CODE
     assert capsys.readouterr().err == "error: --seed 4294967296: must be at most 4294967295\n"
 
 
-def test_the_limits_themselves_are_within() -> None:
+def test_the_limits_themselves_are_accepted() -> None:
     words = "--train.max_steps 2147483647 --train.seed 4294967295 --train.learning_rate 3.402823466e38"
     parse(RunConfig, [*words.split(), "--train.adam_epsilon", "1.175494351e-38"], program="")
 
@@ -95,15 +97,13 @@ def test_yaml_that_python_cannot_read_is_one_line(text: str, message: str, tmp_p
     assert str(raised.value).startswith(f"config file {tmp_path}/run.yaml: {message}")
 
 
-def test_none_is_no_tracker(tmp_path: Path) -> None:
+def test_none_means_no_tracker(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("train: {report_to: none}")
     for words in ([str(tmp_path / "run.yaml")], ["--train.report_to", "none"]):
         assert parse(RunConfig, words, program="").train.report_to == ()
 
 
-def test_a_pass_of_more_tokens_than_devices_count_is_not_planned(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pass_with_too_many_tokens_is_not_planned(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--topology", "cpu", "--model.path", "model", "--train.per_device_train_batch_size", "500000000")
     assert main(["plan", *words]) == EXIT_CODE
     error = capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_a_pass_of_more_tokens_than_devices_count_is_not_planned(
         ),
     ],
 )
-def test_completions_whose_cache_cannot_fit_are_refused_before_a_run_begins(
+def test_a_cache_that_does_not_fit_is_refused_before_the_run(
     home: Path, words: tuple[str, ...], option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = train_arguments(Path("model"), Path("rows.jsonl"), Path("out"), *words, option, "1000000000")
@@ -202,7 +202,7 @@ def test_a_lack_of_memory_is_one_line_with_a_remedy(
         f"{OUT}ptxas fatal: Register allocation failed with register count of 255",
     ],
 )
-def test_a_mistake_of_the_program_is_no_lack_of_memory(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_not_reported_as_a_lack_of_memory(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cli.COMMANDS, "train", raising(XLA(text)))
     with pytest.raises(XLA):
         main(["train"])

@@ -26,7 +26,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", OPTIMISERS)
-def test_every_optimiser_trains(
+def test_every_optimizer_trains(
     optim: str, inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
@@ -41,9 +41,7 @@ def test_every_optimiser_trains(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw8bit", *rarely(["paged_adamw_8bit"])])
-def test_a_run_in_8_bits_goes_on_from_a_checkpoint_to_the_bit(
-    optim: str, inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_an_8_bit_run_resumes_bit_for_bit(optim: str, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """Pain 20: a paged optimizer resumes as any other."""
     output = tmp_path / "out"
     arguments = train_arguments(

@@ -66,12 +66,12 @@ SAME = [
 
 
 @pytest.mark.parametrize(("text", "flags"), SAME)
-def test_a_line_of_yaml_and_a_flag_say_the_same(text: str, flags: str, config: Any) -> None:
+def test_yaml_and_flags_are_equivalent(text: str, flags: str, config: Any) -> None:
     words = [flags] if "=" in flags else flags.split()
     assert config(text) == config(None, *words)
 
 
-def test_the_flags_that_say_the_same_are_understood(config: Any) -> None:
+def test_equivalent_flags_are_understood(config: Any) -> None:
     words = "--lora.rank_pattern q_proj 4 .*v_proj 8 --lora.target_modules q_proj v_proj"
     lora = config(None, *words.split()).lora
     assert lora == LoraOptions(rank_pattern={"q_proj": 4, ".*v_proj": 8}, target_modules=("q_proj", "v_proj"))
@@ -114,9 +114,7 @@ YAML_1_1 = {
 
 
 @pytest.mark.parametrize(("text", "meant"), YAML_1_1.items(), ids=str)
-def test_what_is_written_in_yaml_is_what_is_meant(
-    text: str, meant: tuple[str, str, object], config: Any
-) -> None:
+def test_yaml_is_read_literally(text: str, meant: tuple[str, str, object], config: Any) -> None:
     """YAML 1.1 reads 0100 as 64, 1:30 as 90, a bare yes as True and a date as a date; nobody means that here."""
     section, name, value = meant
     found = getattr(config(text), section)
@@ -124,7 +122,7 @@ def test_what_is_written_in_yaml_is_what_is_meant(
 
 
 @pytest.mark.parametrize("number", ["1:30", "0o100", "0x10", "!!int 1:30", "1.5.2", "2026-01-02", "yes"])
-def test_a_number_that_only_yaml_1_1_knows_is_refused(number: str, config: Any) -> None:
+def test_numbers_in_yaml_1_1_notation_are_refused(number: str, config: Any) -> None:
     with pytest.raises(UserError, match="is not a whole number; give one"):
         config(f"train: {{save_steps: {number}}}")
 
@@ -145,7 +143,7 @@ def test_a_number_that_only_yaml_1_1_knows_is_refused(number: str, config: Any) 
         ("train: {run_name: !!binary aGVsbG8=}", "is not valid YAML"),
     ],
 )
-def test_a_value_of_another_form_is_refused_and_never_written_out(
+def test_a_value_of_the_wrong_form_is_refused_and_not_printed_in_full(
     text: str, message: str | None, config: Any
 ) -> None:
     """A list in a list, or an entry that was left empty, became the text of a Python object."""
@@ -156,7 +154,7 @@ def test_a_value_of_another_form_is_refused_and_never_written_out(
         config(text)
 
 
-def test_flags_win_over_the_file_and_the_last_one_over_those_before(config: Any) -> None:
+def test_flags_override_the_file_and_earlier_flags(config: Any) -> None:
     text = "lora: {r: 8, target_modules: [q_proj, v_proj]}\ntrain: {seed: 3}\noverwrite: true"
     flags = ["--lora.r", "2", "--lora.r", "4", "--lora.target_modules", "k_proj", "--overwrite", "False"]
     found = config(text, *flags)
@@ -164,7 +162,7 @@ def test_flags_win_over_the_file_and_the_last_one_over_those_before(config: Any)
     assert not found.overwrite
 
 
-def test_what_is_given_is_told_from_what_is_a_default(tmp_path: Path) -> None:
+def test_a_given_value_differs_from_a_default(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("lora: {r: 16}")
     found = parse(RunConfig, [str(tmp_path / "run.yaml"), "--model.load_in_4bit", "no"], program="train.py")
     assert (found.lora.r, found.lora.lora_alpha, found.lora.rank_pattern) == (16, None, None)
@@ -173,7 +171,7 @@ def test_what_is_given_is_told_from_what_is_a_default(tmp_path: Path) -> None:
     assert (whole.lora.lora_alpha, whole.lora.rank_pattern, whole.model.load_in_8bit) == (32, {}, False)
 
 
-def test_the_written_config_is_read_back_as_it_was(config: Any) -> None:
+def test_the_written_config_reads_back_unchanged(config: Any) -> None:
     changed = config(
         "lora: {rank_pattern: {a: 1}, target_modules: [a, b], init_lora_weights: true, init_from: x}\n"
         "train: {save_strategy: 'no', save_total_limit: null, learning_rate: 3e-05}\noutput_dir: '1'\n"
@@ -183,7 +181,7 @@ def test_the_written_config_is_read_back_as_it_was(config: Any) -> None:
     assert config(config_yaml(RunConfig())) == RunConfig()
 
 
-def test_text_that_starts_with_dashes_is_text(tmp_path: Path) -> None:
+def test_text_may_start_with_dashes(tmp_path: Path) -> None:
     """A prompt about the flags of a program; tyro took it for an option."""
     file = tmp_path / "run.yaml"
     file.write_text("train: {sample_prompts: '--help me'}\ndata: {path: ''}")
@@ -193,7 +191,7 @@ def test_text_that_starts_with_dashes_is_text(tmp_path: Path) -> None:
     assert (typed.train.sample_prompts, typed.train.report_to) == (("--",), ("wandb",))
 
 
-def test_a_written_config_holds_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_written_config_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """config.yaml held relative paths: it repeated the run from the folder alone that the run was started in."""
     (tmp_path / "there" / "model").mkdir(parents=True)
     (tmp_path / "there" / "rows.jsonl").touch()
@@ -296,7 +294,7 @@ def classes(kind: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize(("command", "kind"), [("train", RunConfig), ("merge", MergeOptions)])
-def test_help_lists_every_option_with_its_meaning(
+def test_help_lists_every_option(
     command: str, kind: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
@@ -312,7 +310,7 @@ def test_help_lists_every_option_with_its_meaning(
     assert "(required)" in text
 
 
-def test_help_of_all_commands_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_for_all_commands_fits_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert main([]) == 2
@@ -336,7 +334,7 @@ REQUIRED = {
 
 
 @pytest.mark.parametrize(("command", "required"), REQUIRED.items())
-def test_help_begins_with_a_usage_that_holds_and_says_what_the_command_does(
+def test_help_starts_with_a_valid_usage_and_a_summary(
     command: str,
     required: set[str],
     capsys: pytest.CaptureFixture[str],
@@ -361,13 +359,13 @@ def test_help_of_train_py_and_merge_py_names_them(capsys: pytest.CaptureFixture[
         assert capsys.readouterr().out.startswith(f"usage: {name}.py [CONFIG.yaml] ")
 
 
-def test_a_default_of_many_texts_is_not_written_out_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_does_not_print_long_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["merge", "--help"])
     assert "(default: 4 texts of its own)" in capsys.readouterr().out
 
 
-def test_a_config_of_the_repository_is_said_to_be_there(
+def test_a_config_missing_from_a_wheel_is_said_to_be_in_the_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The package from a wheel, and the README's line: there is no folder configs."""
@@ -379,7 +377,7 @@ def test_a_config_of_the_repository_is_said_to_be_there(
     )
 
 
-def test_every_shipped_config_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_shipped_config_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     files = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
     assert files
     for file in files:

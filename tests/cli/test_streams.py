@@ -19,7 +19,7 @@ from tests.runs import train_arguments, write_rows
 from tests.tiny import CONFIGS, write_checkpoint
 
 
-def test_a_stream_whose_reader_is_gone_is_written_to_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_without_a_reader_is_no_longer_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stdout", "stderr"):
         for lasts in (True, False):
             reader, writer = os.pipe()
@@ -37,7 +37,7 @@ def test_a_stream_whose_reader_is_gone_is_written_to_no_more(monkeypatch: pytest
                 monkeypatch.undo()
 
 
-def test_a_command_that_leaves_a_file_goes_on_without_a_reader() -> None:
+def test_a_command_that_writes_files_continues_without_a_reader() -> None:
     """eval --json --output FILE | head -1."""
     assert leaves_files(["train"])
     assert leaves_files(["eval", "--output", "scores.jsonl"])
@@ -48,7 +48,7 @@ def test_a_command_that_leaves_a_file_goes_on_without_a_reader() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["stdout", "disk", *rarely(["stderr", "both", "terminal", "tee"])])
-def test_a_run_whose_output_is_gone_goes_on_and_says_so_in_its_record(lost: str, tmp_path: Path) -> None:
+def test_a_run_without_output_continues_and_records_it(lost: str, tmp_path: Path) -> None:
     """train | head -1, a log on a full disk, a terminal that is closed, and a tee that dies."""
     model, rows = (
         write_checkpoint(tmp_path / "model", CONFIGS["qwen2-tied"]),

@@ -54,7 +54,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(("command", "option"), PLACES)
-def test_text_where_a_path_is_meant_is_one_clear_error(command, option, capsys):
+def test_text_instead_of_a_path_is_one_clear_error(command, option, capsys):
     """`--data.path "$(cat rows.jsonl)"` ended in a traceback: the name has more bytes than a file system takes."""
     more = {"inspect": ("data",), "report": ("out",)}.get(command, ())
     said = refused(capsys, command, *more, option, TEXT)
@@ -62,7 +62,7 @@ def test_text_where_a_path_is_meant_is_one_clear_error(command, option, capsys):
     assert "is too long for a path (412 bytes); give the path of a file or folder, not its contents" in said
 
 
-def test_names_too_long_that_are_no_options_are_one_clear_error(capsys):
+def test_names_that_are_too_long_are_one_clear_error(capsys):
     for command in ("report", "train"):
         assert "the name is too long for the file system" in refused(capsys, command, "a" * 300)
 
@@ -79,7 +79,7 @@ def test_config_in_the_home_of_an_unknown_user_is_one_clear_error(capsys):
     assert "the home folder ~alcie is unknown" in refused(capsys, "train", "~alcie/run.yaml")
 
 
-def test_file_that_may_not_be_read_is_one_clear_error():
+def test_an_unreadable_file_is_one_clear_error():
     """Such as rows in another user's home; the error is made here since root may read everything."""
     denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/home/other/rows.jsonl")
     said = str(mendable(denied, ""))
@@ -113,12 +113,12 @@ def test_every_option_that_takes_a_path_is_checked():
         ("train", "--data.columns", "text", "\udcff"),
     ],
 )
-def test_option_that_is_not_utf8_is_one_clear_error_before_anything_is_loaded(arguments, capsys):
+def test_an_option_that_is_not_utf8_is_one_clear_error_before_loading(arguments, capsys):
     """The tokenizer raised a TypeError after minutes of loading."""
     assert "is not UTF-8 text; write it in UTF-8" in refused(capsys, *arguments)
 
 
-def test_config_file_is_held_to_the_same(tmp_path, capsys):
+def test_config_files_are_checked_in_the_same_way(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     for content, said in (
         (f"data:\n  path: '{TEXT}'\n", "run.yaml: data.path {"),
@@ -136,7 +136,7 @@ def test_config_may_be_a_pipe(tmp_path, capsys):
         assert "nothing: unknown option" in refused(capsys, "train", str(pipe))
 
 
-def test_marks_are_ascii_where_the_encoding_lacks_them() -> None:
+def test_marks_are_ascii_if_the_encoding_lacks_them() -> None:
     from rich.text import Text
 
     shown = Text("a⟦b·c↵\n⟧é")
@@ -144,7 +144,7 @@ def test_marks_are_ascii_where_the_encoding_lacks_them() -> None:
     assert encodable(shown, "latin-1").plain == encodable(shown, "ascii").plain == "a[[b|c\\n\n]]é"
 
 
-def test_output_never_ends_in_an_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_never_fails_because_of_an_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """PYTHONIOENCODING=ascii, and code pages: UnicodeEncodeError with 40 lines."""
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", narrow)

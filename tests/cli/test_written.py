@@ -62,7 +62,7 @@ def spoilt(chatty: Path, tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
-def test_adapter_and_merged_model_stop_where_training_taught_it_to(
+def test_adapter_and_merged_model_stop_as_trained(
     chatty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Qwen3 #927, #1064, LLaMA-Factory #7943: the base's settings do not name the token that ends a turn."""
@@ -82,7 +82,9 @@ def test_adapter_and_merged_model_stop_where_training_taught_it_to(
     assert stops(tmp_path / "again") == (both, both)
 
 
-def test_a_path_is_printed_as_it_is(chatty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_is_printed_unchanged(
+    chatty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """rich takes a word in brackets for a style, and leaves it out."""
     output = tmp_path / "runs[lr]"
     run("export", "--adapter", str(chatty / "out" / "adapter"), "--output", str(output))
@@ -90,7 +92,7 @@ def test_a_path_is_printed_as_it_is(chatty: Path, tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.slow
-def test_a_model_that_was_trained_whole_stops_there_too(chatty: Path, tmp_path: Path) -> None:
+def test_a_fully_trained_model_stops_as_trained(chatty: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     shutil.copytree(chatty / "model", tmp_path / "model", dirs_exist_ok=True)
     (tmp_path / "model" / "generation_config.json").unlink()
@@ -99,7 +101,7 @@ def test_a_model_that_was_trained_whole_stops_there_too(chatty: Path, tmp_path: 
     assert stops(tmp_path / "out" / "model") == ([PAD, EOS, TURN_END],) * 2
 
 
-def test_files_that_stop_there_already_stay_as_they_are(chatty: Path, tmp_path: Path) -> None:
+def test_files_that_already_stop_there_are_not_changed(chatty: Path, tmp_path: Path) -> None:
     shutil.copytree(chatty / "model", tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(" " + json.dumps({"eos_token_id": [2, 1]}))
     adapter = shutil.copytree(chatty / "out" / "adapter", tmp_path / "adapter")
@@ -110,7 +112,7 @@ def test_files_that_stop_there_already_stay_as_they_are(chatty: Path, tmp_path: 
     assert (tmp_path / "merged" / "generation_config.json").read_text()[0] == " "
 
 
-def test_an_end_token_whose_row_was_added_ends_a_text_too(chatty: Path, tmp_path: Path) -> None:
+def test_an_end_token_in_an_added_row_ends_a_text_too(chatty: Path, tmp_path: Path) -> None:
     """ChatML's end token on a base that lacks it, with --model.resize_vocab."""
     base, tokenizer = open_folder(chatty / "model").checkpoint, load_tokenizer(chatty / "model")
     tokenizer.add_special_tokens({"eos_token": "<|new_end|>"})
@@ -122,9 +124,7 @@ def test_an_end_token_whose_row_was_added_ends_a_text_too(chatty: Path, tmp_path
     assert stops(tmp_path)[0] == [PAD, end, TURN_END]
 
 
-def test_an_adapter_without_the_template_is_merged_and_generates_with_the_bases(
-    chatty: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_without_a_template_uses_the_bases(chatty: Path, tmp_path: Path) -> None:
     """LLaMA-Factory #8399."""
     adapter = shutil.copytree(chatty / "out" / "adapter", tmp_path / "adapter")
     (adapter / "chat_template.jinja").unlink()
@@ -137,7 +137,7 @@ def test_an_adapter_without_the_template_is_merged_and_generates_with_the_bases(
     assert load_for_inference(ModelOptions(), str(adapter)).tokenizer.chat_template == TEMPLATE
 
 
-def test_an_end_token_of_the_adapter_that_the_vocabulary_lacks_is_noted(
+def test_an_end_token_beyond_the_vocabulary_is_noted(
     chatty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """LLaMA-Factory #8399: its tokenizer_config.json names another end token, and it brings no tokenizer.json."""
@@ -154,7 +154,7 @@ def test_an_end_token_of_the_adapter_that_the_vocabulary_lacks_is_noted(
 
 
 @pytest.mark.slow
-def test_training_on_says_where_the_adapter_brings_another_template(
+def test_continuing_an_adapter_with_another_template_is_noted(
     chatty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = shutil.copytree(chatty / "out" / "adapter", tmp_path / "adapter")
@@ -167,9 +167,7 @@ def test_training_on_says_where_the_adapter_brings_another_template(
         assert ("--lora.init_from has another chat template" in capsys.readouterr().out) == noted
 
 
-def test_a_base_that_has_changed_since_training_is_noticed(
-    spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_base_is_noticed(spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same path, and all weights of its MLPs zero: merged and generated with without a word."""
     adapter, model = str(spoilt / "out" / "adapter"), str(spoilt / "model")
     train = train_arguments(
@@ -190,7 +188,7 @@ def test_a_base_that_has_changed_since_training_is_noticed(
         ) in printed.out + printed.err, words
 
 
-def test_a_base_that_is_the_same_or_quantised_is_no_changed_one(
+def test_an_equal_or_quantized_base_does_not_count_as_changed(
     chatty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, adapter = shutil.copytree(chatty / "model", tmp_path / "model"), chatty / "out" / "adapter"
@@ -214,7 +212,7 @@ def test_a_base_that_is_the_same_or_quantised_is_no_changed_one(
     assert expected in capsys.readouterr().out
 
 
-def test_a_merge_that_is_told_to_end_leaves_nothing(
+def test_a_terminated_merge_leaves_nothing(
     chatty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SIGTERM left a hidden folder of up to the model's size."""
@@ -241,7 +239,7 @@ def test_a_merge_that_is_told_to_end_leaves_nothing(
     assert Terminated(signal.SIGHUP).code == 129
 
 
-def test_inspecting_an_adapter_shows_whole_names_and_a_module_on_one_line(
+def test_inspecting_an_adapter_shows_whole_names_one_module_per_line(
     chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At 80 columns, and in a pipe, names were cut: k_proj.lora_A.we…"""

@@ -48,13 +48,13 @@ def test_eos_target_keeps_its_weight_when_it_is_the_padding_id():
     assert batch.targets[0, 1] == 9
 
 
-def test_row_of_full_length_and_row_of_one_token_fit():
+def test_rows_of_full_length_and_of_one_token_fit():
     batch = make_batch(rows_of([4, 1]), rows=2, length=4, padding_id=PADDING)
     assert batch.weights.sum(axis=1).tolist() == [3, 0]
     assert batch.segment_ids.sum(axis=1).tolist() == [4, 1]
 
 
-def test_examples_that_share_a_row_are_segments_that_predict_nothing_of_each_other():
+def test_examples_in_one_row_do_not_predict_each_other():
     """Pain 13: no target of a segment is a token of the next, even where all tokens are trained."""
     first, second = row_of([5, 6, 7], [True] * 3), row_of([8, 9], [True] * 2)
     batch = packed_batch([[first, second]], rows=2, length=7, padding_id=PADDING)
@@ -65,13 +65,13 @@ def test_examples_that_share_a_row_are_segments_that_predict_nothing_of_each_oth
     np.testing.assert_array_equal(batch.targets[0, [0, 1, 3]], [6, 7, 9])
 
 
-def test_a_rows_weight_is_that_of_its_targets():
+def test_targets_have_the_weight_of_their_row():
     heavy = Tokens(np.arange(4, dtype=np.int32), np.array([False, False, True, True]), 1, weight=2.5)
     batch = packed_batch([[heavy, row_of([1, 2], [False, True])]], rows=1, length=6, padding_id=PADDING)
     np.testing.assert_array_equal(batch.weights, [[0, 2.5, 2.5, 0, 1, 0]])
 
 
-def test_what_does_not_fit_is_refused():
+def test_rows_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="does not fit in a length of 3"):
         make_batch(rows_of([4]), rows=1, length=3, padding_id=PADDING)
     with pytest.raises(ValueError, match="do not fit in 1 rows"):
@@ -91,7 +91,7 @@ def test_padding_adds_nothing_but_padding(lengths, more_rows, more_length):
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([1, 8, 64, 128]))
-def test_padded_length_is_the_least_multiple_within_the_limit(longest, max_length, multiple):
+def test_padded_length_is_the_smallest_multiple_within_the_limit(longest, max_length, multiple):
     found = padded_length(longest, max_length, multiple)
     assert found >= longest
     assert found < longest + multiple
@@ -106,7 +106,7 @@ def test_order_of_an_epoch_is_a_permutation(rows, seed, epoch):
 ORDER_42 = [4, 1, 3, 6, 0, 7, 2, 5]
 
 
-def test_order_differs_by_epoch_and_seed_and_is_the_same_for_all_time():
+def test_order_differs_by_epoch_and_seed_and_never_changes():
     assert epoch_order(8, 42, 0).tolist() != epoch_order(8, 42, 1).tolist()
     assert epoch_order(8, 42, 0).tolist() != epoch_order(8, 43, 0).tolist()
     assert epoch_order(8, 42, 0).tolist() == ORDER_42

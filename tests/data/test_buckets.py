@@ -28,7 +28,7 @@ def best(needed: np.ndarray, count: int, fewest: int) -> int | None:
 
 
 @given(NEEDED, st.integers(1, 5), st.integers(1, 6))
-def test_lengths_are_the_best_of_all_of_their_number_and_another_would_save_little(needed, most, fewest):
+def test_lengths_are_optimal_and_one_more_would_save_little(needed, most, fewest):
     lengths = bucket_lengths(needed, most, fewest)
     assert list(lengths) == sorted(set(lengths))
     assert len(lengths) <= most
@@ -46,7 +46,7 @@ def test_lengths_are_the_best_of_all_of_their_number_and_another_would_save_litt
             assert tokens < other
 
 
-def test_steps_of_one_length_have_one_program():
+def test_steps_of_equal_length_share_a_program():
     assert bucket_lengths(np.full(100, 256), 4) == (256,)
 
 
@@ -57,5 +57,5 @@ def test_a_few_long_steps_do_not_pad_the_others():
     assert bucket_lengths(needed, 4, fewest=6) == (1024,)  # five do not pay for a program
 
 
-def test_a_length_that_saves_next_to_nothing_is_left_out():
+def test_a_length_that_saves_little_is_dropped():
     assert bucket_lengths(np.array([1024] * 96 + [960] * 4), 4) == (1024,)

@@ -37,7 +37,7 @@ SPACED = ("llama2", "mistral")
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_named_template_trains_the_turns_with_the_token_that_generation_stops_at(name):
+def test_named_template_trains_the_token_that_generation_stops_at(name):
     tokenizer = make_family_tokenizer(BASE)
     set_chat_template(tokenizer, name)
     for head in ([], [{"role": "system", "content": "Be kind."}]):
@@ -52,7 +52,7 @@ def test_named_template_trains_the_turns_with_the_token_that_generation_stops_at
     assert tokenize(ChatExample(TURNS), tokenizer, 512, "here").input_ids[: len(asked)].tolist() == asked
 
 
-def test_names_of_other_tools_are_known_and_bos_stands_where_the_tokenizer_puts_it(make_tokenizer):
+def test_names_in_other_tools_are_known_and_bos_follows_the_tokenizer(make_tokenizer):
     plain, adding = make_tokenizer(), make_tokenizer(add_bos=True)
     for tokenizer in (plain, adding):
         set_chat_template(tokenizer, "qwen_25")
@@ -61,7 +61,7 @@ def test_names_of_other_tools_are_known_and_bos_stands_where_the_tokenizer_puts_
     assert tokens.input_ids[:2].tolist() == adding.convert_tokens_to_ids(["<s>", "<|im_start|>"])
 
 
-def test_template_that_cannot_be_had_is_one_clear_error(make_tokenizer, tmp_path):
+def test_missing_template_is_one_clear_error(make_tokenizer, tmp_path):
     broken, binary, empty = tmp_path / "broken.jinja", tmp_path / "binary.jinja", tmp_path / "empty.jinja"
     broken.write_text("{% for m in messages %}\n{{ m.content")
     binary.write_bytes(b"\xff\xfe")
@@ -83,7 +83,7 @@ def test_template_that_cannot_be_had_is_one_clear_error(make_tokenizer, tmp_path
 
 
 @pytest.mark.slow
-def test_template_of_a_run_is_saved_with_what_it_trains(tmp_path: Path, capsys):
+def test_template_of_a_run_is_saved_with_its_result(tmp_path: Path, capsys):
     """A base model without a template: the adapter, the export and the merged model bring the run's."""
     base = write_checkpoint(tmp_path / "base", CONFIGS["qwen2"])
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": TURNS}] * 8)

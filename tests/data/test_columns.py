@@ -42,7 +42,7 @@ def test_system_column_becomes_the_first_message():
     ) == ChatExample([system, *TURNS], 2)
 
 
-def test_system_column_that_contradicts_the_conversation_is_one_clear_error():
+def test_contradictory_system_column_is_one_clear_error():
     row = {"messages": [SYSTEM, *TURNS], "system": "Speak like a pirate."}
     with pytest.raises(
         UserError, match=r"line 3: column system differs from the system message .* remove one"
@@ -50,7 +50,7 @@ def test_system_column_that_contradicts_the_conversation_is_one_clear_error():
         example(row)
 
 
-def test_history_column_becomes_the_turns_before_and_is_trained_on():
+def test_history_column_becomes_trained_earlier_turns():
     """As LLaMA-Factory's data/README.md has it: pairs of instruction and response, whose responses are learned too."""
     row = {"instruction": "And 3?", "input": "", "output": "nine", "system": "Square it."}
     turns = [{"role": "user", "content": "And 3?"}, {"role": "assistant", "content": "nine"}]
@@ -65,7 +65,7 @@ def test_history_column_becomes_the_turns_before_and_is_trained_on():
     assert example(inside) == right
 
 
-def test_tools_go_with_every_format_that_becomes_messages():
+def test_tools_work_with_every_format_of_messages():
     tools = [{"type": "function", "function": {"name": "add"}}]
     row = {"instruction": "Add.", "output": "5", "tools": json.dumps(tools)}
     assert example(row).tools == tools
@@ -116,7 +116,7 @@ def test_tools_go_with_every_format_that_becomes_messages():
         ),
     ],
 )
-def test_column_that_cannot_be_heeded_is_one_clear_error(row, message):
+def test_column_that_cannot_be_trained_on_is_one_clear_error(row, message):
     """Preference pairs, verdicts and pictures of TRL, LLaMA-Factory and ms-swift, and parts of OpenAI's messages."""
     with pytest.raises(UserError, match=message) as caught:
         example(row)
@@ -131,13 +131,13 @@ def test_context_without_a_chat_template_is_one_clear_error():
         example({"question": "a", "answer": "b", "history": [["a", "b"]]}, chat=False)
 
 
-def test_columns_that_say_nothing_and_classes_are_no_errors():
+def test_empty_columns_and_numeric_classes_are_no_errors():
     row = {"messages": TURNS, "images": [], "system": None, "rejected": "", "label": 3, "tools": []}
     assert example(row) == ChatExample(TURNS)
     example({"text": "a", "label": True, "reasoning": "b"})  # of a text that is whole
 
 
-def test_user_may_leave_columns_out_or_train_on_the_chosen_answers():
+def test_columns_can_be_excluded_or_mapped_to_the_chosen_answers():
     chosen = {"prompt": "a", "chosen": "b", "rejected": "c"}
     assert example(chosen, columns={"completion": "chosen"}).completion == "b"
     left_out = {"label": "none", "images": "None", "chosen": "none"}
@@ -145,7 +145,7 @@ def test_user_may_leave_columns_out_or_train_on_the_chosen_answers():
     assert example(row, columns=left_out).completion == "b"
 
 
-def test_columns_not_used_are_named_once_over_all_rows(make_tokenizer, write_lines, tmp_path):
+def test_unused_columns_are_named_once_over_all_rows(make_tokenizer, write_lines, tmp_path):
     rows = [
         {"text": "a b", "id": 1, "empty": None},
         {"text": "c d", "source": "x"},
@@ -160,7 +160,7 @@ def test_columns_not_used_are_named_once_over_all_rows(make_tokenizer, write_lin
     assert "not used" not in load(write_lines({"text": "a b"}), make_tokenizer()).summary()
 
 
-def test_columns_not_used_are_known_when_tokens_come_from_the_cache(make_tokenizer, write_lines):
+def test_unused_columns_are_known_with_cached_tokens(make_tokenizer, write_lines):
     path = write_lines({"text": "a b", "id": 1})
     first, again = (
         load_examples(DataOptions(), make_tokenizer(), path, "train", None).summary() for _ in range(2)
@@ -177,7 +177,7 @@ def test_one_of_two_formats_is_used_and_the_other_is_named(make_tokenizer, write
     assert [part.form for part in named.parts] == ["text"]
 
 
-def test_mapped_columns_take_the_place_of_ours(make_tokenizer, write_lines):
+def test_mapped_columns_replace_ours(make_tokenizer, write_lines):
     tokenizer = make_tokenizer("chatml")
     plain = load(write_lines({"question": "What is 2?", "answer": "5"}), tokenizer)
     mapped = load(
@@ -250,14 +250,14 @@ def test_mapped_column_that_the_format_does_not_read_is_named(make_tokenizer, wr
         ),
     ],
 )
-def test_column_that_an_option_names_and_no_row_has_is_one_clear_error(
+def test_option_for_a_column_that_no_row_has_is_one_clear_error(
     make_tokenizer, write_lines, row, options, message
 ):
     with pytest.raises(UserError, match=message):
         load(write_lines(row), make_tokenizer("chatml"), **options)
 
 
-def test_rows_to_evaluate_on_may_have_our_names(make_tokenizer, write_lines):
+def test_evaluation_rows_may_use_our_names(make_tokenizer, write_lines):
     options = DataOptions(columns={"text": "body"}, cache=False)
     path = write_lines({"text": "a b"})
     assert (

@@ -17,7 +17,7 @@ def load(path, tokenizer, vocab_size=None, **options):
     return load_examples(DataOptions(**options), tokenizer, path, "train", vocab_size)
 
 
-def test_counts_are_those_of_the_rows(make_tokenizer, write_lines):
+def test_counts_match_the_rows(make_tokenizer, write_lines):
     tokenizer = make_tokenizer("chatml")
     rows = [{"prompt": "Hello", "completion": " day"}, {"prompt": "", "completion": ""}]
     dataset = load(write_lines(*rows, {"prompt": "What", "completion": " is 2 + 3?"}), tokenizer)
@@ -32,7 +32,7 @@ def test_counts_are_those_of_the_rows(make_tokenizer, write_lines):
     assert dataset.summary().endswith("; 1 dropped, with nothing to train on")
 
 
-def test_rows_cut_before_what_is_trained_are_dropped_and_others_counted(make_tokenizer, write_lines):
+def test_rows_cut_before_their_targets_are_dropped_and_others_counted(make_tokenizer, write_lines):
     rows = [{"prompt": "What is 2 + 3? " * 5, "completion": "5"}, {"prompt": "a", "completion": "day " * 30}]
     dataset = load(write_lines(*rows), make_tokenizer(), max_length=12)
     assert (dataset.rows, dataset.dropped, dataset.truncated, dataset.longest) == (1, 1, 1, 12)
@@ -58,7 +58,7 @@ def test_later_row_without_the_columns_is_one_clear_error_with_its_line(make_tok
         load(path, make_tokenizer())
 
 
-def test_token_beyond_the_vocabulary_is_one_clear_error_with_the_remedy(make_tokenizer, write_lines):
+def test_token_beyond_the_vocabulary_is_one_clear_error_with_a_remedy(make_tokenizer, write_lines):
     tokenizer = make_tokenizer()
     path = write_lines(*TEXTS[:2], {"text": "<end_of_turn>"})
     assert load(path, tokenizer, vocab_size=len(tokenizer)).rows == 3
@@ -68,7 +68,7 @@ def test_token_beyond_the_vocabulary_is_one_clear_error_with_the_remedy(make_tok
         load(path, tokenizer, vocab_size=len(tokenizer) - 1)
 
 
-def test_questions_follow_the_template_of_the_tokenizer(make_tokenizer, write_lines):
+def test_questions_use_the_tokenizers_template(make_tokenizer, write_lines):
     path = write_lines({"question": "What?", "answer": "5"})
     with_template, without = make_tokenizer("chatml"), make_tokenizer()
     assert with_template.decode(load(path, with_template)[0].input_ids).startswith(
@@ -79,7 +79,7 @@ def test_questions_follow_the_template_of_the_tokenizer(make_tokenizer, write_li
     )
 
 
-def test_rows_held_out_are_a_share_drawn_by_the_seed(make_tokenizer, write_lines):
+def test_held_out_rows_are_a_share_drawn_with_the_seed(make_tokenizer, write_lines):
     dataset = load(write_lines(*TEXTS), make_tokenizer())
     train, evaluation = hold_out(dataset, 0.3, seed=1)
     assert (train.rows, evaluation.rows) == (7, 3)
@@ -92,7 +92,9 @@ def test_rows_held_out_are_a_share_drawn_by_the_seed(make_tokenizer, write_lines
     assert evaluation.where(0) == f"{dataset.name} line {evaluation[0].row}"
 
 
-def test_no_share_holds_out_nothing_and_too_great_a_share_is_one_clear_error(make_tokenizer, write_lines):
+def test_share_of_zero_holds_out_nothing_and_too_large_a_share_is_one_clear_error(
+    make_tokenizer, write_lines
+):
     dataset = load(write_lines(*TEXTS), make_tokenizer())
     assert hold_out(dataset, 0.0, seed=1) == (dataset, None)
     assert hold_out(dataset, 0.01, seed=1)[1].rows == 1
@@ -100,7 +102,7 @@ def test_no_share_holds_out_nothing_and_too_great_a_share_is_one_clear_error(mak
         hold_out(dataset, 0.99, seed=1)
 
 
-def test_messages_in_parquet_give_the_tokens_of_those_in_json_lines(make_tokenizer, write_lines, tmp_path):
+def test_messages_in_parquet_give_the_same_tokens_as_json_lines(make_tokenizer, write_lines, tmp_path):
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
     rows = [{"messages": turns}, {"messages": [{**turns[0], "name": "Ann"}, turns[1]]}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")

@@ -33,11 +33,11 @@ def example(row, *, chat=True, form="auto", text_field="text"):
         ("id text", "text"),
     ],
 )
-def test_columns_tell_the_format(columns, form):
+def test_columns_determine_the_format(columns, form):
     assert Columns({}).recognize(columns.split(), "auto", "here") == form
 
 
-def test_naming_the_column_of_text_or_the_format_decides():
+def test_text_column_or_format_option_decides():
     columns = ["instruction", "output", "body"]
     assert Columns({}, "body").recognize(columns, "auto", "here") == "text"
     assert Columns({}).recognize(columns, "question_answer", "here") == "question_answer"
@@ -51,12 +51,12 @@ def test_columns_that_fit_no_format_are_listed():
         example({"query": "a", "reply": "b"})
 
 
-def test_strings_are_taken_as_they_are():
+def test_strings_are_used_unchanged():
     assert example({"text": " a\n"}) == TextExample(" a\n")
     assert example({"prompt": "a ", "completion": " b"}) == CompletionExample("a ", " b")
 
 
-def test_instruction_and_question_become_messages_where_there_is_a_template():
+def test_instructions_and_questions_become_messages_with_a_template():
     row = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
     assert example(row) == ChatExample(
         [{"role": "user", "content": "Add.\n\n2 and 3"}, {"role": "assistant", "content": "5"}]
@@ -67,7 +67,7 @@ def test_instruction_and_question_become_messages_where_there_is_a_template():
     assert example({"question": "Add.", "answer": "5"}) == without
 
 
-def test_instruction_and_question_take_alpacas_layout_where_there_is_no_template():
+def test_instructions_and_questions_use_alpacas_layout_without_a_template():
     row = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
     prompt = "### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n### Response:\n"
     assert example(row, chat=False) == CompletionExample(prompt, "5")
@@ -92,7 +92,7 @@ def test_sharegpt_messages_keep_their_other_keys():
         example({"conversations": [{**asked, "images": ["a.png"]}, said]})
 
 
-def test_messages_may_be_prompt_and_completion_or_come_as_json_text_or_in_parts():
+def test_messages_may_be_split_or_json_text_or_in_parts():
     assert example({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}) == ChatExample(MESSAGES, 1)
     as_text = '[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]'
     assert example({"messages": as_text}) == ChatExample(MESSAGES)
@@ -102,12 +102,12 @@ def test_messages_may_be_prompt_and_completion_or_come_as_json_text_or_in_parts(
     )
 
 
-def test_columns_that_arrow_filled_with_nulls_do_not_reach_the_template():
+def test_columns_of_arrow_nulls_do_not_reach_the_template():
     filled = [{**message, "tool_calls": None, "name": None} for message in MESSAGES]
     assert example({"messages": filled, "tools": None}) == ChatExample(MESSAGES)
 
 
-def test_tools_go_along_with_the_messages():
+def test_tools_are_passed_with_the_messages():
     tools = [{"type": "function", "function": {"name": "add"}}]
     assert example({"messages": MESSAGES, "tools": tools}).tools == tools
 
@@ -143,12 +143,12 @@ def test_tools_go_along_with_the_messages():
         ({"messages": MESSAGES, "tools": "add"}, "auto", r"column tools is a string"),
     ],
 )
-def test_row_that_does_not_fit_is_one_clear_error_with_its_place(row, form, message):
+def test_row_that_does_not_fit_is_one_clear_error_with_its_position(row, form, message):
     with pytest.raises(UserError, match=r"^rows\.jsonl line 3: .*" + message):
         example(row, form=form)
 
 
-def test_unknown_role_is_an_error_with_the_roles_there_are() -> None:
+def test_unknown_role_is_an_error_that_lists_the_known_ones() -> None:
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]}
     with pytest.raises(UserError, match=r"role 'asistant'; Perhaps you meant 'assistant'\?"):
         to_example(row, "messages", "rows.jsonl line 1", text_field="text", chat=True)

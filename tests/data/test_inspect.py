@@ -30,14 +30,14 @@ def test_plain_text_marks_the_trained_tokens(dataset, make_tokenizer):
     assert rest.replace("·", "").startswith(" The [b]sum[/b] is 5 🙂↵\n\\x1b[2J</s>⟧")
 
 
-def test_colour_marks_the_trained_tokens_without_brackets(dataset, make_tokenizer):
+def test_color_marks_trained_tokens_without_brackets(dataset, make_tokenizer):
     text = render(dataset, make_tokenizer(), 1, marks=False)
     green = "".join(text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style))
     assert green == "trainedtokens The [b]sum[/b] is 5 🙂↵\n\\x1b[2J</s>"
     assert "⟦" not in printed(text, force_terminal=True)
 
 
-def test_counts_legend_and_places_are_shown_and_the_limit_is_kept(dataset, make_tokenizer):
+def test_counts_legend_and_positions_are_shown_up_to_the_limit(dataset, make_tokenizer):
     shown = printed(render(dataset, make_tokenizer(), 2, marks=True))
     assert shown.startswith(dataset.summary() + "\n⟦trained⟧")
     assert f"{dataset.name} line 2: {len(dataset[1])} tokens, {dataset[1].trained.sum()} trained" in shown
@@ -45,12 +45,12 @@ def test_counts_legend_and_places_are_shown_and_the_limit_is_kept(dataset, make_
     assert shown.rstrip().endswith("1 more")
 
 
-def test_data_can_send_no_control_characters_to_the_terminal(dataset, make_tokenizer):
+def test_data_cannot_send_control_characters_to_the_terminal(dataset, make_tokenizer):
     assert "\x1b" not in printed(render(dataset, make_tokenizer(), 1, marks=True))
 
 
 @pytest.mark.parametrize("form", ["bytes", "metaspace"])
-def test_pieces_put_together_are_the_text(make_tokenizer, write_lines, form):
+def test_pieces_add_up_to_the_text(make_tokenizer, write_lines, form):
     tokenizer = make_tokenizer(form=form)
     text = "a good day  the old mill"
     found = load_examples(DataOptions(), tokenizer, write_lines({"text": text}), "train", None)

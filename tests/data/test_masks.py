@@ -49,13 +49,13 @@ def test_template_without_marks_trains_the_assistants_turns_and_stop_tokens(trai
         assert found.replace("<think>\n\n</think>\n\n", "").replace(" ", "") == f"Thesum{ending}day{ending}"
 
 
-def test_template_that_hides_the_turns_is_an_error_and_never_an_empty_mask(trained):
+def test_template_that_hides_the_turns_is_an_error_and_not_an_empty_mask(trained):
     """Pain 14."""
     with pytest.raises(UserError, match=r"rows\.jsonl line 1: message 3: the chat template rewrites"):
         trained(CHAT, "censor")
 
 
-def test_text_ends_with_a_trained_end_token_that_is_also_the_padding(make_tokenizer, write_lines):
+def test_text_ends_with_a_trained_end_token_even_if_it_is_the_padding(make_tokenizer, write_lines):
     """Pain 1, and Pain 2 with pad = eos."""
     tokenizer = make_tokenizer(pad="</s>")
     for row in ({"text": "Hello"}, COMPLETION):
@@ -64,7 +64,7 @@ def test_text_ends_with_a_trained_end_token_that_is_also_the_padding(make_tokeni
         assert found.trained[-1]
 
 
-def test_conversation_starts_with_one_bos_whoever_writes_it(make_tokenizer, write_lines):
+def test_conversation_starts_with_exactly_one_bos(make_tokenizer, write_lines):
     """Pain 15."""
     tokenizer = make_tokenizer("llama3", add_bos=True)
     for row in (CHAT, PAIR, {"text": "<s>Hello"}, {"prompt": "<s>Hello", "completion": " day"}):
@@ -74,7 +74,7 @@ def test_conversation_starts_with_one_bos_whoever_writes_it(make_tokenizer, writ
             assert found.input_ids[0] == tokenizer.bos_token_id
 
 
-def test_rows_padded_on_the_right_train_what_they_train_alone(make_tokenizer, write_lines):
+def test_right_padded_rows_train_the_same_as_alone(make_tokenizer, write_lines):
     """Pain 16: a row's targets are the same whatever it is padded to."""
     from lora_jax.data.batches import make_batch
 
@@ -85,12 +85,12 @@ def test_rows_padded_on_the_right_train_what_they_train_alone(make_tokenizer, wr
         np.testing.assert_array_equal(targets, found.input_ids[found.trained])
 
 
-def test_whole_conversation_is_trained_where_asked_for(trained):
+def test_whole_conversation_is_trained_on_request(trained):
     found = trained(CHAT, assistant_only_loss=False)
     assert "<|im_start|>" + found == SYSTEM_TEXT + ASKED + "The sum<|im_end|>\n" + ASKED + "day<|im_end|>\n"
 
 
-def test_prompt_is_trained_as_well_where_asked_for(trained):
+def test_prompt_is_trained_on_request(trained):
     assert trained(COMPLETION) == " the sum</s>"
     assert "What is the sum</s>".endswith(trained(COMPLETION, completion_only_loss=False))
     assert len(trained(COMPLETION, completion_only_loss=False)) > len(" the sum</s>")
@@ -109,7 +109,7 @@ def test_messages_as_prompt_and_completion_follow_both_options(trained):
 
 
 @pytest.mark.parametrize("template", ["chatml", "marked"])
-def test_end_tokens_are_trained_at_each_turn_at_the_last_or_nowhere(trained, template):
+def test_end_tokens_are_trained_at_every_turn_the_last_or_none(trained, template):
     assert trained(CHAT, template, train_on_eos="turn") == "The sum<|im_end|>day<|im_end|>"
     assert trained(CHAT, template, train_on_eos="last") == "The sumday<|im_end|>"
     assert trained(CHAT, template, train_on_eos="none") == "The sumday"
@@ -118,7 +118,7 @@ def test_end_tokens_are_trained_at_each_turn_at_the_last_or_nowhere(trained, tem
     assert whole.endswith("day<|im_end|>\n")
 
 
-def test_end_of_text_and_of_a_completion_may_be_left_untrained(trained):
+def test_end_of_text_and_of_a_completion_may_be_untrained(trained):
     assert trained({"text": "Hello day"}, train_on_eos="none").endswith("day")
     assert trained(COMPLETION, train_on_eos="none") == " the sum"
     assert trained(COMPLETION, train_on_eos="last") == " the sum</s>"
@@ -126,7 +126,7 @@ def test_end_of_text_and_of_a_completion_may_be_left_untrained(trained):
 
 @pytest.mark.parametrize("template", ["chatml", "marked", "forgetful"])
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}])
-def test_turn_that_says_so_is_only_read(trained, template, mark):
+def test_turn_marked_as_untrained_is_only_read(trained, template, mark):
     first, last = {**ANSWER, **mark}, {"role": "assistant", "content": "day", "weight": 1}
     found = trained({"messages": [USER, first, USER, last]}, template)
     assert found.replace("<think>\n\n</think>\n\n", "") == "day<|im_end|>"
@@ -142,7 +142,7 @@ def test_turn_that_says_so_is_only_read(trained, template, mark):
         ({**ANSWER, "train": False}, {"assistant_only_loss": False}, r"--data\.assistant_only_loss True"),
     ],
 )
-def test_mark_of_a_message_that_makes_no_sense_is_one_clear_error(trained, message, options, reason):
+def test_invalid_mark_of_a_message_is_one_clear_error(trained, message, options, reason):
     with pytest.raises(UserError, match=rf"rows\.jsonl line 1: message 2.*{reason}"):
         trained({"messages": [USER, message]}, **options)
 
@@ -155,7 +155,7 @@ def test_mark_of_a_message_that_makes_no_sense_is_one_clear_error(trained, messa
         ({"text": "a"}, "assistant_only_loss", "the format text has no assistant"),
     ],
 )
-def test_loss_on_what_the_format_does_not_have_is_one_clear_error(trained, row, option, reason):
+def test_loss_option_that_does_not_fit_the_format_is_one_clear_error(trained, row, option, reason):
     with pytest.raises(UserError, match=rf"line 1: {reason}, which --data\.{option} True requires"):
         trained(row, **{option: True})
 
@@ -164,20 +164,20 @@ CALL = {"tool_calls": [{"type": "function", "function": {"name": "add", "argumen
 
 
 @pytest.mark.parametrize("content", ["", "Well", None])
-def test_call_of_a_tool_is_trained_and_the_answer_of_the_tool_is_not(trained, content):
+def test_tool_call_is_trained_and_tool_answer_is_not(trained, content):
     turns = [USER, {"role": "assistant", "content": content, **CALL}, {"role": "tool", "content": "5"}]
     found = trained({"messages": [*turns, ANSWER]}, TOOLS)
     said = f"{content}\n" if content else ""
     assert found == f'{said}<call>add {{"a": 2}}</call><|im_end|><think>\n\n</think>\n\nThe sum<|im_end|>'
 
 
-def test_arguments_of_a_call_are_the_same_as_text_and_as_an_object(trained):
+def test_call_arguments_are_equal_as_text_and_as_an_object(trained):
     other = {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]}
     found = [trained({"messages": [USER, {"role": "assistant", **call}]}, TOOLS) for call in (CALL, other)]
     assert found[0] == found[1]
 
 
-def test_words_and_tools_of_a_row_reach_the_template(trained):
+def test_template_variables_and_tools_of_a_row_reach_the_template(trained):
     template = "{{ day }}{{ tools[0].name if tools else '' }}" + TEMPLATES["chatml"]
     row = {**CHAT, "chat_template_kwargs": {"day": "Monday"}, "tools": '[{"name": "add"}]'}
     assert "dayadd<|im_start|>system" in trained(row, template, assistant_only_loss=False)
@@ -196,7 +196,7 @@ def test_rows_are_weighted_by_a_column_of_numbers(make_tokenizer, write_lines):
 
 
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), None, "much", True, [1], 10**400, 1e300])
-def test_weight_that_is_none_is_one_clear_error(make_tokenizer, write_lines, weight):
+def test_invalid_weight_is_one_clear_error(make_tokenizer, write_lines, weight):
     path = write_lines({"text": "a", "w": 1}, {"text": "a", "w": weight})
     with pytest.raises(UserError, match=r"rows\.jsonl line 2: column w is .*number from 0 to 1,000,000"):
         load_examples(DataOptions(weight_field="w"), make_tokenizer(), path, "train", None)

@@ -51,7 +51,7 @@ def test_each_source_has_its_own_format_and_rows_know_their_source(both, paths, 
         ((0.2, 0.2), "first_exhausted", [4, 4]),
     ],
 )
-def test_an_epoch_has_the_shares_of_the_weights(both, weights, strategy, rows):
+def test_epoch_has_the_shares_of_the_weights(both, weights, strategy, rows):
     found = mixed(both, weights, strategy, seed=3)
     assert count(found) == rows
     times = np.bincount(found.order, minlength=14)
@@ -61,12 +61,12 @@ def test_an_epoch_has_the_shares_of_the_weights(both, weights, strategy, rows):
     np.testing.assert_array_equal(found.order, mixed(both, weights, strategy, seed=3).order)
 
 
-def test_the_seed_draws_which_rows_are_left_out(both):
+def test_seed_draws_the_rows_that_are_left_out(both):
     draws = {tuple(mixed(both, (1, 1), "first_exhausted", seed=seed).order) for seed in range(6)}
     assert len(draws) > 1
 
 
-def test_row_held_out_is_in_no_mixture_however_often_others_repeat(both):
+def test_held_out_row_is_in_no_mixture(both):
     train, evaluation = hold_out(both, 0.3, seed=1)
     epoch = mixed(train, (1, 8), "all_exhausted", seed=1)
     assert not set(epoch.order) & set(evaluation.order)
@@ -74,7 +74,7 @@ def test_row_held_out_is_in_no_mixture_however_often_others_repeat(both):
     assert len(epoch) > len(train)
 
 
-def test_windows_of_a_text_are_held_out_together(make_tokenizer, write_lines):
+def test_windows_of_one_text_are_held_out_together(make_tokenizer, write_lines):
     path = write_lines(*({"text": "What is the sum of it? " * 20} for _ in range(6)))
     options = DataOptions(max_length=32, truncation_mode="windows")
     found = load_examples(options, make_tokenizer(), path, "train", None)
@@ -98,7 +98,7 @@ def test_inspection_shows_the_first_rows_of_each_source(both, make_tokenizer):
     assert shown.endswith("\n10 more\n")
 
 
-def test_one_path_and_several_are_given_alike_in_yaml_and_in_flags(tmp_path):
+def test_one_path_or_several_are_given_alike_in_yaml_and_flags(tmp_path):
     file = tmp_path / "run.yaml"
     for said, wanted in (("a.jsonl", ("a.jsonl",)), (["a.jsonl", "b c.jsonl"], ("a.jsonl", "b c.jsonl"))):
         file.write_text(json.dumps({"data": {"path": said}}))
@@ -115,14 +115,14 @@ def test_one_path_and_several_are_given_alike_in_yaml_and_in_flags(tmp_path):
         ({"num_proc": 0}, r"--data\.num_proc 0: must be positive"),
     ],
 )
-def test_options_of_the_rows_that_make_no_sense_are_one_clear_error(options, message):
+def test_contradictory_row_options_are_one_clear_error(options, message):
     with pytest.raises(UserError, match=message):
         check_data(DataOptions(path=("a", "b"), **options))
     with pytest.raises(UserError, match=r"--data\.path: required"):
         check(parse(RunConfig, ["--model.path", "m", "--output_dir", "o"], program="x"))
 
 
-def test_rows_whose_first_window_has_nothing_to_train_on_are_held_out_whole(write_lines, make_tokenizer):
+def test_rows_whose_first_window_is_empty_are_held_out_whole(write_lines, make_tokenizer):
     path = write_lines(*({"prompt": "Hello " * 40, "completion": "five " * 30} for _ in range(6)))
     options = DataOptions(max_length=16, truncation_mode="windows")
     rows = load_examples(options, make_tokenizer("chatml"), path, "train", None)
@@ -142,5 +142,5 @@ def test_weights_that_make_an_endless_epoch_are_one_clear_error(both, weights):
         mixed(both, weights, "all_exhausted", seed=0)
 
 
-def test_weights_are_relative_however_large(both):
+def test_weights_are_relative_at_any_scale(both):
     assert count(mixed(both, (1e308, 1e308), "first_exhausted", seed=0)) == [4, 4]

@@ -39,7 +39,7 @@ def one_by_one(lengths: np.ndarray, capacity: int) -> list[int]:
 
 
 @given(LENGTHS, st.sampled_from(["none", "bfd", "wrapped"]))
-def test_every_token_is_in_one_bin_and_no_bin_is_over_its_length(lengths, packing):
+def test_every_token_is_in_one_bin_and_no_bin_is_too_long(lengths, packing):
     bins, rows = pack(lengths, packing, CAPACITY), rows_of(lengths)
     examples = [bins.examples(rows, index) for index in range(len(bins))]
     assert [sum(map(len, pieces)) for pieces in examples] == bins.lengths.tolist()
@@ -58,7 +58,7 @@ def test_only_wrapping_cuts_rows(lengths, packing):
 
 
 @given(LENGTHS)
-def test_best_fit_decreasing_by_length_is_that_of_one_row_at_a_time(lengths):
+def test_best_fit_decreasing_by_length_equals_one_row_at_a_time(lengths):
     bin_of = best_fit_decreasing(lengths, CAPACITY)
     filled = np.bincount(bin_of, lengths).astype(int)
     assert sorted((CAPACITY - filled).tolist()) == one_by_one(lengths, CAPACITY)
@@ -68,7 +68,7 @@ def test_best_fit_decreasing_by_length_is_that_of_one_row_at_a_time(lengths):
 
 
 @given(st.lists(st.integers(1, 3 * CAPACITY), min_size=1, max_size=40).map(np.array))
-def test_wrapping_fills_all_bins_but_the_last_and_takes_rows_in_order(lengths):
+def test_wrapping_fills_all_bins_but_the_last_and_keeps_the_order(lengths):
     bins, rows = pack(lengths, "wrapped", CAPACITY), rows_of(lengths)
     assert len(bins) == ceil(lengths.sum() / CAPACITY)
     assert set(bins.lengths[:-1]) <= {CAPACITY}
@@ -79,7 +79,7 @@ def test_wrapping_fills_all_bins_but_the_last_and_takes_rows_in_order(lengths):
     assert bins.lost_targets(rows) == len(pieces) - len(rows)
 
 
-def test_a_piece_that_starts_inside_its_row_loses_a_target_only_where_that_was_trained():
+def test_a_piece_that_starts_inside_its_row_loses_its_first_target():
     rows = rows_of(np.array([3, 5, 4]))
     rows[2] = Tokens(rows[2].input_ids, np.array([False, False, True, True]), 3)
     bins = pack(np.array([3, 5, 4]), "wrapped", 5)  # 3 + 2, 3 + 2, 2
@@ -102,12 +102,12 @@ def test_a_hundred_thousand_rows_are_packed_in_a_second(packing):
 
 
 @pytest.mark.parametrize("lengths", [[5, 0], [5, 9]])
-def test_rows_that_no_bin_can_hold_are_refused(lengths):
+def test_rows_that_fit_no_bin_are_refused(lengths):
     with pytest.raises(ValueError, match="do not fit in bins of 8"):
         best_fit_decreasing(np.array(lengths), 8)
 
 
-def test_a_run_packs_where_its_training_or_its_evaluation_does():
+def test_a_run_is_packed_if_training_or_evaluation_is():
     assert [
         packs(DataOptions(packing=training, eval_packing=evaluation))
         for training, evaluation in (

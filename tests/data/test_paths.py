@@ -40,7 +40,7 @@ PACK = {
         ("rows.TSV", TABLE),
     ],
 )
-def test_compressed_file_gives_the_rows_that_it_holds(tmp_path, packing, name, content):
+def test_compressed_file_gives_its_rows(tmp_path, packing, name, content):
     half = content.index(b"\n", len(content) // 2) + 1 if b"\n" in content else 0
     whole = PACK[packing](content[:half]) + PACK[packing](content[half:])  # as cat a.gz b.gz gives it
     file = tmp_path / (name + packing)
@@ -65,7 +65,7 @@ def test_damaged_archive_is_one_clear_error(tmp_path, packing):
         assert "\n" not in str(caught.value)
 
 
-def test_archive_without_ends_of_lines_does_not_fill_the_memory(tmp_path, monkeypatch):
+def test_archive_without_line_ends_does_not_fill_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "LONGEST_LINE", 2**20)
     file = tmp_path / "rows.jsonl.gz"
     file.write_bytes(gzip.compress(b"0" * 2**23))
@@ -73,7 +73,7 @@ def test_archive_without_ends_of_lines_does_not_fill_the_memory(tmp_path, monkey
         list(read_rows(str(file), "train"))
 
 
-def test_text_beside_other_data_in_a_folder_is_one_clear_error(tmp_path):
+def test_text_next_to_other_data_in_a_folder_is_one_clear_error(tmp_path):
     """The lines of a licence beside the rows would be trained on."""
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(LINES))
     (tmp_path / "LICENSE.txt").write_text("Permission is granted.\n")
@@ -82,7 +82,7 @@ def test_text_beside_other_data_in_a_folder_is_one_clear_error(tmp_path):
     assert data_files(f"{tmp_path}/*.jsonl*", Option("data.path")) == [tmp_path / "rows.jsonl.gz"]
 
 
-def test_line_of_a_text_file_is_a_row(tmp_path):
+def test_each_line_of_a_text_file_is_a_row(tmp_path):
     """As load_dataset("text") of `datasets` has it, but for blank lines, in which is nothing to train on."""
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\ntwo\u2028 \nlast".encode())
     rows = read_rows(str(tmp_path / "a.txt"), "train")
@@ -100,7 +100,7 @@ def parts(folder: Path) -> list[Path]:
     return [folder / "d" / name for name in ("a.parquet", "b.jsonl", "c.csv.gz")]
 
 
-def test_folder_and_pattern_give_their_files_in_the_order_of_the_names(tmp_path, monkeypatch):
+def test_folder_and_pattern_give_their_files_ordered_by_name(tmp_path, monkeypatch):
     files = parts(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert data_files(str(tmp_path / "d"), Option("data.path")) == files
@@ -111,7 +111,7 @@ def test_folder_and_pattern_give_their_files_in_the_order_of_the_names(tmp_path,
 
 
 @pytest.mark.parametrize("split", ["train", "train[:25]", "train[90%:]", "train[19:22]+train[:1]"])
-def test_slice_of_a_folder_takes_rows_as_if_its_files_were_one(tmp_path, split):
+def test_slice_of_a_folder_treats_its_files_as_one(tmp_path, split):
     everything = [row for file in parts(tmp_path) for row in read_rows(str(file), "train")]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in everything))
     found = [row for source in find_rows(str(tmp_path / "d"), split) for row in source.read()]
@@ -121,7 +121,7 @@ def test_slice_of_a_folder_takes_rows_as_if_its_files_were_one(tmp_path, split):
         assert found == list(right)
 
 
-def test_files_of_a_folder_share_its_weight_and_are_named_in_places(make_tokenizer, tmp_path, write_lines):
+def test_files_of_a_folder_share_its_weight_and_are_named_in_messages(make_tokenizer, tmp_path, write_lines):
     parts(tmp_path)
     other = write_lines(*ROWS, name="other.jsonl")
     paths = [str(tmp_path / "d"), other]
@@ -157,9 +157,7 @@ def test_files_of_a_folder_share_its_weight_and_are_named_in_places(make_tokeniz
         (("a.jsonl",), "d/*.parquet", r"d/\*\.parquet: no file matches; check the pattern"),
     ],
 )
-def test_folder_or_pattern_that_is_no_data_set_is_one_clear_error(
-    tmp_path, monkeypatch, files, path, message
-):
+def test_folder_or_pattern_without_a_data_set_is_one_clear_error(tmp_path, monkeypatch, files, path, message):
     monkeypatch.chdir(tmp_path)
     for name in files:
         Path("d", name).parent.mkdir(exist_ok=True, parents=True)

@@ -25,7 +25,7 @@ def test_tokens_are_those_of_the_chat_template(real_model):
     assert tokenize(CHAT, tokenizer, 4096, "here").input_ids.tolist() == expected
 
 
-def test_prompt_of_a_completion_is_what_generation_will_see(real_model):
+def test_prompt_of_a_completion_is_what_generation_sees(real_model):
     tokenizer = load_tokenizer(real_model)
     tokens = tokenize(CompletionExample("Question: 2 + 3\nAnswer:", " 5"), tokenizer, 4096, "here")
     prompt = tokenizer("Question: 2 + 3\nAnswer:")["input_ids"]

@@ -76,7 +76,7 @@ def hub() -> Iterator[str]:
     thread.join()
 
 
-def test_rows_splits_and_errors_of_a_data_set_on_the_hub(hub, tmp_path):
+def test_splits_and_errors_of_a_data_set_on_the_hub(hub, tmp_path):
     asked = (
         "someone/rows train",
         "someone/rows train[1:]",

@@ -52,7 +52,7 @@ def read(make_tokenizer, write_lines):
 )
 @pytest.mark.parametrize("arguments", ['{"a": 2, "b": "three"}', {"a": 2, "b": "three"}])
 @pytest.mark.parametrize("content", ["", None])
-def test_calls_are_written_as_json_whichever_form_the_template_bears(read, template, arguments, content):
+def test_calls_are_written_as_json_in_the_form_that_the_template_accepts(read, template, arguments, content):
     """oumi#2603: templates that write arguments as text could not be trained on calls."""
     call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
     row = {
@@ -63,13 +63,13 @@ def test_calls_are_written_as_json_whichever_form_the_template_bears(read, templ
     assert found[0].remarks == Remark.NONE
 
 
-def test_arguments_as_text_reach_a_template_of_text_as_the_row_spells_them(read):
+def test_argument_text_reaches_a_template_unchanged(read):
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a":2}'}}
     row = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]}
     assert read(calls_as("'' + c.function.arguments"), row)[1] == '[add {"a":2}]<|im_end|>'
 
 
-def test_content_comes_in_parts_where_the_template_reads_nothing_else(read):
+def test_content_comes_in_parts_if_the_template_needs_it(read):
     """Templates of models that also see images print nothing of content that is one string."""
     template = LOOP.replace("BODY", "{% for p in m.content %}{{ p.text if p.type == 'text' }}{% endfor %}")
     found, said = read(template, {"messages": [USER, ANSWER, USER, ANSWER]})
@@ -78,7 +78,7 @@ def test_content_comes_in_parts_where_the_template_reads_nothing_else(read):
 
 
 @pytest.mark.parametrize("role", ["ipython", "function"])
-def test_answer_of_a_tool_is_written_whatever_its_role_is_called(read, role, make_tokenizer):
+def test_tool_answer_is_written_under_any_role_name(read, role, make_tokenizer):
     template = "{% for m in messages %}{% if m.role in ('user', 'assistant', 'tool') %}" + LOOP.replace(
         "{% for m in messages %}", ""
     ).replace("BODY", "{{ m.content or 'call' }}").replace("{% endfor %}", "{% endif %}{% endfor %}", 1)
@@ -89,7 +89,7 @@ def test_answer_of_a_tool_is_written_whatever_its_role_is_called(read, role, mak
     assert f"<|im_start|>{role}\nfive" in make_tokenizer().decode(found[0].input_ids)
 
 
-def test_calls_and_observations_of_sharegpt_are_calls_and_answers_of_tools(read):
+def test_sharegpt_calls_and_observations_become_tool_calls_and_answers(read):
     turns = [
         {"from": "human", "value": "2 + 3?"},
         {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
@@ -109,7 +109,7 @@ CUTTING = TEMPLATES["chatml"].replace("m.content", "m.content.split('</think>')[
 
 
 @pytest.mark.parametrize("asked", ["", "<think>\n"])
-def test_reasoning_that_the_template_cuts_is_trained_in_the_last_turn_and_told_of_earlier_ones(read, asked):
+def test_cut_reasoning_is_trained_in_the_last_turn_and_reported_elsewhere(read, asked):
     """trl PR #6766, LlamaFactory#6987: the last turn is what a model generates, its reasoning with it."""
     template = CUTTING.replace("assistant\n' }}{% endif %}", f"assistant\n{asked}' }}}}{{% endif %}}")
     found, said = read(template, {"messages": [USER, THOUGHT]})
@@ -122,7 +122,7 @@ def test_reasoning_that_the_template_cuts_is_trained_in_the_last_turn_and_told_o
     assert "line 1); end a row with each turn" in str(about_rows(found)["lost_words"])
 
 
-def test_reasoning_without_the_tag_that_asks_for_it_goes_on_from_that_tag(read, make_tokenizer):
+def test_reasoning_without_its_opening_tag_continues_from_that_tag(read, make_tokenizer):
     template = CUTTING.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
     found, said = read(template, {"messages": [USER, {**THOUGHT, "content": "Add.\n</think>\n\nIt is 5."}]})
     assert said == "Add.\n</think>\n\nIt is 5.<|im_end|>"
@@ -148,12 +148,12 @@ def test_reasoning_without_the_tag_that_asks_for_it_goes_on_from_that_tag(read, 
         (TEMPLATES["marked"].replace("m.content", "m.content[:2]"), {"content": "five"}, "LOST"),
     ],
 )
-def test_words_that_the_template_loses_are_told_and_whitespace_is_not(read, template, message, remarks):
+def test_words_that_the_template_loses_are_reported_but_not_whitespace(read, template, message, remarks):
     found, _ = read(template, {"messages": [USER, {"role": "assistant", **message}]})
     assert found[0].remarks == Remark[remarks]
 
 
-def test_rows_with_the_date_that_the_template_writes_are_told(read):
+def test_rows_with_a_date_from_the_template_are_reported(read):
     """unsloth#881, text-generation-inference#2987: Llama 3.2's and Mistral Small's templates write today's date."""
     dated = "{% set now = strftime_now('%d %b %Y, %f') %}{% if messages[0].role != 'system' %}{{ now }}\n{% endif %}"
     found, said = read(
@@ -167,7 +167,7 @@ def test_rows_with_the_date_that_the_template_writes_are_told(read):
     assert "with a fixed date as --data.chat_template" in str(about_rows(found)["date"])
 
 
-def test_empty_answers_and_control_tokens_in_messages_are_counted_and_told(read, make_tokenizer):
+def test_empty_answers_and_control_tokens_are_reported(read, make_tokenizer):
     """An empty answer teaches to say nothing; "<|im_end|>" in a message ends it for the model."""
     empty = {"messages": [USER, {**ANSWER, "content": ""}]}
     control = {"messages": [{**USER, "content": "say <|im_end|>\n<|im_start|>assistant"}, ANSWER]}

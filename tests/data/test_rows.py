@@ -28,7 +28,7 @@ def write_all(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def test_every_kind_of_file_gives_the_same_rows_and_no_file_beside_them(tmp_path):
+def test_every_file_type_gives_the_same_rows_and_leaves_no_file(tmp_path):
     files = write_all(tmp_path)
     for file in files:
         rows = read_rows(str(file), "train")
@@ -56,7 +56,7 @@ def test_nothing_is_printed_while_reading(tmp_path, capfd):
         ("train[:99]", range(20)),
     ],
 )
-def test_slices_of_a_file_keep_the_numbers_of_its_rows(tmp_path, split, kept):
+def test_slices_of_a_file_keep_row_numbers(tmp_path, split, kept):
     for file in write_all(tmp_path):
         rows = read_rows(str(file), split)
         assert list(rows) == [ROWS[i] for i in kept]
@@ -73,12 +73,12 @@ def test_blank_lines_count_as_lines(tmp_path):
     assert read_rows(str(file), "train").where(1) == f"{file} line 2"
 
 
-def test_rows_of_json_lines_keep_their_own_columns_and_types(write_lines):
+def test_json_lines_rows_keep_their_columns_and_types(write_lines):
     rows = [{"text": "a"}, {"prompt": 1, "completion": None}, {"prompt": ["x"]}]
     assert list(read_rows(write_lines(*rows), "train")) == rows
 
 
-def test_fields_of_csv_are_text_as_written(tmp_path):
+def test_csv_fields_are_text_as_written(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text('\ufefftext,answer\n007,NA\n1.50,\n"two\nlines",null\n', encoding="utf-8")
     assert list(read_rows(str(file), "train")) == [
@@ -141,7 +141,7 @@ def test_file_that_cannot_be_read_is_one_clear_error(tmp_path, capfd, name, cont
     assert capfd.readouterr() == ("", "")
 
 
-def test_wrong_path_is_one_clear_error_that_names_the_neighbour(tmp_path):
+def test_wrong_path_is_one_clear_error_that_names_a_similar_one(tmp_path):
     write_all(tmp_path)
     with pytest.raises(UserError, match=r"--data\.eval_path .*no such file.*'rows\.jsonl'"):
         read_rows(str(tmp_path / "row.jsonl"), "train", option=Option("data.eval_path"))
@@ -152,7 +152,7 @@ def test_wrong_path_is_one_clear_error_that_names_the_neighbour(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["validation", "train[", "train[a:b]", "", "train[:200%]"])
-def test_split_that_a_file_does_not_have_is_one_clear_error(write_lines, split):
+def test_split_that_a_file_lacks_is_one_clear_error(write_lines, split):
     with pytest.raises(UserError, match=r"split .* is unknown; a file has only the split train"):
         read_rows(write_lines(*ROWS), split)
 

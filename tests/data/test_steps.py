@@ -40,7 +40,7 @@ def tokens_of(batch: Batch) -> list[int]:
 
 
 @given(LENGTHS, PACKINGS, st.integers(0, 3), st.sampled_from([1, 3]))
-def test_an_epoch_sees_every_token_once_and_no_step_is_over_its_length(lengths, packing, epoch, most):
+def test_epoch_sees_every_token_once_and_no_step_is_too_long(lengths, packing, epoch, most):
     dataset, plan = rows_of(lengths), plan_of(lengths, packing=packing, most=most)
     steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
     batches = [batch_of(dataset, plan, step) for step in steps]
@@ -56,7 +56,7 @@ def test_an_epoch_sees_every_token_once_and_no_step_is_over_its_length(lengths, 
 
 
 @given(LENGTHS, PACKINGS, st.integers(0, 30))
-def test_figures_before_a_step_are_those_of_the_batches_before_it(lengths, packing, step):
+def test_counts_before_a_step_equal_those_of_earlier_batches(lengths, packing, step):
     dataset, plan = rows_of(lengths), plan_of(lengths, packing=packing)
     before = [batch_of(dataset, plan, past) for past in range(step)]
     real, computed = (
@@ -72,7 +72,7 @@ def test_figures_before_a_step_are_those_of_the_batches_before_it(lengths, packi
 
 
 @given(LENGTHS, PACKINGS, st.integers(0, 8))
-def test_a_step_depends_neither_on_passes_nor_on_who_makes_which_rows(lengths, packing, step):
+def test_a_step_depends_neither_on_passes_nor_on_processes(lengths, packing, step):
     """Pain 11: the rows of a step are the same however it is cut, and so is their length."""
     dataset, plan = rows_of(lengths), plan_of(lengths, packing=packing)
     whole = batch_of(dataset, plan, step)
@@ -86,7 +86,7 @@ def test_a_step_depends_neither_on_passes_nor_on_who_makes_which_rows(lengths, p
 
 
 @given(LENGTHS, PACKINGS)
-def test_a_plan_is_the_same_whoever_makes_it_and_whatever_was_asked_before(lengths, packing):
+def test_a_plan_is_the_same_for_every_process_and_history(lengths, packing):
     one, other = plan_of(lengths, packing=packing), plan_of(lengths, packing=packing)
     steps = range(3 * one.steps_per_epoch)
     backward = [other.at(step) for step in reversed(steps)][::-1]
@@ -96,14 +96,14 @@ def test_a_plan_is_the_same_whoever_makes_it_and_whatever_was_asked_before(lengt
 
 
 @given(LENGTHS)
-def test_devices_that_share_out_tokens_change_no_step_but_its_length(lengths):
+def test_sequence_parallelism_changes_only_a_steps_length(lengths):
     one, cut = plan_of(lengths), plan_of(lengths, parts=3)
     for step in range(2 * one.steps_per_epoch):
         np.testing.assert_array_equal(one.at(step).bins, cut.at(step).bins)
         assert cut.at(step).length == -(-one.at(step).length // 3) * 3
 
 
-def test_with_one_length_the_order_is_that_of_the_epoch():
+def test_with_one_length_the_order_is_the_epochs():
     plan = plan_of(np.full(20, 7))
     for epoch in (0, 1):
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
@@ -115,7 +115,7 @@ LONG_TAILED = np.random.default_rng(3).integers(2, 17, 600)
 LONG_TAILED[::10] = 40
 
 
-def test_lengths_are_mixed_over_the_epoch_and_meet_others_in_each():
+def test_lengths_are_shuffled_differently_in_every_epoch():
     plan = plan_of(LONG_TAILED)
     assert list(plan.steps_by_length) == [8, 16, 40]
     count = plan.steps_per_epoch
@@ -129,14 +129,14 @@ def test_lengths_are_mixed_over_the_epoch_and_meet_others_in_each():
     assert set(plan.at(0).bins) != set(plan.at(count).bins)
 
 
-def test_rows_of_a_bucket_are_not_sorted_within_it():
+def test_rows_in_a_bucket_are_not_sorted():
     """A step's rows are drawn from all of its bucket, not from neighbours in length."""
     plan = plan_of(LONG_TAILED, most=2)
     spreads = [np.ptp(LONG_TAILED[step.bins]) for step in map(plan.at, range(100)) if step.length == 16]
     assert np.mean(spreads) > 8
 
 
-def test_buckets_save_padding_and_a_short_run_has_fewer_of_them():
+def test_buckets_save_padding_and_short_runs_have_fewer():
     one = plan_of(LONG_TAILED, most=1)
     assert plan_of(LONG_TAILED).padding < 0.7 * one.padding
     shaping = Shaping(**SHAPING)

@@ -137,7 +137,7 @@ def spans(messages: list[dict], family: Family, **row: object) -> tuple[list[str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trained_spans_of_well_known_templates_are_those_of_the_table(family):
+def test_trained_spans_of_known_templates_match_the_table(family):
     for row, messages in ROWS.items():
         wanted = TABLE[family][row]
         if wanted == REFUSED:
@@ -150,7 +150,7 @@ def test_trained_spans_of_well_known_templates_are_those_of_the_table(family):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama3.1", "mistral-v3", "gemma", "gpt-oss", "phi-3"])
-def test_tokens_are_those_that_transformers_gives_the_row(family):
+def test_tokens_match_transformers(family):
     tokenizer = make_tokenizer(FAMILIES[family])
     example = to_example({"messages": ROWS["several"]}, "messages", "here", text_field="text", chat=True)
     expected = tokenizer.apply_chat_template(ROWS["several"], tokenize=True)["input_ids"]

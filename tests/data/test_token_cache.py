@@ -49,7 +49,7 @@ def same(one, other) -> None:
         )  # fmt: skip
 
 
-def test_second_run_takes_the_tokens_of_the_first(load, folder):
+def test_second_run_reuses_the_tokens_of_the_first(load, folder):
     first = load(max_length=8, weight_field="w")
     made = entries(folder)
     assert len(made) == 1
@@ -57,9 +57,7 @@ def test_second_run_takes_the_tokens_of_the_first(load, folder):
     assert entries(folder) == made
 
 
-def test_copy_of_the_file_under_another_name_has_the_same_tokens_and_its_own_places(
-    load, folder, write_lines
-):
+def test_copied_file_shares_tokens_but_not_positions(load, folder, write_lines):
     load()
     other = load(write_lines(*ROWS, name="copy.jsonl"))
     assert len(entries(folder)) == 1
@@ -96,13 +94,13 @@ def test_other_rows_template_and_tokenizer_have_other_tokens(load, folder, make_
     assert len(entries(folder)) == 5
 
 
-def test_what_does_not_change_the_tokens_shares_them(load, folder):
+def test_unrelated_options_share_the_tokens(load, folder):
     same(load(), load(num_proc=1))
     assert len(entries(folder)) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "absent", "about", "empty"])
-def test_damaged_entry_is_made_anew(load, folder, damage):
+def test_damaged_entry_is_replaced(load, folder, damage):
     whole = load(cache=False)
     load()
     (name,) = entries(folder)
@@ -125,14 +123,14 @@ def test_damaged_entry_is_made_anew(load, folder, damage):
     assert len(entries(folder)) == 1
 
 
-def test_rows_that_are_wrong_leave_nothing_behind(load, folder, write_lines):
+def test_bad_rows_leave_nothing_behind(load, folder, write_lines):
     for bad in ({"text": 3}, {"text": " "}):
         with pytest.raises(UserError):
             load(write_lines(bad, name="bad.jsonl"))
     assert list(folder.iterdir()) == []
 
 
-def test_cache_that_is_off_or_cannot_be_written_changes_nothing(load, folder, tmp_path, monkeypatch):
+def test_disabled_or_unwritable_cache_changes_nothing(load, folder, tmp_path, monkeypatch):
     whole = load(cache=False)
     assert not folder.exists()
     (tmp_path / "file").write_text("")
@@ -140,7 +138,7 @@ def test_cache_that_is_off_or_cannot_be_written_changes_nothing(load, folder, tm
     same(load(), whole)
 
 
-def test_a_full_disk_is_one_line_that_names_the_ways_out():
+def test_full_disk_is_one_line_with_remedies():
     with pytest.raises(UserError) as raised, StoreWriter(Path("/dev/full")) as writer:
         writer.write(as_batch([Tokens(np.arange(3, dtype=np.int32), np.ones(3, bool), 1, 0, 1.0, 0)]))
     said = str(raised.value)
@@ -149,7 +147,7 @@ def test_a_full_disk_is_one_line_that_names_the_ways_out():
     assert "--data.cache False" in said
 
 
-def test_two_runs_that_write_an_entry_at_once_leave_one(load, folder):
+def test_two_runs_that_write_one_entry_leave_one(load, folder):
     load()
     (name,) = entries(folder)
     aside = token_cache.begin(folder)
@@ -160,7 +158,7 @@ def test_two_runs_that_write_an_entry_at_once_leave_one(load, folder):
     assert entries(folder) == {name: before}
 
 
-def test_oldest_entries_go_when_there_is_no_room(load, folder, monkeypatch):
+def test_oldest_entries_are_removed_for_space(load, folder, monkeypatch):
     for length in (5, 6, 7):
         load(max_length=length)
         for entry in folder.iterdir():

@@ -39,7 +39,7 @@ def spoilt(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_processes_give_the_file_of_one_and_name_the_first_bad_row(
+def test_several_processes_write_the_same_file_and_name_the_first_bad_row(
     make_tokenizer, write_lines, spoilt, tmp_path, monkeypatch
 ):
     tokenizer = make_tokenizer("chatml")
@@ -56,7 +56,7 @@ def test_processes_give_the_file_of_one_and_name_the_first_bad_row(
             load(str(spoilt), tokenizer, workers)
 
 
-def test_small_files_stay_in_this_process_and_large_ones_take_several():
+def test_small_files_use_one_process_and_large_ones_several():
     assert processes(None, LARGE_FILE - 1, 10**6) == 1
     assert processes(None, 0, LARGE_SET - 1) == 1
     assert 1 <= processes(None, LARGE_FILE, 10**6) <= MOST
@@ -83,7 +83,7 @@ def test_rows_are_read_one_at_a_time(tmp_path):
         assert peak < 1_000_000, file.name
 
 
-def test_parquet_is_read_in_batches_from_any_place(tmp_path):
+def test_parquet_is_read_in_batches_from_any_position(tmp_path):
     rows = [{"text": str(i), "call": {"a": i} if i % 2 else {"b": "x"}, "none": None} for i in range(1500)]
     file = tmp_path / "rows.parquet"
     pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=700)
@@ -95,7 +95,7 @@ def test_parquet_is_read_in_batches_from_any_place(tmp_path):
     ]
 
 
-def test_nulls_that_arrow_fills_into_nested_objects_do_not_reach_a_row(tmp_path):
+def test_arrow_nulls_in_nested_objects_do_not_reach_a_row(tmp_path):
     schema = {"name": "f", "parameters": {"properties": {"a": {"type": "int"}}}}
     other = {"name": "g", "parameters": {"properties": {"b": {"type": "int"}}}}
     rows = [{"messages": TURNS, "tools": [schema]}, {"messages": TURNS, "tools": [other]}]
@@ -109,7 +109,7 @@ def test_columns_keep_their_nulls(tmp_path, make_tokenizer):
         load(str(tmp_path / "rows.parquet"), make_tokenizer(), 1)
 
 
-def test_terminal_gets_a_bar_and_a_log_nothing(make_tokenizer, write_lines):
+def test_terminal_gets_a_bar_and_a_log_does_not(make_tokenizer, write_lines):
     path = write_lines(*many(10))
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=100)

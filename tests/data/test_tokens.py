@@ -22,7 +22,7 @@ def chat(*turns: str) -> ChatExample:
     return ChatExample([{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)])
 
 
-def test_text_is_trained_from_its_second_token_to_its_eos(make_tokenizer):
+def test_text_is_trained_from_its_second_token_to_eos(make_tokenizer):
     tokenizer = make_tokenizer()
     tokens = tokenize(TextExample("Hello, good day."), tokenizer, 64, "here")
     assert tokenizer.decode(tokens.input_ids) == "Hello, good day.</s>"
@@ -41,7 +41,7 @@ def test_eos_is_appended_once(make_tokenizer):
 
 
 @pytest.mark.parametrize("bos", ["", "<s> "])
-def test_tokenizer_that_adds_eos_gives_the_tokens_of_one_that_does_not(make_tokenizer, bos):
+def test_tokenizer_that_adds_eos_gives_the_same_tokens(make_tokenizer, bos):
     """trl#1283: add_eos_token trained two EOS. The prompt that shares a token with its completion is as without it."""
     plain, adding = make_tokenizer(add_bos=bool(bos)), make_tokenizer(add_bos=bool(bos))
     ids = [(token, plain.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
@@ -61,7 +61,7 @@ def test_tokenizer_that_adds_eos_gives_the_tokens_of_one_that_does_not(make_toke
         assert (found.input_ids == adding.eos_token_id).sum() == 1
 
 
-def test_truncation_and_padding_left_in_tokenizer_json_have_no_effect(make_tokenizer):
+def test_truncation_and_padding_in_tokenizer_json_have_no_effect(make_tokenizer):
     """llm-compressor#2917: a call's truncation stayed in the tokenizer.json of many published models."""
     plain, left = make_tokenizer(), make_tokenizer()
     left.backend_tokenizer.enable_truncation(4)
@@ -88,7 +88,7 @@ def test_completion_and_eos_are_trained_and_the_prompt_is_not(make_tokenizer):
 
 
 @pytest.mark.parametrize("prompt", ["the ans", "th"])
-def test_completion_that_would_share_a_token_with_the_prompt_is_tokenised_apart(make_tokenizer, prompt):
+def test_completion_that_would_share_a_token_with_the_prompt_is_tokenized_apart(make_tokenizer, prompt):
     """A prompt of one token that melts into its completion would leave nothing but EOS to train."""
     tokenizer = make_tokenizer()
     for completion in ("wer", "e", "e answer"):
@@ -98,7 +98,7 @@ def test_completion_that_would_share_a_token_with_the_prompt_is_tokenised_apart(
         assert tokens.input_ids[: len(asked)].tolist() == asked
 
 
-def test_completion_tokenised_apart_gets_no_space_from_a_tokenizer_with_metaspace(make_tokenizer):
+def test_separate_completion_gets_no_extra_space_with_metaspace(make_tokenizer):
     tokenizer = make_tokenizer(form="metaspace")
     tokens = tokenize(CompletionExample("the ans", "wer"), tokenizer, 64, "here")
     assert tokenizer.decode(tokens.input_ids).removesuffix("</s>").strip() == "the answer"
@@ -120,7 +120,7 @@ def test_tokenizer_that_adds_bos_gives_exactly_one(make_tokenizer):
         assert not tokens.trained[0]
 
 
-def test_written_out_bos_does_not_change_the_prompt(make_tokenizer):
+def test_literal_bos_does_not_change_the_prompt(make_tokenizer):
     tokenizer = make_tokenizer(add_bos=True)
     one = tokenize(CompletionExample("Hello", " day"), tokenizer, 64, "here")
     other = tokenize(CompletionExample("<s>Hello", " day"), tokenizer, 64, "here")
@@ -128,7 +128,7 @@ def test_written_out_bos_does_not_change_the_prompt(make_tokenizer):
     np.testing.assert_array_equal(one.trained, other.trained)
 
 
-def test_cut_keeps_the_start_and_says_so(make_tokenizer):
+def test_cutting_keeps_the_start_and_is_recorded(make_tokenizer):
     tokenizer = make_tokenizer()
     whole = tokenize(TextExample("Hello, good day."), tokenizer, 64, "here")
     cut = tokenize(TextExample("Hello, good day."), tokenizer, 3, "here")
@@ -141,7 +141,7 @@ def test_blank_text_has_nothing_to_train_on(make_tokenizer):
     assert not tokenize(TextExample(" \n"), make_tokenizer(), 64, "here").trained.any()
 
 
-def test_empty_completion_trains_eos_alone(make_tokenizer):
+def test_empty_completion_trains_only_eos(make_tokenizer):
     tokenizer = make_tokenizer()
     tokens = tokenize(CompletionExample("Hello", ""), tokenizer, 64, "here")
     assert trained_text(tokens, tokenizer) == "</s>"
@@ -167,7 +167,7 @@ def test_trained_tokens_hold_the_whole_completion(make_tokenizer, prompt, comple
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.data())
-def test_token_is_within_a_span_exactly_if_it_shares_a_character_with_it(widths, data):
+def test_token_is_in_a_span_exactly_if_it_shares_a_character(widths, data):
     edges = np.concatenate(([0], np.cumsum(widths)))
     start, end = sorted(data.draw(st.tuples(st.integers(0, edges[-1]), st.integers(0, edges[-1]))))
     offsets = np.stack([edges[:-1], edges[1:]], axis=1)

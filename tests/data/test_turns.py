@@ -52,7 +52,7 @@ def test_tokens_are_those_of_the_rendered_conversation(make_tokenizer, template)
 
 
 @pytest.mark.parametrize("template", ["chatml", "mistral"])
-def test_words_of_a_tokenizer_with_metaspace_are_assigned_whole(make_tokenizer, template):
+def test_words_of_a_metaspace_tokenizer_are_assigned_whole(make_tokenizer, template):
     tokenizer = make_tokenizer(template, form="metaspace")
     tokens = tokenize(chat("a good day", "the old mill"), tokenizer, 512, "here")
     words = tokenizer.decode(tokens.input_ids[tokens.trained]).replace(" ", "")
@@ -60,13 +60,13 @@ def test_words_of_a_tokenizer_with_metaspace_are_assigned_whole(make_tokenizer, 
 
 
 @pytest.mark.parametrize("template", ["chatml", "marked", "forgetful"])
-def test_of_messages_as_prompt_and_completion_only_the_completion_is_trained(make_tokenizer, template):
+def test_with_prompt_and_completion_only_the_completion_is_trained(make_tokenizer, template):
     found = trained_text(chat(*TURNS, prompt_messages=3), make_tokenizer(template))
     assert found.endswith("Good day 🙂<|im_end|>")
     assert "sum" not in found
 
 
-def test_reasoning_that_the_template_drops_from_earlier_turns_is_not_trained(make_tokenizer):
+def test_reasoning_dropped_from_earlier_turns_is_not_trained(make_tokenizer):
     example = chat("Hello", "<think>\na\n</think>\n\nday", "Hello", "<think>\nb\n</think>\n\nyes")
     assert (
         trained_text(example, make_tokenizer("forgetful"))
@@ -75,12 +75,12 @@ def test_reasoning_that_the_template_drops_from_earlier_turns_is_not_trained(mak
     assert trained_text(example, make_tokenizer("opening")) == "day<|im_end|>b\n</think>\n\nyes<|im_end|>"
 
 
-def test_words_of_the_header_in_a_turn_do_not_shift_its_start(make_tokenizer):
+def test_header_words_inside_a_turn_do_not_shift_its_start(make_tokenizer):
     example = chat("Hello", "<a", "Hello", "yes")
     assert trained_text(example, make_tokenizer("opening")).startswith("<a<|im_end|>")
 
 
-def test_system_message_that_moves_is_not_trained(make_tokenizer):
+def test_system_message_that_the_template_moves_is_not_trained(make_tokenizer):
     found = trained_text(chat(*TURNS, system="Be short."), make_tokenizer("moving"))
     assert found.replace(" ", "") == "Thesumis5.</s>Goodday🙂</s>"
 
@@ -91,12 +91,12 @@ def test_end_token_inside_a_turn_does_not_end_it(make_tokenizer):
         assert trained_text(example, make_tokenizer(template)).startswith("a <|im_end|> b<|im_end|>")
 
 
-def test_spaces_around_a_turn_that_the_template_trims_are_no_hindrance(make_tokenizer):
+def test_trimmed_spaces_around_a_turn_do_no_harm(make_tokenizer):
     found = trained_text(chat("Hello", "  yes \n", "Hello", " no "), make_tokenizer("llama3"))
     assert found == "yes<|eot_id|>no<|eot_id|>"
 
 
-def test_conversation_that_the_assistant_opens_is_trained_from_its_first_turn(make_tokenizer):
+def test_conversation_opened_by_the_assistant_is_trained_from_its_first_turn(make_tokenizer):
     example = ChatExample([{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "day"}])
     assert trained_text(example, make_tokenizer("chatml")) == "Hello<|im_end|>"
 
@@ -108,7 +108,7 @@ def test_opening_turn_whose_reasoning_is_dropped_starts_after_its_header(make_to
     assert found == "Hello<|im_end|><think>\n\n</think>\n\nyes<|im_end|>"
 
 
-def test_words_of_the_user_after_the_last_turn_are_not_trained(make_tokenizer):
+def test_user_words_after_the_last_turn_are_not_trained(make_tokenizer):
     assert trained_text(chat("Hello", "day", "bye"), make_tokenizer("chatml")) == "day<|im_end|>"
 
 
@@ -117,14 +117,14 @@ def test_conversation_without_the_assistant_has_nothing_to_train_on(make_tokeniz
         assert trained_text(chat("Hello"), make_tokenizer(template)) == ""
 
 
-def test_template_that_hides_whose_the_words_are_is_one_clear_error(make_tokenizer):
+def test_template_that_hides_the_speaker_is_one_clear_error(make_tokenizer):
     with pytest.raises(
         UserError, match=r"line 7: message 2: the chat template rewrites earlier turns.*end the"
     ):
         trained_text(chat(*TURNS), make_tokenizer("censor"))
 
 
-def test_messages_that_the_template_refuses_are_one_clear_error(make_tokenizer):
+def test_messages_that_the_template_rejects_are_one_clear_error(make_tokenizer):
     example = ChatExample([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
     with pytest.raises(UserError, match=r"line 7: the chat template rejects.*roles must alternate"):
         trained_text(example, make_tokenizer("gemma"))
@@ -135,7 +135,7 @@ def test_tokenizer_without_a_template_is_one_clear_error(make_tokenizer):
         trained_text(chat(*TURNS), make_tokenizer())
 
 
-def test_marks_that_cover_no_turn_are_one_clear_error(make_tokenizer):
+def test_generation_marks_without_a_turn_are_one_clear_error(make_tokenizer):
     tokenizer = make_tokenizer("marked")
     tokenizer.chat_template = tokenizer.chat_template.replace("m.role == 'assistant'", "m.role == 'nobody'")
     with pytest.raises(UserError, match="generation marks cover no assistant turn"):
@@ -150,7 +150,7 @@ def test_cut_conversation_loses_its_end(make_tokenizer):
     np.testing.assert_array_equal(cut.trained, whole.trained[:-4])
 
 
-def test_turn_is_tokenised_apart_from_what_asks_for_it(make_tokenizer):
+def test_turn_is_tokenized_apart_from_the_generation_prompt(make_tokenizer):
     """A line end that starts an answer would share a token with the header's, which generation is given alone."""
     tokenizer = make_tokenizer("chatml")
     tokens = tokenize(chat("Hello", "\n\nthe answer", "Hello", "\nday"), tokenizer, 512, "here")
@@ -166,7 +166,7 @@ _ANSWERS = _WORDS.filter(lambda text: not text[0].isspace())
 
 @pytest.mark.parametrize("template", ["chatml", "mistral", "marked", "forgetful", "opening", "moving"])
 @given(turns=st.lists(st.tuples(_WORDS, _ANSWERS), min_size=1, max_size=3))
-def test_trained_text_is_that_of_the_assistant_whatever_is_said(make_tokenizer, template, turns):
+def test_trained_text_is_the_assistants_for_any_conversation(make_tokenizer, template, turns):
     tokenizer = make_tokenizer(template)
     example = chat(*(text for turn in turns for text in turn))
     found = trained_text(example, tokenizer)
@@ -184,7 +184,7 @@ LATE = (
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_end_token_in_front_of_the_next_message_belongs_to_the_turn_that_it_ends(make_tokenizer, whole):
+def test_end_token_before_the_next_message_belongs_to_the_turn_it_ends(make_tokenizer, whole):
     """trl PR #5988: a turn is closed in the header of the next message, and the last one likewise."""
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = LATE
@@ -202,7 +202,7 @@ def test_token_that_opens_every_message_ends_none(make_tokenizer):
 
 
 @pytest.mark.parametrize("form", ["bytes", "trimmed"])
-def test_turn_begins_at_the_tag_where_it_parts_from_what_asks_for_it(make_tokenizer, form):
+def test_turn_begins_at_the_tag_where_it_leaves_the_generation_prompt(make_tokenizer, form):
     """Automodel PR #3739: <think> and <tool_call> begin alike."""
     tokenizer = make_tokenizer("chatml", form=form)
     tokenizer.chat_template = (
@@ -221,7 +221,7 @@ def test_turn_begins_at_the_tag_where_it_parts_from_what_asks_for_it(make_tokeni
         assert found == '<tool_call>{"a": 2}</tool_call><|im_end|>5.<|im_end|>'
 
 
-def test_turn_begins_at_the_word_where_it_parts_from_what_asks_for_it(make_tokenizer):
+def test_turn_begins_at_the_word_where_it_leaves_the_generation_prompt(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n' }}", "assistant\nThere is' }}")
     call = {"role": "assistant", "content": "Therefore: 5"}

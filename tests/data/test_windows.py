@@ -14,7 +14,7 @@ TEXT = "What is the sum of 2 and 3? " * 20
 
 
 @given(length=st.integers(2, 60), longest=st.integers(2, 20), seed=st.integers(0, 9))
-def test_windows_hold_each_token_once_and_train_all_but_their_first(length, longest, seed):
+def test_windows_cover_each_token_once_and_train_all_but_their_first(length, longest, seed):
     ids = np.arange(length, dtype=np.int32)
     trained = np.random.default_rng(seed).random(length) < 0.7
     trained[0] = False

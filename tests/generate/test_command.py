@@ -39,7 +39,7 @@ def expected(base: Path, text: str) -> str:
     return decoded(tokens, loaded.tokenizer)
 
 
-def test_completion_alone_is_printed(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_completion_is_printed(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(base, "--prompt", "2+3=") == 0
     assert capsys.readouterr().out == expected(base, "2+3=") + "\n"
 
@@ -52,7 +52,7 @@ def test_several_prompts_are_quoted_before_their_completions(
     assert capsys.readouterr().out == f"> 2+3=\n{first}\n\n> A\n> B\n{second}\n\n"
 
 
-def test_padding_token_among_the_end_tokens_empties_no_completion(
+def test_padding_among_the_end_tokens_does_not_empty_a_completion(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Pain 3: of two prompts one is padded, with a token that also ends a completion."""
@@ -77,7 +77,7 @@ def test_prompt_goes_through_the_chat_template_unless_raw(
     assert capsys.readouterr().out == expected(base, "abc") + "\n"
 
 
-def test_adapter_changes_the_completion_and_its_other_base_is_noted(
+def test_adapter_changes_the_completion_and_a_different_base_is_noted(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = lora(base_model_name_or_path="someone/elsewhere", target_modules=("up_proj", "lm_head"))
@@ -100,7 +100,7 @@ def test_repetition_penalty_is_the_models_own_unless_given(
     assert texts[0] == texts[2] != texts[1]
 
 
-def test_seed_decides_what_is_drawn(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seed_determines_the_samples(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for seed in ("1", "1", "2"):
         assert run(base, "--prompt", "2+3=", "--temperature", "2", "--top_p", "0.9", "--seed", seed) == 0
@@ -123,7 +123,7 @@ def test_seed_decides_what_is_drawn(base: Path, capsys: pytest.CaptureFixture[st
         (["--prompt", "a", "--top_q", "1"], "--top_q: unknown option"),
     ],
 )
-def test_what_the_user_got_wrong_is_one_line_and_exit_code_2(
+def test_user_errors_are_one_line_and_exit_code_2(
     base: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert run(base, *arguments) == 2
@@ -164,7 +164,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
     ],
 )
 @pytest.mark.parametrize("prompts", [("ab",), ("ab", "c")], ids=["one", "two"])
-def test_logits_that_are_not_finite_are_an_error_that_names_the_cause(
+def test_non_finite_logits_are_an_error_that_names_the_cause(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     value: float,
@@ -191,7 +191,7 @@ def test_a_row_that_breaks_does_not_end_the_others(tmp_path: Path) -> None:
     assert min(alone[0]) >= 0
 
 
-def test_a_cache_that_cannot_fit_is_refused_before_anything_is_computed(
+def test_a_cache_that_does_not_fit_is_refused_before_computing(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
@@ -212,7 +212,7 @@ def test_a_cache_that_cannot_fit_is_refused_before_anything_is_computed(
         ("a" * 8, (), ""),
     ],
 )
-def test_a_prompt_longer_than_the_positions_is_noted_with_both_figures(
+def test_a_prompt_beyond_the_maximum_position_is_noted_with_both_numbers(
     base: Path, capsys: pytest.CaptureFixture[str], prompt: str, more: tuple[str, ...], note: str
 ) -> None:
     assert run(base, "--prompt", prompt, *more) == 0

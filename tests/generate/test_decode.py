@@ -35,7 +35,7 @@ def uncached(model: Decoder, variables: Any, prompt: list[int], written: list[in
 # Dynamic scaling is left out: there the frequencies of a pass depend on its length, in transformers too.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-biases", "mistral-window", "qwen3"])
-def test_cached_logits_equal_those_of_one_whole_pass_at_every_step(tmp_path: Path, name: str) -> None:
+def test_cached_logits_equal_a_full_pass_at_every_step(tmp_path: Path, name: str) -> None:
     base = tiny_base(tmp_path / "model", name)
     model, variables = Decoder(base.config), {"params": base.params}
     written = np.random.default_rng(1).integers(0, VOCAB, (len(PROMPTS), NEW)).astype(np.int32)
@@ -51,18 +51,18 @@ def test_cached_logits_equal_those_of_one_whole_pass_at_every_step(tmp_path: Pat
         np.testing.assert_allclose(np.stack(steps)[:, row], expected, atol=2e-5)
 
 
-def test_each_greedy_token_is_the_likeliest_of_the_whole_pass(model: Model) -> None:
+def test_greedy_tokens_are_the_most_likely_of_a_full_pass(model: Model) -> None:
     for prompt, written in zip(PROMPTS, complete(*model, PROMPTS, max_new_tokens=NEW), strict=True):
         assert uncached(*model, prompt, written).argmax(-1).tolist() == written
 
 
-def test_prompts_of_unequal_length_are_completed_as_each_alone(model: Model) -> None:
+def test_prompts_of_different_lengths_are_completed_as_alone(model: Model) -> None:
     together = complete(*model, PROMPTS, max_new_tokens=NEW)
     assert together == [complete(*model, [prompt], max_new_tokens=NEW)[0] for prompt in PROMPTS]
     assert len({tuple(row) for row in together}) == len(PROMPTS)
 
 
-def test_row_stops_with_its_end_token_and_leaves_the_others_as_they_were(model: Model) -> None:
+def test_a_row_stops_at_its_end_token_without_affecting_others(model: Model) -> None:
     free = complete(*model, PROMPTS, max_new_tokens=NEW)
     end = free[1][4]
     stopped = complete(*model, PROMPTS, max_new_tokens=NEW, end_ids={end, VOCAB + 1})
@@ -70,13 +70,13 @@ def test_row_stops_with_its_end_token_and_leaves_the_others_as_they_were(model: 
     assert len(stopped[1]) <= 5
 
 
-def test_decoding_ends_when_all_rows_have(model: Model) -> None:
+def test_decoding_ends_when_all_rows_have_ended(model: Model) -> None:
     first = [row[0] for row in complete(*model, PROMPTS, max_new_tokens=1)]
     passes = list(stream(*model, PROMPTS, max_new_tokens=NEW, end_ids=first))
     assert [step.tolist() for step in passes] == [first]
 
 
-def test_ended_row_yields_no_token_while_others_go_on(model: Model) -> None:
+def test_an_ended_row_yields_no_token_while_others_continue(model: Model) -> None:
     free = complete(*model, PROMPTS[:2], max_new_tokens=NEW)
     end = next(token for token in free[0] if token not in free[1])
     passes = np.stack(list(stream(*model, PROMPTS[:2], max_new_tokens=NEW, end_ids=[end])))
@@ -87,7 +87,7 @@ def test_ended_row_yields_no_token_while_others_go_on(model: Model) -> None:
 
 
 @pytest.mark.slow
-def test_adapter_changes_what_is_written_and_an_empty_one_does_not(tmp_path: Path) -> None:
+def test_adapter_changes_the_output_and_an_empty_one_does_not(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "model", "llama")
     model = Decoder(base.config)
     config = lora(target_modules=("q_proj", "up_proj", "embed_tokens", "lm_head"))
@@ -101,7 +101,7 @@ def test_adapter_changes_what_is_written_and_an_empty_one_does_not(tmp_path: Pat
         assert uncached(model, variables, prompt, written).argmax(-1).tolist() == written
 
 
-def test_drawn_tokens_are_a_function_of_the_seed(model: Model) -> None:
+def test_samples_are_a_function_of_the_seed(model: Model) -> None:
     rule = Sampling(temperature=3.0)
     first, again, other = (
         complete(*model, PROMPTS, max_new_tokens=NEW, sampling=rule, seed=seed) for seed in (1, 1, 2)
@@ -109,13 +109,13 @@ def test_drawn_tokens_are_a_function_of_the_seed(model: Model) -> None:
     assert first == again != other
 
 
-def test_draws_of_a_row_do_not_depend_on_the_rows_after_it(model: Model) -> None:
+def test_samples_of_a_row_do_not_depend_on_later_rows(model: Model) -> None:
     rule = Sampling(temperature=1.5, top_k=20)
     together = complete(*model, PROMPTS, max_new_tokens=NEW, sampling=rule)
     assert complete(*model, PROMPTS[:1], max_new_tokens=NEW, sampling=rule) == together[:1]
 
 
-def test_repetition_penalty_counts_prompt_and_completion_but_no_padding(model: Model) -> None:
+def test_repetition_penalty_counts_prompt_and_completion_but_not_padding(model: Model) -> None:
     rule = Sampling(repetition_penalty=1e6)
     written = complete(*model, PROMPTS, max_new_tokens=NEW, sampling=rule)
     for prompt, row in zip(PROMPTS, written, strict=True):

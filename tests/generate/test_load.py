@@ -45,7 +45,7 @@ def write_random(folder: Path, base: Path, **settings: Any) -> Path:
     return folder
 
 
-def test_adapter_acts_unmerged_as_in_training(tmp_path: Path, base: Path) -> None:
+def test_unmerged_adapter_acts_as_in_training(tmp_path: Path, base: Path) -> None:
     folder = write_random(tmp_path / "adapter", base)
     loaded = load_for_inference(ModelOptions(path=str(base)), str(folder))
     read = open_base(base)
@@ -55,7 +55,7 @@ def test_adapter_acts_unmerged_as_in_training(tmp_path: Path, base: Path) -> Non
     assert np.abs(run(loaded) - run(load_for_inference(ModelOptions(path=str(base))))).max() > 0.01
 
 
-def test_without_a_path_the_base_is_the_one_that_the_adapter_names(tmp_path: Path, base: Path) -> None:
+def test_without_a_path_the_base_is_the_adapters(tmp_path: Path, base: Path) -> None:
     folder = write_random(tmp_path / "adapter", base)
     named = load_for_inference(ModelOptions(), str(folder))
     assert named.checkpoint.folder == base
@@ -64,7 +64,7 @@ def test_without_a_path_the_base_is_the_one_that_the_adapter_names(tmp_path: Pat
     )
 
 
-def test_named_base_that_is_gone_is_one_clear_error(tmp_path: Path, base: Path) -> None:
+def test_missing_base_of_an_adapter_is_one_clear_error(tmp_path: Path, base: Path) -> None:
     folder = write_random(tmp_path / "adapter", base, base_model_name_or_path=str(tmp_path / "moved"))
     with pytest.raises(UserError, match=r"^base model \(--model\.path\) .*moved: no such folder"):
         load_for_inference(ModelOptions(), str(folder))
@@ -82,7 +82,7 @@ def test_adapter_of_another_base_is_one_clear_error(tmp_path: Path, base: Path) 
         load_for_inference(ModelOptions(path=str(wider)), str(folder))
 
 
-def test_rows_that_an_adapter_added_to_the_vocabulary_are_there(tmp_path: Path, base: Path) -> None:
+def test_rows_added_to_the_vocabulary_by_an_adapter_are_loaded(tmp_path: Path, base: Path) -> None:
     grown, folder = (
         write_checkpoint(tmp_path / "grown", CONFIGS["llama"] | {"vocab_size": VOCAB + 4}),
         tmp_path / "a",
@@ -95,7 +95,7 @@ def test_rows_that_an_adapter_added_to_the_vocabulary_are_there(tmp_path: Path, 
     assert run(loaded).shape[-1] == VOCAB + 4
 
 
-def test_tokenizer_is_the_adapters_where_it_brings_one(tmp_path: Path, base: Path) -> None:
+def test_tokenizer_is_the_adapters_if_it_has_one(tmp_path: Path, base: Path) -> None:
     folder = write_random(tmp_path / "adapter", base)
     assert load_for_inference(ModelOptions(), str(folder)).tokenizer.eos_token == "</s>"
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -10,7 +10,7 @@ from tests.generate.conftest import CHATML, MakeTokenizer
 BOS, EOS, TURN_END = 256, 257, 259
 
 
-def test_chat_prompt_is_a_user_turn_with_the_assistants_asked_for(make_tokenizer: MakeTokenizer) -> None:
+def test_chat_prompt_is_a_user_turn_with_a_generation_prompt(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
     ids = encode_prompt("Hi", tokenizer, chat=True)
     assert tokenizer.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -22,13 +22,13 @@ def test_system_message_goes_first(make_tokenizer: MakeTokenizer) -> None:
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
 
 
-def test_raw_prompt_is_taken_as_it_is(make_tokenizer: MakeTokenizer) -> None:
+def test_raw_prompt_is_used_unchanged(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
     assert tokenizer.decode(encode_prompt(" a\n", tokenizer, chat=False)) == " a\n"
 
 
 @pytest.mark.parametrize(("chat", "text"), [(False, "a"), (False, "<s>a"), (True, "a")])
-def test_there_is_one_bos_token_where_the_tokenizer_adds_it_or_the_template_writes_it(
+def test_there_is_exactly_one_bos_from_tokenizer_or_template(
     make_tokenizer: MakeTokenizer, chat: bool, text: str
 ) -> None:
     tokenizer = make_tokenizer("{{ bos_token }}" + CHATML, add_bos=True)
@@ -42,9 +42,7 @@ def test_template_that_writes_no_bos_gets_none(make_tokenizer: MakeTokenizer) ->
 
 
 @pytest.mark.parametrize("bos", ["", "<s> "])
-def test_prompt_goes_on_where_the_tokenizer_adds_eos_to_every_text(
-    make_tokenizer: MakeTokenizer, bos: str
-) -> None:
+def test_prompt_has_no_eos_even_if_the_tokenizer_adds_it(make_tokenizer: MakeTokenizer, bos: str) -> None:
     """vllm#7491: with add_eos_token the prompt ended in EOS, and completions were empty."""
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -63,7 +61,7 @@ def test_prompt_without_a_token_is_one_clear_error(make_tokenizer: MakeTokenizer
         encode_prompt("", make_tokenizer(), chat=False)
 
 
-def test_template_that_refuses_the_system_message_is_one_clear_error(make_tokenizer: MakeTokenizer) -> None:
+def test_template_that_rejects_the_system_message_is_one_clear_error(make_tokenizer: MakeTokenizer) -> None:
     strict = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
     )
@@ -78,7 +76,7 @@ def test_template_that_refuses_the_system_message_is_one_clear_error(make_tokeni
         (Option("train.sample_prompts"), "give one that"),
     ],
 )
-def test_a_template_that_refuses_any_message_is_no_matter_of_the_system_message(
+def test_a_template_that_rejects_every_message_is_not_blamed_on_the_system_message(
     make_tokenizer: MakeTokenizer, option: Option, remedy: str
 ) -> None:
     """The remedy named --system where none was given."""
@@ -95,13 +93,13 @@ def test_a_template_that_refuses_any_message_is_no_matter_of_the_system_message(
         ({}, {"eos_token_id": None}, {EOS}),
     ],
 )
-def test_end_tokens_are_those_of_generation_config_else_of_config_and_the_tokenizers(
+def test_end_tokens_come_from_generation_config_or_config_and_tokenizer(
     make_tokenizer: MakeTokenizer, settings: dict, config: dict, expected: set[int]
 ) -> None:
     assert end_ids(settings, config, make_tokenizer(), chat=False) == expected
 
 
-def test_in_a_chat_the_end_of_a_turn_ends_the_completion_too(make_tokenizer: MakeTokenizer) -> None:
+def test_in_a_chat_the_end_of_turn_also_ends_the_completion(make_tokenizer: MakeTokenizer) -> None:
     assert end_ids({}, {}, make_tokenizer(), chat=True) == {EOS, TURN_END}
 
 

@@ -24,18 +24,18 @@ def frequencies(sampling: Sampling) -> np.ndarray:
     return np.bincount(np.asarray(drawn), minlength=LOGITS.shape[1]) / DRAWS
 
 
-def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals() -> None:
+def test_temperature_zero_takes_the_most_likely_and_the_first_of_equals() -> None:
     logits = jnp.asarray([[0.0, 2.0, 1.0], [3.0, 1.0, 3.0]])
     assert choose(jax.random.key(0), logits, Sampling(top_k=1, top_p=0.1)).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_softmax_of_the_scaled_logits(temperature: float) -> None:
+def test_samples_follow_the_softmax_of_the_scaled_logits(temperature: float) -> None:
     expected = PROBABILITIES ** (1 / temperature)
     np.testing.assert_allclose(frequencies(Sampling(temperature)), expected / expected.sum(), atol=0.015)
 
 
-def test_what_is_left_is_drawn_in_its_old_proportions() -> None:
+def test_remaining_tokens_keep_their_proportions() -> None:
     expected = np.where(PROBABILITIES >= 0.3, PROBABILITIES, 0) / 0.7
     np.testing.assert_allclose(frequencies(Sampling(1.0, top_k=2)), expected, atol=0.015)
     np.testing.assert_allclose(frequencies(Sampling(1.0, top_p=0.6)), expected, atol=0.015)
@@ -50,7 +50,7 @@ def test_temperature_comes_before_top_p() -> None:
 @pytest.mark.parametrize(
     ("k", "expected"), [(1, [1]), (2, [1, 3]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])]
 )
-def test_top_k_keeps_the_k_greatest(k: int, expected: list[int]) -> None:
+def test_top_k_keeps_the_k_largest(k: int, expected: list[int]) -> None:
     assert kept(keep_top_k(LOGITS, k)) == expected
 
 
@@ -61,12 +61,12 @@ def test_top_k_keeps_ties_with_the_last() -> None:
 @pytest.mark.parametrize(
     ("p", "expected"), [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.84, [1, 3, 4])]
 )
-def test_top_p_keeps_the_token_that_carries_the_total_past_p(p: float, expected: list[int]) -> None:
+def test_top_p_keeps_the_token_that_passes_p(p: float, expected: list[int]) -> None:
     assert kept(keep_top_p(LOGITS, p)) == expected
 
 
 @given(st.lists(st.floats(-5, 5, width=32), min_size=8, max_size=8, unique=True), st.floats(0.01, 0.99))
-def test_top_p_keeps_the_smallest_set_of_likeliest_tokens(values: list[float], p: float) -> None:
+def test_top_p_keeps_the_smallest_set_of_most_likely_tokens(values: list[float], p: float) -> None:
     logits = jnp.asarray([values], jnp.float32)
     probabilities = np.asarray(jax.nn.softmax(logits[0])).astype(np.float64)
     chosen = kept(keep_top_p(logits, p))

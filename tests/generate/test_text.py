@@ -15,7 +15,7 @@ def test_pieces_add_up_to_the_text_of_all_tokens(make_tokenizer: MakeTokenizer, 
     assert "".join(pieces) + stream.end() == decoded(tokens, tokenizer)
 
 
-def test_character_of_several_tokens_comes_whole_and_no_later_than_its_last(
+def test_character_of_several_tokens_appears_with_its_last_token(
     make_tokenizer: MakeTokenizer,
 ) -> None:
     tokenizer = make_tokenizer()

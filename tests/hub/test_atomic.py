@@ -33,7 +33,7 @@ def test_text_is_written_and_replaced(tmp_path: Path) -> None:
     assert everything(tmp_path) == {"made/on/the way/a.txt": "then"}
 
 
-def test_failing_in_the_middle_of_a_file_leaves_the_older_one(tmp_path: Path) -> None:
+def test_failure_while_writing_a_file_keeps_the_old_one(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "older")
     with pytest.raises(KeyboardInterrupt):
         fail_midway(whole_file(tmp_path / "a.txt"), KeyboardInterrupt())
@@ -48,7 +48,7 @@ def test_file_gets_the_permissions_of_an_ordinary_file(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
-def test_full_disk_is_one_clear_error_and_leaves_the_older_file(tmp_path: Path) -> None:
+def test_full_disk_is_one_clear_error_and_keeps_the_old_file(tmp_path: Path) -> None:
     # A limit on the size of files stands for the full disk: write() fails in the middle of the file.
     program = """
 import resource, sys
@@ -70,7 +70,7 @@ except UserError as error:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_closed_folder_is_one_clear_error(tmp_path: Path) -> None:
+def test_unwritable_folder_is_one_clear_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="Permission denied; choose a folder that you may write to"):
         write_text(tmp_path / "a.txt", "")
@@ -86,7 +86,7 @@ def test_path_below_a_file_is_one_clear_error(tmp_path: Path) -> None:
         pass
 
 
-def test_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+def test_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "above" / "out"
     with whole_folder(target) as aside:
         (aside / "a").write_text("1")
@@ -103,13 +103,13 @@ def test_empty_folder_is_filled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, FileNotFoundError])
-def test_failing_midway_leaves_no_folder(tmp_path: Path, failure: type[BaseException]) -> None:
+def test_failure_leaves_no_folder(tmp_path: Path, failure: type[BaseException]) -> None:
     with pytest.raises(failure):
         fail_midway(whole_folder(tmp_path / "out"), failure())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_in_use_is_one_clear_error_before_any_work(tmp_path: Path) -> None:
+def test_nonempty_folder_is_one_clear_error_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").write_text("older")
     with pytest.raises(UserError, match="is not empty; choose another folder, or pass --overwrite"):  # noqa: SIM117
@@ -128,7 +128,7 @@ def test_overwriting_replaces_everything_at_the_end(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_failing_while_overwriting_keeps_the_older_folder(tmp_path: Path) -> None:
+def test_failure_while_overwriting_keeps_the_old_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").write_text("older")
     with pytest.raises(ValueError, match="midway"):
@@ -137,7 +137,7 @@ def test_failing_while_overwriting_keeps_the_older_folder(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_folder_filled_by_somebody_else_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+def test_folder_filled_in_the_meantime_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not empty"), whole_folder(tmp_path / "out"):
         write_text(tmp_path / "out" / "a", "theirs")
     assert everything(tmp_path) == {"out/a": "theirs"}
@@ -153,7 +153,7 @@ with whole_folder(Path(sys.argv[1])) as aside:
 """
 
 
-def test_what_a_killed_program_left_is_removed_when_the_folder_is_written_again(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_program_are_removed_on_the_next_write(tmp_path: Path) -> None:
     target = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False)
     assert done.returncode == -signal.SIGKILL
@@ -165,7 +165,7 @@ def test_what_a_killed_program_left_is_removed_when_the_folder_is_written_again(
     assert everything(tmp_path) == {"out/a": "whole"}
 
 
-def test_an_older_folder_comes_back_where_a_program_was_killed_while_it_replaced_it(tmp_path: Path) -> None:
+def test_old_folder_is_restored_after_a_kill_during_replacement(tmp_path: Path) -> None:
     target = tmp_path / "out"
     (tmp_path / ".out.0123abcd.older").mkdir()
     (tmp_path / ".out.0123abcd.older" / "a").write_text("older")
@@ -180,7 +180,7 @@ def test_an_older_folder_comes_back_where_a_program_was_killed_while_it_replaced
     assert everything(tmp_path) == {"out/b": "newer"}
 
 
-def test_folder_whose_name_begins_alike_is_another_one(tmp_path: Path) -> None:
+def test_folder_with_the_same_prefix_is_not_touched(tmp_path: Path) -> None:
     for ending in ("older", "partial"):
         (tmp_path / f".out.1.0123abcd.{ending}").mkdir()
     with whole_folder(tmp_path / "out") as aside:
@@ -190,7 +190,7 @@ def test_folder_whose_name_begins_alike_is_another_one(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_older_folder_that_came_back_is_not_overwritten_unasked(tmp_path: Path) -> None:
+def test_restored_folder_is_not_overwritten_without_the_option(tmp_path: Path) -> None:
     (tmp_path / ".out.0123abcd.older").mkdir()
     (tmp_path / ".out.0123abcd.older" / "a").write_text("older")
     with pytest.raises(UserError, match="is not empty"):  # noqa: SIM117
@@ -198,7 +198,7 @@ def test_older_folder_that_came_back_is_not_overwritten_unasked(tmp_path: Path) 
             pytest.fail("the work began")
 
 
-def test_what_another_program_is_still_writing_stays(tmp_path: Path) -> None:
+def test_folder_that_another_program_is_writing_is_kept(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "out") as aside:
         with whole_folder(tmp_path / "out") as mine:
             (mine / "a").write_text("mine")
@@ -210,9 +210,7 @@ def test_what_another_program_is_still_writing_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [".other.0123abcd.partial", ".mine.partial", ".other.0123abcd.older"])
 @pytest.mark.parametrize("age", [STALE - 60, STALE + 60])
-def test_what_was_killed_under_another_name_goes_once_it_is_a_day_old(
-    tmp_path: Path, name: str, age: int
-) -> None:
+def test_leftovers_under_another_name_are_removed_after_a_day(tmp_path: Path, name: str, age: int) -> None:
     """A merge ended by SIGKILL left a folder of the model's size, which a merge to another name never removed."""
     left = tmp_path / name
     left.mkdir()
@@ -224,7 +222,7 @@ def test_what_was_killed_under_another_name_goes_once_it_is_a_day_old(
     assert left.exists() == (age < STALE or name != ".other.0123abcd.partial")
 
 
-def test_an_old_folder_that_is_still_being_written_stays(tmp_path: Path) -> None:
+def test_old_folder_that_is_still_being_written_is_kept(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "other") as other:
         os.utime(other, times=(0, 0))
         with whole_folder(tmp_path / "out") as aside:

@@ -44,7 +44,7 @@ def matrix(dtype: np.dtype = DTYPES[0]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensor_comes_back_bit_for_bit(tmp_path: Path, dtype: np.dtype) -> None:
+def test_tensor_reads_back_bit_for_bit(tmp_path: Path, dtype: np.dtype) -> None:
     values = np.random.default_rng(0).normal(size=(5, 7)).astype(dtype)
     checkpoint = Checkpoint.open(write_folder(tmp_path, {"w": values, "none": np.zeros((0, 3), dtype)}))
     assert checkpoint.dtype("w") == checkpoint.tensor("w").dtype == dtype
@@ -74,7 +74,7 @@ def test_shards_read_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
-def test_opening_and_reading_one_tensor_holds_that_tensor_only(tmp_path: Path) -> None:
+def test_reading_one_tensor_keeps_only_that_tensor_in_memory(tmp_path: Path) -> None:
     # Three tensors of 64 MB in a sparse file; a process of its own tells its peak resident memory.
     rows = 16 * 2**20
     header = {
@@ -120,13 +120,13 @@ def test_no_config_is_one_clear_error(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-def test_adapter_folder_in_place_of_a_base_is_recognised(tmp_path: Path) -> None:
+def test_adapter_folder_instead_of_a_base_is_recognized(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="it is an adapter: give its base model here"):
         Checkpoint.open(tmp_path)
 
 
-def test_folder_above_the_checkpoint_is_recognised(tmp_path: Path) -> None:
+def test_parent_of_the_checkpoint_folder_is_recognized(tmp_path: Path) -> None:
     write_folder(tmp_path / "model", {"w": matrix()})
     with pytest.raises(UserError, match="perhaps you meant a folder inside it: model"):
         Checkpoint.open(tmp_path)
@@ -169,7 +169,7 @@ def test_weights_of_another_format_are_one_error_that_says_how_to_convert(tmp_pa
         Checkpoint.open(tmp_path)
 
 
-def test_file_cut_anywhere_is_one_clear_error_with_both_sizes(tmp_path: Path) -> None:
+def test_truncated_file_is_one_clear_error_with_both_sizes(tmp_path: Path) -> None:
     path = write_folder(tmp_path, {"a": matrix(), "b": matrix()}) / "model.safetensors"
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -198,7 +198,7 @@ def test_file_cut_anywhere_is_one_clear_error_with_both_sizes(tmp_path: Path) ->
     ],
     ids=["lfs", "zip", "html", "json", "entry"],
 )
-def test_file_of_something_else_is_one_clear_error(tmp_path: Path, content: bytes, message: str) -> None:
+def test_file_in_another_format_is_one_clear_error(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -228,7 +228,7 @@ def test_truncated_shard_is_named(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-def test_index_naming_absent_shards_lists_them_all(tmp_path: Path) -> None:
+def test_index_with_missing_shards_lists_them_all(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a": matrix()}, {"b": matrix()})
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     change_index(tmp_path, c="another.safetensors")
@@ -240,7 +240,7 @@ def test_index_naming_absent_shards_lists_them_all(tmp_path: Path) -> None:
     )
 
 
-def test_index_naming_a_tensor_that_its_shard_lacks_says_which(tmp_path: Path) -> None:
+def test_index_with_a_tensor_missing_in_its_shard_names_it(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a": matrix()}, {"b": matrix()})
     change_index(tmp_path, lost="model-00001-of-00002.safetensors")
     with pytest.raises(
@@ -257,7 +257,7 @@ def test_index_without_a_weight_map_is_one_clear_error(tmp_path: Path, content: 
         Checkpoint.open(tmp_path)
 
 
-def test_tensor_of_an_unsupported_dtype_is_an_error_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_tensor_of_an_unsupported_dtype_is_an_error_when_it_is_read(tmp_path: Path) -> None:
     tensors = {"w": matrix(), "quantised": np.zeros((3, 4), np.int8)}
     checkpoint = Checkpoint.open(write_folder(tmp_path, tensors))
     assert checkpoint.names == ("quantised", "w")
@@ -279,13 +279,13 @@ def test_file_that_shrinks_after_opening_is_one_clear_error(tmp_path: Path) -> N
         checkpoint.tensor("w")
 
 
-def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a": matrix(), "c": matrix()}, {"b": matrix(), "c": matrix() + 1})
     with pytest.raises(UserError, match=r"two tensors map to c: c in .*-00001-.* and c in .*-00002-"):
         Checkpoint.open(tmp_path)
 
 
-def test_a_tensor_that_the_index_leaves_out_is_read_all_the_same(tmp_path: Path) -> None:
+def test_a_tensor_missing_in_the_index_is_read(tmp_path: Path) -> None:
     """transformers reads whatever the shards hold; a head was lost to an index that did not name it."""
     write_folder(tmp_path, {"a": matrix()}, {"b": matrix(), "c": matrix() + 1})
     index = tmp_path / "model.safetensors.index.json"
@@ -295,7 +295,7 @@ def test_a_tensor_that_the_index_leaves_out_is_read_all_the_same(tmp_path: Path)
     np.testing.assert_array_equal(Checkpoint.open(tmp_path).tensor("c"), matrix() + 1)
 
 
-def test_a_tensor_of_64_bits_is_read_in_32(tmp_path: Path) -> None:
+def test_a_64_bit_tensor_is_read_in_32_bits(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(write_folder(tmp_path, {"w": matrix(np.dtype(np.float64)) / 3}))
     assert checkpoint.dtype("w") == checkpoint.tensor("w").dtype == np.float32
     np.testing.assert_array_equal(
@@ -304,7 +304,7 @@ def test_a_tensor_of_64_bits_is_read_in_32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["..", "absolute", "link"])
-def test_an_index_that_names_a_file_outside_its_folder_is_refused(tmp_path: Path, way: str) -> None:
+def test_an_index_with_a_file_outside_its_folder_is_refused(tmp_path: Path, way: str) -> None:
     """A model from elsewhere could otherwise have a tensor of this machine merged into an upload."""
     folder, outside = tmp_path / "model", tmp_path / "outside.safetensors"
     write_folder(folder, {"a": matrix()}, {"b": matrix()})
@@ -331,7 +331,7 @@ def cached(tmp_path: Path) -> tuple[Path, Path]:
     return root, snapshot
 
 
-def test_the_hubs_own_links_are_followed_and_a_pruned_one_is_named(tmp_path: Path) -> None:
+def test_the_hubs_links_are_followed_and_a_dangling_one_is_named(tmp_path: Path) -> None:
     root, snapshot = cached(tmp_path)
     assert Checkpoint.open(snapshot).names == ("a", "b")
     (root / "blobs" / "1").unlink()
@@ -341,7 +341,7 @@ def test_the_hubs_own_links_are_followed_and_a_pruned_one_is_named(tmp_path: Pat
         Checkpoint.open(snapshot)
 
 
-def test_a_pruned_link_to_the_only_file_is_named_as_such(tmp_path: Path) -> None:
+def test_a_dangling_link_to_the_only_file_is_named_as_such(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a": matrix()})
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").symlink_to("../../blobs/gone")
@@ -351,7 +351,7 @@ def test_a_pruned_link_to_the_only_file_is_named_as_such(tmp_path: Path) -> None
         Checkpoint.open(tmp_path)
 
 
-def test_of_a_cache_entrys_root_the_snapshot_is_named(tmp_path: Path) -> None:
+def test_the_root_of_a_cache_entry_is_answered_with_its_snapshot(tmp_path: Path) -> None:
     root, snapshot = cached(tmp_path)
     with pytest.raises(UserError, match=f"the root of an entry in the Hub's cache; give {snapshot}"):
         resolve(str(root))
@@ -369,7 +369,7 @@ def test_a_duplicate_key_is_refused(tmp_path: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize("end", [4, 8])
-def test_two_tensors_of_one_name_in_a_header_are_refused(tmp_path: Path, end: int) -> None:
+def test_duplicate_names_in_a_header_are_refused(tmp_path: Path, end: int) -> None:
     write_folder(tmp_path, {"a": matrix()})
     entry = f'"a": {{"dtype": "F32", "shape": [1], "data_offsets": [{end - 4}, {end}]}}'
     header = f'{{"a": {{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, {entry}}}'.encode()

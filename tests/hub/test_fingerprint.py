@@ -26,12 +26,12 @@ def folder(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "tiny", CONFIG)
 
 
-def test_a_copy_elsewhere_is_the_same_model(folder: Path, tmp_path: Path) -> None:
+def test_a_copy_has_the_same_fingerprint(folder: Path, tmp_path: Path) -> None:
     assert of(folder) == of(write_checkpoint(tmp_path / "copy", CONFIG))
     assert set(of(folder)) == {"config.json", "model.safetensors"}
 
 
-def test_another_training_of_any_one_tensor_is_noticed(folder: Path) -> None:
+def test_a_change_to_any_tensor_is_noticed(folder: Path) -> None:
     before, tensors = of(folder), random_tensors(read_config(CONFIG, folder))
     for name, value in tensors.items():
         save_tensors(folder / "model.safetensors", {**tensors, name: value * np.float32(1.001)})
@@ -40,7 +40,7 @@ def test_another_training_of_any_one_tensor_is_noticed(folder: Path) -> None:
         assert now["config.json"] == before["config.json"]
 
 
-def test_another_config_over_the_same_weights_is_noticed_and_another_layout_of_it_is_not(
+def test_a_changed_config_is_noticed_but_not_its_formatting(
     folder: Path,
 ) -> None:
     before = of(folder)
@@ -51,7 +51,7 @@ def test_another_config_over_the_same_weights_is_noticed_and_another_layout_of_i
     assert [name for name in before if changed[name] != before[name]] == ["config.json"]
 
 
-def test_a_file_of_a_gigabyte_is_told_by_a_few_bytes(tmp_path: Path) -> None:
+def test_a_gigabyte_file_needs_only_a_few_bytes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 28], "data_offsets": [0, 1 << 30]}}).encode()
     with (tmp_path / "model.safetensors").open("wb") as file:

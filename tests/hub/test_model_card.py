@@ -43,7 +43,7 @@ def test_metadata_names_the_base_model_on_the_hub() -> None:
     }
 
 
-def test_folder_is_no_base_model_in_the_metadata_but_is_told_in_the_text(
+def test_a_folder_is_named_in_the_text_but_not_in_the_metadata(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for base in ("/data/models/base", "../base", None):
@@ -55,7 +55,7 @@ def test_folder_is_no_base_model_in_the_metadata_but_is_told_in_the_text(
     assert "base_model" not in metadata(adapter_card(CONFIG))
 
 
-def test_what_was_trained_is_told_and_what_is_unknown_is_not() -> None:
+def test_card_states_what_is_known_and_omits_the_rest() -> None:
     card = adapter_card(CONFIG, FACTS)
     for row in (
         "| rank (r) | 16 |",
@@ -76,7 +76,7 @@ def test_what_was_trained_is_told_and_what_is_unknown_is_not() -> None:
     assert "trained tokens" not in blank
 
 
-def test_rarer_settings_are_told() -> None:
+def test_rare_settings_are_stated() -> None:
     config = replace(
         CONFIG,
         target_modules=r".*\.(q|v)_proj",
@@ -98,14 +98,14 @@ def test_rarer_settings_are_told() -> None:
         assert row in card
 
 
-def test_snippets_load_this_base_and_quote_it() -> None:
+def test_snippets_load_and_quote_the_base() -> None:
     card = adapter_card(replace(CONFIG, base_model_name_or_path='/my "models"/base'))
     assert r'AutoModelForCausalLM.from_pretrained("/my \"models\"/base")' in card
     assert "lora-jax merge --adapter . --base '/my \"models\"/base' --output merged" in card
     assert "lora-jax generate --model.path '/my \"models\"/base' --adapter . --prompt" in card
 
 
-def test_the_hubs_own_reader_finds_data_and_results_where_both_are_on_the_hub() -> None:
+def test_the_hubs_reader_finds_data_and_results_on_the_hub() -> None:
     facts = replace(
         FACTS, datasets=("owner/data",), eval_dataset="owner/data", eval_split="test", hub_id="me/it"
     )
@@ -120,7 +120,7 @@ def test_the_hubs_own_reader_finds_data_and_results_where_both_are_on_the_hub() 
         assert '= "me/it"' in text
 
 
-def test_a_card_for_the_hub_has_no_path_of_this_machine() -> None:
+def test_a_card_for_the_hub_has_no_local_path() -> None:
     adapter = adapter_card(
         replace(CONFIG, base_model_name_or_path="/mnt/base"), replace(FACTS, hub_id="me/it")
     )
@@ -130,7 +130,7 @@ def test_a_card_for_the_hub_has_no_path_of_this_machine() -> None:
     assert 'from_pretrained("BASE_MODEL")' in adapter
 
 
-def test_data_is_told_by_its_id_or_the_name_of_its_file(tmp_path: Path) -> None:
+def test_data_is_named_by_its_id_or_file_name(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl")
     data = DataOptions(path=(str(file), "openai/gsm8k:main"), eval_path="openai/gsm8k:socratic")
     facts = planned_facts(RunConfig(data=data, train=TrainOptions(learning_rate=1e-3)))
@@ -145,13 +145,13 @@ def test_data_is_told_by_its_id_or_the_name_of_its_file(tmp_path: Path) -> None:
     assert card.eval_results[0].dataset_config == "socratic"
 
 
-def test_results_on_a_file_of_ones_own_are_told_in_the_text_alone() -> None:
+def test_results_on_a_local_file_are_only_in_the_text() -> None:
     text = adapter_card(CONFIG, FACTS)
     assert ModelCard(text).data.eval_results is None
     assert "| evaluation loss after | 1.2000 |" in text
 
 
-def test_card_of_a_whole_model_loads_it_with_transformers() -> None:
+def test_card_of_a_full_model_loads_it_with_transformers() -> None:
     text = model_card("/models/base", FACTS)
     data = ModelCard(text).data
     assert data.library_name == "transformers"
@@ -161,6 +161,6 @@ def test_card_of_a_whole_model_loads_it_with_transformers() -> None:
     assert "peft" not in text.lower()
 
 
-def test_names_that_yaml_would_read_otherwise_stay_as_they_are() -> None:
+def test_names_that_yaml_would_misread_are_kept() -> None:
     for name in ("yes", "1.0", "null"):
         assert ModelCard(adapter_card(replace(CONFIG, base_model_name_or_path=name))).data.base_model == name

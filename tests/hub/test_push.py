@@ -150,7 +150,7 @@ def folder(place: Path) -> Path:
     return place
 
 
-def test_every_file_arrives_as_it_is_and_again(hub: type[Hub], tmp_path: Path) -> None:
+def test_every_file_is_uploaded_unchanged_also_twice(hub: type[Hub], tmp_path: Path) -> None:
     local = folder(tmp_path / "adapter")
     for repeated in (False, True):
         check_push("me/it", local)
@@ -161,7 +161,7 @@ def test_every_file_arrives_as_it_is_and_again(hub: type[Hub], tmp_path: Path) -
         (local / "README.md").write_text("# Another\n")
 
 
-def test_weights_of_an_earlier_upload_go_and_other_files_stay(hub: type[Hub], tmp_path: Path) -> None:
+def test_old_weights_are_removed_and_other_files_kept(hub: type[Hub], tmp_path: Path) -> None:
     """transformers would take the one file of an earlier model before the shards of this one."""
     whole, shards = tmp_path / "whole", tmp_path / "shards"
     names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -180,7 +180,7 @@ def test_weights_of_an_earlier_upload_go_and_other_files_stay(hub: type[Hub], tm
     assert hub.stored["me/it@main"].keys() == {"notes.txt", *adapter, "model.safetensors"}
 
 
-def test_branch_is_made_and_only_it_changes(hub: type[Hub], tmp_path: Path) -> None:
+def test_branch_is_created_and_only_it_changes(hub: type[Hub], tmp_path: Path) -> None:
     push(folder(tmp_path / "adapter"), "crew/it", revision="night")
     assert hub.stored.keys() == {"crew/it@night"}
 
@@ -196,7 +196,7 @@ def test_branch_is_made_and_only_it_changes(hub: type[Hub], tmp_path: Path) -> N
         ("you/it", "writes", "the token is me's, who cannot write as you; give one of me, crew"),
     ],
 )
-def test_what_would_be_refused_is_told_before_a_run_begins(
+def test_a_push_that_would_fail_is_reported_before_the_run(
     repo: str,
     token: str | None,
     message: str,
@@ -219,16 +219,14 @@ def test_fine_grained_tokens_and_groups_may_write(
     check_push("it", tmp_path)
 
 
-def test_hub_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_that_does_not_answer_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "writes")
     with pytest.raises(UserError, match=r"http://127.0.0.1:9 cannot be reached .*check the network"):
         check_push("me/it", tmp_path)
 
 
-def test_push_that_fails_keeps_the_folder_and_says_how_to_go_on_by_hand(
-    hub: type[Hub], tmp_path: Path
-) -> None:
+def test_failed_push_keeps_the_folder_and_says_how_to_continue(hub: type[Hub], tmp_path: Path) -> None:
     hub.broken = True
     local = folder(tmp_path / "my adapter")
     with pytest.raises(UserError) as caught:
@@ -239,9 +237,7 @@ def test_push_that_fails_keeps_the_folder_and_says_how_to_go_on_by_hand(
     assert (local / "README.md").exists()
 
 
-def test_exported_and_merged_folders_are_pushed_with_a_card_that_names_them(
-    hub: type[Hub], tmp_path: Path
-) -> None:
+def test_exported_and_merged_folders_are_pushed_with_a_card(hub: type[Hub], tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base")
     config = lora(base_model_name_or_path=str(base.folder))
     write_adapter(tmp_path / "adapter", config, random_adapter(make_plan(config, modules(base.config))))
@@ -255,7 +251,7 @@ def test_exported_and_merged_folders_are_pushed_with_a_card_that_names_them(
 
 
 @pytest.mark.slow
-def test_run_that_cannot_be_pushed_does_not_begin_and_one_that_was_not_is_kept(
+def test_run_that_cannot_be_pushed_does_not_start_and_a_failed_push_keeps_the_result(
     hub: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_checkpoint(tmp_path / "model", CONFIGS["llama"])

@@ -137,7 +137,7 @@ def ask(endpoint: str, home: Path, *requests: tuple[str, str | None], **variable
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_folder_is_itself(tmp_path: Path) -> None:
+def test_folder_resolves_to_itself(tmp_path: Path) -> None:
     assert resolve(str(tmp_path)) == tmp_path
 
 
@@ -163,7 +163,7 @@ def test_wrong_path_names_a_similar_folder(tmp_path: Path) -> None:
         resolve(str(tmp_path / "qwen-05b"))
 
 
-def test_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
+def test_file_instead_of_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match=r"^--adapter .*: is a file; give the folder that contains it$"):
         resolve(str(tmp_path / "model.safetensors"), option="--adapter")
@@ -194,13 +194,11 @@ def test_revision_of_a_folder_is_an_error(tmp_path: Path) -> None:
         ("", False),
     ],
 )
-def test_form_of_an_id(text: str, expected: bool) -> None:
+def test_ids_are_recognized_by_their_form(text: str, expected: bool) -> None:
     assert looks_like_id(text) is expected
 
 
-def test_repository_is_downloaded_without_what_is_not_needed_then_read_offline(
-    hub: str, tmp_path: Path
-) -> None:
+def test_only_needed_files_are_downloaded_and_then_read_offline(hub: str, tmp_path: Path) -> None:
     ((kind, folder),) = ask(hub, tmp_path / "home", ("owner/model", None))
     assert kind == "folder", folder
     found = {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
@@ -212,7 +210,7 @@ def test_repository_is_downloaded_without_what_is_not_needed_then_read_offline(
     assert dead == [["folder", folder]]
 
 
-def test_each_refusal_of_the_hub_is_one_error_with_its_remedy(hub: str, tmp_path: Path) -> None:
+def test_each_error_of_the_hub_has_its_remedy(hub: str, tmp_path: Path) -> None:
     requests = [
         ("owner/absent", None),
         ("owner/gated", None),
@@ -239,20 +237,20 @@ def test_each_refusal_of_the_hub_is_one_error_with_its_remedy(hub: str, tmp_path
     )
 
 
-def test_offline_without_a_cache_says_so(hub: str, tmp_path: Path) -> None:
+def test_offline_without_a_cache_is_reported(hub: str, tmp_path: Path) -> None:
     ((kind, text),) = ask(hub, tmp_path / "home", ("owner/model", None), HF_HUB_OFFLINE="1")
     assert kind == "error"
     assert "HF_HUB_OFFLINE is set; unset it, or run `hf download owner/model` first" in text
 
 
-def test_no_network_says_so(tmp_path: Path) -> None:
+def test_missing_network_is_reported(tmp_path: Path) -> None:
     ((kind, text),) = ask("http://127.0.0.1:9", tmp_path / "home", ("owner/model", None))
     assert kind == "error"
     assert "http://127.0.0.1:9 cannot be reached" in text
     assert text.endswith("check the network, proxy and HF_ENDPOINT, or give a local folder")
 
 
-def test_cache_that_cannot_be_written_says_so(hub: str, tmp_path: Path) -> None:
+def test_unwritable_cache_is_reported(hub: str, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "hub").write_text("a file in place of the cache")
     ((kind, text),) = ask(hub, tmp_path / "home", ("owner/model", None))

@@ -49,7 +49,7 @@ def test_tokenizer_reads_words_and_chat_template(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "one two "
 
 
-def test_tokenizer_json_is_taken_as_it_is_whatever_class_is_named(tmp_path: Path) -> None:
+def test_tokenizer_json_is_used_whatever_class_is_named(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, tokenizer_class="LlamaTokenizer"))
     assert tokenizer("two  three")["input_ids"] == [1, 2]
 
@@ -67,7 +67,7 @@ def test_tokenizer_json_is_taken_as_it_is_whatever_class_is_named(tmp_path: Path
     ],
     ids=["pad", "pad is eos", "llama 3.1", "made for padding first", "llama 3", "eos", "nothing"],
 )
-def test_padding_needs_nothing_from_the_user(
+def test_padding_needs_no_option(
     tmp_path: Path, special: tuple[str, ...], config: dict[str, str], expected: int
 ) -> None:
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, *special, **config))
@@ -76,7 +76,7 @@ def test_padding_needs_nothing_from_the_user(
     assert (tokenizer.pad_token, len(tokenizer), (tmp_path / "tokenizer_config.json").read_bytes()) == before
 
 
-def test_padding_is_a_token_that_the_model_has_a_row_for(tmp_path: Path) -> None:
+def test_padding_is_within_the_models_vocabulary(tmp_path: Path) -> None:
     """transformers#18603, levanter#614: a padding token that was added beyond the embedding makes the loss NaN."""
     tokenizer = load_tokenizer(
         write_tokenizer(tmp_path, "<e>", "<unk>", "<p>", eos_token="<e>", pad_token="<p>")
@@ -113,7 +113,7 @@ def test_malformed_tokenizer_is_one_clear_error(tmp_path: Path, name: str, conte
         load_tokenizer(tmp_path)
 
 
-def test_malformed_settings_of_a_tokenizer_are_one_clear_error(tmp_path: Path) -> None:
+def test_malformed_tokenizer_settings_are_one_clear_error(tmp_path: Path) -> None:
     (write_tokenizer(tmp_path) / "tokenizer_config.json").write_text('{"eos_token": ')
     with pytest.raises(UserError, match=r"^tokenizer_config\.json is not valid JSON: .*; download it again$"):
         load_tokenizer(tmp_path)
@@ -131,7 +131,7 @@ print(*sorted({"torch", "jax"} & set(sys.modules)))
     assert run(program, str(write_tokenizer(tmp_path))).split() == []
 
 
-def test_loading_where_there_is_no_torch_prints_no_advice(tmp_path: Path) -> None:
+def test_loading_without_torch_prints_no_advice(tmp_path: Path) -> None:
     hide = "import sys; sys.modules['torch'] = None\n"
     load = """
 import os
@@ -144,7 +144,7 @@ assert "TRANSFORMERS_NO_ADVISORY_WARNINGS" not in os.environ
     assert "PyTorch" in run(hide + "import transformers")  # else this test would show nothing
 
 
-def test_a_program_imports_no_torch_with_a_config_though_it_is_installed(tmp_path: Path) -> None:
+def test_programs_do_not_import_an_installed_torch(tmp_path: Path) -> None:
     """Importing torch took 4 s of a start and 230 MiB; it is there for others afterwards."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise SystemExit('torch is imported')")
@@ -211,7 +211,7 @@ def with_key(template: object) -> str:
          {"tokenizer.json": "a", "tokenizer.model": "b"}),
     ],
 )  # fmt: skip
-def test_each_file_is_the_adapters_where_it_has_it_and_none_of_the_bases_overrules_it(
+def test_adapter_files_replace_the_bases_and_are_not_overridden(
     tmp_path: Path, base: dict[str, str], own: dict[str, str], expected: dict[str, str]
 ) -> None:
     """LLaMA-Factory #8399: an adapter's folder with a tokenizer but no chat template lost the base's."""
@@ -228,7 +228,7 @@ def test_each_file_is_the_adapters_where_it_has_it_and_none_of_the_bases_overrul
     assert found == expected
 
 
-def test_a_tokenizer_of_two_folders_is_read_as_one(tmp_path: Path) -> None:
+def test_tokenizer_of_two_folders_is_read_as_one(tmp_path: Path) -> None:
     base, own = write_tokenizer(tmp_path / "base"), tmp_path / "own"
     own.mkdir()
     (base / JINJA).write_text("base")
@@ -243,7 +243,7 @@ def test_a_tokenizer_of_two_folders_is_read_as_one(tmp_path: Path) -> None:
     assert load_joined_tokenizer(base).chat_template == "base"
 
 
-def test_what_is_not_of_the_tokenizer_is_not_copied(tmp_path: Path) -> None:
+def test_other_files_are_not_copied(tmp_path: Path) -> None:
     source = write_tokenizer(tmp_path / "source")
     for name in ("config.json", "generation_config.json", "model.safetensors", "modeling.py", "README.md"):
         (source / name).write_text("{}")
@@ -254,7 +254,7 @@ def test_what_is_not_of_the_tokenizer_is_not_copied(tmp_path: Path) -> None:
     assert not (tmp_path / "blank" / "generation_config.json").exists()
 
 
-def test_real_tokenizer_reads_as_transformers_reads_it(real_model: Path) -> None:
+def test_real_tokenizer_matches_transformers(real_model: Path) -> None:
     from transformers import AutoTokenizer
 
     ours, theirs = (
@@ -277,7 +277,7 @@ def test_real_tokenizer_reads_as_transformers_reads_it(real_model: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tekken.json"])
-def test_a_vocabulary_that_is_not_read_alone_has_a_remedy_of_ours(tmp_path: Path, name: str) -> None:
+def test_a_bare_vocabulary_has_our_remedy(tmp_path: Path, name: str) -> None:
     """transformers #36291: what transformers advises, such as another class, helps nobody here."""
     (tmp_path / name).write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
@@ -290,7 +290,7 @@ def test_a_vocabulary_that_is_not_read_alone_has_a_remedy_of_ours(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
-def test_a_duplicate_key_of_its_settings_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_duplicate_key_in_tokenizer_settings_is_refused(tmp_path: Path, name: str) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / name).write_text('{"eos_token": "one", "eos_token": "two"}')
     with pytest.raises(UserError, match=f'^{name} has a duplicate key "eos_token"'):

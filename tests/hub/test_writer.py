@@ -44,12 +44,12 @@ def test_sizes_mean_what_huggingface_means(text: str, expected: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "GB", "5 bananas", "-5GB", "0", "0.0001B", "5IB", "1e9", "5GBs", "nan", "5,5GB"]
 )
-def test_what_is_no_size_is_one_clear_error(text: str) -> None:
+def test_invalid_size_is_one_clear_error(text: str) -> None:
     with pytest.raises(UserError, match=r"^--max_shard_size .*: not a size; write it as 500MB, 5GB or 4GiB"):
         parse_size(text)
 
 
-def test_what_fits_in_one_shard_is_one_file_without_index(tmp_path: Path) -> None:
+def test_weights_that_fit_one_shard_have_no_index(tmp_path: Path) -> None:
     tensors = {"b": np.ones((4, 4), np.float32), "a": np.zeros(3, np.float16)}
     checkpoint = write(tmp_path, tensors, 70)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -58,7 +58,7 @@ def test_what_fits_in_one_shard_is_one_file_without_index(tmp_path: Path) -> Non
         assert file.metadata() == {"format": "pt"}
 
 
-def test_what_exceeds_a_shard_gets_numbered_files_and_an_index(tmp_path: Path) -> None:
+def test_larger_weights_get_numbered_files_and_an_index(tmp_path: Path) -> None:
     tensors = {f"t{i}": np.full((10,), i, np.float32) for i in range(5)}  # 40 bytes each
     checkpoint = write(tmp_path, tensors, 80)
     shards = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -72,7 +72,7 @@ def test_what_exceeds_a_shard_gets_numbered_files_and_an_index(tmp_path: Path) -
         np.testing.assert_array_equal(checkpoint.tensor(name), array)
 
 
-def test_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
+def test_tensor_larger_than_a_shard_gets_its_own_file(tmp_path: Path) -> None:
     tensors = {"a": np.zeros(2, np.float32), "big": np.zeros(100, np.float32), "b": np.zeros(2, np.float32)}
     write(tmp_path, tensors, 16)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -80,7 +80,7 @@ def test_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_arrays_of_any_layout_are_written_as_they_read(tmp_path: Path, dtype: type) -> None:
+def test_arrays_of_any_layout_are_written_correctly(tmp_path: Path, dtype: type) -> None:
     base = np.arange(60, dtype=np.float32).reshape(3, 4, 5).astype(dtype)
     read_only = base.copy()
     read_only.flags.writeable = False
@@ -102,7 +102,7 @@ def test_arrays_of_any_layout_are_written_as_they_read(tmp_path: Path, dtype: ty
         assert read.tobytes() == array.tobytes(), name
 
 
-def test_name_given_twice_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+def test_duplicate_name_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tensor a was added twice"):
         write_all(tmp_path, [("a", 1), ("b", 2), ("a", 3)])
     assert list(tmp_path.iterdir()) == []

@@ -34,7 +34,7 @@ def weighed(attention: Any, pull: Any, segments: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 9, 70])
 @pytest.mark.parametrize(("at_once", "aligned"), [(2**30, True), (SMALL, True), (SMALL, False)])
-def test_blocks_give_what_a_whole_mask_gives(
+def test_blocks_match_a_whole_mask(
     window: Window, at_once: int, aligned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(query_blocks, "FEWEST", 16)
@@ -49,7 +49,7 @@ def test_blocks_give_what_a_whole_mask_gives(
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_queries_over_a_cache_see_what_was_there_before_them(window: Window) -> None:
+def test_queries_over_a_cache_see_earlier_tokens(window: Window) -> None:
     *x, pull = arrays(2, 24, 4, 2, 8)
     segments = jnp.asarray([[0] * 3 + [1] * 21, [1] * 24])
     key_slots = jnp.arange(24)
@@ -63,7 +63,7 @@ def test_queries_over_a_cache_see_what_was_there_before_them(window: Window) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("length", "window"), [(200, 37), (600, None), (600, 130)])
-def test_splash_attention_gives_what_a_whole_mask_gives(length: int, window: Window) -> None:
+def test_splash_attention_matches_a_whole_mask(length: int, window: Window) -> None:
     *x, pull = arrays(2, length, 4, 2, 16)
     segments = packed_segments(2, length)
 
@@ -74,7 +74,7 @@ def test_splash_attention_gives_what_a_whole_mask_gives(length: int, window: Win
 
 
 @pytest.mark.parametrize("window", [None, 7])
-def test_call_for_cudnn_gives_what_a_whole_mask_gives(window: Window) -> None:
+def test_the_cudnn_call_matches_a_whole_mask(window: Window) -> None:
     *x, pull = arrays(3, 20, 4, 2, 8)
     segments = padded_segments([20, 13, 0], 20)
 
@@ -87,7 +87,7 @@ def test_call_for_cudnn_gives_what_a_whole_mask_gives(window: Window) -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_sixteen_bits_give_float64s_values_to_their_precision(dtype: Any) -> None:
+def test_sixteen_bits_match_float64_within_their_precision(dtype: Any) -> None:
     *x, pull = (array.astype(dtype) for array in arrays(2, 40, 4, 2, 16))
     segments = packed_segments(2, 40)
     found = weighed(lambda *x: attend(*x, segments), pull, segments)(*x)
@@ -96,7 +96,7 @@ def test_sixteen_bits_give_float64s_values_to_their_precision(dtype: Any) -> Non
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, 3])
-def test_layer_of_a_scan_has_its_own_window(layer: int) -> None:
+def test_a_scanned_layer_has_its_own_window(layer: int) -> None:
     windows = (None, 3, 40, 3)
     seen: list[Window] = []
 
@@ -109,11 +109,11 @@ def test_layer_of_a_scan_has_its_own_window(layer: int) -> None:
     assert sorted(seen, key=str) == [3, None], "each is traced once"
 
 
-def test_windows_that_no_text_fills_need_no_index() -> None:
+def test_windows_longer_than_the_text_need_no_index() -> None:
     assert of_layer((40, 50, None), None, 40, lambda window: jnp.asarray(window is None))
 
 
-def test_rows_of_padding_alone_are_finite_and_give_no_gradient() -> None:
+def test_padding_rows_are_finite_and_give_no_gradient() -> None:
     *x, pull = arrays(2, 16, 4, 2, 8)
     segments = padded_segments([16, 0], 16)
     assert np.isfinite(jax.jit(attend)(*x, segments)).all()
@@ -122,7 +122,7 @@ def test_rows_of_padding_alone_are_finite_and_give_no_gradient() -> None:
 
 
 @pytest.mark.slow
-def test_memory_on_a_cpu_grows_with_the_length_not_its_square() -> None:
+def test_memory_on_a_cpu_is_linear_in_the_length() -> None:
     def temporary(length: int) -> int:
         *x, pull = (jax.ShapeDtypeStruct((1, length, count, 16), jnp.float32) for count in (4, 1, 1, 4))
         segments = jax.ShapeDtypeStruct((1, length), jnp.int32)

@@ -47,7 +47,7 @@ def check_on_eight_devices() -> None:
 
 
 @pytest.mark.exhaustive
-def test_every_mesh_gives_the_values_and_gradients_of_one_device() -> None:
+def test_every_mesh_matches_one_device() -> None:
     on_eight_devices(
         "from tests.models.test_attention_shards import check_on_eight_devices as check; check()"
     )

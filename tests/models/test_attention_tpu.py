@@ -62,7 +62,7 @@ def abstract(where: Any, length: int, heads: int, kv_heads: int, head_dim: int, 
 @pytest.mark.slow
 @compiled_for_tpu
 @pytest.mark.parametrize("name", ["v5e", *rarely(name for name in TOPOLOGIES if name != "v5e")])
-def test_compiled_step_holds_no_array_of_all_queries_and_keys(topology: Any, name: str) -> None:
+def test_compiled_step_holds_no_quadratic_array(topology: Any, name: str) -> None:
     windows = (None, 1000) if name == "v5e" else (None, None)
     here = SingleDeviceSharding(topology(name).devices[0])
     traced = jax.jit(step, static_argnums=(0, 1)).trace(
@@ -75,7 +75,7 @@ def test_compiled_step_holds_no_array_of_all_queries_and_keys(topology: Any, nam
 
 
 @compiled_for_tpu
-def test_cut_step_trades_tokens_for_heads_and_runs_the_kernel(topology: Any) -> None:
+def test_sequence_sharded_step_exchanges_tokens_for_heads_and_runs_the_kernel(topology: Any) -> None:
     mesh = topologies.make_mesh(topology("v5e"), (1, 1, 2, 2), AXES)
     with jax.set_mesh(mesh):
         given = abstract(NamedSharding(mesh, P(("data", "fsdp"), "sequence")), 512, 4, 2, 128, 2)
@@ -86,7 +86,7 @@ def test_cut_step_trades_tokens_for_heads_and_runs_the_kernel(topology: Any) -> 
 
 
 @given(length=st.integers(1, 100_000))
-def test_tiles_cover_a_text_with_little_padding(length: int) -> None:
+def test_tiles_need_little_padding(length: int) -> None:
     side, padded = tile(length)
     assert padded % side == 0
     assert side % 128 == 0

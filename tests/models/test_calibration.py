@@ -64,7 +64,7 @@ def notes(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "lora_jax.json").read_text())["calibration"]
 
 
-def test_calibrated_checkpoint_is_a_plain_one_but_for_codes_scales_and_a_note(folder: Path) -> None:
+def test_calibration_changes_only_codes_scales_and_a_note(folder: Path) -> None:
     plain, fitted = Checkpoint.open(folder / "plain"), Checkpoint.open(folder / "fitted")
     assert fitted.config == plain.config
     assert {f.name for f in fitted.folder.iterdir()} - {f.name for f in plain.folder.iterdir()} == {
@@ -81,13 +81,13 @@ def test_calibrated_checkpoint_is_a_plain_one_but_for_codes_scales_and_a_note(fo
     assert "" in changed
 
 
-def test_note_says_what_was_done_and_that_outputs_are_nearer(folder: Path) -> None:
+def test_note_records_what_was_done_and_that_outputs_are_closer(folder: Path) -> None:
     found = notes(folder / "fitted")
     assert (found["method"], found["rows"], found["rounded_to_nearest"]) == ("gptq", 20, [])
     assert 0 < found["output_error"] < 0.8 * found["output_error_of_nearest"]
 
 
-def test_command_says_what_calibration_gained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_gain_of_calibration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calibrate(folder, "again", "--calibration.rows", "5")
     printed = capsys.readouterr().out
     found = notes(folder / "again")
@@ -99,7 +99,7 @@ def test_command_says_what_calibration_gained(folder: Path, capsys: pytest.Captu
     )
 
 
-def test_logits_of_the_model_are_nearer_on_the_rows_that_it_was_calibrated_on(folder: Path) -> None:
+def test_logits_are_closer_on_the_calibration_rows(folder: Path) -> None:
     encoded = load_tokenizer(folder / "model")(["2+3=5.", "4+4=8.", "5+1=6."]).input_ids
     tokens = jnp.asarray(encoded, jnp.int32)
     segments = jnp.ones_like(tokens)
@@ -114,7 +114,7 @@ def test_logits_of_the_model_are_nearer_on_the_rows_that_it_was_calibrated_on(fo
 
 
 @pytest.mark.exhaustive
-def test_training_reads_the_calibrated_checkpoint_and_merging_its_adapter(folder: Path) -> None:
+def test_calibrated_checkpoint_can_be_trained_on_and_merged(folder: Path) -> None:
     run(*train_arguments(folder / "fitted", folder / "rows.jsonl", folder / "out"))
     losses = [entry["loss"] for entry in metrics(folder / "out") if "loss" in entry]
     assert losses[-1] < losses[0]
@@ -127,7 +127,7 @@ def test_training_reads_the_calibrated_checkpoint_and_merging_its_adapter(folder
 
 
 @pytest.mark.exhaustive
-def test_fp4_without_double_quantisation_gains_too(folder: Path) -> None:
+def test_fp4_without_double_quantization_gains_too(folder: Path) -> None:
     calibrate(
         folder, "fp4", "--model.bnb_4bit_quant_type", "fp4", "--model.bnb_4bit_use_double_quant", "False"
     )
@@ -136,7 +136,7 @@ def test_fp4_without_double_quantisation_gains_too(folder: Path) -> None:
     assert open_base(folder / "fp4").params["layers"]["mlp"]["up_proj"]["kernel"].shape[0] == LAYERS
 
 
-def test_conversations_take_the_chat_template_that_is_given(tmp_path: Path) -> None:
+def test_conversations_use_the_given_chat_template(tmp_path: Path) -> None:
     """A base without a template was told to give --data.chat_template, which `quantize` does not have."""
     model = write_checkpoint(tmp_path / "model", WIDE)
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -150,7 +150,7 @@ def test_conversations_take_the_chat_template_that_is_given(tmp_path: Path) -> N
     assert any("8 tokens are fewer" in line for line in Calibration(chosen, base).lines())
 
 
-def test_modules_that_are_skipped_or_whose_blocks_run_over_ends_of_rows_are_left_as_ever(
+def test_skipped_and_flat_modules_are_not_calibrated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_checkpoint(tmp_path / "model", WIDE | {"intermediate_size": 80})
@@ -177,7 +177,7 @@ def gain_on(base: Base, *batches: tuple[Any, Any]) -> Gain:
 
 
 @pytest.mark.slow
-def test_padding_does_not_count_and_rows_may_be_batched_in_any_way(tmp_path: Path) -> None:
+def test_padding_and_batching_do_not_matter(tmp_path: Path) -> None:
     base = open_base(write_checkpoint(tmp_path / "model", WIDE))
     tokens, segments = (np.asarray(array) for array in text(3, 12))
     segments = segments.copy()
@@ -188,7 +188,7 @@ def test_padding_does_not_count_and_rows_may_be_batched_in_any_way(tmp_path: Pat
     np.testing.assert_allclose(together.plain[first_layer], apart.plain[first_layer], rtol=1e-4)
 
 
-def test_error_of_a_layer_is_that_of_its_outputs_on_the_rows(tmp_path: Path) -> None:
+def test_layer_error_is_measured_on_its_outputs(tmp_path: Path) -> None:
     base = open_base(write_checkpoint(tmp_path / "model", WIDE))
     tokens, segments = text(3, 12)
     x = np.asarray(base.params["embed_tokens"]["embedding"])[np.asarray(tokens)].reshape(-1, 64)
@@ -201,7 +201,7 @@ def test_error_of_a_layer_is_that_of_its_outputs_on_the_rows(tmp_path: Path) -> 
         np.testing.assert_allclose(gain_on(base, (tokens, segments)).plain[place], error, rtol=1e-4)
 
 
-def test_inputs_that_are_no_numbers_are_one_clear_error(tmp_path: Path) -> None:
+def test_non_finite_inputs_are_one_clear_error(tmp_path: Path) -> None:
     tensors = random_tensors(read_config(WIDE, tmp_path))
     tensors["model.layers.1.post_attention_layernorm.weight"][3] = 3e38
     base = open_base(write_checkpoint(tmp_path / "model", WIDE, tensors=tensors))

@@ -18,7 +18,7 @@ FAMILIES = ["llama", "mistral-window", "qwen2-windows", "qwen3"]
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("left", [False, True])
-def test_padding_leaves_the_logits_of_real_tokens_as_they_are(tmp_path: Path, name: str, left: bool) -> None:
+def test_padding_does_not_change_the_logits_of_real_tokens(tmp_path: Path, name: str, left: bool) -> None:
     base = tiny_base(tmp_path / "base", name)
     tokens, segments = text(1, 12)
     expected = adapted_logits(base, {}, {}, tokens, segments)
@@ -28,7 +28,7 @@ def test_padding_leaves_the_logits_of_real_tokens_as_they_are(tmp_path: Path, na
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_later_tokens_leave_earlier_logits_as_they_are(tmp_path: Path, name: str) -> None:
+def test_later_tokens_do_not_change_earlier_logits(tmp_path: Path, name: str) -> None:
     base = tiny_base(tmp_path / "base", name)
     tokens, segments = text(1, 16)
     changed = tokens.at[0, 10].add(1)
@@ -38,7 +38,7 @@ def test_later_tokens_leave_earlier_logits_as_they_are(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_segments_of_a_row_do_not_see_each_other(tmp_path: Path, name: str) -> None:
+def test_segments_in_a_row_do_not_see_each_other(tmp_path: Path, name: str) -> None:
     base = tiny_base(tmp_path / "base", name)
     model, tokens = Decoder(base.config), text(2, 9)[0]
     alone = logits(model, {"params": base.params}, tokens, jnp.ones((2, 9), jnp.int32))
@@ -55,12 +55,12 @@ def test_segments_of_a_row_do_not_see_each_other(tmp_path: Path, name: str) -> N
     np.testing.assert_allclose(packed.reshape(2, 9, -1), alone, atol=1e-5)
 
 
-def test_positions_count_real_tokens_wherever_the_padding_stands() -> None:
+def test_positions_count_tokens_wherever_the_padding_is() -> None:
     segments = jnp.asarray([[0, 0, 1, 1], [1, 1, 1, 0]], jnp.int32)
     assert positions_of(segments)[:, 1:].tolist() == [[0, 0, 1], [1, 2, 2]]
 
 
-def test_logits_are_float32_whatever_the_computation_is_in(tmp_path: Path) -> None:
+def test_logits_are_float32_in_any_compute_dtype(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", "qwen2-tied")
     _, _, trainable, adapter = adapted(base, lora(target_modules=("q_proj", "lm_head")))
     variables = {"params": base.params, "lora": trainable, "adapter": adapter}

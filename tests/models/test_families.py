@@ -31,7 +31,7 @@ def test_families_differ_in_biases_norms_and_windows() -> None:
     assert [read[name].windows_differ for name in ("mistral", "mistral-window", "qwen2-windows")] == [0, 0, 1]
 
 
-def test_old_and_new_spellings_of_rope_are_one() -> None:
+def test_old_and_new_rope_keys_are_equivalent() -> None:
     old = CONFIGS["llama-llama3-rope"]
     new = {key: value for key, value in old.items() if key not in ("rope_scaling", "rope_theta")}
     new["rope_parameters"] = old["rope_scaling"] | {"rope_theta": old["rope_theta"]}
@@ -39,7 +39,7 @@ def test_old_and_new_spellings_of_rope_are_one() -> None:
     assert read_config(new, "new") == read_config(old, "old") == read_config(older, "older")
 
 
-def test_dtype_of_the_file_has_no_say_in_the_model() -> None:
+def test_dtype_in_the_file_does_not_affect_the_model_config() -> None:
     assert read_config(CONFIGS["llama"] | {"torch_dtype": "bfloat16"}, "a") == read_config(
         CONFIGS["llama"], "b"
     )
@@ -60,7 +60,7 @@ def test_dtype_of_the_file_has_no_say_in_the_model() -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_is_not_supported_is_an_error_that_names_the_file(
+def test_unsupported_config_is_an_error_that_names_the_file(
     changes: dict[str, Any], parts: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -71,5 +71,5 @@ def test_what_is_not_supported_is_an_error_that_names_the_file(
         assert part in message
 
 
-def test_activations_that_are_read_are_those_that_are_computed() -> None:
+def test_supported_activations_are_implemented() -> None:
     assert set(ACTIVATIONS) == set(COMPUTED)

@@ -35,7 +35,7 @@ MIB = 2**20
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("wanted", ["auto", "bfloat16", "float16", "float32"])
-def test_tensors_keep_their_dtype_or_take_the_one_asked_for(tmp_path: Path, stored: str, wanted: str) -> None:
+def test_tensors_keep_their_dtype_or_take_the_requested_one(tmp_path: Path, stored: str, wanted: str) -> None:
     folder = write_checkpoint(tmp_path / "base", CONFIGS["qwen2-tied"], dtype=jnp.dtype(stored))
     base = open_base(folder, wanted)
     target = stored if wanted == "auto" else wanted
@@ -44,7 +44,7 @@ def test_tensors_keep_their_dtype_or_take_the_one_asked_for(tmp_path: Path, stor
         np.testing.assert_array_equal(value, base.checkpoint.tensor(name).astype(target))
 
 
-def test_kernels_are_stacked_over_layers_and_stand_input_first(tmp_path: Path) -> None:
+def test_kernels_are_stacked_over_layers_with_inputs_first(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", "qwen2")
     tensors = random_tensors(base.config)
     layers = base.params["layers"]
@@ -61,14 +61,14 @@ def test_kernels_are_stacked_over_layers_and_stand_input_first(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3-tied"])
-def test_shapes_foretold_from_the_config_are_those_of_the_loaded_tree(tmp_path: Path, name: str) -> None:
+def test_abstract_shapes_match_the_loaded_tree(tmp_path: Path, name: str) -> None:
     base = tiny_base(tmp_path / "base", name)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base.params)
     assert flatten_dict(abstract_params(base.config)) == flatten_dict(shapes)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
-def test_rows_added_to_a_vocabulary_are_the_mean_of_those_there(tmp_path: Path, name: str) -> None:
+def test_rows_added_to_a_vocabulary_are_the_mean_of_the_others(tmp_path: Path, name: str) -> None:
     base = tiny_base(tmp_path / "base", name)
     larger = load_params(base.checkpoint, replace(base.config, vocab_size=99))
     tensors = random_tensors(base.config)
@@ -81,7 +81,7 @@ def test_rows_added_to_a_vocabulary_are_the_mean_of_those_there(tmp_path: Path, 
         np.testing.assert_allclose(table[96:], np.tile(tensors[tensor].mean(0), (3, 1)), atol=1e-7)
 
 
-def test_saved_model_is_read_back_as_it_was(tmp_path: Path) -> None:
+def test_saved_model_reads_back_unchanged(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", "llama-biases")
     tensors = tree_tensors(base.params, base.config, "float32")
     save_model(tmp_path / "copy", base.checkpoint, tensors, {"dtype": "float32"}, max_shard_size="20KB")
@@ -131,7 +131,7 @@ def large_checkpoint(folder: Path, dtype: Any, **changes: Any) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory as Linux tells it")
 @pytest.mark.parametrize("dtype", ["auto", *rarely(["float32"])])
-def test_peak_memory_of_loading_is_the_model_and_little_more(tmp_path: Path, dtype: str) -> None:
+def test_peak_memory_of_loading_is_little_more_than_the_model(tmp_path: Path, dtype: str) -> None:
     small = write_checkpoint(tmp_path / "small", CONFIGS["llama-tied"], dtype=jnp.bfloat16)
     large = large_checkpoint(tmp_path / "large", jnp.bfloat16)
     done = subprocess.run(

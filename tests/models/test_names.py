@@ -19,7 +19,7 @@ from tests.tiny import CONFIGS, LAYERS, open_base, random_tensors, tiny_base, wr
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_tensor_has_one_place_and_every_place_one_tensor(name: str) -> None:
+def test_tensors_and_leaves_correspond_one_to_one(name: str) -> None:
     config = read_config(CONFIGS[name], name)
     table = name_table(config)
     assert (
@@ -35,7 +35,7 @@ def test_every_tensor_has_one_place_and_every_place_one_tensor(name: str) -> Non
         assert leaf.shape[: len(leaf.shape) - len(table[0].shape)] in ((), (LAYERS,))
 
 
-def test_names_of_a_family_are_those_of_hugging_face() -> None:
+def test_names_match_hugging_face() -> None:
     config = read_config(CONFIGS["qwen3"] | {"num_hidden_layers": 1}, "here")
     layer = "model.layers.0"
     assert {entry.name: entry.shape for entry in name_table(config)} == {
@@ -57,7 +57,7 @@ def test_names_of_a_family_are_those_of_hugging_face() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen2-tied", "qwen3"])
-def test_tensors_of_a_loaded_tree_are_those_of_the_file(tmp_path: Path, name: str) -> None:
+def test_tensors_of_a_loaded_tree_match_the_file(tmp_path: Path, name: str) -> None:
     base = tiny_base(tmp_path / "base", name)
     found = dict(tree_tensors(base.params, base.config, "float32"))
     expected = random_tensors(base.config)
@@ -66,7 +66,7 @@ def test_tensors_of_a_loaded_tree_are_those_of_the_file(tmp_path: Path, name: st
         np.testing.assert_array_equal(found[tensor], value)
 
 
-def test_head_is_a_module_where_it_is_tied_and_a_tensor_where_it_is_not() -> None:
+def test_tied_head_is_a_module_without_a_tensor() -> None:
     tied, untied = (read_config(CONFIGS[name], name) for name in ("llama-tied", "llama"))
     assert [module.name for module in modules(tied)] == [module.name for module in modules(untied)]
     assert modules(tied)[-1].tied
@@ -96,7 +96,7 @@ def test_missing_extra_and_misshapen_tensors_are_one_error(tmp_path: Path) -> No
         assert part in message
 
 
-def test_rotary_buffers_and_the_second_copy_of_a_tied_head_are_passed_over(tmp_path: Path) -> None:
+def test_rotary_buffers_and_copies_of_a_tied_head_are_ignored(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", "llama-tied")
     tensors = random_tensors(base.config)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()

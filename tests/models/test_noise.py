@@ -36,7 +36,7 @@ def loss(base: Base, batch: Batch, seed: int | None, **options: Any) -> float:
     return float(summed({}, base.params, {}, batch, key)[0])
 
 
-def test_noise_is_uniform_within_alpha_over_the_root_of_tokens_times_features() -> None:
+def test_noise_is_uniform_with_the_papers_scale() -> None:
     lengths = jnp.array([[16], [64]])
     noise = np.asarray(embedding_noise(jax.random.key(0), jnp.zeros((2, 64, 128)), lengths, ALPHA))
     for row, length in zip(noise, (16, 64), strict=True):
@@ -47,14 +47,14 @@ def test_noise_is_uniform_within_alpha_over_the_root_of_tokens_times_features() 
 
 
 @pytest.mark.slow
-def test_a_packed_row_has_noise_by_the_length_of_each_text() -> None:
+def test_noise_in_a_packed_row_depends_on_each_text() -> None:
     segments = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 3]])
     assert segment_lengths(segments)[:, :5].tolist() == [[3, 3, 3, 2, 2], [6] * 5]
     assert segment_lengths(segments)[1, 6] == 1
 
 
 @pytest.mark.slow
-def test_training_is_noised_by_its_key_and_evaluation_never_is(base: Base) -> None:
+def test_training_is_noised_by_its_key_and_evaluation_is_not(base: Base) -> None:
     batch = rows(10)
     plain = loss(base, batch, 0)
     noised = [loss(base, batch, seed, neftune_noise_alpha=ALPHA) for seed in (0, 0, 1)]
@@ -65,11 +65,11 @@ def test_training_is_noised_by_its_key_and_evaluation_never_is(base: Base) -> No
     assert float(sums.loss) == pytest.approx(plain, rel=1e-6)
 
 
-def test_a_step_without_dropout_draws_its_noise_all_the_same(base: Base) -> None:
+def test_noise_works_without_dropout(base: Base) -> None:
     assert [Decoder(base.config, neftune_noise_alpha=alpha).draws for alpha in (0.0, 1.0)] == [False, True]
 
 
-def test_the_size_of_the_noise_does_not_depend_on_padding() -> None:
+def test_noise_does_not_depend_on_padding() -> None:
     def largest(length: int) -> np.ndarray:
         batch = rows(length)
         lengths = jnp.sum(jnp.asarray(batch.segment_ids) != 0, 1, keepdims=True)

@@ -93,9 +93,7 @@ def assert_same(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("sizes", "kind"), [*(("grouped", kind) for kind in KINDS), ("flat", "nf4, double"), ("flat", "int8")]
 )
-def test_logits_are_those_of_the_weights_that_the_codes_stand_for(
-    tmp_path: Path, kind: str, sizes: str
-) -> None:
+def test_logits_match_the_dequantized_weights(tmp_path: Path, kind: str, sizes: str) -> None:
     name = "llama-biases" if kind == "nf4" else "qwen2-windows"
     folder = write_checkpoint(tmp_path / "base", CONFIGS[name] | SIZES[sizes])
     base = open_base(folder, **KINDS[kind][0])
@@ -112,9 +110,7 @@ def test_logits_are_those_of_the_weights_that_the_codes_stand_for(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_checkpoint_that_quantize_wrote_is_the_model_quantised_while_loading(
-    tmp_path: Path, kind: str, sizes: str
-) -> None:
+def test_stored_and_load_time_quantization_are_the_same(tmp_path: Path, kind: str, sizes: str) -> None:
     folder = write_checkpoint(tmp_path / "base", CONFIGS["qwen2-tied"] | SIZES[sizes])
     command = ["quantize", "--model.path", str(folder), "--output", str(tmp_path / "small"), *FLAGS[kind]]
     assert main([*command, "--max_shard_size", "20KB"]) == 0
@@ -131,9 +127,7 @@ def test_checkpoint_that_quantize_wrote_is_the_model_quantised_while_loading(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_abstract_parameters_are_the_shapes_of_those_that_are_loaded(
-    tmp_path: Path, kind: str, sizes: str
-) -> None:
+def test_abstract_parameters_match_the_loaded_ones(tmp_path: Path, kind: str, sizes: str) -> None:
     options, quantization = KINDS[kind]
     base = open_base(write_checkpoint(tmp_path / "base", CONFIGS["llama"] | SIZES[sizes]), **options)
     expected = abstract_params(base.config, "float32", quantization)
@@ -150,7 +144,7 @@ def test_abstract_parameters_are_the_shapes_of_those_that_are_loaded(
         ([r"model\.layers\.[02]\.self_attn\.v_proj", "o_proj"], {"v_proj", "o_proj"}),
     ],
 )
-def test_skipped_modules_keep_their_weights_and_other_layers_what_their_codes_stand_for(
+def test_skipped_modules_keep_their_weights_and_other_layers_are_dequantized(
     tmp_path: Path, skipped: list[str], whole: set[str]
 ) -> None:
     folder = write_checkpoint(tmp_path / "base", CONFIGS["llama"] | GROUPED)
@@ -172,7 +166,7 @@ def test_skipped_modules_keep_their_weights_and_other_layers_what_their_codes_st
     assert_same(open_base(tmp_path / "small").params, base.params)
 
 
-def test_head_that_is_quantised_in_the_checkpoint_is_used_so(tmp_path: Path) -> None:
+def test_quantized_head_of_a_checkpoint_is_used(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "base", CONFIGS["llama"] | GROUPED)
     assert main(["quantize", "--model.path", str(folder), "--output", str(tmp_path / "small")]) == 0
     file = tmp_path / "small" / "model.safetensors"
@@ -214,7 +208,7 @@ def test_skip_that_matches_nothing_is_one_clear_error(
 
 
 @pytest.mark.slow
-def test_weights_of_a_large_4bit_model_take_little_more_than_4_bits_in_the_compiled_step(
+def test_a_large_4_bit_model_takes_little_more_than_4_bits_when_compiled(
     tmp_path: Path,
 ) -> None:
     config = read_config(
@@ -271,7 +265,7 @@ print((after - before) * 1024, sum(leaf.nbytes for leaf in jax.tree.leaves(param
 
 
 @pytest.mark.exhaustive
-def test_peak_memory_of_quantising_is_the_4bit_model_and_little_more(tmp_path: Path) -> None:
+def test_peak_memory_of_quantizing_is_little_more_than_the_result(tmp_path: Path) -> None:
     large = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 12}
     for name, changes in (("small", large | {"num_hidden_layers": 1}), ("large", large)):
         write_checkpoint(tmp_path / name, CONFIGS["llama"] | changes)

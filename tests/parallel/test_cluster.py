@@ -18,7 +18,7 @@ SLICE = {"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1", "TPU_WORKER_ID": "1"}
 SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
 
 
-def test_the_variables_of_jax_make_one_run_of_two_processes() -> None:
+def test_jax_variables_make_one_run_of_two_processes() -> None:
     """jax#22436, #24399: two shells with these variables each trained alone and wrote the same files."""
     assert resolved(DistributedOptions(), JAX) == DistributedOptions("127.0.0.1:9476", 2, 1)
     given = DistributedOptions("10.0.0.2:8476", process_id=0)  # what is given on the command line wins
@@ -34,15 +34,13 @@ def test_the_variables_of_jax_make_one_run_of_two_processes() -> None:
         ({k: JAX[k] for k in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID")}, r"\(or JAX_NUM_PROCESSES\): required"),
     ],
 )  # fmt: skip
-def test_variables_of_jax_that_are_wrong_or_incomplete_are_named(
-    environment: dict[str, str], said: str
-) -> None:
+def test_wrong_or_incomplete_jax_variables_are_named(environment: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         resolved(DistributedOptions(), environment)
 
 
 @pytest.mark.parametrize("environment", [TORCHRUN, MPICH])
-def test_processes_of_a_launcher_that_jax_does_not_know_are_refused_at_once(
+def test_processes_of_an_unknown_launcher_are_refused_immediately(
     environment: dict[str, str],
 ) -> None:
     """`torchrun --nproc_per_node 2 train.py`: both processes trained alone and wrote the same folder."""
@@ -53,7 +51,7 @@ def test_processes_of_a_launcher_that_jax_does_not_know_are_refused_at_once(
 
 
 @pytest.mark.parametrize("environment", [SRUN, OPEN_MPI_5, POD, SLICE, SLICES])
-def test_processes_that_jax_has_not_found_are_refused_where_the_environment_announces_them(
+def test_announced_processes_that_jax_has_not_found_are_refused(
     environment: dict[str, str],
 ) -> None:
     assert resolved(DistributedOptions(), environment) == DistributedOptions()  # JAX looks first
@@ -62,7 +60,7 @@ def test_processes_that_jax_has_not_found_are_refused_where_the_environment_anno
 
 
 @pytest.mark.parametrize("environment", [TORCHRUN, MPICH, SRUN, OPEN_MPI_5])
-def test_an_address_is_enough_where_the_launcher_numbers_its_processes(environment: dict[str, str]) -> None:
+def test_an_address_suffices_if_the_launcher_numbers_its_processes(environment: dict[str, str]) -> None:
     found = announced(environment)
     assert found is not None
     options = resolved(DistributedOptions("10.0.0.1:8476"), environment)
@@ -70,7 +68,7 @@ def test_an_address_is_enough_where_the_launcher_numbers_its_processes(environme
 
 
 @pytest.mark.parametrize("environment", [{}, JAX, TORCHRUN, SRUN, POD, SLICE])
-def test_one_process_alone_is_alone_in_any_environment(environment: dict[str, str]) -> None:
+def test_a_single_process_is_alone_in_any_environment(environment: dict[str, str]) -> None:
     assert resolved(DistributedOptions(num_processes=1), environment) == DistributedOptions(num_processes=1)
 
 
@@ -88,13 +86,13 @@ def test_one_process_alone_is_alone_in_any_environment(environment: dict[str, st
         {"MEGASCALE_NUM_SLICES": "1"},
     ],
 )
-def test_a_process_that_nothing_announces_others_to_trains_alone(environment: dict[str, str]) -> None:
+def test_a_process_without_announced_peers_trains_alone(environment: dict[str, str]) -> None:
     assert announced(environment) is None
     refuse_alone(environment)
     assert resolved(DistributedOptions(), environment) == DistributedOptions()
 
 
-def test_a_port_alone_goes_with_an_address_of_the_environment() -> None:
+def test_a_port_alone_is_combined_with_the_environments_address() -> None:
     """jax#35905: on a TPU slice whose port 8482 is closed, nothing could choose another."""
     assert resolved(DistributedOptions(coordinator_port=9000), SLICE).coordinator_port == 9000
     with pytest.raises(UserError, match="coordinator_port 9000: cannot be combined with"):

@@ -56,6 +56,6 @@ def check_on_eight_devices() -> None:
 
 
 @pytest.mark.slow
-def test_packed_rows_have_the_same_loss_on_eight_devices_as_on_one() -> None:
+def test_packed_rows_have_the_same_loss_on_eight_devices() -> None:
     """Pain 11, 13: the number of devices is not in the loss, nor do they let documents meet."""
     on_eight_devices("from tests.parallel.test_feed import check_on_eight_devices as check; check()")

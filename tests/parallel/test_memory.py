@@ -24,7 +24,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_free_is_what_machine_and_container_both_have(machine: Path) -> None:
+def test_free_memory_respects_machine_and_container(machine: Path) -> None:
     assert memory.free_memory() == 2**29 + 200 * 2**20
     (machine / "memory.max").write_text("max\n")
     assert memory.free_memory() == 3 * 2**30
@@ -32,7 +32,7 @@ def test_free_is_what_machine_and_container_both_have(machine: Path) -> None:
     assert memory.free_memory() is None
 
 
-def test_what_does_not_fit_is_refused_in_one_line_with_its_parts(machine: Path) -> None:
+def test_a_lack_of_memory_is_one_line_with_its_parts(machine: Path) -> None:
     """A rank or batch of too many digits took tens of gigabytes until the kernel ended the process."""
     memory.check_fits("the run", {"base": 2**29, "trained": 2**20})
     with pytest.raises(UserError) as raised:

@@ -37,13 +37,13 @@ def test_the_last_axes_stay_within_a_machine(shape: tuple[int, ...]) -> None:
     assert [{device.slice_index for device in half} for half in halves] == [{0}, {1}]
 
 
-def test_an_axis_is_cut_over_machines_where_none_before_it_is_long_enough() -> None:
+def test_an_axis_is_split_over_machines_only_if_no_earlier_one_is_long_enough() -> None:
     found = laid_out(machines(2, 2, 2, 2), (2, 1, 4, 1))
     machine = np.vectorize(lambda device: device.slice_index)(found[:, 0, :, 0])
     assert (np.sort(machine, axis=None) == [0, 0, 1, 1, 2, 2, 3, 3]).all()
     assert all(set(row[:2]) != set(row[2:]) for row in machine.tolist())
 
 
-def test_machines_of_several_sizes_keep_their_order() -> None:
+def test_machines_of_different_sizes_keep_their_order() -> None:
     devices = machines(4, 2)
     assert laid_out(devices, (1, 6, 1, 1)).ravel().tolist() == devices

@@ -135,18 +135,18 @@ def check_start_on_eight_devices() -> None:
 
 
 @pytest.mark.slow
-def test_what_a_run_starts_from_is_on_no_device_whole() -> None:
+def test_initial_state_is_sharded_on_every_device() -> None:
     on_eight_devices("from tests.parallel.test_meshes import check_start_on_eight_devices as check; check()")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["16", "4, [(2, 2, 2, 1)]"])
-def test_five_steps_on_a_mesh_are_those_of_one_device(arguments: str) -> None:
+def test_five_steps_on_a_mesh_match_one_device(arguments: str) -> None:
     on_eight_devices(
         f"from tests.parallel.test_meshes import check_on_eight_devices as check; check({arguments})"
     )
 
 
 @pytest.mark.exhaustive
-def test_five_steps_in_4_bits_on_every_mesh_are_those_of_one_device() -> None:
+def test_five_4_bit_steps_on_every_mesh_match_one_device() -> None:
     on_eight_devices("from tests.parallel.test_meshes import check_on_eight_devices as check; check(4)")

@@ -108,9 +108,7 @@ def check_same(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_and_adapter_of_one_and_one_device_goes_on(
-    model: Path, rows: Path, tmp_path: Path
-) -> None:
+def test_two_processes_match_one_and_resume_on_one_device(model: Path, rows: Path, tmp_path: Path) -> None:
     more = (
         *("--data.eval_fraction", "0.25", "--train.save_steps", "2", "--train.learning_rate", "0.001"),
         *("--train.sample_prompts", "1+1=", "2+3=", "4+4=", "--train.sample_max_new_tokens", "6"),
@@ -133,9 +131,7 @@ def test_two_processes_have_the_losses_and_adapter_of_one_and_one_device_goes_on
 
 
 @pytest.mark.slow
-def test_processes_that_see_different_rows_are_told_before_the_first_step(
-    model: Path, tmp_path: Path
-) -> None:
+def test_processes_with_different_rows_stop_before_the_first_step(model: Path, tmp_path: Path) -> None:
     folders = (tmp_path / "one", tmp_path / "two")
     for number, folder in enumerate(folders):
         folder.mkdir()
@@ -176,7 +172,7 @@ def killed_in_the_middle(arguments: Sequence[str], output: Path, logs: Path, vic
 
 
 @pytest.mark.exhaustive
-def test_the_other_ends_with_a_line_when_one_is_killed_and_a_rerun_goes_on(
+def test_a_killed_process_ends_the_other_with_a_message_and_the_run_resumes(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
     output, line = tmp_path / "out", r"^error: process \d of .*start all processes again with --resume$"
@@ -217,7 +213,7 @@ def test_a_sigterm_to_one_process_before_the_first_step_stops_all(
 
 
 @pytest.mark.slow
-def test_a_process_that_waits_in_vain_for_the_others_is_one_line_with_the_address(
+def test_waiting_in_vain_for_the_others_is_one_line_with_the_address(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
     with socket.socket() as silent:  # something else than JAX, where process 1 looks for process 0
@@ -260,7 +256,7 @@ def alone(arguments: Sequence[str], port: int, expected: int = 1) -> subprocess.
         (signal.SIGKILL, -signal.SIGKILL, None),
     ],
 )
-def test_a_signal_ends_a_process_that_waits_for_the_others_and_the_watchdog_says_so_if_it_cannot(
+def test_a_signal_ends_a_waiting_process_or_the_watchdog_reports_it(
     model: Path, rows: Path, tmp_path: Path, number: int, code: int, line: str | None
 ) -> None:
     port, until = free_port(), time.monotonic() + 240
@@ -288,9 +284,7 @@ def test_a_signal_ends_a_process_that_waits_for_the_others_and_the_watchdog_says
 
 
 @pytest.mark.slow
-def test_an_error_of_the_only_process_of_a_cluster_is_one_line(
-    model: Path, rows: Path, tmp_path: Path
-) -> None:
+def test_an_error_in_a_cluster_of_one_process_is_one_line(model: Path, rows: Path, tmp_path: Path) -> None:
     process = alone(
         [*train_arguments(model, rows, tmp_path / "out"), "--lora.target_modules", "no_such"], free_port()
     )
@@ -302,7 +296,7 @@ def test_an_error_of_the_only_process_of_a_cluster_is_one_line(
 
 
 @pytest.mark.slow
-def test_a_sigterm_to_the_only_process_of_a_cluster_while_it_compiles_is_no_loss(
+def test_a_sigterm_while_a_cluster_of_one_compiles_loses_nothing(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
     process = alone(train_arguments(model, rows, tmp_path / "out"), free_port())
@@ -319,7 +313,7 @@ def test_a_sigterm_to_the_only_process_of_a_cluster_while_it_compiles_is_no_loss
     assert printed == "stopped before the first step was done: nothing to save\n"
 
 
-def test_a_coordinator_that_does_not_answer_is_one_line_with_its_address(
+def test_an_unreachable_coordinator_is_one_line_with_its_address(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
     address = f"127.0.0.1:{free_port()}"

@@ -34,7 +34,7 @@ def mesh(**sizes: int) -> Any:
     )
 
 
-def test_minus_one_is_what_is_left() -> None:
+def test_minus_one_takes_the_remaining_devices() -> None:
     assert mesh_shape(MeshOptions(), 8) == {"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1}
     found = mesh_shape(MeshOptions(data=-1, fsdp=2, tensor=2), 8)
     assert found == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
@@ -43,14 +43,14 @@ def test_minus_one_is_what_is_left() -> None:
 @pytest.mark.parametrize(
     ("options", "there"), [(MeshOptions(tensor=3), 8), (MeshOptions(fsdp=4), 8), (MeshOptions(fsdp=16), 8)]
 )
-def test_a_mesh_that_does_not_multiply_out_is_an_error_with_both_numbers(options: Any, there: int) -> None:
+def test_a_mesh_of_the_wrong_size_is_an_error_with_both_numbers(options: Any, there: int) -> None:
     with pytest.raises(
         UserError, match=rf"--mesh \(data .*\): \d+ devices requested, but there are {there};"
     ):
         mesh_shape(options, there)
 
 
-def test_adapters_follow_their_base_and_fsdp_cuts_both_matrices() -> None:
+def test_adapters_follow_their_base_and_fsdp_shards_both_matrices() -> None:
     base = {
         name: spec_of(f"layers/{name}/kernel", (2, 64, 64), SIZES) for name in ("x/q_proj", "x/down_proj")
     }
@@ -65,7 +65,7 @@ def test_adapters_follow_their_base_and_fsdp_cuts_both_matrices() -> None:
     assert base["x/down_proj"] == P(None, "tensor", "fsdp")
 
 
-def test_fsdp_shares_out_every_adapter_and_names_the_one_that_it_cannot() -> None:
+def test_fsdp_shards_every_adapter_and_names_exceptions() -> None:
     """EasyDeL#255, #234: A was cut and B was whole, or the reverse, so each of 8 devices held 65% of the adapter."""
     eight = mesh(fsdp=8)
     for name in ("q_proj", "o_proj", "down_proj", "lm_head", "embed_tokens"):
@@ -88,7 +88,7 @@ def test_fsdp_shares_out_every_adapter_and_names_the_one_that_it_cannot() -> Non
     ]
 
 
-def test_optimiser_state_is_cut_as_what_it_is_about_and_counters_are_whole() -> None:
+def test_optimizer_state_is_sharded_like_its_parameters() -> None:
     trainable = {
         "layers": {
             "mlp": {
@@ -109,7 +109,7 @@ def test_optimiser_state_is_cut_as_what_it_is_about_and_counters_are_whole() -> 
     assert specs.step == P()
 
 
-def test_what_does_not_divide_is_whole_and_named() -> None:
+def test_dimensions_that_do_not_divide_are_replicated_and_named() -> None:
     config = read_config({**CONFIGS["llama"], "hidden_size": 256, "head_dim": 48}, "test")
     params = abstract_params(config, "float32", QuantizationConfig(4, "nf4", True))
     eight = mesh(fsdp=4, tensor=2)
@@ -126,7 +126,7 @@ def test_what_does_not_divide_is_whole_and_named() -> None:
     assert not left_whole(mesh(data=8).shape, params)
 
 
-def test_a_kernel_whose_blocks_run_over_the_ends_of_rows_is_named_for_that() -> None:
+def test_a_flat_kernel_is_named_as_the_reason() -> None:
     config = read_config({**CONFIGS["llama"], "hidden_size": 48}, "test")
     named = left_whole(
         mesh(fsdp=4).shape, abstract_params(config, "float32", QuantizationConfig(4, "nf4", True))
@@ -135,7 +135,7 @@ def test_a_kernel_whose_blocks_run_over_the_ends_of_rows_is_named_for_that() -> 
     assert gate == ["layers/mlp/gate_proj/kernel (blocks of an in of 48 run over the ends of rows)"]
 
 
-def test_what_its_input_does_not_divide_is_shared_out_along_its_output() -> None:
+def test_a_matrix_is_sharded_along_its_output_if_its_input_does_not_divide() -> None:
     config = read_config({**CONFIGS["llama"], "hidden_size": 256, "head_dim": 48}, "test")
     params = abstract_params(config, "float32", QuantizationConfig(4, "nf4", True))
     four = mesh(fsdp=4)
@@ -146,14 +146,14 @@ def test_what_its_input_does_not_divide_is_shared_out_along_its_output() -> None
     assert dividing((6, 8), ("fsdp", "tensor"), mesh(fsdp=4, tensor=2).shape) == (None, "tensor")
 
 
-def test_activations_are_cut_along_what_divides() -> None:
+def test_activations_are_sharded_along_axes_that_divide() -> None:
     sizes = {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 2}
     assert rows_and_positions((8, 6, 32), sizes) == (("data", "fsdp"), ("sequence",), None)
     assert rows_and_positions((4, 7, 32), sizes) == (("data",), None, None)
     assert rows_and_positions((3, 7), sizes) == (None, None)
 
 
-def test_every_rule_divides_or_stays_whole() -> None:
+def test_every_rule_divides_or_replicates() -> None:
     for _, axes in RULES:
         assert dividing((7,) * len(axes), axes, SIZES) == (None,) * len(axes)
         assert dividing((8,) * len(axes), axes, SIZES) == axes
@@ -173,7 +173,7 @@ def test_every_rule_divides_or_stays_whole() -> None:
         ),
     ],
 )
-def test_an_axis_of_no_size_and_a_second_rest_are_errors(options: MeshOptions, said: str) -> None:
+def test_an_axis_of_size_zero_and_a_second_rest_are_errors(options: MeshOptions, said: str) -> None:
     with pytest.raises(UserError, match=said):
         mesh_shape(options, 8)
 
@@ -189,14 +189,14 @@ def test_an_axis_of_no_size_and_a_second_rest_are_errors(options: MeshOptions, s
         (DistributedOptions(timeout=0), "timeout 0: must be positive"),
     ],
 )
-def test_processes_that_cannot_meet_are_errors_before_anything_starts(
+def test_processes_that_cannot_meet_are_errors_before_the_start(
     options: DistributedOptions, said: str
 ) -> None:
     with pytest.raises(UserError, match=f"^--distributed.*{said.removeprefix('--distributed')}"):
         start(options)
 
 
-def test_a_port_that_is_taken_is_an_error_in_process_0() -> None:
+def test_a_port_in_use_is_an_error_in_process_0() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(UserError, match=r"cannot listen there"),

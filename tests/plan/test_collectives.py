@@ -39,7 +39,7 @@ def text() -> str:
     return jax.jit(program).trace(shape).lower(lowering_platforms=("tpu",)).compile().as_text()
 
 
-def test_collectives_in_a_loop_count_for_each_turn(text: str) -> None:
+def test_collectives_in_a_loop_count_for_each_iteration(text: str) -> None:
     sent = sent_bytes(text, DEVICES)
     shares = DEVICES - 1
     assert sent.pop("reduce-scatter") == shares * BLOCK // DEVICES
@@ -71,14 +71,14 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 ONCE = 8 * 4 * 3 // 4
 
 
-def test_a_loop_whose_length_is_data_counts_once() -> None:
+def test_a_loop_of_unknown_length_counts_once() -> None:
     assert sent_bytes(LOOP, 8) == {"all-gather": 7 * ONCE}
     assert sent_bytes(LOOP.replace("constant(7)", "add(%index, %index)"), 8) == {"all-gather": ONCE}
     known = ', backend_config={"known_trip_count":{"n":"3"}}'
     assert sent_bytes(LOOP.replace("body=%body", f"body=%body{known}"), 8) == {"all-gather": 3 * ONCE}
 
 
-def test_a_collective_under_way_counts_where_it_starts() -> None:
+def test_an_asynchronous_collective_counts_where_it_starts() -> None:
     gather = "f32[8]{0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={0}"
     names = ("start", "async_collective_fusion.1", "done")
     text = "".join(f"%{name} (p: f32[2]) -> f32[8] {{\n  ROOT %g = {gather}\n}}\n" for name in names)

@@ -17,7 +17,7 @@ FEW = ("--lora.target_modules", "minimal")
 
 
 @pytest.mark.slow
-def test_a_config_alone_is_planned_for_one_tpu_chip(
+def test_a_config_without_weights_is_planned_for_one_tpu_chip(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, found = planned(capsys, *small(config_file, "v5e:1x1", *FEW, "--model.load_in_4bit", "True"))
@@ -42,7 +42,7 @@ def test_a_config_alone_is_planned_for_one_tpu_chip(
         ("gpu", "h100"),
     ],
 )
-def test_an_unknown_topology_is_one_line_that_names_known_ones(
+def test_an_unknown_topology_is_one_line_with_the_known_ones(
     config_file: Path, capsys: pytest.CaptureFixture[str], topology: str, known: str
 ) -> None:
     assert main(["plan", *small(config_file, topology)]) == 2
@@ -92,7 +92,7 @@ def test_bad_options_are_one_line(
     assert error.count("\n") == 1
 
 
-def test_methods_of_a_checkpoint_that_is_quantised_are_not_compared(
+def test_methods_are_not_compared_for_a_quantized_checkpoint(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -104,7 +104,7 @@ def test_methods_of_a_checkpoint_that_is_quantised_are_not_compared(
 
 
 @pytest.mark.slow
-def test_a_run_that_does_not_fit_exits_with_3_and_what_would(
+def test_a_run_that_does_not_fit_exits_with_3_and_a_remedy(
     config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = 2**22  # of 64 tokens: no machine holds the activations of so many at once

@@ -12,7 +12,7 @@ from lora_jax.plan.topologies import find_target, prepare_environment
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1"])
-def test_the_limit_of_each_chip_is_the_compilers(topology: str) -> None:
+def test_memory_limits_match_the_compilers(topology: str) -> None:
     prepare_environment()
     target = find_target(topology)
     here = SingleDeviceSharding(target.devices[0])
@@ -26,7 +26,7 @@ def test_the_limit_of_each_chip_is_the_compilers(topology: str) -> None:
     assert need > 2 * (1 << 38)
 
 
-def test_the_need_is_read_in_each_wording() -> None:
+def test_needed_memory_is_parsed_from_each_message() -> None:
     used = "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
     assert out_of_memory(used) == (int(20.5 * 2**30), int(15.75 * 2**30))
     assert out_of_memory("INVALID_ARGUMENT: Used 2G of 1G hbm") is None

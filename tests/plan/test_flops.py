@@ -37,7 +37,7 @@ def options(file: Path, remat: bool, method: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("method", "remat"), [("lora", True), ("lora", False), ("full", True), ("full", False)]
 )
-def test_formula_equals_the_compilers_count(tmp_path: Path, method: str, remat: bool) -> None:
+def test_flops_formula_equals_the_compilers_count(tmp_path: Path, method: str, remat: bool) -> None:
     config = options(write_config(tmp_path, **ONE_LAYER), remat, method)
     step, subject = planned_step(config, find_target("cpu"))
     # Of the program as it is traced: optimized, a loop of one layer is none, and what it repeats is done once.

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak can be set back on Linux alone"
 )
-def test_planned_peak_is_what_steps_take_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_planned_peak_matches_steps_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_checkpoint(tmp_path / "model", CONFIGS["llama"] | SIZES)
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a" * 255}] * 64)
     options = [

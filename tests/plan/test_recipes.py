@@ -44,7 +44,7 @@ GIB = 2**30
         ("llama3_8b_qlora_24gb", LLAMA, "v6e:1x1", 0.75 * 24e9 / GIB),
     ],
 )
-def test_a_recipe_fits_the_hardware_that_its_header_names(
+def test_a_recipe_fits_the_hardware_in_its_header(
     recipe: str,
     shape: dict[str, Any],
     topology: str,

@@ -13,7 +13,7 @@ from lora_jax.plan.topologies import find_target, prepare_environment
     ("name", "devices"),
     [("v5e:1x1", 1), ("v5e:2x4", 8), ("v5p:1x1x1", 1), ("v5p:2x2x1", 4), ("v4:2x2x1", 8), ("v6e:16x16", 256)],
 )
-def test_all_devices_are_on_fsdp_unless_asked_otherwise(name: str, devices: int) -> None:
+def test_all_devices_are_on_fsdp_by_default(name: str, devices: int) -> None:
     prepare_environment()
     target = find_target(name)
     assert len(target.devices) == devices  # a v4 chip is two
@@ -49,7 +49,7 @@ def test_a_mesh_of_two_axes_holds_every_device_once(name: str, sizes: MeshOption
     ["v5e:64x64", "v5e:4x32", "v5e:16x20", "v5e:2x16", "v5e:3x3", "v6e:12x12", "v5e:0x0", "v4:2x2", "tpu7x:2x2x3",
      "v5p:32x32x32", "v5p:4x4x2", "v5p:4x4x20", "v4:4x4x06", "v5e:", "v6e", "v5e-7", "v5p-9"],
 )  # fmt: skip
-def test_a_slice_that_there_is_not_is_refused_with_those_there_are(name: str) -> None:
+def test_an_unknown_slice_is_refused_with_the_known_ones(name: str) -> None:
     """libtpu describes v5e:64x64, and ends the process while it compiles for it (SIGABRT, chip_bounds().x <= 16)."""
     prepare_environment()
     kind = name.partition(":")[0].partition("-")[0]
@@ -73,7 +73,7 @@ def test_a_slice_that_there_is_not_is_refused_with_those_there_are(name: str) ->
         ("V5E-8", "give v5e:2x4"),
     ],
 )
-def test_googles_name_of_a_slice_is_answered_with_the_same_number_of_chips(name: str, meant: str) -> None:
+def test_googles_slice_name_is_answered_with_the_same_number_of_chips(name: str, meant: str) -> None:
     """v5e-8 was answered with v5e:8x8, which has 64 chips; in v4-8 and v5p-8 the number counts cores."""
     with pytest.raises(UserError, match=f"^--topology {name}: {meant}"):
         find_target(name)

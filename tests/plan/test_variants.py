@@ -39,7 +39,7 @@ def test_methods_differ_in_what_is_held(config_file: Path) -> None:
 
 
 @pytest.mark.slow
-def test_figures_that_were_kept_go_by_the_memory_that_there_is_now(
+def test_cached_results_use_the_current_memory_limit(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled, "_kept", lambda *_: tmp_path / "plan.json")
@@ -54,7 +54,7 @@ def test_figures_that_were_kept_go_by_the_memory_that_there_is_now(
     assert (again.peak, again.limit, again.fits) == (found.peak, 1000, False)
 
 
-def test_each_device_of_fsdp_holds_its_share(config_file: Path) -> None:
+def test_each_fsdp_device_holds_its_shard(config_file: Path) -> None:
     prepare_environment()
     alone, eight = (
         held_parts(planned_step(options(config_file), find_target(name))[0])
@@ -65,7 +65,7 @@ def test_each_device_of_fsdp_holds_its_share(config_file: Path) -> None:
 
 
 @pytest.mark.exhaustive
-def test_gradient_checkpointing_alone_is_what_fits_a_deep_model(
+def test_gradient_checkpointing_alone_makes_a_deep_model_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deep = options(write_config(tmp_path, num_hidden_layers=64))
@@ -82,7 +82,7 @@ def test_gradient_checkpointing_alone_is_what_fits_a_deep_model(
 
 
 @pytest.mark.exhaustive
-def test_search_tries_nothing_that_training_would_refuse(config_file: Path) -> None:
+def test_search_skips_what_training_would_refuse(config_file: Path) -> None:
     run = options(config_file)
     run = replace(run, train=replace(run.train, gradient_checkpointing=True, offload="activations"))
     notes: list[str] = []
@@ -91,7 +91,7 @@ def test_search_tries_nothing_that_training_would_refuse(config_file: Path) -> N
 
 
 @pytest.mark.slow
-def test_search_finds_nothing_where_nothing_fits(tmp_path: Path) -> None:
+def test_search_finds_nothing_if_nothing_fits(tmp_path: Path) -> None:
     prepare_environment()
     wide = options(write_config(tmp_path, vocab_size=2**33))
     notes: list[str] = []
@@ -102,9 +102,7 @@ def test_search_finds_nothing_where_nothing_fits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [1_050, 1_100, 1_900, 5_000, 60_000, 400_000])
 @pytest.mark.parametrize("curve", [1.0, 1.1, 0.9])
-def test_search_ends_within_an_eighth_of_the_most_rows_and_compiles_few_programs(
-    limit: int, curve: float
-) -> None:
+def test_search_ends_within_an_eighth_of_the_maximum_with_few_compilations(limit: int, curve: float) -> None:
     tried: list[int] = []
 
     def peak(rows: int) -> int:
@@ -122,7 +120,7 @@ def test_search_ends_within_an_eighth_of_the_most_rows_and_compiles_few_programs
     assert len(tried) <= 8
 
 
-def test_search_halves_where_too_many_rows_cannot_be_compiled() -> None:
+def test_search_halves_batches_that_cannot_be_compiled() -> None:
     rows = largest_batch(lambda rows: Figures(10 * rows, 10_000, True, {}) if rows <= 300 else None)
     assert rows is not None
     assert 266 <= rows <= 300

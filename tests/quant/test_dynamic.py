@@ -22,7 +22,7 @@ MAPS: dict[str, tuple[Any, Callable[..., jax.Array], Callable[..., jax.Array]]] 
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_values_are_those_of_the_table_to_two_units_in_the_last_place(name: str) -> None:
+def test_values_match_the_table_within_two_ulps(name: str) -> None:
     table, decode, _ = MAPS[name]
     np.testing.assert_array_max_ulp(np.asarray(decode(CODES)), table, maxulp=2)
 

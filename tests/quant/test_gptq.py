@@ -41,7 +41,7 @@ def assert_same(found: QuantizedKernel, expected: QuantizedKernel) -> None:
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_outputs_are_nearer_than_those_of_the_nearest_codes_on_other_inputs_too(
+def test_outputs_are_closer_than_with_nearest_codes_on_other_inputs_too(
     quant_type: Any, double: bool
 ) -> None:
     given = weight()
@@ -54,9 +54,7 @@ def test_outputs_are_nearer_than_those_of_the_nearest_codes_on_other_inputs_too(
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_uncorrelated_inputs_of_one_size_give_the_nearest_codes_bit_for_bit(
-    quant_type: Any, dtype: Any
-) -> None:
+def test_uncorrelated_inputs_of_equal_size_give_the_nearest_codes(quant_type: Any, dtype: Any) -> None:
     given = weight(dtype)
     given[:3, :64] = 0
     for size in (1e-3, 1.0, 70.0):
@@ -65,32 +63,32 @@ def test_uncorrelated_inputs_of_one_size_give_the_nearest_codes_bit_for_bit(
         assert_same(found, quantize(given, quant_type, double_quant=False))
 
 
-def test_inputs_that_are_all_zero_give_the_nearest_codes() -> None:
+def test_zero_inputs_give_the_nearest_codes() -> None:
     found = calibrated(weight(), jnp.zeros((IN, IN)), double_quant=False)
     assert_same(found, quantize(weight(), double_quant=False))
 
 
-def test_choosing_absmax_costs_nothing_where_the_inputs_are_uncorrelated() -> None:
+def test_choosing_absmax_costs_nothing_for_uncorrelated_inputs() -> None:
     given, moments = weight(), jnp.eye(IN)
     chosen = output_error(calibrated(given, moments, double_quant=False), given, moments)
     assert chosen < output_error(quantize(given, double_quant=False), given, moments)
 
 
-def test_codes_are_fitted_to_scales_as_double_quantisation_stores_them() -> None:
+def test_codes_are_fitted_to_the_stored_double_quantized_scales() -> None:
     given = weight() * np.geomspace(1, 300, OUT, dtype=np.float32)[:, None]  # small scales are stored badly
     moments = jnp.eye(IN)
     chosen = output_error(calibrated(given, moments, clipped=(1.0,)), given, moments)
     assert chosen < output_error(quantize(given), given, moments)
 
 
-def test_inputs_that_never_differ_from_zero_cost_nothing_and_break_nothing() -> None:
+def test_inputs_that_are_always_zero_do_no_harm() -> None:
     inputs = correlated(500)
     inputs[:, 10:90] = 0
     kernel = calibrated(weight(), moments_of(inputs))
     assert 0 < output_error(kernel, weight(), moments_of(inputs)) < 0.1
 
 
-def test_weights_that_are_no_numbers_are_one_clear_error() -> None:
+def test_non_finite_weights_are_one_clear_error() -> None:
     given = weight()
     given[3, 5] = np.nan
     with pytest.raises(UserError, match=r"infinite or not numbers: model\.x\.weight"):

@@ -78,7 +78,7 @@ def assert_close(found: Any, x: Any, weight: np.ndarray, bound: float) -> None:
     st.integers(2, 4),
     st.integers(0, 2**32 - 1),
 )
-def test_products_equal_those_of_the_decoded_weight(
+def test_products_match_the_dequantized_weight(
     batch: int, rows: int, outs: int, kind: str, dtype: str, lookup: str, layers: int, seed: int
 ) -> None:
     codes, scales, weight = stack_of(layers, rows, outs, TABLES[kind], seed)
@@ -101,7 +101,7 @@ def test_a_weight_is_rounded_once(lookup: str) -> None:
 
 
 @pytest.mark.parametrize("batch", [5, 21])
-def test_what_is_no_number_stays_in_its_own_row(batch: int) -> None:
+def test_nan_stays_in_its_own_row(batch: int) -> None:
     """And what Pallas puts beyond the arrays, which when interpreted is NaN, reaches no row at all."""
     codes, scales, _ = stack_of(2, 192, 50, NF4, 3)
     rng = np.random.default_rng(4)
@@ -126,9 +126,7 @@ def test_other_layers_are_not_read() -> None:
 
 @pytest.mark.parametrize("batch", [1, 15, 16, 17, 147, 400])
 @pytest.mark.parametrize(("size", "height", "width"), [(70, 16, 32), (300, 128, 64)])
-def test_tiles_cover_the_result_and_reach_no_row_beyond_it(
-    batch: int, size: int, height: int, width: int
-) -> None:
+def test_tiles_cover_the_result_without_exceeding_it(batch: int, size: int, height: int, width: int) -> None:
     """An interpreted store beyond an array does nothing, so this is not seen in results."""
     down, across = -(-batch // height), -(-size // width)
     place_of = jax.jit(jax.vmap(partial(_place, batch=batch, size=size, height=height, width=width)))
@@ -172,7 +170,7 @@ def test_every_tile_lowers_for_cuda_without_a_gpu(
 
 
 @pytest.mark.parametrize("layers", [2, 4095, 4097, 8193])
-def test_only_a_stack_that_32_bits_cannot_count_is_sliced(layers: int) -> None:
+def test_only_a_stack_beyond_32_bit_offsets_is_sliced(layers: int) -> None:
     text = lowered("9.0", None, False, jnp.bfloat16, (layers, 512, 1024))
     assert ("dynamic_slice" in text) == (2**31 < layers * 512 * 1024 <= 2**32)
 

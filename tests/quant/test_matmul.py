@@ -61,7 +61,7 @@ def both_ways(x: Any, kernel: Any, dy: Any) -> tuple[Any, Any]:
     st.sampled_from([(1,), (5,), (2, 3), (0,)]),
     st.integers(0, 2**32 - 1),
 )
-def test_product_and_gradient_equal_those_of_the_dequantised_kernel(
+def test_product_and_gradient_match_the_dequantized_kernel(
     kind: str, dtype: str, out: int, rows: int, batch: tuple[int, ...], seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -77,7 +77,7 @@ def test_product_and_gradient_equal_those_of_the_dequantised_kernel(
 
 
 @pytest.mark.parametrize("kind", KERNELS)
-def test_nothing_but_what_is_stored_already_is_kept_for_the_backward_pass(kind: str) -> None:
+def test_nothing_extra_is_kept_for_the_backward_pass(kind: str) -> None:
     kernel = kernel_of(kind, 64, 256)
     _, pull = jax.vjp(partial(matmul, kernel=kernel), jnp.ones((2, 256)))
     stored = [(array.shape, array.dtype) for array in jax.tree.leaves(kernel)]
@@ -113,7 +113,7 @@ def loss(adapter: Any, kernels: Any, x: Any, remat: bool, body: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KERNELS)
 @pytest.mark.parametrize("remat", [False, True])
-def test_scanned_stack_gives_the_gradients_of_the_dequantised_stack(kind: str, remat: bool) -> None:
+def test_scanned_stack_gives_the_gradients_of_the_dequantized_stack(kind: str, remat: bool) -> None:
     kernels = (stack_of(kind, 0), stack_of(kind, 10))
     adapter = 0.1 * jax.random.normal(jax.random.key(0), (LAYERS, WIDTH, 4))
     x = jax.random.normal(jax.random.key(1), (5, WIDTH))
@@ -125,7 +125,7 @@ def test_scanned_stack_gives_the_gradients_of_the_dequantised_stack(kind: str, r
 
 @pytest.mark.parametrize("kind", KERNELS)
 @pytest.mark.parametrize("remat", [False, True])
-def test_compiled_step_holds_no_more_than_one_decoded_weight_at_a_time(kind: str, remat: bool) -> None:
+def test_compiled_step_holds_at_most_one_dequantized_weight(kind: str, remat: bool) -> None:
     kernels = (stack_of(kind, 0), stack_of(kind, 10))
     adapter, x = jnp.zeros((LAYERS, WIDTH, 4)), jnp.ones((2, WIDTH))
     step = jax.jit(jax.value_and_grad(partial(loss, remat=remat, body=layer)))
@@ -156,7 +156,7 @@ def test_flax_scans_over_a_stack_in_a_collection(rows: int) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_layers_quantised_in_different_ways_are_one_clear_error() -> None:
+def test_layers_quantized_differently_are_one_clear_error() -> None:
     stack = empty_stack(kernel_of("nf4", 8, 64), LAYERS)
     with pytest.raises(UserError, match=r"different ways by layer: layers\.1\.up_proj") as caught:
         place(stack, kernel_of("fp4", 8, 64), 1, name="layers.1.up_proj")
@@ -165,7 +165,7 @@ def test_layers_quantised_in_different_ways_are_one_clear_error() -> None:
 
 @settings(max_examples=5)
 @given(st.sampled_from(["nf4", "int8"]), st.sampled_from([jnp.nan, jnp.inf]))
-def test_what_is_no_number_stays_in_its_own_row(kind: str, bad: float) -> None:
+def test_nan_stays_in_its_own_row(kind: str, bad: float) -> None:
     kernel, product = kernel_of(kind, 16, 128), jax.jit(matmul)
     x = np.random.default_rng(0).normal(size=(3, 128)).astype(np.float32)
     clean = product(x, kernel)

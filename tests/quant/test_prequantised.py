@@ -64,9 +64,7 @@ def opened(folder: Path) -> PackedCheckpoint:
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("rows", [128, 64, 33])
-def test_4bit_weights_come_back_as_they_were_written(
-    tmp_path: Path, quant_type: str, double: bool, rows: int
-) -> None:
+def test_4bit_weights_read_back_unchanged(tmp_path: Path, quant_type: str, double: bool, rows: int) -> None:
     kernel = kernel_of(4, quant_type, double, rows)
     config = QuantizationConfig(bits=4, quant_type=quant_type, use_double_quant=double)
     packed = opened(write(tmp_path, tensors_of(kernel), config.to_json()))
@@ -80,16 +78,14 @@ def test_4bit_weights_come_back_as_they_were_written(
 
 
 @pytest.mark.parametrize("stored", [np.int8, np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
-def test_packed_bytes_are_read_as_bytes_whatever_dtype_they_are_stored_as(
-    tmp_path: Path, stored: Any
-) -> None:
+def test_packed_bytes_are_read_from_any_stored_dtype(tmp_path: Path, stored: Any) -> None:
     kernel = kernel_of()
     tensors = tensors_of(kernel)
     tensors[NAME] = tensors[NAME].reshape(-1).view(stored).reshape(-1, 1)
     assert_same(from_bitsandbytes(opened(write(tmp_path, tensors, nf4_config())).read(NAME)), kernel)
 
 
-def test_8bit_weights_come_back_as_they_were_written(tmp_path: Path) -> None:
+def test_8bit_weights_read_back_unchanged(tmp_path: Path) -> None:
     kernel = kernel_of(8)
     config = QuantizationConfig(bits=8, skip_modules=("lm_head",))
     packed = opened(write(tmp_path, tensors_of(kernel), config.to_json(), dtype="bfloat16"))
@@ -108,7 +104,7 @@ def test_tensors_of_one_weight_may_lie_in_different_shards(tmp_path: Path) -> No
     assert_same(from_bitsandbytes(opened(tmp_path).read(NAME)), kernel)
 
 
-def test_stored_table_is_used_rather_than_our_own(tmp_path: Path) -> None:
+def test_stored_table_is_used_instead_of_ours(tmp_path: Path) -> None:
     tensors = tensors_of(kernel_of())
     tensors[f"{NAME}.quant_map"] = np.linspace(-1, 1, 16, dtype=np.float32)
     found = opened(write(tmp_path, tensors, nf4_config())).read(NAME)
@@ -120,7 +116,7 @@ def test_stored_table_is_used_rather_than_our_own(tmp_path: Path) -> None:
     )
 
 
-def test_unquantised_checkpoint_is_recognised_as_such(tmp_path: Path) -> None:
+def test_unquantized_checkpoint_is_recognized(tmp_path: Path) -> None:
     folder = write(tmp_path, {"model.norm.weight": np.ones(4, np.float32)}, None)
     assert not isinstance(open_checkpoint(folder), PackedCheckpoint)
 
@@ -225,7 +221,7 @@ def test_config_that_contradicts_the_tensors_is_one_clear_error(tmp_path: Path, 
     assert "\n" not in text
 
 
-def test_config_of_quantised_weights_without_any_is_one_clear_error(tmp_path: Path) -> None:
+def test_config_that_claims_quantized_weights_is_one_clear_error(tmp_path: Path) -> None:
     folder = write(tmp_path, {NAME: np.ones((OUT, IN), np.float32)}, nf4_config())
     with pytest.raises(UserError, match="none are quantized"):
         open_checkpoint(folder)
@@ -253,7 +249,7 @@ def test_damaged_8bit_tensors_are_one_clear_error(
     assert "\n" not in str(caught.value)
 
 
-def test_defaults_of_the_config_are_those_of_transformers() -> None:
+def test_config_defaults_match_transformers() -> None:
     path = Path("config.json")
     assert read_quantization_config({}, path) is None
     assert read_quantization_config(

@@ -32,7 +32,7 @@ def random_weight(shape: tuple[int, int], dtype: Any = np.float32) -> np.ndarray
 
 @pytest.mark.slow
 @given(weights(), quant_types)
-def test_codes_and_absmax_of_any_weight_equal_the_reference(weight: np.ndarray, quant_type: Any) -> None:
+def test_codes_and_absmax_match_the_reference(weight: np.ndarray, quant_type: Any) -> None:
     found = packed(quantize(weight, quant_type, double_quant=False))
     codes, absmax = flat_codes(weight, quant_type)
     np.testing.assert_array_equal(unpacked(found.codes)[: weight.size], codes)
@@ -41,7 +41,7 @@ def test_codes_and_absmax_of_any_weight_equal_the_reference(weight: np.ndarray, 
 
 @pytest.mark.slow
 @given(weights(), quant_types, st.booleans())
-def test_dequantised_weights_equal_the_reference_bit_for_bit(
+def test_dequantized_weights_match_the_reference_bit_for_bit(
     weight: np.ndarray, quant_type: Any, double: bool
 ) -> None:
     kernel = quantize(weight, quant_type, double)
@@ -58,7 +58,7 @@ def test_dequantised_weights_equal_the_reference_bit_for_bit(
 
 @pytest.mark.slow
 @given(weights(), quant_types, st.booleans())
-def test_a_kernel_goes_to_the_order_of_checkpoints_and_back_unchanged(
+def test_repacking_to_checkpoint_order_and_back_changes_nothing(
     weight: np.ndarray, quant_type: Any, double: bool
 ) -> None:
     kernel = quantize(weight, quant_type, double)
@@ -72,7 +72,7 @@ def test_a_kernel_goes_to_the_order_of_checkpoints_and_back_unchanged(
 
 @pytest.mark.slow
 @given(weights(), quant_types)
-def test_quantising_what_was_dequantised_changes_no_code(weight: np.ndarray, quant_type: Any) -> None:
+def test_quantizing_a_dequantized_weight_changes_no_code(weight: np.ndarray, quant_type: Any) -> None:
     kernel = quantize(weight.astype(np.float32), quant_type, double_quant=False)
     once = np.asarray(dequantize(kernel, jnp.float32).T)
     twice = dequantize(quantize(once, quant_type, double_quant=False), jnp.float32).T
@@ -81,7 +81,7 @@ def test_quantising_what_was_dequantised_changes_no_code(weight: np.ndarray, qua
 
 @pytest.mark.slow
 @given(weights(), st.booleans())
-def test_no_weight_is_further_off_than_half_the_widest_step(weight: np.ndarray, double: bool) -> None:
+def test_every_weight_is_within_half_the_widest_step(weight: np.ndarray, double: bool) -> None:
     wide = weight.astype(np.float32)
     found = np.asarray(dequantize(quantize(weight, "nf4", double), jnp.float32).T)
     absmax = np.repeat(flat_codes(weight, "nf4")[1], 64)[: wide.size].reshape(wide.shape)
@@ -91,7 +91,7 @@ def test_no_weight_is_further_off_than_half_the_widest_step(weight: np.ndarray, 
 
 
 @given(st.integers(1, 700), st.integers(0, 2**32 - 1))
-def test_double_quantised_absmax_is_the_nearest_of_its_map(count: int, seed: int) -> None:
+def test_double_quantized_absmax_is_the_nearest_in_its_map(count: int, seed: int) -> None:
     absmax = np.random.default_rng(seed).exponential(size=count).astype(np.float32)
     nested = nested_absmax(absmax)
     assert nested.absmax.shape == (-(-count // 256),)
@@ -102,7 +102,7 @@ def test_double_quantised_absmax_is_the_nearest_of_its_map(count: int, seed: int
     assert (chosen <= distances.min(axis=1) + 1e-6 * own).all()
 
 
-def test_4_and_an_eighth_bits_are_stored_for_a_weight() -> None:
+def test_a_weight_takes_4_125_bits() -> None:
     weight = random_weight((256, 4096), jnp.bfloat16)
     assert 8 * quantize(weight).nbytes / weight.size == pytest.approx(4.127, abs=1e-3)
     assert 8 * quantize(weight, double_quant=False).nbytes / weight.size == 4.5
@@ -110,7 +110,7 @@ def test_4_and_an_eighth_bits_are_stored_for_a_weight() -> None:
 
 @pytest.mark.slow
 @given(weights(largest=2))
-def test_8bit_weights_are_within_half_a_step_and_come_back_unchanged(weight: np.ndarray) -> None:
+def test_8bit_weights_are_within_half_a_step_and_read_back_unchanged(weight: np.ndarray) -> None:
     kernel = quantize_int8(weight)
     half = weight.astype(np.float16).astype(np.float32)
     step = np.abs(half).max(axis=1, keepdims=True) / 127
@@ -124,7 +124,7 @@ def test_8bit_weights_are_within_half_a_step_and_come_back_unchanged(weight: np.
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("rows", [192, 128, 33])
-def test_weights_that_are_no_numbers_are_one_clear_error(bad: float, rows: int) -> None:
+def test_non_finite_weights_are_one_clear_error(bad: float, rows: int) -> None:
     weight = random_weight((24, rows))
     weight[2, 5] = bad
     for make in (quantize, quantize_int8):
@@ -134,7 +134,7 @@ def test_weights_that_are_no_numbers_are_one_clear_error(bad: float, rows: int) 
 
 
 @pytest.mark.parametrize("rows", [128, 192, 48])
-def test_a_quantised_kernel_has_the_shape_and_dtype_of_the_kernel_it_stands_for(rows: int) -> None:
+def test_a_quantized_kernel_has_the_shape_and_dtype_of_its_kernel(rows: int) -> None:
     weight = random_weight((40, rows), jnp.bfloat16)
     for kernel in (quantize(weight), quantize(weight, "fp4", double_quant=False), quantize_int8(weight)):
         assert is_quantized(kernel)
@@ -148,7 +148,7 @@ def test_a_quantised_kernel_has_the_shape_and_dtype_of_the_kernel_it_stands_for(
     assert not is_quantized(weight)
 
 
-def test_structures_hold_specs_and_shapes_in_place_of_arrays() -> None:
+def test_pytrees_hold_specs_and_shapes_in_place_of_arrays() -> None:
     kernel = quantize(random_weight((8, 128)))
     specs = jax.tree.map(lambda array: jax.sharding.PartitionSpec(*[None] * array.ndim), kernel)
     assert isinstance(specs, QuantizedKernel)
@@ -160,7 +160,7 @@ def test_structures_hold_specs_and_shapes_in_place_of_arrays() -> None:
 
 @pytest.mark.slow
 @given(st.sampled_from(OUT), st.sampled_from(IN), quant_types, st.booleans())
-def test_shapes_foretold_are_those_of_the_quantised_kernel(
+def test_abstract_shapes_match_the_quantized_kernel(
     out: int, rows: int, quant_type: Any, double: bool
 ) -> None:
     kernel = quantize(random_weight((out, rows), jnp.bfloat16), quant_type, double)

@@ -73,7 +73,7 @@ def check_on_eight_devices() -> None:
 
 
 @pytest.mark.exhaustive
-def test_every_mesh_and_cut_gives_the_products_of_one_device_and_sends_codes_alone() -> None:
+def test_every_mesh_and_sharding_matches_one_device_and_sends_only_codes() -> None:
     on_eight_devices("from tests.quant.test_sharded import check_on_eight_devices; check_on_eight_devices()")
 
 
@@ -84,7 +84,7 @@ def test_every_mesh_and_cut_gives_the_products_of_one_device_and_sends_codes_alo
         (1000, (None, "tensor"), "does not divide"),
     ],
 )
-def test_cut_that_does_not_divide_is_one_clear_error(rows: int, cut: Axes, message: str) -> None:
+def test_sharding_that_does_not_divide_is_one_clear_error(rows: int, cut: Axes, message: str) -> None:
     mesh = AbstractMesh((2,), ("tensor",))
     with pytest.raises(UserError, match=message) as caught:
         shard(stack(1, rows), mesh, cut, name="layers.0.q_proj")

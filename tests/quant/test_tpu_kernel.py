@@ -110,7 +110,7 @@ def check(
     lookup=st.sampled_from(["tree", "gather"]),
     seed=st.integers(0, 2**32 - 2),
 )
-def test_product_and_gradient_equal_those_of_the_dequantised_kernel(
+def test_product_and_gradient_match_the_dequantized_kernel(
     batch: int, blocks: int, outs: int, layer: int, dtype: str, kind: str, sizes: Any, lookup: Any, seed: int
 ) -> None:
     tile = Tiles(min(batch, sizes[0]), *sizes[1:], lookup)
@@ -139,7 +139,7 @@ def test_tiles_of_each_chip_give_the_product(name: str | None) -> None:
     transposed=st.booleans(),
     name=st.sampled_from([None, *CHIPS]),
 )
-def test_tiles_fit_into_fast_memory_and_into_registers(
+def test_tiles_fit_into_vmem_and_registers(
     batch: int, blocks: int, outs: int, transposed: bool, name: str | None
 ) -> None:
     found = tiles(batch, BLOCK * blocks, outs, transposed, name)
@@ -150,7 +150,7 @@ def test_tiles_fit_into_fast_memory_and_into_registers(
     assert found.batch <= batch
 
 
-def test_chip_is_the_one_named_and_programs_are_traced_for_each() -> None:
+def test_programs_are_traced_for_the_named_chip() -> None:
     seen = []
 
     def traced(x: Any) -> Any:
@@ -203,7 +203,7 @@ LARGE = {"whole": (512, 16384, 16384), "ragged": (72, 16384 + 64, 16384 + 128)}
 @pytest.mark.parametrize("lookup", ["tree", "gather"])
 @pytest.mark.parametrize("edges", LARGE)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_compiled_kernel_holds_no_decoded_weight(
+def test_compiled_kernel_holds_no_dequantized_weight(
     devices: Any, name: str, lookup: Any, edges: str, transposed: bool
 ) -> None:
     batch, rows, outs = LARGE[edges]
@@ -238,7 +238,7 @@ def test_scan_reads_the_stack_in_place(devices: Any, name: str) -> None:
 
 
 @compiled_for_tpu
-def test_mesh_says_which_chip_it_is_of(devices: Any) -> None:
+def test_mesh_determines_the_chip(devices: Any) -> None:
     seen = []
 
     def traced(x: Any) -> Any:

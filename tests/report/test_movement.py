@@ -13,7 +13,7 @@ from lora_jax.report.movement import movement
 from tests.tiny import CONFIGS, write_checkpoint
 
 
-def test_norms_are_those_of_the_dense_update_and_of_the_weight(trained: Path) -> None:
+def test_norms_match_the_dense_update_and_the_weight(trained: Path) -> None:
     found = movement(trained, {})
     assert found is not None
     assert found.is_relative
@@ -32,9 +32,7 @@ def test_norms_are_those_of_the_dense_update_and_of_the_weight(trained: Path) ->
         np.testing.assert_allclose(module.relative, np.linalg.norm(dense) / np.linalg.norm(weight), rtol=1e-4)
 
 
-def test_where_the_base_is_gone_norms_are_absolute_and_the_reason_is_told(
-    trained: Path, tmp_path: Path
-) -> None:
+def test_without_the_base_norms_are_absolute_and_the_reason_is_stated(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "/gone/away"}))
@@ -46,7 +44,7 @@ def test_where_the_base_is_gone_norms_are_absolute_and_the_reason_is_told(
     assert [module.norm for module in found.modules] == [module.norm for module in whole.modules]
 
 
-def test_patterns_of_rank_and_alpha_and_rslora_are_in_the_scale(trained: Path, tmp_path: Path) -> None:
+def test_rank_and_alpha_patterns_and_rslora_affect_the_scale(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "adapter", tmp_path / "adapter")
     before = movement(trained, {})
     file = tmp_path / "adapter" / "adapter_config.json"
@@ -63,7 +61,7 @@ def test_patterns_of_rank_and_alpha_and_rslora_are_in_the_scale(trained: Path, t
         np.testing.assert_allclose(other.norm / one.norm, times[one.kind], rtol=1e-6)
 
 
-def test_module_that_was_trained_whole_moved_by_its_difference(tmp_path: Path) -> None:
+def test_fully_trained_module_moved_by_its_difference(tmp_path: Path) -> None:
     base = write_checkpoint(tmp_path / "base", CONFIGS["llama"])
     shutil.copytree(base, tmp_path / "out" / "model")
     file = tmp_path / "out" / "model" / "model.safetensors"

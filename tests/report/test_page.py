@@ -59,7 +59,7 @@ def page_of(*folders: Path, output: Path | None = None) -> Page:
     return Page((output or folders[0] / "report.html").read_text())
 
 
-def test_curves_are_those_that_were_logged(trained: Path) -> None:
+def test_curves_match_the_log(trained: Path) -> None:
     page = page_of(trained)
     lines = metrics(trained)
     for figure, name, key in (
@@ -73,7 +73,7 @@ def test_curves_are_those_that_were_logged(trained: Path) -> None:
         assert list(zip(*page.curve(figure, name), strict=True)) == logged, key
 
 
-def test_page_tells_the_outcome_the_data_the_options_the_versions_and_the_command(trained: Path) -> None:
+def test_page_shows_outcome_data_options_versions_and_command(trained: Path) -> None:
     page, lines = page_of(trained), metrics(trained)
     assert f"{lines[0]['eval_loss']:.4f} → {lines[-1]['eval_loss']:.4f}" in page.text
     assert sum(page.figures["lengths"]["data"][0]["y"]) == 8
@@ -84,7 +84,7 @@ def test_page_tells_the_outcome_the_data_the_options_the_versions_and_the_comman
     assert "finished" in page.text
 
 
-def test_page_asks_the_network_for_nothing(trained: Path) -> None:
+def test_page_makes_no_network_requests(trained: Path) -> None:
     page = page_of(trained)
     for tag, attributes in page.elements:
         assert tag not in ("iframe", "object", "embed", "base", "form")
@@ -99,7 +99,7 @@ def test_page_asks_the_network_for_nothing(trained: Path) -> None:
     assert "@import" not in style
 
 
-def test_what_comes_from_data_and_names_is_text_and_nothing_else(copied: Copy, tmp_path: Path) -> None:
+def test_data_and_names_are_escaped(copied: Copy, tmp_path: Path) -> None:
     output = copied("run")
     samples = [{"step": step, "prompt": NASTY, "text": f"{NASTY}{step}"} for step in (0, 2, 4)]
     (output / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
@@ -117,7 +117,7 @@ def test_what_comes_from_data_and_names_is_text_and_nothing_else(copied: Copy, t
     assert all("<" not in name and "%{" not in name for name in names)
 
 
-def test_samples_stand_before_and_after(copied: Copy) -> None:
+def test_samples_are_shown_before_and_after(copied: Copy) -> None:
     output = copied("run")
     samples = [{"step": step, "prompt": "1+1=", "text": f"answer at {step}"} for step in (4, 0, 2)]
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
@@ -128,7 +128,7 @@ def test_samples_stand_before_and_after(copied: Copy) -> None:
     )
 
 
-def test_several_runs_lie_over_each_other_with_what_they_differ_in(copied: Copy, tmp_path: Path) -> None:
+def test_several_runs_are_overlaid_with_their_differences(copied: Copy, tmp_path: Path) -> None:
     first, second = copied("first"), copied("second")
     (second / "config.yaml").write_text((first / "config.yaml").read_text().replace("r: 2\n", "r: 64\n"))
     page = page_of(first, second, output=tmp_path / "both.html")
@@ -142,7 +142,7 @@ def test_several_runs_lie_over_each_other_with_what_they_differ_in(copied: Copy,
     assert not (first / "report.html").exists()
 
 
-def test_runs_of_one_name_are_told_apart(copied: Copy, tmp_path: Path) -> None:
+def test_runs_of_the_same_name_are_distinguished(copied: Copy, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         shutil.move(copied("out"), tmp_path / name / "out")
@@ -151,7 +151,7 @@ def test_runs_of_one_name_are_told_apart(copied: Copy, tmp_path: Path) -> None:
     assert "out (b/out)" in page.text
 
 
-def test_killed_run_gives_a_page_of_what_it_had_written(copied: Copy) -> None:
+def test_killed_run_gives_a_page(copied: Copy) -> None:
     output = copied("killed", "adapter", "run.json")
     whole = (output / "metrics.jsonl").read_text()
     (output / "metrics.jsonl").write_text(whole[: whole.index('"step": 3') + 20])
@@ -161,7 +161,7 @@ def test_killed_run_gives_a_page_of_what_it_had_written(copied: Copy) -> None:
     assert "moved0" not in page.figures
 
 
-def test_run_that_is_under_way_and_one_that_was_stopped_are_told(copied: Copy) -> None:
+def test_running_and_stopped_runs_are_labeled(copied: Copy) -> None:
     output = copied("run", "adapter")
     record = json.loads((output / "run.json").read_text())
     write_lines(output, {"step": 2, "loss": 1.0})
@@ -173,7 +173,7 @@ def test_run_that_is_under_way_and_one_that_was_stopped_are_told(copied: Copy) -
         assert page.figures["loss"]["layout"]["annotations"][0]["text"] == "resumed"
 
 
-def test_run_that_diverged_is_told_and_drawn_as_far_as_it_goes(copied: Copy) -> None:
+def test_diverged_run_is_labeled_and_drawn_up_to_there(copied: Copy) -> None:
     output = copied("diverged")
     losses = (2.0, None, None, None)
     write_lines(output, *({"step": 1 + i, "loss": loss, "grad_norm": None} for i, loss in enumerate(losses)))
@@ -183,7 +183,7 @@ def test_run_that_diverged_is_told_and_drawn_as_far_as_it_goes(copied: Copy) -> 
     assert "NaN" not in json.dumps(page.figures)
 
 
-def test_run_that_has_logged_nothing_gives_a_page(copied: Copy) -> None:
+def test_run_without_a_log_gives_a_page(copied: Copy) -> None:
     output = copied("young", "adapter", "metrics.jsonl", "run.json")
     page = page_of(output)
     assert "Nothing has been logged yet." in page.text
@@ -191,7 +191,7 @@ def test_run_that_has_logged_nothing_gives_a_page(copied: Copy) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", '{"data": 3, "versions": [], "resumed": 5}', "{", "\x00"])
-def test_damaged_files_cost_no_more_than_their_part(copied: Copy, content: str) -> None:
+def test_damaged_files_only_cost_their_section(copied: Copy, content: str) -> None:
     output = copied("damaged")
     for name in ("run.json", "samples.jsonl", "config.yaml"):
         (output / name).write_text(content)
@@ -200,7 +200,7 @@ def test_damaged_files_cost_no_more_than_their_part(copied: Copy, content: str) 
     assert page.curve("loss", "train")[0] == [1, 2, 3, 4]
 
 
-def test_figure_that_is_new_gets_a_curve_of_its_own(copied: Copy) -> None:
+def test_new_metric_gets_its_own_curve(copied: Copy) -> None:
     output = copied("more")
     write_lines(
         output,
@@ -221,7 +221,7 @@ def test_figure_that_is_new_gets_a_curve_of_its_own(copied: Copy) -> None:
     assert page.curve("skipped_steps", "skipped steps")[1] == [0, 1]
 
 
-def test_what_is_measured_in_training_and_on_named_sets_shares_a_figure(copied: Copy) -> None:
+def test_metrics_of_training_and_evaluation_share_a_figure(copied: Copy) -> None:
     output = copied("sets")
     line = {"loss": 2.0, "token_accuracy": 0.25, "eval_loss": 1.0, "eval_token_accuracy": 0.5}
     write_lines(
@@ -232,7 +232,7 @@ def test_what_is_measured_in_training_and_on_named_sets_shares_a_figure(copied: 
     assert drawn == {"train": [0.25], "eval": [0.5], "eval hard_sums": [0.125]}
 
 
-def test_a_colour_means_the_same_in_every_figure_and_the_legend_says_what(
+def test_a_color_means_the_same_in_every_figure_and_the_legend_explains_it(
     copied: Copy, tmp_path: Path
 ) -> None:
     """In the loss training was blue and evaluation orange, in the accuracy the other way round, without a legend."""
@@ -264,14 +264,14 @@ def test_a_colour_means_the_same_in_every_figure_and_the_legend_says_what(
     assert "training evaluation by step" in both.text
 
 
-def test_a_figure_that_was_0_all_along_is_not_drawn(copied: Copy) -> None:
+def test_a_metric_that_is_always_0_is_not_drawn(copied: Copy) -> None:
     """Skipped steps took a row of the page for a flat 0."""
     output = copied("flat")
     write_lines(output, *({"step": step, "loss": 1.0, "skipped_steps": 0} for step in (1, 2)))
     assert "skipped_steps" not in page_of(output).figures
 
 
-def test_outcome_is_that_of_the_exported_state_for_each_set(copied: Copy) -> None:
+def test_outcome_shows_the_exported_state_for_each_set(copied: Copy) -> None:
     output, names = copied("best"), ("eval_math_loss", "eval_chat_loss")
     write_lines(
         output,
@@ -288,7 +288,7 @@ def test_outcome_is_that_of_the_exported_state_for_each_set(copied: Copy) -> Non
     assert "eval loss, math 3.0000 → 4.0000" in page_of(output).text
 
 
-def test_step_that_was_skipped_is_a_gap_and_no_divergence(copied: Copy) -> None:
+def test_skipped_step_is_a_gap_and_no_divergence(copied: Copy) -> None:
     output = copied("skipped")
     write_lines(output, *({"step": step, "loss": None if step == 2 else 1.0} for step in (1, 2, 3)))
     page = page_of(output)
@@ -298,13 +298,13 @@ def test_step_that_was_skipped_is_a_gap_and_no_divergence(copied: Copy) -> None:
     assert "diverged" not in page_of(output).text, "the run finished, and only its last step was skipped"
 
 
-def test_warnings_that_were_logged_are_told_with_their_steps(copied: Copy) -> None:
+def test_logged_warnings_are_shown_with_their_steps(copied: Copy) -> None:
     output = copied("warned")
     write_lines(output, {"step": 3, "loss": 1.0, "warnings": ["the loss is <high>", "so is the rate"]})
     assert "step 3 the loss is <high> step 3 so is the rate" in page_of(output).text
 
 
-def test_long_curve_is_drawn_whole_beside_its_running_mean(copied: Copy) -> None:
+def test_long_curve_is_drawn_in_full_with_its_running_mean(copied: Copy) -> None:
     output = copied("long")
     write_lines(output, *({"step": step, "loss": 3.0 + (-1) ** step} for step in range(1, 401)))
     page = page_of(output)
@@ -328,7 +328,7 @@ def test_long_curve_is_drawn_whole_beside_its_running_mean(copied: Copy) -> None
         (["run", "--ouput", "x"], "--ouput: unknown option"),
     ],
 )
-def test_what_is_no_run_is_one_clear_line(
+def test_folder_that_is_not_a_run_is_one_clear_line(
     words: list[str],
     message: str,
     copied: Copy,

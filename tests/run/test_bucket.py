@@ -26,7 +26,7 @@ from lora_jax.run.output import Logs, MetricsLog, check_output, open_output
 from tests.runs import metrics, train_arguments, tree
 
 
-def test_buckets_that_cannot_be_used_are_one_clear_error(
+def test_unusable_buckets_are_one_clear_error(
     model: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = {"s3://bucket/run": "error: --output_dir s3://bucket/run: s3:// is not supported"}
@@ -66,7 +66,7 @@ def bucket(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(find_spec("tensorflow") is not None, reason="etils would use TensorFlow's client")
-def test_files_and_folders_in_a_bucket_are_those_on_a_disk(bucket: Path, tmp_path: Path) -> None:
+def test_files_and_folders_in_a_bucket_match_those_on_disk(bucket: Path, tmp_path: Path) -> None:
     folders = {"gs://bucket/run": bucket / "run", str(tmp_path / "disk"): tmp_path / "disk"}
     for name in folders:
         config = RunConfig(output_dir=name)

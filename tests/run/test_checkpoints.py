@@ -97,7 +97,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def test_a_state_of_any_containers_comes_back_to_the_bit(saved: Path) -> None:
+def test_a_state_in_any_containers_is_restored_bit_for_bit(saved: Path) -> None:
     with opened(saved) as checkpoints:
         before = state()
         restored, progress = checkpoints.restore(before)
@@ -109,7 +109,7 @@ def test_a_state_of_any_containers_comes_back_to_the_bit(saved: Path) -> None:
     assert jax.random.key_impl(restored.key) == jax.random.key_impl(state().key)
 
 
-def test_the_state_may_be_consumed_as_soon_as_save_returns(tmp_path: Path) -> None:
+def test_the_state_may_be_donated_after_save_returns(tmp_path: Path) -> None:
     consume = jax.jit(lambda leaf: leaf * 0 - 7, donate_argnums=0)
     big, expected = jnp.arange(1 << 20, dtype=jnp.float32), np.arange(1 << 20, dtype=np.float32)
     with opened(tmp_path / "checkpoints") as checkpoints:
@@ -120,7 +120,7 @@ def test_the_state_may_be_consumed_as_soon_as_save_returns(tmp_path: Path) -> No
     assert np.array_equal(np.asarray(restored.trainable), expected)
 
 
-def test_the_last_and_the_best_checkpoints_are_kept_and_the_best_is_known_after_a_resumption(
+def test_the_last_and_best_checkpoints_are_kept_also_after_resuming(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "checkpoints"
@@ -138,7 +138,7 @@ def test_the_last_and_the_best_checkpoints_are_kept_and_the_best_is_known_after_
     assert names(folder) == ["6", "7"]
 
 
-def test_what_a_killed_run_left_half_written_is_no_checkpoint_and_goes(saved: Path) -> None:
+def test_a_partial_checkpoint_is_removed(saved: Path) -> None:
     (saved / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     with opened(saved) as checkpoints:
         assert checkpoints.latest() == 4
@@ -147,7 +147,7 @@ def test_what_a_killed_run_left_half_written_is_no_checkpoint_and_goes(saved: Pa
     assert names(saved) == ["4", "8"]
 
 
-def test_another_base_and_other_options_are_named(saved: Path) -> None:
+def test_a_changed_base_and_changed_options_are_named(saved: Path) -> None:
     for identity, message in (
         (Identity({"train.seed": 2}, SAME.base), "made with different options: train.seed was 1, is 2; give"),
         (Identity(SAME.options, {"config.json": "sha256 b"}), "another base model: config.json was sha256 a, is"),
@@ -170,9 +170,7 @@ def test_another_base_and_other_options_are_named(saved: Path) -> None:
         ("progress", '{"window": [', "cannot be read .*; resume with the versions of orbax"),
     ],
 )
-def test_notes_that_are_not_this_versions_are_one_line(
-    saved: Path, file: str, text: str, message: str
-) -> None:
+def test_files_of_another_version_are_one_line(saved: Path, file: str, text: str, message: str) -> None:
     (saved / "4" / file / "metadata").write_text(text)
     write_checksums(saved / "4")
     before = state()
@@ -181,7 +179,7 @@ def test_notes_that_are_not_this_versions_are_one_line(
     assert not before.trainable["layers"]["lora_A"].is_deleted()
 
 
-def test_a_damaged_figure_of_an_older_checkpoint_sets_it_aside(tmp_path: Path) -> None:
+def test_an_older_checkpoint_with_a_damaged_metric_is_set_aside(tmp_path: Path) -> None:
     with opened(tmp_path) as checkpoints:
         for step in (1, 2):
             checkpoints.save(state(step), Progress([]), float(step))
@@ -196,7 +194,7 @@ def test_a_damaged_figure_of_an_older_checkpoint_sets_it_aside(tmp_path: Path) -
     assert names(tmp_path) == ["1.damaged", "2", "3"]
 
 
-def test_a_checkpoint_without_checksums_is_taken_with_a_note(saved: Path) -> None:
+def test_a_checkpoint_without_checksums_is_used_with_a_note(saved: Path) -> None:
     """As before there were any, and where a run is killed while it gives a checkpoint its figure."""
     (saved / "4" / "checksums.json").unlink()
     with opened(saved) as checkpoints:
@@ -228,7 +226,7 @@ UNREAD = ("_CHECKPOINT_METADATA", "commit_success.txt")
 """Files of Orbax, which hold times and names that decide nothing beside the figure that has a checksum."""
 
 
-def test_a_flipped_bit_or_a_cut_in_any_file_is_found(saved: Path) -> None:
+def test_a_flipped_bit_or_truncation_in_any_file_is_found(saved: Path) -> None:
     """A flipped bit in a checkpoint's arrays came through resuming and export: 1e26 or NaN in the adapter."""
     assert damage(saved / "4") is None
     for where in damaged_somewhere(saved / "4", 100):
@@ -236,7 +234,7 @@ def test_a_flipped_bit_or_a_cut_in_any_file_is_found(saved: Path) -> None:
     assert damage(saved / "4") is None
 
 
-def test_memory_that_the_target_lies_in_is_kept_to(saved: Path) -> None:
+def test_restoring_keeps_the_memory_kind_of_the_target(saved: Path) -> None:
     (device,) = jax.devices()[:1]
     kinds = [memory.kind for memory in device.addressable_memories()]
     host = next(kind for kind in kinds if kind.endswith("host") and kind != device.default_memory().kind)
@@ -276,7 +274,7 @@ with opened(Path(sys.argv[1])) as checkpoints:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_over_eight_devices_and_back_on_one(saved: Path) -> None:
+def test_a_checkpoint_is_resumed_on_eight_devices_and_back_on_one(saved: Path) -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, str(saved)], env=os.environ | flags,
@@ -288,7 +286,7 @@ def test_a_checkpoint_goes_on_over_eight_devices_and_back_on_one(saved: Path) ->
     assert equal(restored, state(8, seed=8))
 
 
-def test_a_file_in_the_folders_place_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_file_instead_of_the_folder_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "checkpoints"):
         with pytest.raises(UserError, match=f"cannot write {folder}: "):
@@ -324,7 +322,7 @@ os._exit(0)  # as the command line ends after an error: what failed leaves threa
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_does_not_fit_is_one_clear_line_and_leaves_the_others(saved: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_on_disk_is_one_line_and_keeps_the_others(saved: Path) -> None:
     before = tree(saved / "4")
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(saved)], env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -359,7 +357,7 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(before)
 
 
-def test_a_folder_that_is_read_only_is_one_line_before_any_step() -> None:
+def test_a_read_only_folder_is_one_line_before_any_step() -> None:
     with tempfile.TemporaryDirectory() as above:  # not in pytest's, which nobody but its owner may enter
         folder = Path(above) / "checkpoints"
         folder.mkdir()
@@ -379,7 +377,7 @@ def test_the_state_before_the_first_step_can_be_saved(tmp_path: Path) -> None:
         assert equal(checkpoints.restore(jax.tree.map(jnp.copy, first))[0], first)
 
 
-def test_a_checkpoint_that_is_given_its_figure_later_may_be_the_best(tmp_path: Path) -> None:
+def test_a_checkpoint_that_gets_its_metric_later_can_be_the_best(tmp_path: Path) -> None:
     with opened(tmp_path) as checkpoints:
         checkpoints.save(state(1), Progress([]), 2.0)
         checkpoints.save(state(2), Progress([1.0, 2.0], {"step": 2}))
@@ -396,7 +394,7 @@ def test_a_checkpoint_that_is_given_its_figure_later_may_be_the_best(tmp_path: P
         assert progress.unlogged == {"step": 2}, "where it is broken off again, it is made up for again"
 
 
-def test_a_checkpoint_that_is_given_its_figure_later_outlives_newer_ones(tmp_path: Path) -> None:
+def test_a_checkpoint_that_gets_its_metric_later_outlives_newer_ones(tmp_path: Path) -> None:
     with opened(tmp_path, keep=1) as checkpoints:
         checkpoints.save(state(1), Progress([], {"step": 1}))
     with opened(tmp_path, keep=1) as checkpoints:

@@ -52,7 +52,7 @@ def figures(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name.startswith("eval_") and name not in counts}
 
 
-def test_figures_are_to_the_digit_those_that_the_run_logged(
+def test_metrics_match_the_runs_log_exactly(
     trained: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Newcomers could not score an adapter or its base on rows without training again."""
@@ -66,7 +66,7 @@ def test_figures_are_to_the_digit_those_that_the_run_logged(
     assert (found[0]["eval_rows"], found[0]["quantization"]) == (12, None)
 
 
-def test_without_a_run_the_options_of_train_say_how_rows_become_tokens(
+def test_without_a_run_the_options_of_train_apply(
     trained: Path, test_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The adapter names its base, several sets have figures of their own, and long paths are not cut in a log."""
@@ -85,7 +85,7 @@ def test_without_a_run_the_options_of_train_say_how_rows_become_tokens(
     assert capsys.readouterr().err.endswith("exists already; add --overwrite, or give another file\n")
 
 
-def test_rows_that_are_typed_take_the_place_of_those_of_a_runs_file() -> None:
+def test_rows_on_the_command_line_replace_those_in_a_runs_file() -> None:
     """A split of the training rows would cut a test file short, without a word."""
     file = {
         "data.path": ["train.jsonl"], "data.split": ["train[:8]"], "data.eval_path": ["held.jsonl"],
@@ -101,7 +101,7 @@ def test_rows_that_are_typed_take_the_place_of_those_of_a_runs_file() -> None:
     assert from_file(eight, [])["per_device_eval_batch_size"] == ["8"]
 
 
-def test_a_model_and_its_quantised_self_are_two_and_an_adapter_stops_where_its_own_settings_say(
+def test_a_quantized_copy_is_another_model_and_an_adapter_stops_by_its_own_settings(
     trained: Path, model: Path, tmp_path: Path
 ) -> None:
     adapter = shutil.copytree(trained / "adapter", tmp_path / "adapter")
@@ -112,9 +112,7 @@ def test_a_model_and_its_quantised_self_are_two_and_an_adapter_stops_where_its_o
     assert [one.opened.settings.get("eos_token_id") for one in found] == [None, [7], None]
 
 
-def test_adapters_of_one_base_share_it_and_other_bases_wait(
-    trained: Path, model: Path, tmp_path: Path
-) -> None:
+def test_adapters_share_their_base_and_other_bases_wait(trained: Path, model: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", CONFIGS["llama"])
     adapter = str(trained / "adapter")
     found = candidates(ModelOptions(), (adapter,), (str(other),), True)
@@ -122,7 +120,7 @@ def test_adapters_of_one_base_share_it_and_other_bases_wait(
     assert all(one.opened.adapter is None for one in found)
 
 
-def test_a_base_is_shared_only_where_its_weights_are_the_same(
+def test_a_base_is_shared_only_if_its_weights_are_the_same(
     trained: Path, model: Path, tmp_path: Path
 ) -> None:
     """An adapter may bring tables of its own for the base, and a model is measured as it is stored beside a QLoRA."""
@@ -140,7 +138,7 @@ def test_a_base_is_shared_only_where_its_weights_are_the_same(
     assert [[one.quantization is None for one in group] for group in on_one_base(found)] == [[False], [True]]
 
 
-def test_notes_about_a_base_bear_its_name(
+def test_notes_about_a_base_name_it(
     model: Path, test_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(model, tmp_path / "model")
@@ -150,7 +148,7 @@ def test_notes_about_a_base_bear_its_name(
     assert f"note: {base}: {base} contains an adapter next to the model" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_is_null_and_named_with_its_cause(
+def test_a_non_finite_loss_is_null_and_its_cause_is_named(
     test_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = random_tensors(read_config(CONFIGS["llama"], tmp_path))
@@ -211,7 +209,7 @@ def test_a_loss_that_is_no_number_is_null_and_named_with_its_cause(
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_measured_is_one_line(
+def test_what_cannot_be_evaluated_is_one_line(
     arguments: tuple[str, ...], message: str, trained: Path, model: Path, test_rows: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -241,7 +239,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["held out", *rarely(name for name in VARIANTS if name != "held out")])
-def test_figures_of_every_kind_of_run_are_those_that_it_logged(
+def test_metrics_match_the_log_of_every_kind_of_run(
     name: str, rows: Path, test_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of adapters with rows that were added, the base alone is measured with those rows too."""
@@ -257,7 +255,7 @@ def test_figures_of_every_kind_of_run_are_those_that_it_logged(
 
 
 @pytest.mark.slow
-def test_merged_and_quantised_models_are_measured_beside_the_adapter(
+def test_merged_and_quantized_models_are_compared_with_the_adapter(
     trained: Path, model: Path, test_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     merged, packed, adapter = tmp_path / "merged", tmp_path / "packed", str(trained / "adapter")

@@ -54,7 +54,7 @@ def losses(output: Path, name: str = "eval_two_loss") -> dict[int, float]:
     return {line["step"]: line[name] for line in metrics(output) if name in line}
 
 
-def test_each_named_set_has_figures_of_its_own(watched: tuple[list[str], Path]) -> None:
+def test_each_named_set_has_its_own_metrics(watched: tuple[list[str], Path]) -> None:
     lines = metrics(watched[1])
     figures = ("loss", "perplexity", "token_accuracy", "exact_match")
     names = [f"eval_{name}_{figure}" for name in ("one", "two") for figure in figures]
@@ -64,7 +64,7 @@ def test_each_named_set_has_figures_of_its_own(watched: tuple[list[str], Path]) 
 
 
 @pytest.mark.slow
-def test_a_run_ends_early_and_exports_the_best_of_its_checkpoints(
+def test_a_run_stops_early_and_exports_its_best_checkpoint(
     watched: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     arguments, output = watched
@@ -94,7 +94,7 @@ def test_prompts_are_completed_at_each_evaluation_and_before_the_first_step(
 
 
 @pytest.mark.slow
-def test_without_the_evaluation_at_the_start_the_rest_of_a_run_is_the_same(
+def test_skipping_the_evaluation_at_the_start_changes_nothing_else(
     watched: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A user who trains often on one set does not want to pay for the base's figures again each time."""
@@ -121,7 +121,7 @@ def test_without_the_evaluation_at_the_start_the_rest_of_a_run_is_the_same(
 
 
 @pytest.mark.slow
-def test_samples_are_what_generate_writes_with_the_adapter(
+def test_samples_match_generate(
     watched: tuple[list[str], Path], model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = watched[1]
@@ -138,7 +138,7 @@ def test_samples_are_what_generate_writes_with_the_adapter(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [1, 2])
-def test_a_resumed_run_has_the_same_figures_samples_end_and_adapter_to_the_bit(
+def test_a_resumed_run_has_the_same_metrics_samples_and_adapter(
     kept: int, watched: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     arguments, whole = watched
@@ -160,7 +160,7 @@ def test_a_resumed_run_has_the_same_figures_samples_end_and_adapter_to_the_bit(
     assert tree(output / "adapter") == tree(whole / "adapter")
 
 
-def test_a_run_that_has_ended_early_trains_no_further_when_it_is_resumed(
+def test_a_run_that_stopped_early_is_not_trained_further(
     watched: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     arguments, whole = watched
@@ -175,7 +175,7 @@ def test_a_run_that_has_ended_early_trains_no_further_when_it_is_resumed(
 
 
 @pytest.mark.exhaustive
-def test_going_on_from_an_adapter_is_compared_with_the_base_alone(
+def test_continuing_an_adapter_is_compared_with_the_base_alone(
     watched: tuple[list[str], Path], model: Path, rows: Path, sets: list[str], tmp_path: Path
 ) -> None:
     """The adapter of a run at a rate that is far too high makes the base worse."""
@@ -196,9 +196,7 @@ def test_going_on_from_an_adapter_is_compared_with_the_base_alone(
 
 
 @pytest.mark.exhaustive
-def test_evaluation_of_many_rows_is_that_of_all_tokens_at_once(
-    model: Path, rows: Path, tmp_path: Path
-) -> None:
+def test_evaluation_in_batches_matches_all_tokens_at_once(model: Path, rows: Path, tmp_path: Path) -> None:
     """Pain 25: evaluation adds sums up batch by batch; how many rows a batch has changes no figure."""
     found = []
     for size in ("1", "16"):
@@ -244,7 +242,7 @@ def test_evaluation_of_many_rows_is_that_of_all_tokens_at_once(
         ),
     ],
 )
-def test_what_cannot_work_together_is_refused_in_one_line(
+def test_contradictory_options_are_refused_in_one_line(
     options: tuple[str, ...], message: str, model: Path, rows: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -264,7 +262,7 @@ def test_scores_of_rows_without_prompts_are_refused(
     assert "no complete row of" in capsys.readouterr().err
 
 
-def test_any_checkpoints_adapter_can_be_exported_after_the_fact(
+def test_the_adapter_of_any_checkpoint_can_be_exported_later(
     watched: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, exported = watched[1], tree(watched[1] / "adapter")
@@ -284,7 +282,7 @@ def test_any_checkpoints_adapter_can_be_exported_after_the_fact(
     assert files[""] == files[f":{max(found)}"] != files[":best"]
 
 
-def test_a_checkpoint_that_is_not_there_is_one_line_with_those_that_are(
+def test_a_missing_checkpoint_is_one_line_with_the_existing_ones(
     watched: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ("--output", str(tmp_path / "adapter"))

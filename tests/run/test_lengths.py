@@ -72,7 +72,7 @@ def test_each_length_is_compiled_once(shape: str, lengths: int, finished: dict[s
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     shape: str, finished: dict[str, Finished], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Pain 19, in the middle of an epoch: rows seen are not seen again, with packing and with lengths."""
@@ -108,9 +108,7 @@ def check_printed(shape: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tokens_are_those_of_the_rows_and_padding_is_the_rest(
-    shape: str, finished: dict[str, Finished]
-) -> None:
+def test_tokens_and_padding_match_the_rows(shape: str, finished: dict[str, Finished]) -> None:
     for entry in metrics(finished[shape].output)[1:]:
         computed = entry["num_tokens"] / (1 - entry["padding"])
         if shape == "bfd":
@@ -124,13 +122,13 @@ def test_tokens_are_those_of_the_rows_and_padding_is_the_rest(
         assert first["num_tokens"] < sum(TOKENS) < second["num_tokens"]
 
 
-def test_packed_and_padded_evaluation_are_the_same(finished: dict[str, Finished]) -> None:
+def test_packed_and_padded_evaluation_are_equal(finished: dict[str, Finished]) -> None:
     """Pain 11, 13: the loss before the first step is the mean over trained tokens, whatever rows share."""
     padded, packed = (metrics(finished[shape].output)[0]["eval_loss"] for shape in SHAPES)
     np.testing.assert_allclose(packed, padded, rtol=1e-5)
 
 
-def test_resuming_on_devices_that_pad_otherwise_is_refused(
+def test_resuming_on_devices_that_pad_differently_is_refused(
     finished: dict[str, Finished], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*finished["buckets"].arguments, "--resume", "--data.pad_to_multiple_of", "16"]) == 2

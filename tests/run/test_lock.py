@@ -35,7 +35,7 @@ def held(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_a_folder_that_a_run_writes_to_is_refused_before_anything_is_read(
+def test_a_folder_in_use_is_refused_before_anything_is_read(
     start: str, held: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two runs in one folder: both said that they had written the adapter, and one was lost."""
@@ -54,12 +54,12 @@ def test_a_folder_that_a_run_writes_to_is_refused_before_anything_is_read(
     assert not (output / LOCK).exists()
 
 
-def test_a_run_that_is_refused_leaves_no_folder_and_no_lock(rows: Path, tmp_path: Path) -> None:
+def test_a_refused_run_leaves_no_folder_and_no_lock(rows: Path, tmp_path: Path) -> None:
     assert main(train_arguments(tmp_path / "no model", rows, tmp_path / "new" / "out")) == 2
     assert not (tmp_path / "new").exists()
 
 
-def test_without_locks_of_the_system_a_writer_is_known_by_its_signs_of_life(
+def test_without_file_locks_a_heartbeat_shows_the_writer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on NFS without a lock daemon, and in a bucket."""
@@ -90,7 +90,7 @@ def test_without_locks_of_the_system_a_writer_is_known_by_its_signs_of_life(
     third.release()
 
 
-def test_a_lock_that_fails_is_not_taken_for_a_running_writer(
+def test_a_failing_lock_does_not_count_as_a_running_writer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -120,7 +120,7 @@ def until(condition: object, process: subprocess.Popen[str]) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(("winner", "loser"), list(itertools.product(STARTS, STARTS)))
-def test_of_two_runs_in_one_folder_one_wins_however_they_are_started(
+def test_one_of_two_runs_in_a_folder_wins_however_they_start(
     winner: str, loser: str, model: Path, rows: Path, held: Path
 ) -> None:
     """All pairs of a start, --resume and --overwrite; equal ones while the first loads, others while it trains."""
@@ -147,7 +147,7 @@ def test_of_two_runs_in_one_folder_one_wins_however_they_are_started(
 
 
 @pytest.mark.exhaustive
-def test_the_lock_of_a_killed_run_is_gone_with_it(model: Path, rows: Path, tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_run_disappears(model: Path, rows: Path, tmp_path: Path) -> None:
     """kill -9: --resume works at once."""
     output, alone = tmp_path / "out", tmp_path / "alone"
     arguments = train_arguments(model, rows, output, "--train.max_steps", "30", "--train.save_steps", "2")

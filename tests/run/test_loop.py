@@ -39,13 +39,13 @@ def evaluated(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory)
     return output
 
 
-def test_a_logged_step_has_the_promised_figures_in_their_order(evaluated: Path) -> None:
+def test_a_logged_step_has_its_metrics_in_order(evaluated: Path) -> None:
     first, *logged = metrics(evaluated)
     assert list(first) == ["step", "epoch", "num_tokens", *EVALUATED, "warnings"]
     assert [list(entry) for entry in logged] == [KEYS, [*KEYS, *EVALUATED], KEYS, [*KEYS, *EVALUATED]]
 
 
-def test_figures_are_of_the_right_size(evaluated: Path) -> None:
+def test_metrics_have_plausible_sizes(evaluated: Path) -> None:
     first, *logged = metrics(evaluated)
     assert (first["step"], first["epoch"], first["num_tokens"]) == (0, 0, 0)
     assert [entry["step"] for entry in logged] == [1, 2, 3, 4]
@@ -62,7 +62,7 @@ def test_figures_are_of_the_right_size(evaluated: Path) -> None:
     assert right == pytest.approx([round(count) for count in right], abs=1e-9)
 
 
-def test_the_loss_falls_and_starts_near_that_of_a_uniform_guess(evaluated: Path) -> None:
+def test_the_loss_starts_near_an_even_guess_and_falls(evaluated: Path) -> None:
     losses = [entry["eval_loss"] for entry in metrics(evaluated) if "eval_loss" in entry]
     assert losses[-1] < losses[0]
     assert losses[0] == pytest.approx(np.log(96), abs=1)
@@ -85,7 +85,7 @@ def test_a_run_leaves_an_adapter_a_log_its_options_and_a_checkpoint(evaluated: P
 
 
 @pytest.mark.slow
-def test_config_yaml_is_a_config_of_the_same_run(evaluated: Path, tmp_path: Path) -> None:
+def test_config_yaml_repeats_the_run(evaluated: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     run("train", str(evaluated / "config.yaml"), "--output_dir", str(again))
     assert timeless(again) == timeless(evaluated)
@@ -96,7 +96,7 @@ def test_config_yaml_is_a_config_of_the_same_run(evaluated: Path, tmp_path: Path
     assert options[0] == options[1]
 
 
-def test_first_and_last_step_are_logged_with_the_mean_of_the_steps_between(
+def test_first_and_last_steps_are_logged_with_means_in_between(
     model: Path, rows: Path, evaluated: Path, tmp_path: Path
 ) -> None:
     run(
@@ -113,9 +113,7 @@ def test_first_and_last_step_are_logged_with_the_mean_of_the_steps_between(
     assert (logged[0]["loss"], logged[2]["loss"]) == (each[0]["loss"], each[3]["loss"])
 
 
-def test_epochs_give_the_number_of_steps_where_no_steps_are_given(
-    model: Path, rows: Path, tmp_path: Path
-) -> None:
+def test_epochs_determine_the_number_of_steps(model: Path, rows: Path, tmp_path: Path) -> None:
     more = ("--train.max_steps", "-1", "--train.num_train_epochs", "1.1", "--data.split", "train[:10]")
     run(*train_arguments(model, rows, tmp_path / "out", *more))
     logged = metrics(tmp_path / "out")
@@ -135,14 +133,14 @@ def test_epochs_give_the_number_of_steps_where_no_steps_are_given(
         (("--train.save_steps", "1", "--train.save_total_limit", "None"), [1, 2, 3, 4]),
     ],
 )
-def test_checkpoints_are_kept_as_asked_and_of_the_last_step(
+def test_checkpoints_are_kept_as_requested_including_the_last(
     options: tuple[str, ...], kept: list[int], model: Path, rows: Path, tmp_path: Path
 ) -> None:
     run(*train_arguments(model, rows, tmp_path / "out", *options))
     assert sorted(int(path.name) for path in (tmp_path / "out" / "checkpoints").iterdir()) == kept
 
 
-def test_checkpoints_hold_what_is_trained_and_not_the_base(evaluated: Path) -> None:
+def test_checkpoints_hold_the_trained_tree_and_not_the_base(evaluated: Path) -> None:
     trained = sum(tensor.size for tensor in read_adapter(evaluated / "adapter")[1].values())
     state = evaluated / "checkpoints/4/state"
     names = json.loads((state / "_METADATA").read_text())["tree_metadata"]
@@ -163,7 +161,7 @@ def test_a_share_of_the_rows_can_be_held_out(
 
 
 @pytest.mark.slow
-def test_evaluation_takes_its_own_split_and_all_rows_of_a_file_without_one(
+def test_evaluation_uses_its_own_split_and_all_rows_of_a_file_without_one(
     model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for more, count in ((("--data.eval_split", "train[:3]"), 3), ((), len(ROWS))):
@@ -173,7 +171,7 @@ def test_evaluation_takes_its_own_split_and_all_rows_of_a_file_without_one(
 
 
 @pytest.mark.slow
-def test_the_seed_decides_the_run(model: Path, rows: Path, tmp_path: Path, evaluated: Path) -> None:
+def test_the_seed_determines_the_run(model: Path, rows: Path, tmp_path: Path, evaluated: Path) -> None:
     losses = []
     for name, seed in (("a", "42"), ("b", "7")):
         run(*train_arguments(model, rows, tmp_path / name, "--train.seed", seed))
@@ -183,7 +181,7 @@ def test_the_seed_decides_the_run(model: Path, rows: Path, tmp_path: Path, evalu
 
 
 @pytest.mark.slow
-def test_a_failing_export_leaves_no_half_adapter_and_resuming_completes_it(
+def test_a_failed_export_leaves_no_partial_adapter_and_resuming_completes_it(
     model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"

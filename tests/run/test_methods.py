@@ -19,7 +19,7 @@ def eval_losses(output: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_full_training_lowers_the_loss_and_writes_a_model_that_starts_where_it_ended(
+def test_full_fine_tuning_writes_a_model_that_starts_where_training_ended(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
     full = ("--method", "full", "--data.eval_path", str(rows))
@@ -56,7 +56,7 @@ HEAD = ("--lora.modules_to_save", "lm_head", "embed_tokens")
 @pytest.mark.parametrize(
     "options", [HEAD, *rarely([(), EVERYTHING])], ids=["head", "low-rank", "with all else"]
 )
-def test_an_adapter_that_is_trained_on_or_merged_starts_where_it_ended(
+def test_a_continued_or_merged_adapter_starts_where_training_ended(
     options: tuple[str, ...], model: Path, rows: Path, tmp_path: Path
 ) -> None:
     """Pain 19: training on from an adapter starts where it ended."""
@@ -75,7 +75,7 @@ def test_an_adapter_that_is_trained_on_or_merged_starts_where_it_ended(
 
 
 @pytest.mark.slow
-def test_all_that_was_asked_for_was_trained(model: Path, rows: Path, tmp_path: Path) -> None:
+def test_everything_requested_is_trained(model: Path, rows: Path, tmp_path: Path) -> None:
     evaluated = ("--data.eval_path", str(rows))
     run(*train_arguments(model, rows, tmp_path / "out", *evaluated, *EVERYTHING))
     base = Checkpoint.open(model)
@@ -121,9 +121,7 @@ def test_a_16_bit_base_trains_a_float32_adapter(
 
 
 @pytest.mark.exhaustive
-def test_config_of_a_run_that_went_on_from_an_adapter_repeats_it(
-    model: Path, rows: Path, tmp_path: Path
-) -> None:
+def test_config_of_a_continued_adapter_repeats_the_run(model: Path, rows: Path, tmp_path: Path) -> None:
     first, second, again = (tmp_path / name for name in ("first", "second", "again"))
     run(*train_arguments(model, rows, first, "--lora.target_modules", "q_proj", "--lora.lora_dropout", "0.2"))
     started = train_arguments(model, rows, second, "--lora.init_from", str(first / "adapter"))

@@ -54,9 +54,7 @@ def bits(state: TrainState) -> list[bytes]:
     ("optim", "passes", "dtype"),
     [("adamw", 1, "float32"), ("adamw8bit", 2, "float32"), ("lion", 2, "bfloat16")],
 )
-def test_a_step_that_is_not_finite_changes_only_its_number_and_the_next_goes_on_from_there(
-    broken: Path, optim: Any, passes: int, dtype: str
-) -> None:
+def test_a_non_finite_step_changes_only_its_number(broken: Path, optim: Any, passes: int, dtype: str) -> None:
     base = open_base(broken)
     _, _, trainable, adapter = adapted(base, lora())
     options = TrainOptions(optim=optim, lr_scheduler_type="constant", learning_rate=0.01)
@@ -79,7 +77,7 @@ def test_a_step_that_is_not_finite_changes_only_its_number_and_the_next_goes_on_
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(skipped.trainable))
 
 
-def test_a_gradient_whose_norm_overflows_is_skipped_though_the_loss_is_finite(base: Base) -> None:
+def test_a_gradient_norm_that_overflows_is_skipped(base: Base) -> None:
     """B is zero, so that a huge A shows in the gradient of B alone."""
     _, _, trainable, adapter = adapted(base, lora())
     optimizer = make_optimizer(TrainOptions(), 10)
@@ -112,7 +110,7 @@ def skipping(broken: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory)
     return arguments, output
 
 
-def test_a_start_that_is_no_number_is_warned_of_and_null_in_the_log(
+def test_a_non_finite_start_is_a_warning_and_null_in_the_log(
     broken: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ("--data.eval_path", str(rows), "--train.max_steps", "1")
@@ -125,7 +123,7 @@ def test_a_start_that_is_no_number_is_warned_of_and_null_in_the_log(
     assert [text.partition(":")[0] for text in first["warnings"]] == ["warmup", "leaked", "start"]
 
 
-def test_a_run_counts_what_it_skips_and_its_figures_and_adapter_are_numbers(
+def test_a_run_counts_skipped_steps_and_stays_finite(
     skipping: tuple[list[str], Path],
 ) -> None:
     _, output = skipping
@@ -145,7 +143,7 @@ def test_a_run_counts_what_it_skips_and_its_figures_and_adapter_are_numbers(
     assert all(np.isfinite(t).all() for t in load_file(output / "adapter/adapter_model.safetensors").values())
 
 
-def test_a_run_that_has_skipped_all_its_steps_has_failed(
+def test_a_run_that_skipped_all_steps_has_failed(
     broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_rows(tmp_path / "sums.jsonl", [{"prompt": f"{n}=", "completion": "z"} for n in range(8)])
@@ -160,7 +158,7 @@ def test_a_run_that_has_skipped_all_its_steps_has_failed(
     assert not (tmp_path / "out" / "adapter").exists()
 
 
-def test_a_base_that_is_broken_is_not_trained_whole(
+def test_a_broken_base_is_not_fully_trained(
     broken: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All of it is trained and written at the end: what could not be written is refused before the first step."""
@@ -171,7 +169,7 @@ def test_a_base_that_is_broken_is_not_trained_whole(
 
 
 @pytest.mark.slow
-def test_a_run_stops_after_too_many_in_a_row_with_the_rows_and_can_go_on_behind_them(
+def test_too_many_skipped_steps_stop_the_run_which_can_resume_after_them(
     skipping: tuple[list[str], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments, whole = skipping
@@ -198,7 +196,7 @@ def test_a_run_stops_after_too_many_in_a_row_with_the_rows_and_can_go_on_behind_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [1, 3, 5])
-def test_a_resumed_run_counts_on_to_the_bit(
+def test_a_resumed_run_continues_the_counts(
     kept: int, skipping: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     arguments, whole = skipping

@@ -29,7 +29,7 @@ def filled(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_folders_that_are_no_runs_are_refused_as_output(
+def test_folders_that_are_not_runs_are_refused_as_output(
     model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run in /, in the home folder, in the model's or the data's, or among other files strewed its files about."""
@@ -54,7 +54,7 @@ def test_folders_that_are_no_runs_are_refused_as_output(
             check(folder)
 
 
-def test_empty_folders_runs_and_what_a_start_leaves_are_taken_as_output(tmp_path: Path) -> None:
+def test_empty_folders_and_runs_and_launch_files_are_accepted_as_output(tmp_path: Path) -> None:
     check(tmp_path / "new")
     check(filled(tmp_path / "empty"))
     check(filled(tmp_path / "log", "train.log", "job.sh", "mine.yaml", ".git/", "wandb/", "lost+found/"))
@@ -116,7 +116,7 @@ INPUTS: dict[str, Callable[[str, Path, Path], list[str]]] = {
 
 
 @pytest.mark.parametrize("command", ["train", *OUTPUTS])
-def test_an_address_is_never_taken_for_a_folders_name_to_write_to(
+def test_an_address_is_not_used_as_an_output_folder(
     command: str,
     model: Path,
     rows: Path,
@@ -147,7 +147,7 @@ def test_an_address_is_never_taken_for_a_folders_name_to_write_to(
 
 
 @pytest.mark.parametrize("what", INPUTS)
-def test_an_address_is_never_taken_for_a_path_to_read(
+def test_an_address_is_not_used_as_an_input_path(
     what: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for address in ("gs:/b/run", "gs://b/run", "s3://b/run"):

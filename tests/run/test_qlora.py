@@ -61,7 +61,7 @@ def merged(options: MergeOptions) -> tuple[Base, str]:
     return open_base(Path(options.output)), printed.getvalue()
 
 
-def test_loss_falls_and_the_adapter_notes_what_it_was_trained_on(trained: Path) -> None:
+def test_loss_falls_and_the_adapter_records_its_base(trained: Path) -> None:
     losses = [entry["loss"] for entry in metrics(trained)]
     assert losses[-1] < 0.8 * losses[0]
     notes = read_notes(trained / "adapter")
@@ -72,7 +72,7 @@ def test_loss_falls_and_the_adapter_notes_what_it_was_trained_on(trained: Path) 
 
 
 @pytest.mark.exhaustive
-def test_config_of_the_run_repeats_it_and_the_quantised_checkpoint_gives_the_same(
+def test_config_of_the_run_repeats_it_also_on_the_quantized_checkpoint(
     trained: Path, small: Path, tmp_path: Path, rows: Path
 ) -> None:
     run("train", str(trained / "config.yaml"), "--output_dir", str(tmp_path / "again"))
@@ -86,7 +86,7 @@ def test_config_of_the_run_repeats_it_and_the_quantised_checkpoint_gives_the_sam
 
 
 @pytest.mark.slow
-def test_run_goes_on_where_it_was_stopped(base: Path, rows: Path, tmp_path: Path) -> None:
+def test_run_resumes_where_it_stopped(base: Path, rows: Path, tmp_path: Path) -> None:
     arguments = train_arguments(base, rows, tmp_path / "out", *FOUR, "--train.save_steps", "2")
     run(*arguments)
     whole = timeless(tmp_path / "out")
@@ -100,14 +100,14 @@ def test_run_goes_on_where_it_was_stopped(base: Path, rows: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_base_of_a_trained_adapter_is_never_changed(base: Path, rows: Path, tmp_path: Path) -> None:
+def test_base_of_a_trained_adapter_does_not_change(base: Path, rows: Path, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     run(*train_arguments(base, rows, tmp_path / "out", *FOUR))
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
 
 
 @pytest.mark.slow
-def test_merged_onto_what_the_codes_stand_for_is_the_model_that_was_trained(
+def test_merging_into_dequantized_weights_gives_the_trained_model(
     base: Path, small: Path, trained: Path, tmp_path: Path
 ) -> None:
     """Pain 7: which base a merge is onto is a choice, and stated."""
@@ -132,7 +132,7 @@ def test_merged_onto_what_the_codes_stand_for_is_the_model_that_was_trained(
     assert np.abs(expected_own - expected).max() > 1e-2
 
 
-def test_merging_tells_the_distance_and_the_cost_of_each_choice(trained: Path, tmp_path: Path) -> None:
+def test_merge_prints_distance_and_loss_of_each_choice(trained: Path, tmp_path: Path) -> None:
     _, printed = merged(
         MergeOptions(
             adapter=str(trained / "adapter"), output=str(tmp_path / "merged"), prompts=("1+1=", "2+3=5.")
@@ -148,7 +148,7 @@ def test_merging_tells_the_distance_and_the_cost_of_each_choice(trained: Path, t
     assert float(rows["dequantized"][2]) < float(rows["original"][2])
 
 
-def test_quantising_anew_is_asked_for_and_tells_what_is_lost(trained: Path, tmp_path: Path) -> None:
+def test_quantizing_a_merged_model_prints_the_added_loss(trained: Path, tmp_path: Path) -> None:
     options = MergeOptions(
         adapter=str(trained / "adapter"), output=str(tmp_path / "merged"), quantize="nf4",
         base_precision="dequantized", prompts=("1+1=",),
@@ -164,7 +164,7 @@ def test_quantising_anew_is_asked_for_and_tells_what_is_lost(trained: Path, tmp_
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("targets", [("q_proj", "lm_head", "embed_tokens"), ("q_proj", "up_proj")])
-def test_quantising_anew_takes_what_is_tied_and_what_is_named_elsewhere(
+def test_quantizing_a_merged_model_handles_tied_and_skipped_modules(
     base: Path, rows: Path, tmp_path: Path, targets: tuple[str, ...]
 ) -> None:
     """A quantized checkpoint may skip modules of other models; the head is never quantized anew."""
@@ -182,14 +182,14 @@ def test_quantising_anew_takes_what_is_tied_and_what_is_named_elsewhere(
     assert not isinstance(own.checkpoint, PackedCheckpoint)
 
 
-def test_merging_without_prompts_or_a_tokenizer_compares_weights_alone(trained: Path, tmp_path: Path) -> None:
+def test_merging_without_prompts_or_tokenizer_compares_only_weights(trained: Path, tmp_path: Path) -> None:
     common: dict[str, Any] = {"adapter": str(trained / "adapter"), "output": str(tmp_path / "merged")}
     _, printed = merged(MergeOptions(**common, prompts=()))
     assert "q_proj" in printed
     assert "loss" not in printed
 
 
-def test_generating_takes_a_quantised_base(
+def test_generate_accepts_a_quantized_base(
     small: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("generate", "--prompt", "1+1=", "--max_new_tokens", "4", "--raw")

@@ -51,7 +51,7 @@ def stopped(finished: tuple[list[str], Path], tmp_path: Path) -> tuple[list[str]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [1, 2, 3, 4])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     kept: int, finished: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     """Pain 19: the adapter goes on where it was, neither dropped nor started anew."""
@@ -71,7 +71,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
         shutil.move(tmp_path / "whole", output)
 
 
-def test_what_a_crash_left_in_the_log_is_dropped_on_resuming(
+def test_log_lines_after_the_checkpoint_are_dropped_on_resuming(
     stopped: tuple[list[str], Path], finished: tuple[list[str], Path]
 ) -> None:
     arguments, output = stopped
@@ -83,7 +83,7 @@ def test_what_a_crash_left_in_the_log_is_dropped_on_resuming(
     assert timeless(output) == timeless(finished[1])
 
 
-def test_resuming_without_a_checkpoint_starts_afresh(
+def test_resuming_without_a_checkpoint_starts_from_scratch(
     stopped: tuple[list[str], Path], finished: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, output = stopped
@@ -118,7 +118,7 @@ def test_resuming_with_other_options_is_refused_and_changes_nothing(
 
 
 @pytest.mark.exhaustive
-def test_other_passes_and_moved_files_make_no_difference_on_resuming(
+def test_micro_batches_and_moved_files_may_differ_on_resuming(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
     whole, output = tmp_path / "whole", tmp_path / "out"
@@ -207,7 +207,7 @@ def test_resuming_on_another_model_in_the_same_folder_is_refused(
 
 
 @pytest.mark.slow
-def test_what_changes_no_result_may_differ_on_resuming(stopped: tuple[list[str], Path]) -> None:
+def test_options_without_effect_on_the_result_may_differ_on_resuming(stopped: tuple[list[str], Path]) -> None:
     arguments, output = stopped
     more = ("--train.logging_steps", "1", "--train.save_steps", "3", "--train.save_total_limit", "1")
     run(*arguments, "--resume", *more)
@@ -225,7 +225,7 @@ def spoil(checkpoint: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_or_named(
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one_or_named(
     stopped: tuple[list[str], Path],
     finished: tuple[list[str], Path],
     tmp_path: Path,
@@ -253,7 +253,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_or_named(
 
 
 @pytest.mark.exhaustive
-def test_a_bit_flipped_anywhere_in_the_newest_checkpoint_changes_no_result(
+def test_any_flipped_bit_in_the_newest_checkpoint_changes_no_result(
     stopped: tuple[list[str], Path], finished: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     """100 bits in turn, over all its files: a run resumes from the checkpoint before, and an export takes that one."""
@@ -276,7 +276,7 @@ def test_a_bit_flipped_anywhere_in_the_newest_checkpoint_changes_no_result(
         shutil.rmtree(copy)
 
 
-def test_where_every_checkpoint_is_damaged_that_is_one_clear_error(
+def test_only_damaged_checkpoints_are_one_clear_error(
     stopped: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, output = stopped
@@ -295,7 +295,7 @@ def test_where_every_checkpoint_is_damaged_that_is_one_clear_error(
     assert tree(output) == before
 
 
-def test_a_finished_run_has_nothing_to_do_and_is_never_made_shorter(
+def test_a_finished_run_has_nothing_to_do_and_cannot_be_shortened(
     finished: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """--resume gave run.json a new end, and the page of a report lost its time."""
@@ -314,7 +314,7 @@ def test_a_finished_run_has_nothing_to_do_and_is_never_made_shorter(
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_made_longer(
+def test_a_finished_run_can_be_extended(
     model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With more steps or epochs it trains on, as in transformers; a constant rate shows that nothing else changes."""
@@ -334,9 +334,7 @@ def test_a_finished_run_is_made_longer(
 
 
 @pytest.mark.exhaustive
-def test_the_schedule_of_a_run_that_is_made_longer_is_that_of_its_new_length(
-    model: Path, rows: Path, tmp_path: Path
-) -> None:
+def test_an_extended_run_uses_the_schedule_of_its_new_length(model: Path, rows: Path, tmp_path: Path) -> None:
     longer, whole = tmp_path / "longer", tmp_path / "whole"
     run(*train_arguments(model, rows, whole, "--train.max_steps", "8"))
     epochs = ("--train.max_steps", "-1", "--train.num_train_epochs")
@@ -356,7 +354,7 @@ def test_the_schedule_of_a_run_that_is_made_longer_is_that_of_its_new_length(
         ("jax_random_seed_offset", 1, "JAX_RANDOM_SEED_OFFSET was 0, is 1"),
     ],
 )
-def test_settings_of_jax_that_decide_a_result_are_named_where_they_differ(
+def test_jax_settings_that_affect_the_result_are_named_if_they_differ(
     name: str,
     value: object,
     message: str,
@@ -381,7 +379,7 @@ def test_settings_of_jax_that_decide_a_result_are_named_where_they_differ(
     assert tree(output) == before
 
 
-def test_a_file_in_the_place_of_the_checkpoints_is_one_clear_error(
+def test_a_file_instead_of_the_checkpoints_folder_is_one_clear_error(
     stopped: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, output = stopped
@@ -393,7 +391,7 @@ def test_a_file_in_the_place_of_the_checkpoints_is_one_clear_error(
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_is_one_clear_error_and_the_run_goes_on_once_there_is_space(
+def test_a_full_disk_is_one_clear_error_and_the_run_resumes_later(
     finished: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     disk = tmp_path / "disk"
@@ -424,7 +422,7 @@ def test_a_disk_that_fills_up_is_one_clear_error_and_the_run_goes_on_once_there_
 
 
 @pytest.mark.exhaustive
-def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(
+def test_a_run_killed_repeatedly_ends_like_an_uninterrupted_one(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
     alone, killed = tmp_path / "alone", tmp_path / "killed"
@@ -453,7 +451,7 @@ def test_a_folder_in_use_is_refused_without_a_switch(
 
 
 @pytest.mark.slow
-def test_overwriting_removes_what_a_run_writes_and_nothing_else(
+def test_overwrite_removes_only_what_a_run_writes(
     stopped: tuple[list[str], Path], finished: tuple[list[str], Path]
 ) -> None:
     arguments, output = stopped
@@ -467,7 +465,7 @@ def test_overwriting_removes_what_a_run_writes_and_nothing_else(
     ]  # fmt: skip
 
 
-def test_overwriting_never_removes_what_the_run_reads(
+def test_overwrite_never_removes_the_runs_inputs(
     finished: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, output = finished
@@ -490,9 +488,7 @@ def until_logged(process: subprocess.Popen[str], output: Path, step: int) -> Non
 
 
 @pytest.mark.slow
-def test_signals_save_and_exit_and_the_run_goes_on_where_it_stopped(
-    model: Path, rows: Path, tmp_path: Path
-) -> None:
+def test_signals_save_and_exit_and_the_run_resumes(model: Path, rows: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     _, *arguments = train_arguments(model, rows, output, "--train.max_steps", "100000")
     saved = 0

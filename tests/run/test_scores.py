@@ -13,7 +13,7 @@ FOUND = ["the cat sat on the mat", "four", "no"]
 WANTED = ["the cat sat on the mat", " four\n", "yes"]
 
 
-def test_an_exact_match_leaves_white_space_at_the_ends_aside() -> None:
+def test_exact_match_ignores_outer_white_space() -> None:
     assert scores(("exact_match",), FOUND, WANTED) == {"exact_match": pytest.approx(2 / 3)}
 
 
@@ -33,7 +33,7 @@ def test_rouge_is_the_mean_of_f_measures() -> None:
     assert tuple(found) == score_names(("rouge",))
 
 
-def test_a_score_without_its_library_is_one_line_that_names_the_packages(
+def test_a_score_without_its_library_is_one_line_with_the_packages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def absent(name: str) -> None:
@@ -52,18 +52,18 @@ def row(trained: str, truncated: bool = False) -> Tokens:
     return Tokens(np.arange(10, 10 + len(mask), dtype=np.int32), mask, 1, truncated)
 
 
-def test_the_last_trained_stretch_is_the_answer_and_all_before_it_the_prompt() -> None:
+def test_the_last_trained_span_is_the_answer_and_the_rest_the_prompt() -> None:
     (turns,) = questions([row("00110001110")])
     assert turns.prompt == list(range(10, 17))
     assert turns.answer == [17, 18, 19]
 
 
-def test_rows_without_a_prompt_or_with_an_answer_cut_off_are_not_asked() -> None:
+def test_rows_without_a_prompt_or_a_complete_answer_are_skipped() -> None:
     assert list(questions([row("0111"), row("0000"), row("0011", truncated=True)])) == []
     assert len(list(questions([row("0011")]))) == 1
 
 
-def test_windows_of_rows_are_not_asked() -> None:
+def test_windows_of_rows_are_skipped() -> None:
     ids, trained = np.arange(8, dtype=np.int32), np.arange(8) >= 4
     whole = Tokens(ids, trained, row=1)
     assert [len(question.answer) for question in questions([whole])] == [4]

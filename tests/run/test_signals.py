@@ -52,7 +52,7 @@ def survivor() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def test_signals_are_noted_between_the_first_step_and_the_last_and_the_second_interrupts() -> None:
+def test_signals_are_noted_between_the_first_and_last_step_and_a_second_interrupts() -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for number in (signal.SIGINT, signal.SIGTERM):
         with watched() as signals:
@@ -67,7 +67,7 @@ def test_signals_are_noted_between_the_first_step_and_the_last_and_the_second_in
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_an_interrupt_before_the_loop_is_an_ordinary_one_and_waits_for_the_first_step_in_it() -> None:
+def test_an_interrupt_in_the_loop_waits_for_the_first_step() -> None:
     with pytest.raises(KeyboardInterrupt), watched():
         signal.raise_signal(signal.SIGINT)
     with watched() as signals:
@@ -78,7 +78,7 @@ def test_an_interrupt_before_the_loop_is_an_ordinary_one_and_waits_for_the_first
         assert signals.received() == signal.SIGINT
 
 
-def test_an_interrupt_that_an_import_swallows_comes_again() -> None:
+def test_an_interrupt_swallowed_by_an_import_comes_again() -> None:
     with pytest.raises(KeyboardInterrupt), watched() as signals:
         with suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -101,7 +101,7 @@ main(["train", "--model.path", "model", "--data.path", "rows", "--output_dir", "
 """
 
 
-def test_a_sigterm_while_the_run_is_imported_ends_it_as_any_before_the_first_step(tmp_path: Path) -> None:
+def test_a_sigterm_during_imports_ends_the_run_cleanly(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", IMPORTED], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
         text=True, cwd=tmp_path, timeout=120,
@@ -109,7 +109,7 @@ def test_a_sigterm_while_the_run_is_imported_ends_it_as_any_before_the_first_ste
     assert (ended.returncode, ended.stdout, without_progress(ended.stderr)) == (0, "", "")
 
 
-def test_a_sigterm_does_not_stop_the_export_and_an_interrupt_does() -> None:
+def test_export_ignores_sigterm_but_not_an_interrupt() -> None:
     with watched() as signals:
         signals.stepping()
         signals.finishing()
@@ -121,7 +121,7 @@ def test_a_sigterm_does_not_stop_the_export_and_an_interrupt_does() -> None:
 
 
 @pytest.mark.exhaustive
-def test_a_sigterm_while_compiling_ends_the_run_at_once_and_keeps_its_checkpoint(
+def test_a_sigterm_while_compiling_ends_the_run_and_keeps_its_checkpoint(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -152,7 +152,7 @@ def test_a_sigterm_while_compiling_ends_the_run_at_once_and_keeps_its_checkpoint
 
 
 @pytest.mark.exhaustive
-def test_a_sigterm_while_evaluating_saves_and_the_evaluation_is_repeated_on_resuming(
+def test_a_sigterm_while_evaluating_saves_and_the_evaluation_is_repeated(
     model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     many = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}."} for a in range(20) for b in range(20)]
@@ -230,7 +230,7 @@ def pair(program: str, *arguments: str) -> list[tuple[int, str, str]]:
     return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
 
 
-def test_one_of_several_processes_that_is_done_ignores_sigterm_until_all_are() -> None:
+def test_a_finished_process_ignores_sigterm_until_all_are() -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         with Signals() as signals:
@@ -241,7 +241,7 @@ def test_one_of_several_processes_that_is_done_ignores_sigterm_until_all_are() -
         signal.signal(signal.SIGTERM, before)
 
 
-def test_all_processes_hear_of_a_signal_at_the_same_step() -> None:
+def test_all_processes_learn_of_a_signal_at_the_same_step() -> None:
     ended = pair(PROCESS)
     assert [printed.splitlines()[-1:] for _, printed, _ in ended] == [["6"], ["6"]], ended
 
@@ -286,7 +286,7 @@ STOPPED = "stopped before the first step was done: nothing to save"
         (("stepping", "stepping"), ("", "told"), ["stepping", "stepping"]),
     ],
 )
-def test_all_processes_leave_together_where_one_that_is_told_or_another_has_no_step_to_save(
+def test_all_processes_leave_together_if_one_has_no_step_to_save(
     stages: tuple[str, str], told: tuple[str, str], printed: list[str]
 ) -> None:
     ended = pair(APART, *stages, *told)

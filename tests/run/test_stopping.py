@@ -33,19 +33,19 @@ def stopped_at(losses: list[float], patience: int, threshold: float = 0.0, aim: 
         ([math.nan, 2, 1], 2, 0.0, None),
     ],
 )
-def test_a_run_ends_after_so_many_evaluations_without_a_better_figure(
+def test_a_run_stops_after_evaluations_without_improvement(
     losses: list[float], patience: int, threshold: float, expected: int | None
 ) -> None:
     assert stopped_at(losses, patience, threshold) == expected
 
 
-def test_what_is_better_goes_by_the_figure() -> None:
+def test_the_metric_determines_what_is_better() -> None:
     accuracy = Goal("eval_token_accuracy", greater_is_better=True)
     assert stopped_at([0.1, 0.2, 0.3], 1, aim=accuracy) is None
     assert stopped_at([0.3, 0.2, 0.3], 2, aim=accuracy) == 2
 
 
-def test_the_stand_is_whole_in_its_two_numbers() -> None:
+def test_two_numbers_hold_the_whole_patience() -> None:
     """A run that goes on from a checkpoint stops where it would have stopped."""
     losses = [3.0, 2.0, 2.5, 1.9, 1.95, 1.92, 1.91]
     whole = Patience(LOSS, 3, 0.05)
@@ -68,19 +68,19 @@ def test_the_stand_is_whole_in_its_two_numbers() -> None:
         ("rougeL", [""], Goal("eval_rougeL", True)),
     ],
 )
-def test_the_figure_to_go_by_is_known_by_its_name_and_so_is_its_direction(
+def test_a_metric_is_known_by_name_with_its_direction(
     given: str | None, names: list[str], expected: Goal
 ) -> None:
     options = TrainOptions(metric_for_best_model=given, generation_metrics=("bleu", "rouge"))
     assert goal(options, names) == expected
 
 
-def test_a_figure_that_the_run_does_not_have_is_refused_with_those_that_it_has() -> None:
+def test_an_unknown_metric_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"metric_for_best_model eval_los: .*'eval_loss'.*eval_perplexity"):
         goal(TrainOptions(metric_for_best_model="eval_los"), [""])
 
 
-def test_saves_of_an_epoch_have_to_be_at_evaluations_for_the_best_to_be_kept() -> None:
+def test_saves_must_coincide_with_evaluations_to_keep_the_best() -> None:
     options = TrainOptions(load_best_model_at_end=True, save_strategy="epoch", eval_steps=4)
     check_saves(options, 8)
     with pytest.raises(UserError, match=r"--train.eval_steps 4: must divide the 6 steps of an epoch"):

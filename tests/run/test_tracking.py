@@ -51,11 +51,11 @@ def track(
     return (folder / "printed").read_text()
 
 
-def test_figures_have_the_names_that_transformers_gives_them() -> None:
+def test_metrics_have_transformers_names() -> None:
     assert named(LINES[2]).keys() == {"train/epoch", "train/loss", "train/learning_rate", "eval/loss"}
 
 
-def test_tensorboard_reads_what_was_logged_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
+def test_tensorboard_reads_the_log_and_a_resumed_run_continues_it(tmp_path: Path) -> None:
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
 
@@ -91,7 +91,7 @@ def test_tensorboard_reads_what_was_logged_and_a_resumed_run_goes_on(tmp_path: P
     assert starts == [2]  # TensorBoard hides what was logged at that step and past it before
 
 
-def test_trackers_are_closed_where_a_run_is_ended_at_once_but_none_is_waited_for_long(
+def test_trackers_are_closed_on_exit_within_a_time_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[tuple[str, str]] = []
@@ -121,7 +121,7 @@ def test_trackers_are_closed_where_a_run_is_ended_at_once_but_none_is_waited_for
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "stopped"
 
 
-def test_tracker_that_fails_is_one_warning_and_the_run_goes_on(
+def test_failing_tracker_is_one_warning_and_the_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tensorboard").write_text("a file where a folder is to be")
@@ -131,7 +131,7 @@ def test_tracker_that_fails_is_one_warning_and_the_run_goes_on(
     ), printed
 
 
-def test_missing_client_is_one_error_before_the_run_that_names_what_to_install(
+def test_missing_client_is_one_error_before_the_run(
     tmp_path: Path,
     model: Path,
     rows: Path,
@@ -147,7 +147,7 @@ def test_missing_client_is_one_error_before_the_run_that_names_what_to_install(
 
 
 @pytest.mark.slow
-def test_run_writes_its_record_its_trace_its_events_and_its_utilisation(
+def test_run_writes_its_record_trace_events_and_mfu(
     tmp_path: Path,
     model: Path,
     rows: Path,
@@ -186,7 +186,7 @@ def test_run_writes_its_record_its_trace_its_events_and_its_utilisation(
     assert [file.name for file in output.iterdir()] == ["config.yaml"]
 
 
-def test_run_that_is_interrupted_is_stopped_and_one_that_breaks_has_failed(tmp_path: Path) -> None:
+def test_interrupted_run_is_stopped_and_crashed_run_has_failed(tmp_path: Path) -> None:
     for error, status in ((KeyboardInterrupt, "stopped"), (ValueError, "failed")):
         record = Record(tmp_path)
         with (
@@ -197,7 +197,7 @@ def test_run_that_is_interrupted_is_stopped_and_one_that_breaks_has_failed(tmp_p
         assert json.loads((tmp_path / "run.json").read_text())["status"] == status
 
 
-def test_resumed_run_tells_so_in_its_record(tmp_path: Path) -> None:
+def test_resumed_run_is_recorded_as_such(tmp_path: Path) -> None:
     Record(tmp_path).note(status="running", tracking={"wandb": "abc"})
     Record(tmp_path, 3).end("finished", {"eval_loss": 1.0})
     record = json.loads((tmp_path / "run.json").read_text())
@@ -207,7 +207,7 @@ def test_resumed_run_tells_so_in_its_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("longest", [1, 39, 40, 41, 1000, 4096, 100_000])
-def test_histogram_counts_every_row_once_in_few_bars_of_a_round_width(longest: int) -> None:
+def test_histogram_counts_every_row_once_in_round_bars(longest: int) -> None:
     lengths = np.random.default_rng(0).integers(1, longest + 1, 500)
     lengths[0] = longest
     found = histogram(lengths)
@@ -218,7 +218,7 @@ def test_histogram_counts_every_row_once_in_few_bars_of_a_round_width(longest: i
         assert count == np.sum((lengths > index * width) & (lengths <= (index + 1) * width))
 
 
-def test_command_holds_what_was_given_and_quotes_it() -> None:
+def test_command_quotes_the_given_options() -> None:
     lora = LoraOptions(target_modules=("q_proj", "v_proj"))
     line = command_line(
         RunConfig(output_dir="my run", push_to_hub="me/it", lora=lora, train=TrainOptions(seed=1))
@@ -226,7 +226,7 @@ def test_command_holds_what_was_given_and_quotes_it() -> None:
     assert line == "lora-jax train --lora.target_modules q_proj v_proj --train.seed 1 --output_dir 'my run'"
 
 
-def test_overwriting_leaves_folders_of_trackers_where_there_was_no_run(tmp_path: Path) -> None:
+def test_overwrite_keeps_tracker_folders_without_a_run(tmp_path: Path) -> None:
     mine = tmp_path / "wandb" / "mine"
     mine.mkdir(parents=True)
     open_output(RunConfig(output_dir=str(tmp_path), overwrite=True))

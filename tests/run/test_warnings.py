@@ -70,7 +70,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TokenData
         ({"warmup_ratio": 0.99}, 25, "the run has 25 steps, and the warmup takes 25: "),
     ],
 )  # fmt: skip
-def test_a_warm_up_as_long_as_the_run_is_warned_of(
+def test_a_warmup_as_long_as_the_run_is_a_warning(
     options: dict[str, Any], steps: int, warns: str | None
 ) -> None:
     """torchtune#2010, peft#793: the schedule is transformers' own, whose first step has rate 0."""
@@ -99,7 +99,7 @@ def test_a_warm_up_as_long_as_the_run_is_warned_of(
         ("full", 0.5, "sgd", None),
     ],
 )
-def test_a_learning_rate_of_the_other_method_is_warned_of(
+def test_a_learning_rate_of_the_other_method_is_a_warning(
     method: str, rate: float, optim: str, warns: str | None
 ) -> None:
     options = TrainOptions(learning_rate=rate, optim=optim)  # pyright: ignore[reportArgumentType]
@@ -107,14 +107,14 @@ def test_a_learning_rate_of_the_other_method_is_warned_of(
     assert (found is None) if warns is None else (found is not None and found.startswith(warns))
 
 
-def test_rows_cut_in_bulk_are_warned_of_with_their_share(dataset: Callable[..., TokenDataset]) -> None:
+def test_many_cut_rows_are_a_warning_with_their_share(dataset: Callable[..., TokenDataset]) -> None:
     assert about_rows(dataset(range(100), cut=5)) == {}
     found = about_rows(dataset(range(100), cut=6))["max_length"]
     assert found is not None
     assert found.startswith("6 of 100 (6.0%) training rows are longer than --data.max_length 5")
 
 
-def test_rows_longer_than_the_models_positions_are_warned_of_with_both_figures(
+def test_rows_beyond_the_maximum_position_are_a_warning_with_both_numbers(
     dataset: Callable[..., TokenDataset],
 ) -> None:
     """transformers#10015: the tokenizer's own warning is switched off, and no other took its place."""
@@ -127,7 +127,7 @@ def test_rows_longer_than_the_models_positions_are_warned_of_with_both_figures(
     assert f"the longest has {longest:,} tokens" in found
 
 
-def test_training_rows_that_repeat_others_in_bulk_are_warned_of(
+def test_many_duplicate_training_rows_are_a_warning(
     dataset: Callable[..., TokenDataset],
 ) -> None:
     assert about_rows(dataset([*range(95), *range(5)])) == {}
@@ -135,7 +135,7 @@ def test_training_rows_that_repeat_others_in_bulk_are_warned_of(
     assert found == "10 of 100 (10.0%) training rows repeat another row, token for token"
 
 
-def test_rows_both_trained_on_and_evaluated_on_are_counted_set_by_set(
+def test_rows_both_trained_on_and_evaluated_on_are_counted_per_set(
     dataset: Callable[..., TokenDataset],
 ) -> None:
     train = dataset(range(10))
@@ -149,7 +149,7 @@ def test_rows_both_trained_on_and_evaluated_on_are_counted_set_by_set(
     )
 
 
-def test_a_start_is_warned_of_that_is_far_worse_than_an_even_guess_or_worse_than_the_base() -> None:
+def test_a_start_worse_than_an_even_guess_or_the_base_is_a_warning() -> None:
     """The shipped demo starts 0.53 nats above an even guess, as a small model on new text does."""
     even = math.log(100)
     assert start("eval_loss", even + 0.6, 100, None) is None
@@ -168,7 +168,7 @@ def test_a_start_is_warned_of_that_is_far_worse_than_an_even_guess_or_worse_than
         assert words in found
 
 
-def test_stacks_whose_b_is_all_zero_are_named_and_a_layer_without_an_adapter_does_not_count() -> None:
+def test_stacks_with_zero_b_are_named_but_not_unadapted_layers() -> None:
     mesh = make_mesh(MeshOptions(), jax.devices()[:1])
     one_layer = jnp.zeros((3, 2, 4)).at[1, 0, 0].set(1e-9)
     leaves = {
@@ -191,9 +191,7 @@ def test_stacks_whose_b_is_all_zero_are_named_and_a_layer_without_an_adapter_doe
 
 
 @pytest.mark.slow
-def test_a_run_that_changes_nothing_and_asks_for_too_much_says_so_before_its_first_step(
-    model: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_changes_nothing_says_so_before_its_first_step(model: Path, tmp_path: Path) -> None:
     """torchtune#2010, peft#793; passes of padding, ranks above a module's, a padding token beyond the embedding."""
     folder = shutil.copytree(model, tmp_path / "model")
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -221,7 +219,7 @@ def test_a_run_that_changes_nothing_and_asks_for_too_much_says_so_before_its_fir
     assert given["positions"].startswith("1 of 3 (33.3%) rows are longer than the model's 64 positions")
 
 
-def test_what_does_not_fit_into_memory_is_refused_before_it_is_taken(
+def test_a_run_that_does_not_fit_into_memory_is_refused_before_allocating(
     model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A rank of too many digits took tens of gigabytes until the kernel ended the process, and perhaps others."""
@@ -237,9 +235,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_taken(
 
 
 @pytest.mark.exhaustive
-def test_passes_and_rows_that_an_epoch_cannot_fill_are_not_computed_and_change_nothing(
-    model: Path, rows: Path, tmp_path: Path
-) -> None:
+def test_passes_that_an_epoch_cannot_fill_are_not_computed(model: Path, rows: Path, tmp_path: Path) -> None:
     found = []
     for passes in ("4", "100"):
         output = tmp_path / passes

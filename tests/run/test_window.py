@@ -16,7 +16,7 @@ def step(loss: float, weight: float, right: int, trained: int, finite: bool = Tr
     return StepMetrics(*numbers, np.bool_(finite))  # pyright: ignore[reportArgumentType]
 
 
-def test_the_mean_loss_goes_by_weights_and_the_accuracy_by_tokens() -> None:
+def test_mean_loss_is_weighted_and_accuracy_counts_tokens() -> None:
     window = Window(100, [])
     window.add(10, step(loss=2.0, weight=1.5, right=1, trained=8))
     window.add(20, step(loss=math.nan, weight=9, right=9, trained=9, finite=False))
@@ -27,7 +27,7 @@ def test_the_mean_loss_goes_by_weights_and_the_accuracy_by_tokens() -> None:
     assert metrics["num_tokens"] == 160
 
 
-def test_a_window_goes_on_from_the_sums_of_another() -> None:
+def test_a_window_continues_from_stored_sums() -> None:
     first, whole = Window(0, []), Window(0, [])
     one, two = step(2.0, 3.0, 2, 4), step(1.0, 5.0, 1, 6)
     first.add(7, one)
@@ -39,7 +39,7 @@ def test_a_window_goes_on_from_the_sums_of_another() -> None:
     assert second.metrics()[0] == whole.metrics()[0]
 
 
-def test_sums_of_an_older_checkpoint_are_those_of_rows_without_weights() -> None:
+def test_sums_of_an_older_checkpoint_have_no_weights() -> None:
     assert Window(0, [6.0, 3.0, 2.0]).sums() == [6.0, 3.0, 2.0, 3.0]
 
 

@@ -94,7 +94,7 @@ def start(tree: Any) -> Any:
     return make_optimizer(OPTIONS, 100).init(tree)
 
 
-def test_steps_are_those_of_adamw_with_rounded_moments() -> None:
+def test_steps_match_adamw_with_rounded_moments() -> None:
     tree = random(0, 1.0)
     state, expected = start(tree), tensors(tree)
     references = {name: Reference(name, value) for name, value in expected.items()}
@@ -110,7 +110,7 @@ def test_steps_are_those_of_adamw_with_rounded_moments() -> None:
         np.testing.assert_allclose(value, expected[name], atol=RATE / 4, err_msg=name)
 
 
-def test_tensors_of_4096_elements_a_layer_are_held_in_two_bytes_an_element_and_scales() -> None:
+def test_large_tensors_take_two_bytes_per_element_and_scales() -> None:
     _, codes, m, v = start(random(0, 1.0))[1]
     eight = {
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -129,7 +129,7 @@ def test_tensors_of_4096_elements_a_layer_are_held_in_two_bytes_an_element_and_s
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-def test_an_element_whose_gradient_is_not_finite_starts_anew_and_stays(bad: float) -> None:
+def test_an_element_with_a_non_finite_gradient_restarts_unchanged(bad: float) -> None:
     tree, gradients = random(0, 1.0), random(1, 0.01)
     once, state = step(tree, start(tree), gradients)
     spoilt = jax.tree.map(lambda leaf: leaf.at[..., 0].set(bad), gradients)
@@ -145,7 +145,7 @@ def test_an_element_whose_gradient_is_not_finite_starts_anew_and_stays(bad: floa
 @pytest.mark.parametrize(
     ("name", "paged"), [("adamw8bit", "paged_adamw_8bit"), ("adamw", "paged_adamw_32bit")]
 )
-def test_a_paged_optimiser_takes_the_same_steps(name: Any, paged: Any) -> None:
+def test_a_paged_optimizer_takes_the_same_steps(name: Any, paged: Any) -> None:
     tree = {"layers": {"q_proj": {"lora_A": random(0, 1.0)["layers"]["whole rows"]["lora_A"]}}}
 
     @partial(jax.jit, static_argnums=0)

@@ -54,7 +54,7 @@ def chunked_loss(model: Decoder, trainable: Any, constant: Any, hidden: Any, tar
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
-def test_chunked_loss_and_gradients_are_those_of_all_logits_at_once(head: str, tmp_path: Path) -> None:
+def test_chunked_loss_and_gradients_match_all_logits_at_once(head: str, tmp_path: Path) -> None:
     name, config = HEADS[head]
     base = tiny_base(tmp_path / "base", name)
     _, _, trainable, adapter = adapted(base, config)
@@ -79,7 +79,7 @@ def test_chunked_loss_and_gradients_are_those_of_all_logits_at_once(head: str, t
         )
 
 
-def test_evaluation_and_training_see_one_loss(base: Base) -> None:
+def test_evaluation_and_training_have_the_same_loss(base: Base) -> None:
     constant = head_variables(
         {"params": base.params, "lora": {}, "adapter": {}}, base.config.tie_word_embeddings
     )
@@ -93,7 +93,7 @@ def test_evaluation_and_training_see_one_loss(base: Base) -> None:
 
 
 @pytest.mark.slow
-def test_a_head_without_trained_leaves_gives_gradients_to_the_hidden_states_alone(base: Base) -> None:
+def test_an_untrained_head_gives_gradients_only_to_hidden_states(base: Base) -> None:
     constant = head_variables({"params": base.params, "adapter": {}}, base.config.tie_word_embeddings)
     hidden = jnp.ones((ROWS, LENGTH, 32))
     gradient = jax.grad(chunked_loss, argnums=3)(
@@ -114,7 +114,7 @@ def test_the_loss_of_huge_logits_is_finite() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [1, 2, 4])
-def test_no_buffer_of_the_compiled_step_holds_all_positions_logits(
+def test_no_buffer_of_the_compiled_step_holds_all_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: int
 ) -> None:
     """Pain 25: the largest array of vocabulary width in the program has a chunk's rows, not the batch's.
@@ -142,7 +142,7 @@ def test_no_buffer_of_the_compiled_step_holds_all_positions_logits(
 
 
 @pytest.mark.slow
-def test_dropout_of_an_adapted_head_differs_between_chunks_and_repeats_with_its_key(base: Base) -> None:
+def test_dropout_in_an_adapted_head_differs_between_chunks(base: Base) -> None:
     _, _, trainable, adapter = adapted(base, lora(target_modules=("lm_head",), lora_dropout=0.5))
     constant = head_variables(
         {"params": base.params, "lora": trainable, "adapter": adapter}, base.config.tie_word_embeddings
@@ -164,7 +164,7 @@ def test_dropout_of_an_adapted_head_differs_between_chunks_and_repeats_with_its_
 
 
 @pytest.mark.parametrize("kind", ["some", "none", "all, uneven", "some negative"])
-def test_tokens_right_are_those_whose_logit_is_the_greatest_and_counted_once(kind: str, base: Base) -> None:
+def test_correct_tokens_have_the_largest_logit_and_count_once(kind: str, base: Base) -> None:
     constant = head_variables({"params": base.params, "adapter": {}}, base.config.tie_word_embeddings)
     model = Decoder(base.config)
     hidden = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, 32))
@@ -179,7 +179,7 @@ def test_tokens_right_are_those_whose_logit_is_the_greatest_and_counted_once(kin
     assert expected > 0 or kind == "none"
 
 
-def test_a_token_without_a_number_for_a_logit_is_not_right() -> None:
+def test_a_token_with_nan_logits_is_not_correct() -> None:
     logits = jnp.asarray([[0.0, jnp.nan], [0.0, 1.0]])
     assert right_tokens(logits, jnp.asarray([0, 1])).tolist() == [False, True]
 
@@ -187,7 +187,7 @@ def test_a_token_without_a_number_for_a_logit_is_not_right() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
-def test_a_head_in_blocks_of_the_vocabulary_gives_what_the_whole_head_gives(
+def test_a_head_in_blocks_matches_the_whole_head(
     name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of 40 tokens of a vocabulary of 96: the last reaches back. In 16 bits as on a TPU, though on a CPU."""

@@ -51,7 +51,7 @@ def sizes(tree: Any) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("libtpu"), reason="the TPU's compiler, libtpu, is not there")
-def test_the_step_keeps_optimiser_state_and_inputs_of_layers_in_the_hosts_memory(
+def test_the_step_keeps_optimizer_state_and_layer_inputs_in_host_memory(
     wide: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in ENVIRONMENT.items():
@@ -86,7 +86,7 @@ def test_the_step_keeps_optimiser_state_and_inputs_of_layers_in_the_hosts_memory
     assert inputs <= memory.host_temp_size_in_bytes <= inputs + slack
 
 
-def test_only_optimiser_state_moves_and_only_where_it_is_asked_for(wide: Base) -> None:
+def test_only_optimizer_state_moves_and_only_on_request(wide: Base) -> None:
     _, _, state = start(wide, BOTH)
     here = jax.tree.map(lambda leaf: leaf.sharding, state)
     assert not has_host_memory(jax.devices()[0])
@@ -102,9 +102,7 @@ def test_only_optimiser_state_moves_and_only_where_it_is_asked_for(wide: Base) -
 
 
 @pytest.mark.slow
-def test_a_checkpoint_brings_state_back_to_the_bit_and_into_the_memory_it_was_in(
-    wide: Base, tmp_path: Path
-) -> None:
+def test_a_checkpoint_restores_state_into_the_same_memory(wide: Base, tmp_path: Path) -> None:
     optimizer, _, state = start(wide, BOTH)
     _, opt_state = optimizer.update(state.trainable, state.opt_state, state.trainable)
     host = SingleDeviceSharding(jax.devices()[0], memory_kind=HOST)

@@ -23,7 +23,7 @@ def rates(**options: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_a_decaying_schedule_goes_from_zero_to_the_peak_to_its_floor(kind: Any, floor: float) -> None:
+def test_a_decaying_schedule_goes_from_zero_over_the_peak_to_its_floor(kind: Any, floor: float) -> None:
     found = rates(lr_scheduler_type=kind, warmup_steps=8, min_lr_ratio=floor)
     np.testing.assert_allclose(found[:9], PEAK * np.arange(9) / 8, rtol=1e-6)
     done = np.arange(STEPS - 8 + 1) / (STEPS - 8)
@@ -32,20 +32,20 @@ def test_a_decaying_schedule_goes_from_zero_to_the_peak_to_its_floor(kind: Any, 
     assert found[-1] == pytest.approx(floor * PEAK, abs=1e-11)
 
 
-def test_constant_has_no_warm_up_and_its_namesake_has() -> None:
+def test_constant_has_no_warmup_and_constant_with_warmup_has() -> None:
     np.testing.assert_allclose(rates(lr_scheduler_type="constant", warmup_steps=8), PEAK, rtol=1e-6)
     warmed = rates(lr_scheduler_type="constant_with_warmup", warmup_steps=8)
     np.testing.assert_allclose(warmed, PEAK * np.minimum(np.arange(STEPS + 1) / 8, 1), rtol=1e-6)
 
 
-def test_warm_up_is_a_share_of_the_steps_rounded_up_unless_its_steps_are_given() -> None:
+def test_warmup_is_a_share_of_the_steps_rounded_up_unless_given_in_steps() -> None:
     assert warmup_steps(TrainOptions(warmup_ratio=0.03), 100) == 3
     assert warmup_steps(TrainOptions(warmup_ratio=0.03), 101) == 4
     assert warmup_steps(TrainOptions(warmup_ratio=0.03, warmup_steps=7), 100) == 7
     assert warmup_steps(TrainOptions(warmup_ratio=0.0), 100) == 0
 
 
-def test_a_run_that_is_all_warm_up_never_exceeds_the_peak() -> None:
+def test_a_run_of_only_warmup_does_not_exceed_the_peak() -> None:
     found = rates(warmup_steps=STEPS)
     np.testing.assert_allclose(found, PEAK * np.arange(STEPS + 1) / STEPS, rtol=1e-6)
 
@@ -57,7 +57,7 @@ def leaves() -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", OPTIMISERS)
-def test_weight_decay_shrinks_matrices_and_neither_biases_nor_norms(optim: Any) -> None:
+def test_weight_decay_applies_to_matrices_but_not_biases_or_norms(optim: Any) -> None:
     options = TrainOptions(
         optim=optim, weight_decay=0.1, learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0
     )
@@ -75,7 +75,7 @@ def test_weight_decay_shrinks_matrices_and_neither_biases_nor_norms(optim: Any) 
     assert decay_mask(tree) == {"module": shrunk}
 
 
-def test_decoupled_decay_is_the_learning_rate_times_the_decay_times_the_weight() -> None:
+def test_decoupled_decay_is_learning_rate_times_decay_times_weight() -> None:
     options = TrainOptions(weight_decay=0.1, learning_rate=0.5, lr_scheduler_type="constant")
     optimizer, tree = make_optimizer(options, 10), leaves()
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, tree), optimizer.init(tree), tree)
@@ -83,7 +83,7 @@ def test_decoupled_decay_is_the_learning_rate_times_the_decay_times_the_weight()
 
 
 @pytest.mark.parametrize("optim", OPTIMISERS)
-def test_every_optimiser_lowers_a_loss(optim: Any) -> None:
+def test_every_optimizer_lowers_a_loss(optim: Any) -> None:
     options = TrainOptions(optim=optim, learning_rate=0.05, warmup_steps=2)
     optimizer = make_optimizer(options, 60)
     a, b, x, y = (jax.random.normal(jax.random.key(index), (8, 8)) for index in range(4))

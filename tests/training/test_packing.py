@@ -111,7 +111,7 @@ def assert_same_step(parts: Any, first: Batch, second: Batch) -> None:
 @pytest.mark.slow
 @LLAMA
 @pytest.mark.parametrize(("packing", "passes", "length"), [("bfd", 2, 24), ("none", 5, 32)])
-def test_a_step_is_the_same_however_its_rows_are_packed_padded_and_passed(
+def test_a_step_does_not_depend_on_packing_padding_or_passes(
     parts: Any, packing: Packing, passes: int, length: int
 ) -> None:
     """Pain 11, 13, 16: loss and gradients depend neither on accumulation, nor on packing, nor on padding."""
@@ -120,7 +120,7 @@ def test_a_step_is_the_same_however_its_rows_are_packed_padded_and_passed(
 
 @pytest.mark.slow
 @LLAMA
-def test_a_step_of_wrapped_rows_is_that_of_their_pieces(parts: Any) -> None:
+def test_a_step_of_wrapped_rows_matches_their_pieces(parts: Any) -> None:
     """Pain 13: what a cut takes from a document is its context and one target, and nothing is added to it."""
     bins = pack(LENGTHS, "wrapped", CAPACITY)
     pieces = [piece for index in range(len(bins)) for piece in bins.examples(rows(), index)]

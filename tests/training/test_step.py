@@ -77,7 +77,7 @@ def in_one_pass(parts: tuple[Base, Any, Any]) -> tuple[TrainState, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [12, 32])
-def test_a_step_depends_neither_on_how_it_is_cut_nor_on_padding(
+def test_a_step_depends_neither_on_accumulation_nor_on_padding(
     parts: Any, in_one_pass: Any, length: int
 ) -> None:
     cut = one_step(parts, batch(examples(), 2, length))
@@ -86,19 +86,19 @@ def test_a_step_depends_neither_on_how_it_is_cut_nor_on_padding(
     assert cut[1].right_tokens == in_one_pass[1].right_tokens
 
 
-def test_a_step_depends_not_on_which_row_is_in_which_pass(parts: Any, in_one_pass: Any) -> None:
+def test_a_step_does_not_depend_on_the_assignment_of_rows_to_passes(parts: Any, in_one_pass: Any) -> None:
     shuffled = [examples()[index] for index in (3, 7, 0, 5, 2, 6, 1, 4)]
     assert_same_update(parts, in_one_pass, one_step(parts, batch(shuffled, 2, 12)))
 
 
-def test_rows_of_padding_change_nothing(parts: Any) -> None:
+def test_padding_rows_change_nothing(parts: Any) -> None:
     """The mean over four rows is that over the same rows twice."""
     rows = examples()[:4]
     doubled = one_step(parts, batch([*rows, *rows], 2, 12))
     assert_same_update(parts, doubled, one_step(parts, batch(rows, 2, 12)))
 
 
-def test_every_token_counts_the_same_whatever_pass_it_is_in(parts: Any) -> None:
+def test_every_token_counts_the_same_in_any_pass(parts: Any) -> None:
     """Pain 11: one trained token in the first pass and many in the second: a mean of means would differ."""
     few = Tokens(examples()[1].input_ids, np.arange(9) == 4, 1, False)
     nothing = [Tokens(row.input_ids, np.zeros(len(row), bool), 1, False) for row in examples()[:3]]
@@ -107,7 +107,7 @@ def test_every_token_counts_the_same_whatever_pass_it_is_in(parts: Any) -> None:
 
 
 @pytest.mark.slow
-def test_checkpointing_the_activations_changes_nothing(parts: Any, in_one_pass: Any) -> None:
+def test_gradient_checkpointing_changes_nothing(parts: Any, in_one_pass: Any) -> None:
     """Pain 18: nor does a base that is frozen keep gradients from the adapter."""
     recomputed = one_step(parts, batch(examples(), 1, 12), gradient_checkpointing=True)
     assert_same_update(parts, in_one_pass, recomputed)
@@ -120,7 +120,7 @@ def with_dropout(parts: Any, rate: float) -> Any:
 
 
 @pytest.mark.slow
-def test_the_step_is_compiled_once_whatever_the_rows_lengths(parts: Any) -> None:
+def test_the_step_is_compiled_once_for_rows_of_any_length(parts: Any) -> None:
     base, trainable, adapter = with_dropout(parts, 0.5)
     model = Decoder(base.config)
     step, evaluate = make_train_step(model, OPTIMIZER), make_eval_step(model)
@@ -134,7 +134,7 @@ def test_the_step_is_compiled_once_whatever_the_rows_lengths(parts: Any) -> None
     assert int(state.step) == 4
 
 
-def test_a_step_without_a_trained_token_is_finite_and_moves_nothing(parts: Any) -> None:
+def test_a_step_without_trained_tokens_is_finite_and_changes_nothing(parts: Any) -> None:
     untrained = [Tokens(row.input_ids, np.zeros(len(row), bool), 1, False) for row in examples()]
     state, metrics = one_step(parts, batch(untrained, 1, 12))
     assert (float(metrics.loss), float(metrics.grad_norm), int(metrics.trained_tokens)) == (0, 0, 0)
@@ -142,7 +142,7 @@ def test_a_step_without_a_trained_token_is_finite_and_moves_nothing(parts: Any) 
 
 
 @pytest.mark.slow
-def test_dropout_is_drawn_anew_for_every_step_and_pass_and_repeats_with_the_seed(parts: Any) -> None:
+def test_dropout_differs_between_steps_and_passes_and_repeats_with_the_seed(parts: Any) -> None:
     base, trainable, adapter = with_dropout(parts, 0.5)
     step = train_step(Decoder(base.config))
     rows = examples()[:4]
@@ -167,7 +167,7 @@ def test_evaluation_has_no_dropout(parts: Any) -> None:
     assert float(without.weight) == without.trained_tokens == sum(row.trained[1:].sum() for row in examples())
 
 
-def test_a_step_leaves_the_frozen_tree_as_it_is_and_consumes_its_state(parts: Any) -> None:
+def test_a_step_does_not_change_the_base_and_donates_its_state(parts: Any) -> None:
     base, trainable, adapter = parts
     before = jax.tree.map(np.array, base.params)
     state = fresh(trainable)
@@ -177,7 +177,7 @@ def test_a_step_leaves_the_frozen_tree_as_it_is_and_consumes_its_state(parts: An
 
 
 @pytest.mark.slow
-def test_weights_of_rows_count_only_beside_each_other(parts: Any) -> None:
+def test_only_relative_weights_of_rows_matter(parts: Any) -> None:
     whole = batch(examples(), 2, 16)
     light = whole._replace(weights=whole.weights * np.float32(2**-12))
     assert_same_update(parts, one_step(parts, whole), one_step(parts, light))
