@@ -130,7 +130,7 @@ def test_lengths_are_shuffled_differently_in_every_epoch():
 
 
 def test_rows_in_a_bucket_are_not_sorted():
-    """A step's rows are drawn from all of its bucket, not from neighbours in length."""
+    """A step's rows are drawn from all of its bucket, not from neighbors in length."""
     plan = plan_of(LONG_TAILED, most=2)
     spreads = [np.ptp(LONG_TAILED[step.bins]) for step in map(plan.at, range(100)) if step.length == 16]
     assert np.mean(spreads) > 8

@@ -258,17 +258,17 @@ def test_index_without_a_weight_map_is_one_clear_error(tmp_path: Path, content: 
 
 
 def test_tensor_of_an_unsupported_dtype_is_an_error_when_it_is_read(tmp_path: Path) -> None:
-    tensors = {"w": matrix(), "quantised": np.zeros((3, 4), np.int8)}
+    tensors = {"w": matrix(), "quantized": np.zeros((3, 4), np.int8)}
     checkpoint = Checkpoint.open(write_folder(tmp_path, tensors))
-    assert checkpoint.names == ("quantised", "w")
-    assert checkpoint.shape("quantised") == (3, 4)
+    assert checkpoint.names == ("quantized", "w")
+    assert checkpoint.shape("quantized") == (3, 4)
     assert checkpoint.nbytes == 12 * (4 + 1)
     np.testing.assert_array_equal(checkpoint.tensor("w"), matrix())
     for read in (checkpoint.dtype, checkpoint.tensor):
         with pytest.raises(
-            UserError, match=r"^tensor quantised has the dtype I8: .*; weights must be F32, F16, BF16"
+            UserError, match=r"^tensor quantized has the dtype I8: .*; weights must be F32, F16, BF16"
         ):
-            read("quantised")
+            read("quantized")
 
 
 def test_file_that_shrinks_after_opening_is_one_clear_error(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Fifty steps of AdamW in 8 bits beside bitsandbytes' on a CPU: same tensors, same gradients.
 
-bitsandbytes rounds through a table of coarse steps there, so that one code in some hundreds is a neighbour of the
+bitsandbytes rounds through a table of coarse steps there, so that one code in some hundreds is a neighbor of the
 nearest; the moments it then steps with differ by a few percent of themselves until they are rounded anew. Values are
 held against each other by the length of the way that each tensor has gone.
 """

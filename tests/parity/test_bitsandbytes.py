@@ -112,7 +112,7 @@ def test_tables_are_theirs_bit_for_bit() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quantised_tensors_and_weights_are_theirs_bit_for_bit(kind: str, quant_type: Any, dtype: str) -> None:
+def test_quantized_tensors_and_weights_are_theirs_bit_for_bit(kind: str, quant_type: Any, dtype: str) -> None:
     for shape in SHAPES:
         given = weight(kind, shape, dtype)
         packed, state = functional.quantize_4bit(given, quant_type=quant_type, blocksize=64)
@@ -127,7 +127,7 @@ def test_quantised_tensors_and_weights_are_theirs_bit_for_bit(kind: str, quant_t
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_their_double_quantised_tensors_load_bit_for_bit_and_are_written_back_so(
+def test_their_double_quantized_tensors_load_bit_for_bit_and_are_written_back_so(
     quant_type: str, dtype: str
 ) -> None:
     for shape in [*SHAPES, (64, 640)]:
@@ -146,7 +146,7 @@ def test_their_double_quantised_tensors_load_bit_for_bit_and_are_written_back_so
             assert_same_bits(tensor, theirs[name])
 
 
-def test_double_quantised_scales_are_theirs_but_for_their_cpu_look_up() -> None:
+def test_double_quantized_scales_are_theirs_but_for_their_cpu_look_up() -> None:
     given = weight("heavy-tailed", (512, 1024), "float32")
     packed, state = functional.quantize_4bit(given, quant_type="nf4", blocksize=64, compress_statistics=True)
     ours = to_bitsandbytes(quantize(numpy_of(given), "nf4", double_quant=True))
@@ -226,8 +226,8 @@ def test_checkpoint_that_transformers_saved_is_read_bit_for_bit(
     model: Any = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=BitsAndBytesConfig(**CONFIGS[name]), device_map="cpu", dtype=torch.bfloat16
     )
-    model.save_pretrained(tmp_path / "quantised", max_shard_size=shards)
-    packed = open_checkpoint(tmp_path / "quantised")
+    model.save_pretrained(tmp_path / "quantized", max_shard_size=shards)
+    packed = open_checkpoint(tmp_path / "quantized")
     assert isinstance(packed, PackedCheckpoint)
     linears = {
         f"{path}.weight": module

@@ -121,7 +121,7 @@ def test_line_end_after_the_end_token_is_trained_by_trl_alone(tmp_path):
     assert np.flatnonzero(np.asarray(expected) != np.asarray(found)).tolist() == [len(ids) - 1]
 
 
-def test_completion_that_melts_into_its_prompt_is_tokenised_apart_unlike_with_trl(tmp_path):
+def test_completion_that_melts_into_its_prompt_is_tokenized_apart_unlike_with_trl(tmp_path):
     """TRL trains the token that holds the end of the prompt too, which no model is given the prompt without."""
     (theirs_ids, _), (ids, trained) = (
         theirs(MELTING, UNMARKED, tmp_path, 512)[0],

@@ -91,7 +91,7 @@ def test_losses_and_adapter_are_those_of_peft_on_bitsandbytes(tmp_path: Path, ki
     compare_training(tmp_path, their_model(folder, kind), folder, **KINDS[kind])
 
 
-def test_losses_are_those_of_peft_on_a_double_quantised_checkpoint(tmp_path: Path) -> None:
+def test_losses_are_those_of_peft_on_a_double_quantized_checkpoint(tmp_path: Path) -> None:
     folder = torch_base(tmp_path / "base", "llama", **GROUPED)
     theirs = their_model(folder, "nf4, double")
     theirs.save_pretrained(tmp_path / "small")

@@ -95,8 +95,8 @@ def test_rows_on_the_command_line_replace_those_in_a_runs_file() -> None:
     how = {"data.max_length": ["16"], "per_device_eval_batch_size": ["2"], "generation_metrics": ["bleu"]}
     assert from_file(file, ["data.path"]) == how
     assert from_file(file, ["json"]) == how | {name: file[name] for name in list(file)[:3]}
-    unquantised = {"model.load_in_4bit": ["False"], "model.load_in_8bit": ["True"]}
-    assert from_file(unquantised, []) == {"model.load_in_8bit": ["True"]}
+    unquantized = {"model.load_in_4bit": ["False"], "model.load_in_8bit": ["True"]}
+    assert from_file(unquantized, []) == {"model.load_in_8bit": ["True"]}
     eight = file | {"train.per_device_eval_batch_size": ["8"]}
     assert from_file(eight, [])["per_device_eval_batch_size"] == ["8"]
 
@@ -106,8 +106,8 @@ def test_a_quantized_copy_is_another_model_and_an_adapter_stops_by_its_own_setti
 ) -> None:
     adapter = shutil.copytree(trained / "adapter", tmp_path / "adapter")
     (adapter / "generation_config.json").write_text('{"eos_token_id": [7]}')
-    quantised = ModelOptions(path=str(model), load_in_4bit=True)
-    found = candidates(quantised, (str(adapter),), (str(model),), True)
+    quantized = ModelOptions(path=str(model), load_in_4bit=True)
+    found = candidates(quantized, (str(adapter),), (str(model),), True)
     assert [one.quantization is None for one in found] == [False, False, True]
     assert [one.opened.settings.get("eos_token_id") for one in found] == [None, [7], None]
 

@@ -104,7 +104,7 @@ def test_steps_match_adamw_with_rounded_moments() -> None:
         given = tensors(gradients)
         expected = {name: references[name].step(value, given[name]) for name, value in expected.items()}
     for name, value in tensors(tree).items():
-        # A moment that float32 and float64 round to neighbouring codes: rare, and worth a fraction of a step.
+        # A moment that float32 and float64 round to neighboring codes: rare, and worth a fraction of a step.
         far = np.abs(value - expected[name]) > 2e-5
         assert far.mean() < 1e-3, name
         np.testing.assert_allclose(value, expected[name], atol=RATE / 4, err_msg=name)

@@ -13,7 +13,7 @@ from lora_jax.config import TrainOptions
 from lora_jax.training.optim import decay_mask, make_optimizer, schedule, warmup_steps
 
 PEAK, STEPS = 2e-4, 40
-OPTIMISERS = ["adamw", "sgd", "lion", "adafactor", "adamw8bit"]
+OPTIMIZERS = ["adamw", "sgd", "lion", "adafactor", "adamw8bit"]
 
 
 def rates(**options: Any) -> np.ndarray:
@@ -56,7 +56,7 @@ def leaves() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", OPTIMISERS)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_weight_decay_applies_to_matrices_but_not_biases_or_norms(optim: Any) -> None:
     options = TrainOptions(
         optim=optim, weight_decay=0.1, learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0
@@ -82,7 +82,7 @@ def test_decoupled_decay_is_learning_rate_times_decay_times_weight() -> None:
     np.testing.assert_allclose(updates["module"]["kernel"], -0.5 * 0.1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("optim", OPTIMISERS)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_every_optimizer_lowers_a_loss(optim: Any) -> None:
     options = TrainOptions(optim=optim, learning_rate=0.05, warmup_steps=2)
     optimizer = make_optimizer(options, 60)

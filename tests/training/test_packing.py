@@ -73,7 +73,7 @@ def laid_out(packing: Packing, passes: int, length: int = CAPACITY) -> Batch:
 
 @pytest.mark.parametrize("packing", ["bfd", "wrapped"])
 def test_packed_logits_equal_unpacked_logits(parts: Any, packing: Packing) -> None:
-    """Pain 13: a document does not see its neighbours, with an adapter, float32, and with a window or without."""
+    """Pain 13: a document does not see its neighbors, with an adapter, float32, and with a window or without."""
     base, trainable, adapter = parts
     collections = variables(base.params, trainable, adapter)
     bins = pack(LENGTHS, packing, CAPACITY)

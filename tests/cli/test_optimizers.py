@@ -13,7 +13,7 @@ from tests.rarely import rarely
 from tests.runs import metrics, run, timeless, train_arguments, tree, write_rows
 from tests.tiny import CONFIGS, write_checkpoint
 
-OPTIMISERS = get_args(get_type_hints(TrainOptions)["optim"])
+OPTIMIZERS = get_args(get_type_hints(TrainOptions)["optim"])
 # 32 x 128 elements: enough for moments in 8 bits.
 SIZES = ("--lora.r", "128", "--lora.target_modules", "q_proj", "--train.gradient_accumulation_steps", "1")
 
@@ -25,7 +25,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", OPTIMISERS)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_every_optimizer_trains(
     optim: str, inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
