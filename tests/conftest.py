@@ -1,4 +1,4 @@
-"""What holds for every test: a CPU, checked annotations, a cache of compiled programs, no one's own files."""
+"""Setup for every test: a CPU, checked annotations, a cache of compiled programs, and no user files."""
 
 import atexit
 import os
@@ -19,9 +19,9 @@ _hub_home = tempfile.TemporaryDirectory(prefix="lora_jax-tests-")
 atexit.register(_hub_home.cleanup)
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # with libtpu installed, jax would look for a TPU first
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else the second of two processes that load libtpu aborts
-    # Compiling is most of the suite's time: without LLVM's optimizations it takes less than half, and runs after the
-    # first take a fifth. tests/parity and what users run have them; TPU programs are the same to the letter.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or the second of two processes that load libtpu aborts
+    # Compiling takes most of the suite's time: without LLVM's optimizations it takes less than half, and later runs
+    # take a fifth. tests/parity and users' programs have them; TPU programs are exactly the same.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def real_model() -> Path:
-    """The folder of a real checkpoint; a test that asks for it is skipped where there is none."""
+    """The folder of a real checkpoint; tests that need it are skipped if there is none."""
     folder = Path(os.environ[REAL_MODEL]).expanduser()
     assert (folder / "config.json").is_file(), f"{REAL_MODEL}={folder} holds no config.json"
     return folder
@@ -79,7 +79,7 @@ def names() -> Iterator[None]:
 
 @pytest.fixture
 def optimized() -> Iterator[None]:
-    """Compile as users do, for tests whose programs take far longer to run than to compile."""
+    """Compile as users do, for tests whose programs take much longer to run than to compile."""
     import jax  # only now, since its variables are set above
 
     name = "jax_disable_most_optimizations"

@@ -1,4 +1,4 @@
-"""Parameters of a test that CI leaves out."""
+"""Test parameters that CI leaves out."""
 
 from __future__ import annotations
 

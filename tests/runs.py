@@ -1,4 +1,4 @@
-"""Runs of the command line on a tiny model, and what they leave."""
+"""Runs of the command line on a tiny model, and their outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_rows(file: Path, rows: list[Any] = ROWS) -> Path:
 
 
 def train_arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
-    """Return the arguments of a short run: four steps of two passes of two rows, two of them an epoch."""
+    """Return the arguments of a short run: four steps of two micro-batches of two rows, two steps per epoch."""
     return [
         *("train", "--model.path", str(model), "--data.path", str(data), "--output_dir", str(output)),
         *("--data.split", "train[:8]", "--data.max_length", "16", "--lora.r", "2"),
@@ -41,7 +41,7 @@ def timeless(output: Path) -> list[dict[str, Any]]:
 
 
 def without_progress(stderr: str) -> str:
-    """Return what a program wrote to standard error, less the lines that only say what it is doing."""
+    """Return what a program wrote to standard error, without progress messages."""
     return re.sub(r"^\[\d+:\d\d.*\n", "", stderr, flags=re.MULTILINE)
 
 

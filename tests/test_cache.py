@@ -1,4 +1,4 @@
-"""The folder of compiled programs, as a fresh process names it to JAX."""
+"""The folder of compiled programs, as a new process gives it to JAX."""
 
 import os
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_the_least_recently_used_programs_are_removed_first(tmp_path: Path) -> N
 def test_jax_does_not_list_the_folder_for_every_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With thousands of small programs that took most of a second each."""
+    """With thousands of small programs, listing took most of a second for each."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE", raising=False)
     keep_compiled()

@@ -1,7 +1,7 @@
-"""README.md and docs/: every command runs or says that it does not, every option and linked file exists.
+"""README.md and docs/: every command runs or is marked as not run, every option and every linked file exists.
 
 A fence marked sh or python is run, in the order of its page, unless the line before it is `<!-- not run: why -->`. It
-runs in a folder where the shipped model answers to the name of the documentation's model, with a few short rows.
+runs in a folder where the documentation's model name resolves to the shipped model, with a few short rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FENCE = re.compile(
     r"(?:^<!-- not run: (?P<reason>.+) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
 )
 PROGRAMS = {("lora-jax",): (), ("python", "train.py"): ("train",), ("python", "merge.py"): ("merge",)}
-"""How commands of the documentation begin, and what that is to `main`."""
+"""How commands in the documentation start, and the arguments of `main` for them."""
 KINDS: dict[str, type[Any]] = {
     "plan": PlanOptions,
     "merge": MergeOptions,
@@ -66,7 +66,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def runs_something(page: Path) -> bool:
-    """Say whether a page has anything to run here; tests/api runs the examples of api.md."""
+    """Return whether a page has anything to run here; tests/api runs the examples in api.md."""
     return page.name != "api.md" and any(
         b.language in ("sh", "python") and b.reason is None for b in blocks(page)
     )

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py: its dry run on the CPU, and what it writes where a section fails or takes too long."""
+"""scripts/gpu_check.py: its dry run on the CPU, and what it writes if a section fails or takes too long."""
 
 from __future__ import annotations
 

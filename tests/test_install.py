@@ -1,4 +1,4 @@
-"""What an error says of how a missing package is installed."""
+"""How errors say to install a missing package."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def absent(name: str) -> list[str]:
 
 
 def test_a_checkout_that_is_not_installed_is_named_by_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """python train.py in a clone, beside packages from elsewhere."""
+    """python train.py in a clone, with packages from elsewhere."""
     monkeypatch.setattr("lora_jax.install.requires", absent)
     assert install_command("wandb") == f"pip install -e '{ROOT}[wandb]'"
 

@@ -1,4 +1,4 @@
-"""What surrounds the package: pinned versions, CI, hooks, and the changelog."""
+"""Everything around the package: pinned versions, CI, hooks, and the changelog."""
 
 from __future__ import annotations
 

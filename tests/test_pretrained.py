@@ -1,4 +1,4 @@
-"""A folder's config.json and tensors held against each other: nothing in the files is passed over in silence."""
+"""A folder's config.json compared with its tensors: nothing in the files is silently ignored."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def rounded(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_a_head_that_differs_from_the_embedding_is_used_despite_config_json(
     tmp_path: Path, change: Callable[[dict[str, np.ndarray]], dict[str, Any]]
 ) -> None:
-    """vllm PR #51665, transformers PR #42612: the head of the file was ignored on the config's word."""
+    """vllm PR #51665, transformers PR #42612: the file's head was ignored because of the config."""
     opened = open_folder(spoilt(tmp_path / "base", "llama-tied", change))
     assert not opened.config.tie_word_embeddings
     assert opened.checkpoint.config["tie_word_embeddings"] is False
@@ -100,7 +100,7 @@ def test_a_tied_head_of_another_shape_is_refused(tmp_path: Path) -> None:
 def test_rotary_frequencies_that_contradict_config_json_are_a_remark(
     tmp_path: Path, scale: float, remarks: int
 ) -> None:
-    """They are buffers of old files, which transformers drops without looking at them."""
+    """They are buffers of old files, which transformers drops without comparing them."""
     kept = (scale * 10000.0 ** -(np.arange(0, 8, 2) / 8)).astype(np.float16)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     opened = open_folder(spoilt(tmp_path / "base", "llama", lambda found: found | {name: kept}))

@@ -1,4 +1,4 @@
-"""A sign of life: stages are named on standard error when nothing else is said, and nowhere else."""
+"""Progress messages: stages are named on standard error if nothing else is printed, and nowhere else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_long_stage_is_named_repeatedly(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """nohup, SLURM and notebooks: 119 s without one character until step 0."""
+    """nohup, SLURM and notebooks: 119 s without any output until step 0."""
     with progress.alive("lora-jax train"):
         with progress.stage("parsing"):
             pass

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, written without torch, and what runs on them."""
+"""Tiny random checkpoints of every family, written without torch, and helpers that run them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 GROUPED: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192}
-"""Changes that make a config's 4-bit kernels grouped, the MLP's with half a group at the end."""
+"""Config changes that make 4-bit kernels grouped, with half a group at the end of the MLP's."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Base:
 
 
 def random_tensors(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """Return every tensor of a model, so large that each of them shows in the logits."""
+    """Return every tensor of a model, large enough that each of them affects the logits."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for entry in name_table(config):
@@ -112,7 +112,7 @@ def write_checkpoint(
     dtype: Any = np.float32,
     seed: int = 0,
 ) -> Path:
-    """Write config.json, model.safetensors and a tokenizer of one token a byte; return the folder."""
+    """Write config.json, model.safetensors and a tokenizer with one token per byte; return the folder."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(config)))
     if tensors is None:
@@ -142,7 +142,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def open_base(folder: Path, dtype: str = "auto", **options: Any) -> Base:
-    """Read a checkpoint as a run does, quantized where the options of the base model say so."""
+    """Read a checkpoint as a run does, quantized if the model options say so."""
     asked = ModelOptions(path=str(folder), dtype=dtype, **options)
     base = open_pretrained(asked)
     return Base(base.checkpoint, base.config, base.params())

@@ -1,4 +1,4 @@
-"""A home folder with a model, rows and an adapter, to be spoilt by a test."""
+"""A home folder with a model, rows and an adapter, for tests to corrupt."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.tiny import CONFIGS, write_checkpoint
 
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that every home is a copy of."""
+    """The folder that every home is copied from."""
     folder = tmp_path_factory.mktemp("pristine")
     write_checkpoint(folder / "model", CONFIGS["qwen2-tied"])
     write_rows(folder / "rows.jsonl")
@@ -23,7 +23,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: model/, rows.jsonl, and adapter/ whose config names a base that has moved."""
+    """The working directory: model/, rows.jsonl, and adapter/, whose config names a base that has moved."""
     shutil.copytree(pristine, tmp_path / "home")
     monkeypatch.chdir(tmp_path / "home")
     return tmp_path / "home"

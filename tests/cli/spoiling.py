@@ -1,4 +1,4 @@
-"""Ways to spoil a home folder, and what has to happen then."""
+"""Ways to corrupt a home folder, and the check of what has to happen."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def named(**groups: dict[str, Case]) -> list[Any]:
 def check_refused(
     home: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Check that a command says so in one line on standard error, exits with 2 and writes nothing."""
+    """Check that a command prints one line on standard error, exits with 2 and writes nothing."""
     before = tree(home)
     assert main(arguments) == 2
     printed, errors = capsys.readouterr()

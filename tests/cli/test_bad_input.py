@@ -1,4 +1,4 @@
-"""What a user gets wrong: one line that says what, where and the remedy, exit code 2, and nothing written."""
+"""User errors: one line that says what, where and the remedy, exit code 2, and nothing written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user gets wrong about 4 and 8 bits: one line, exit code 2, and nothing written."""
+"""User errors about 4 and 8 bits: one line, exit code 2, and nothing written."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def homes(home: Path, small: Path) -> Path:
 
 
 def configured(**values: Any) -> Spoil:
-    """Return a spoiler of config.json's quantization_config."""
+    """Return a function that corrupts quantization_config in config.json."""
 
     def spoil() -> None:
         content = json.loads(Path(CONFIG).read_text())
@@ -57,7 +57,7 @@ def configured(**values: Any) -> Spoil:
 
 
 def shortened(name: str) -> Spoil:
-    """Return a spoiler that takes the last element of a tensor away."""
+    """Return a function that removes the last element of a tensor."""
 
     def spoil() -> None:
         content = load_file(FILE)

@@ -1,4 +1,4 @@
-"""Commands on files that say more than their configs: all of them read the same model."""
+"""Files that contradict their config: all commands read the same model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @pytest.fixture
 def untied(home: Path) -> np.ndarray:
-    """Give the tied model a head of its own, which config.json does not tell; return it."""
+    """Give the tied model a separate head that config.json does not mention; return it."""
     file = home / "model" / "model.safetensors"
     tensors = load_file(file)
     head = np.roll(tensors[EMBEDDING], 1, 0)
@@ -27,7 +27,7 @@ def untied(home: Path) -> np.ndarray:
 def test_a_head_that_config_json_ties_is_merged_and_quantized_as_stored(
     untied: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """vllm PR #51665, transformers PR #42612: what is written has the head, and a config.json that says so."""
+    """vllm PR #51665, transformers PR #42612: the output has the head, and a config.json that says so."""
     run("merge", "--adapter", "adapter", "--base", "model", "--output", "merged")
     run("quantize", "--model.path", "model", "--output", "small")
     for folder in (Path("merged"), Path("small")):

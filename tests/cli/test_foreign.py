@@ -1,4 +1,4 @@
-"""Options as TRL, transformers, axolotl, LLaMA-Factory and Unsloth call them are answered with ours."""
+"""Options of TRL, transformers, axolotl, LLaMA-Factory and Unsloth are answered with ours."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ UNSLOTH = """
 
 
 def test_every_option_in_the_table_exists() -> None:
-    """So that a renamed option of ours cannot leave an answer behind that is refused in turn."""
+    """Renaming one of our options must not leave an answer that is itself refused."""
     for text in RENAMED:
         name, _, value = text.partition(" ")
         assert name in ALL, text
@@ -126,7 +126,7 @@ def test_common_keys_of_other_tools_have_an_answer(keys: str) -> None:
 def test_a_flag_of_another_tool_is_answered_with_ours(
     flags: str, answer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Somebody types what TRL, transformers or LLaMA-Factory take."""
+    """Somebody types options of TRL, transformers or LLaMA-Factory."""
     assert main(["train", *flags.split()]) == 2
     error = capsys.readouterr().err
     assert answer in error
@@ -134,13 +134,13 @@ def test_a_flag_of_another_tool_is_answered_with_ours(
 
 
 def test_bits_are_answered_by_number() -> None:
-    """`--bits 16`, as QLoRA's scripts have it, asks for no quantization at all."""
+    """`--bits 16`, as in QLoRA's scripts, asks for no quantization."""
     answers = {bits: answer_to(Unknown("bits", [bits]), OURS).text for bits in ("4", "8", "16")}
     assert answers == {"4": "model.load_in_4bit True", "8": "model.load_in_8bit True", "16": ""}
 
 
 def test_merge_answers_with_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
-    """LLaMA-Factory's words for merging: the same word stands for another option than in train."""
+    """LLaMA-Factory's names for merging: one of them means another option than in train."""
     assert (
         main(["merge", "--model_name_or_path", "a", "--adapter_name_or_path", "b", "--export_dir", "c"]) == 2
     )
@@ -151,7 +151,7 @@ def test_merge_answers_with_its_own_options(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_an_axolotl_config_is_answered_at_once(tmp_path: Path) -> None:
-    """A file in the words of axolotl's examples, keys without a value included: one answer, not one a try."""
+    """A file with the keys of axolotl's examples, including empty ones: one answer for all of them."""
     (tmp_path / "a.yml").write_text(
         "base_model: m\nload_in_4bit: true\ndatasets:\n  - path: d\n    type: alpaca\nadapter: qlora\nlora_model_dir:\n"
         "sequence_len: 4096\nlora_target_linear: true\nwandb_project:\noptimizer: adamw_torch_fused\n"

@@ -1,4 +1,4 @@
-"""What is too large or too small: numbers that a device cannot hold, and more memory than there is."""
+"""Numbers that a device cannot hold, and programs that need too much memory."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_every_optimizer_trains(
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw8bit", *rarely(["paged_adamw_8bit"])])
 def test_an_8_bit_run_resumes_bit_for_bit(optim: str, inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    """Pain 20: a paged optimizer resumes as any other."""
+    """Pain 20: a paged optimizer resumes like any other."""
     output = tmp_path / "out"
     arguments = train_arguments(
         *inputs,

@@ -1,4 +1,4 @@
-"""A YAML file and flags are one thing."""
+"""YAML files and flags are equivalent."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_equivalent_flags_are_understood(config: Any) -> None:
 
 
 def test_a_bare_switch_is_true_and_so_are_yes_on_and_1(config: Any) -> None:
-    """Habits of other command lines: --load_in_4bit alone, or with another word for true, before another flag."""
+    """Habits from other programs: --load_in_4bit alone, or with another word for true, before another flag."""
     for words in ("", "yes", "On", "1", "TRUE"):
         found = config(None, "--model.load_in_4bit", *words.split(), "--overwrite")
         assert found.model.load_in_4bit
@@ -115,7 +115,7 @@ YAML_1_1 = {
 
 @pytest.mark.parametrize(("text", "meant"), YAML_1_1.items(), ids=str)
 def test_yaml_is_read_literally(text: str, meant: tuple[str, str, object], config: Any) -> None:
-    """YAML 1.1 reads 0100 as 64, 1:30 as 90, a bare yes as True and a date as a date; nobody means that here."""
+    """YAML 1.1 reads 0100 as 64, 1:30 as 90, a bare yes as True and a date as a date, which nobody means here."""
     section, name, value = meant
     found = getattr(config(text), section)
     assert (getattr(found, name) if name else found) == value
@@ -146,7 +146,7 @@ def test_numbers_in_yaml_1_1_notation_are_refused(number: str, config: Any) -> N
 def test_a_value_of_the_wrong_form_is_refused_and_not_printed_in_full(
     text: str, message: str | None, config: Any
 ) -> None:
-    """A list in a list, or an entry that was left empty, became the text of a Python object."""
+    """A nested list, or an empty entry, became the text of a Python object."""
     if message is None:
         assert config(text).train.sample_prompts == ("Hello",)
         return
@@ -182,7 +182,7 @@ def test_the_written_config_reads_back_unchanged(config: Any) -> None:
 
 
 def test_text_may_start_with_dashes(tmp_path: Path) -> None:
-    """A prompt about the flags of a program; tyro took it for an option."""
+    """A prompt about a program's flags; tyro took it for an option."""
     file = tmp_path / "run.yaml"
     file.write_text("train: {sample_prompts: '--help me'}\ndata: {path: ''}")
     found = parse(RunConfig, [str(file)], program="")
@@ -192,7 +192,7 @@ def test_text_may_start_with_dashes(tmp_path: Path) -> None:
 
 
 def test_a_written_config_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """config.yaml held relative paths: it repeated the run from the folder alone that the run was started in."""
+    """config.yaml had relative paths, so it repeated the run only from the folder in which the run was started."""
     (tmp_path / "there" / "model").mkdir(parents=True)
     (tmp_path / "there" / "rows.jsonl").touch()
     monkeypatch.chdir(tmp_path / "there")
@@ -340,7 +340,7 @@ def test_help_starts_with_a_valid_usage_and_a_summary(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The help called every program train.py or merge.py, left [CONFIG.yaml] and OUT out, and required too much."""
+    """The help named train.py or merge.py for every command, omitted [CONFIG.yaml] and OUT, and required too much."""
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         main([*command.split(), "--help"])
@@ -368,7 +368,7 @@ def test_help_does_not_print_long_defaults(capsys: pytest.CaptureFixture[str]) -
 def test_a_config_missing_from_a_wheel_is_said_to_be_in_the_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The package from a wheel, and the README's line: there is no folder configs."""
+    """The README's command after installing a wheel: there is no folder configs."""
     monkeypatch.chdir(tmp_path)
     assert main(["train", "configs/quickstart.yaml"]) == 2
     assert (

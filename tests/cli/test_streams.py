@@ -88,5 +88,5 @@ def test_a_run_without_output_continues_and_records_it(lost: str, tmp_path: Path
     assert record["status"] == "finished"
     assert (tmp_path / "out" / "adapter").is_dir()
     reasons = {"disk": "No space left on device", "terminal": "Input/output error"}
-    if lost != "stderr":  # to which a run that goes well writes nothing
+    if lost != "stderr":  # a successful run writes nothing to stderr
         assert record["output_lost"]["stdout"] == reasons.get(lost, "Broken pipe")

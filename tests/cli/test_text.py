@@ -1,4 +1,4 @@
-"""Text that options cannot be, and output that a terminal's encoding lacks."""
+"""Text that options cannot be, and characters that a terminal's encoding lacks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize(("command", "option"), PLACES)
 def test_text_instead_of_a_path_is_one_clear_error(command, option, capsys):
-    """`--data.path "$(cat rows.jsonl)"` ended in a traceback: the name has more bytes than a file system takes."""
+    """`--data.path "$(cat rows.jsonl)"` ended in a traceback: the name is longer than file systems allow."""
     more = {"inspect": ("data",), "report": ("out",)}.get(command, ())
     said = refused(capsys, command, *more, option, TEXT)
     assert f'{option} {{"text": "a b ' in said
@@ -80,7 +80,7 @@ def test_config_in_the_home_of_an_unknown_user_is_one_clear_error(capsys):
 
 
 def test_an_unreadable_file_is_one_clear_error():
-    """Such as rows in another user's home; the error is made here since root may read everything."""
+    """For example, rows in another user's home; the error is raised here because root may read everything."""
     denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/home/other/rows.jsonl")
     said = str(mendable(denied, ""))
     assert (
@@ -89,7 +89,7 @@ def test_an_unreadable_file_is_one_clear_error():
 
 
 def test_every_option_that_takes_a_path_is_checked():
-    """Of the options that take any text; one that is added has to be put here or into PATHS."""
+    """For options that take any text; a new one has to be added here or to PATHS."""
     kinds = (RunConfig, MergeOptions, ExportOptions, QuantizeOptions, GenerateOptions)
     texts = {
         name.rpartition(".")[2]
@@ -129,7 +129,7 @@ def test_config_files_are_checked_in_the_same_way(tmp_path, capsys):
 
 
 def test_config_may_be_a_pipe(tmp_path, capsys):
-    """As bash's <(…) is one: a config is read once."""
+    """Like bash's <(…): a config is read once."""
     pipe = tmp_path / "run.yaml"
     os.mkfifo(pipe)
     with subprocess.Popen(["sh", "-c", f"echo 'nothing: 1' > '{pipe}'"]):

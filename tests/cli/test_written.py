@@ -1,4 +1,4 @@
-"""What written folders carry: where they stop, whose tokenizer they have, and which base they were made on."""
+"""Contents of written folders: stop tokens, tokenizer, and base."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def stops(folder: Path) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with a base whose files stop at another token than its template's turns end with, and an adapter of it."""
+    """A home with a base whose files stop at another token than the template's turns, and an adapter for it."""
     home = tmp_path_factory.mktemp("chatty")
     model = write_checkpoint(home / "model", {**CONFIGS["llama"], "eos_token_id": PAD})
     (model / "chat_template.jinja").write_text(TEMPLATE)
@@ -51,7 +51,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def spoilt(chatty: Path, tmp_path: Path) -> Path:
-    """A copy of that home whose base has changed since: the weights of one module are all zero."""
+    """A copy of that home with a changed base: the weights of one module are all zero."""
     shutil.copytree(chatty, tmp_path / "home")
     file = tmp_path / "home" / "model" / "model.safetensors"
     tensors = load_file(file)
@@ -85,7 +85,7 @@ def test_adapter_and_merged_model_stop_as_trained(
 def test_a_path_is_printed_unchanged(
     chatty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """rich takes a word in brackets for a style, and leaves it out."""
+    """rich interprets a word in brackets as a style, and omits it."""
     output = tmp_path / "runs[lr]"
     run("export", "--adapter", str(chatty / "out" / "adapter"), "--output", str(output))
     assert f"wrote {output}, rank" in capsys.readouterr().out
@@ -140,7 +140,7 @@ def test_an_adapter_without_a_template_uses_the_bases(chatty: Path, tmp_path: Pa
 def test_an_end_token_beyond_the_vocabulary_is_noted(
     chatty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """LLaMA-Factory #8399: its tokenizer_config.json names another end token, and it brings no tokenizer.json."""
+    """LLaMA-Factory #8399: its tokenizer_config.json names another end token, and it has no tokenizer.json."""
     adapter = shutil.copytree(chatty / "out" / "adapter", tmp_path / "adapter")
     (adapter / "tokenizer.json").unlink()
     config = json.loads((adapter / "tokenizer_config.json").read_text())
@@ -168,7 +168,7 @@ def test_continuing_an_adapter_with_another_template_is_noted(
 
 
 def test_a_changed_base_is_noticed(spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same path, and all weights of its MLPs zero: merged and generated with without a word."""
+    """The same path, with all MLP weights zero: merged and used for generation without a message."""
     adapter, model = str(spoilt / "out" / "adapter"), str(spoilt / "model")
     train = train_arguments(
         spoilt / "model", spoilt / "rows.jsonl", tmp_path / "out", "--train.max_steps", "1"

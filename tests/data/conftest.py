@@ -1,4 +1,4 @@
-"""Small tokenizers and chat templates of the kinds that models come with."""
+"""Small tokenizers and chat templates of the kinds that models have."""
 
 import json
 from collections.abc import Callable
@@ -50,7 +50,7 @@ TEMPLATES = {
         "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim "
         "+ '<end_of_turn>\n' }}{% endfor %}" + _ASK.replace("HEADER", "'<start_of_turn>model\n'")
     ),
-    # Marks what is generated, but stops before the end token.
+    # Marks generated text, but stops before the end token.
     "marked": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
@@ -79,14 +79,14 @@ TEMPLATES = {
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
         + _ASK.replace("HEADER", "'assistant: '")
     ),
-    # Replaces what was said before the last turn: whose the words are is lost.
+    # Replaces everything before the last turn, so that the speakers are unknown.
     "censor": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' "
         "+ (m.content if loop.last else m.content | length | string) + '<|im_end|>\n' }}{% endfor %}"
         + _ASK.replace("HEADER", "'<|im_start|>helper\n'")
     ),
 }
-# As newer Qwen3 models: the template opens the reasoning when it asks, and drops it from the past.
+# Like newer Qwen3 models: the generation prompt opens the reasoning, which the template drops from earlier turns.
 TEMPLATES["opening"] = TEMPLATES["forgetful"].replace(
     "assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}"
 )

@@ -1,7 +1,7 @@
-"""Small chat templates that behave as those of well-known models do, in our own words.
+"""Small chat templates that behave like those of well-known models, written by us.
 
-Each entry names its control tokens and its end-of-text token; the first control token is BOS where the template
-writes one.
+Each entry names its control tokens and its end-of-text token; the first control token is BOS if the template writes
+one.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 class Family(NamedTuple):
-    """A template and what its tokenizer has to know."""
+    """A template, and what its tokenizer has to know."""
 
     specials: str
     eos: str
@@ -122,7 +122,7 @@ FAMILIES = {
         "{{ m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
     ),
-    # Cuts all reasoning, asks with an opened thought, wants arguments as text and null beside calls.
+    # Cuts all reasoning, opens a thought in the generation prompt, expects arguments as text and null beside calls.
     "deepseek-r1": Family(
         "<|bos|> <|eos|> <|User|> <|Assistant|> <|call|> <|output|> <|outputs_end|>",
         "<|eos|>",
@@ -134,7 +134,7 @@ FAMILIES = {
         "{{ m.content.split('</think>')[-1] + '<|eos|>' }}{% set ns.tool = false %}{% endif %}{% endfor %}"
         "{% if add_generation_prompt and not ns.tool %}{{ '<|Assistant|><think>\n' }}{% endif %}",
     ),
-    # The last turn is closed otherwise than those before; a thought is a channel of its own.
+    # The last turn is closed differently from earlier ones; reasoning has its own channel.
     "gpt-oss": Family(
         "<|start|> <|channel|> <|message|> <|end|> <|call|> <|return|>",
         "<|return|>",
@@ -155,7 +155,7 @@ FAMILIES = {
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}",
     ),
-    # Ends the text with its end token, which no turn but the last has behind it.
+    # Ends the text with its end token, which follows only the last turn.
     "phi-3": Family(
         "<|endoftext|> <|user|> <|assistant|> <|end|>",
         "<|endoftext|>",
@@ -181,7 +181,7 @@ FAMILIES = {
 
 
 def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of a token a byte and the control tokens of a family."""
+    """Return a tokenizer with one token per byte, and the control tokens of a family."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -22,7 +22,7 @@ def row_of(ids: list[int], trained: list[bool], row: int = 1) -> Tokens:
 
 
 def rows_of(lengths: list[int]) -> list[Tokens]:
-    """Rows whose ids name them: 100 * number + place."""
+    """Rows whose ids encode them: 100 * number + position."""
     return [
         row_of(
             [100 * number + place for place in range(length)], [place > 0 for place in range(length)], number
@@ -55,7 +55,7 @@ def test_rows_of_full_length_and_of_one_token_fit():
 
 
 def test_examples_in_one_row_do_not_predict_each_other():
-    """Pain 13: no target of a segment is a token of the next, even where all tokens are trained."""
+    """Pain 13: no target of a segment is a token of the next, even if all tokens are trained."""
     first, second = row_of([5, 6, 7], [True] * 3), row_of([8, 9], [True] * 2)
     batch = packed_batch([[first, second]], rows=2, length=7, padding_id=PADDING)
     np.testing.assert_array_equal(batch.tokens[0], [5, 6, 7, 8, 9, 0, 0])

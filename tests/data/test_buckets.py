@@ -1,4 +1,4 @@
-"""The lengths that steps are padded to: the best ones, and no more than pay."""
+"""The lengths that steps are padded to: optimal, and no more than are worth compiling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def padded(needed: np.ndarray, lengths: tuple[int, ...]) -> np.ndarray:
 
 
 def best(needed: np.ndarray, count: int, fewest: int) -> int | None:
-    """The padded tokens with the best so many lengths, found by trying all of them."""
+    """The padded tokens with the best set of that many lengths, found by trying all sets."""
     values, found = np.unique(needed), []
     for lower in combinations(values[:-1].tolist(), count - 1):
         steps = padded(needed, (*lower, int(values[-1])))
@@ -54,7 +54,7 @@ def test_a_few_long_steps_do_not_pad_the_others():
     needed = np.array([1024] * 5 + [128] * 95)
     assert bucket_lengths(needed, 4) == (128, 1024)
     assert bucket_lengths(needed, 1) == (1024,)
-    assert bucket_lengths(needed, 4, fewest=6) == (1024,)  # five do not pay for a program
+    assert bucket_lengths(needed, 4, fewest=6) == (1024,)  # five steps are not worth a program
 
 
 def test_a_length_that_saves_little_is_dropped():

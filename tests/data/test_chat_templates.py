@@ -84,7 +84,7 @@ def test_missing_template_is_one_clear_error(make_tokenizer, tmp_path):
 
 @pytest.mark.slow
 def test_template_of_a_run_is_saved_with_its_result(tmp_path: Path, capsys):
-    """A base model without a template: the adapter, the export and the merged model bring the run's."""
+    """A base model without a template: the adapter, the export and the merged model have the run's template."""
     base = write_checkpoint(tmp_path / "base", CONFIGS["qwen2"])
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": TURNS}] * 8)
     file = tmp_path / "own.jinja"

@@ -1,4 +1,4 @@
-"""What the columns of a row mean: those that say something are used or refused, all others are named."""
+"""The columns of a row: relevant ones are used or refused, all others are named."""
 
 import json
 
@@ -31,7 +31,7 @@ def load(path, tokenizer, **options):
 
 
 def test_system_column_becomes_the_first_message():
-    """LlamaFactory#7592, ms-swift#5431: the system prompt beside ShareGPT's conversations was not trained with."""
+    """LlamaFactory#7592, ms-swift#5431: the system prompt of ShareGPT's conversations was not used in training."""
     system = {"role": "system", "content": "Speak like a pirate."}
     row = {"conversations": SHAREGPT, "system": "Speak like a pirate."}
     assert example(row) == ChatExample([system, *TURNS])
@@ -51,7 +51,7 @@ def test_contradictory_system_column_is_one_clear_error():
 
 
 def test_history_column_becomes_trained_earlier_turns():
-    """As LLaMA-Factory's data/README.md has it: pairs of instruction and response, whose responses are learned too."""
+    """As in LLaMA-Factory's data/README.md: pairs of instruction and response, whose responses are trained too."""
     row = {"instruction": "And 3?", "input": "", "output": "nine", "system": "Square it."}
     turns = [{"role": "user", "content": "And 3?"}, {"role": "assistant", "content": "nine"}]
     right = ChatExample([SYSTEM, *PAIR, *turns])
@@ -117,7 +117,7 @@ def test_tools_work_with_every_format_of_messages():
     ],
 )
 def test_column_that_cannot_be_trained_on_is_one_clear_error(row, message):
-    """Preference pairs, verdicts and pictures of TRL, LLaMA-Factory and ms-swift, and parts of OpenAI's messages."""
+    """Preference pairs, labels and images of TRL, LLaMA-Factory and ms-swift, and parts of OpenAI's messages."""
     with pytest.raises(UserError, match=message) as caught:
         example(row)
     assert IN_LINE in str(caught.value)
@@ -134,7 +134,7 @@ def test_context_without_a_chat_template_is_one_clear_error():
 def test_empty_columns_and_numeric_classes_are_no_errors():
     row = {"messages": TURNS, "images": [], "system": None, "rejected": "", "label": 3, "tools": []}
     assert example(row) == ChatExample(TURNS)
-    example({"text": "a", "label": True, "reasoning": "b"})  # of a text that is whole
+    example({"text": "a", "label": True, "reasoning": "b"})  # beside a complete text
 
 
 def test_columns_can_be_excluded_or_mapped_to_the_chosen_answers():
@@ -190,7 +190,7 @@ def test_mapped_columns_replace_ours(make_tokenizer, write_lines):
 
 
 def test_mapped_column_that_the_format_does_not_read_is_named(make_tokenizer, write_lines):
-    """A system message for plain text, say, would otherwise be dropped in silence."""
+    """Otherwise a system message for plain text, for example, would be dropped silently."""
     path = write_lines({"text": "a b", "persona": "c"})
     found = load(path, make_tokenizer(), columns={"system": "persona"})
     assert found.summary().endswith("; columns not used: persona")

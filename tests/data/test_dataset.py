@@ -1,4 +1,4 @@
-"""From a file to rows of tokens: counts, checks, and the rows held out."""
+"""From a file to rows of tokens: counts, checks, and held-out rows."""
 
 import numpy as np
 import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Rows of every form, and rows that fit none."""
+"""Rows of every format, and rows that fit none."""
 
 import pytest
 

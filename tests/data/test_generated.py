@@ -1,4 +1,4 @@
-"""Generated files of rows: a sample of what `make soak` checks 10,000 of."""
+"""Generated files of rows: a sample of the 10,000 that `make soak` checks."""
 
 import pytest
 

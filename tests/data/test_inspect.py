@@ -1,4 +1,4 @@
-"""Rows shown to a reader."""
+"""Rows as `inspect data` shows them."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What is trained on, as the options and the rows themselves say."""
+"""What is trained on, according to the options and the rows."""
 
 import numpy as np
 import pytest

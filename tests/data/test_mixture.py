@@ -1,4 +1,4 @@
-"""Several sources as one data set, and rows held out."""
+"""Several sources as one data set, and held-out rows."""
 
 import json
 

@@ -19,7 +19,7 @@ LENGTHS = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=60).map(np.arr
 
 
 def rows_of(lengths: np.ndarray) -> list[Tokens]:
-    """Rows whose every token is trained but the first, and tells its row and place."""
+    """Rows whose tokens encode their row and position; all but the first are trained."""
     return [
         Tokens(1000 * row + np.arange(length, dtype=np.int32), np.arange(length) > 0, row + 1)
         for row, length in enumerate(lengths)
@@ -27,7 +27,7 @@ def rows_of(lengths: np.ndarray) -> list[Tokens]:
 
 
 def one_by_one(lengths: np.ndarray, capacity: int) -> list[int]:
-    """Best-fit decreasing as it is defined: the space that each bin has left."""
+    """Best-fit decreasing by its definition, with the remaining space of each bin."""
     spaces: list[int] = []
     for length in sorted(lengths.tolist(), reverse=True):
         fitting = [space for space in spaces if space >= length]

@@ -1,4 +1,4 @@
-"""What can be data: files of other kinds, compressed ones, folders, patterns; and what cannot."""
+"""What can be data: files of other kinds, compressed files, folders, patterns; and what cannot."""
 
 import bz2
 import gzip
@@ -74,7 +74,7 @@ def test_archive_without_line_ends_does_not_fill_memory(tmp_path, monkeypatch):
 
 
 def test_text_next_to_other_data_in_a_folder_is_one_clear_error(tmp_path):
-    """The lines of a licence beside the rows would be trained on."""
+    """The lines of a license beside the rows would be trained on."""
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(LINES))
     (tmp_path / "LICENSE.txt").write_text("Permission is granted.\n")
     with pytest.raises(UserError, match=r"LICENSE\.txt.*; select files .*/\*\.jsonl\*'"):
@@ -83,7 +83,7 @@ def test_text_next_to_other_data_in_a_folder_is_one_clear_error(tmp_path):
 
 
 def test_each_line_of_a_text_file_is_a_row(tmp_path):
-    """As load_dataset("text") of `datasets` has it, but for blank lines, in which is nothing to train on."""
+    """As load_dataset("text") of `datasets`, except for blank lines, which have nothing to train on."""
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\ntwo\u2028 \nlast".encode())
     rows = read_rows(str(tmp_path / "a.txt"), "train")
     assert list(rows) == [{"text": "one"}, {"text": "two\u2028 "}, {"text": "last"}]
@@ -127,7 +127,7 @@ def test_files_of_a_folder_share_its_weight_and_are_named_in_messages(make_token
     paths = [str(tmp_path / "d"), other]
     options = DataOptions(mixture_weights=(1, 1))
     tokenizer = make_tokenizer()
-    for _ in range(2):  # anew, then from the cache
+    for _ in range(2):  # first without, then from the cache
         found = load_examples(options, tokenizer, paths, "train", None)
         assert found.paths == paths
         assert f"; rows of each source: {paths[0]} {len(found) - 20}, {other} 20" in found.summary()
@@ -167,7 +167,7 @@ def test_folder_or_pattern_without_a_data_set_is_one_clear_error(tmp_path, monke
 
 
 def test_pipe_is_refused_before_it_is_read(tmp_path):
-    """A pipe gives its rows once, and the rows are read twice: the second time waited for ever."""
+    """A pipe gives its rows once, but rows are read twice: the second time would wait forever."""
     os.mkfifo(tmp_path / "r.jsonl")
     for option in map(Option, ("data.path", "data.eval_path", "calibration.path")):
         with pytest.raises(

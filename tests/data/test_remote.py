@@ -17,7 +17,7 @@ COMMIT = "a" * 40
 ENTRY = {"type": "file", "path": "train.jsonl", "size": len(FILE), "oid": sha1(FILE).hexdigest()}
 ABOUT = {"id": "someone/rows", "sha": COMMIT, "private": False, "siblings": [{"rfilename": "train.jsonl"}]}
 
-# The address of the Hub is read once, when huggingface_hub is imported, hence a process of its own.
+# The address of the Hub is read when huggingface_hub is imported, hence the separate process.
 PROGRAM = """
 import sys
 from lora_jax.data.rows import read_rows

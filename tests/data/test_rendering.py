@@ -1,4 +1,4 @@
-"""Conversations in the form that a template bears, and what is said where it loses words."""
+"""Conversations in the form that a template accepts, and remarks if it loses words."""
 
 import pytest
 
@@ -16,7 +16,7 @@ LOOP = "{% for m in messages %}" + HEAD + "BODY" + END + "{% endfor %}" + ASK
 
 
 def calls_as(arguments: str, content: str = "{{ m.content or '' }}") -> str:
-    """Return a template that writes calls in an arguments' own way."""
+    """Return a template that writes the arguments of calls with the given expression."""
     call = f"{{{{ '[' + c.function.name + ' ' }}}}{{{{ {arguments} }}}}{{{{ ']' }}}}"
     return LOOP.replace("BODY", f"{content}{{% for c in m.tool_calls or [] %}}{call}{{% endfor %}}")
 
@@ -40,9 +40,9 @@ def read(make_tokenizer, write_lines):
 @pytest.mark.parametrize(
     "template",
     [
-        calls_as("'' + c.function.arguments"),  # adds text to text, as DeepSeek's do: an object is refused
-        calls_as("c.function.arguments"),  # prints what it is given: an object would come out as Python's
-        calls_as("c.function.arguments | tojson"),  # text would come out in quotes
+        calls_as("'' + c.function.arguments"),  # concatenates text, like DeepSeek's: an object is rejected
+        calls_as("c.function.arguments"),  # prints its input: an object would appear in Python syntax
+        calls_as("c.function.arguments | tojson"),  # text would appear in quotes
         calls_as("c.function.arguments | tojson", "{{ m.content }}").replace("[] %}", "[] %}{{ '' + '' }}"),
         # looks for calls where content is null only, as DeepSeek's do: a missing or an empty one hides them
         calls_as("'' + c.function.arguments", "{{ m.content if m.content is not none else '' }}").replace(
@@ -70,7 +70,7 @@ def test_argument_text_reaches_a_template_unchanged(read):
 
 
 def test_content_comes_in_parts_if_the_template_needs_it(read):
-    """Templates of models that also see images print nothing of content that is one string."""
+    """Templates of models that also see images print nothing for content that is a single string."""
     template = LOOP.replace("BODY", "{% for p in m.content %}{{ p.text if p.type == 'text' }}{% endfor %}")
     found, said = read(template, {"messages": [USER, ANSWER, USER, ANSWER]})
     assert said == "It is 5.<|im_end|>" * 2
@@ -110,7 +110,7 @@ CUTTING = TEMPLATES["chatml"].replace("m.content", "m.content.split('</think>')[
 
 @pytest.mark.parametrize("asked", ["", "<think>\n"])
 def test_cut_reasoning_is_trained_in_the_last_turn_and_reported_elsewhere(read, asked):
-    """trl PR #6766, LlamaFactory#6987: the last turn is what a model generates, its reasoning with it."""
+    """trl PR #6766, LlamaFactory#6987: a model generates the last turn including its reasoning."""
     template = CUTTING.replace("assistant\n' }}{% endif %}", f"assistant\n{asked}' }}}}{{% endif %}}")
     found, said = read(template, {"messages": [USER, THOUGHT]})
     assert said == f"{THOUGHT['content']}<|im_end|>".removeprefix(asked)
@@ -154,7 +154,7 @@ def test_words_that_the_template_loses_are_reported_but_not_whitespace(read, tem
 
 
 def test_rows_with_a_date_from_the_template_are_reported(read):
-    """unsloth#881, text-generation-inference#2987: Llama 3.2's and Mistral Small's templates write today's date."""
+    """unsloth#881, text-generation-inference#2987: templates of Llama 3.2 and Mistral Small write today's date."""
     dated = "{% set now = strftime_now('%d %b %Y, %f') %}{% if messages[0].role != 'system' %}{{ now }}\n{% endif %}"
     found, said = read(
         dated + TEMPLATES["chatml"],
@@ -168,7 +168,7 @@ def test_rows_with_a_date_from_the_template_are_reported(read):
 
 
 def test_empty_answers_and_control_tokens_are_reported(read, make_tokenizer):
-    """An empty answer teaches to say nothing; "<|im_end|>" in a message ends it for the model."""
+    """An empty answer teaches the model to say nothing; "<|im_end|>" in a message ends it."""
     empty = {"messages": [USER, {**ANSWER, "content": ""}]}
     control = {"messages": [{**USER, "content": "say <|im_end|>\n<|im_start|>assistant"}, ANSWER]}
     found, _ = read("chatml", empty, control, {"messages": [USER, ANSWER]})

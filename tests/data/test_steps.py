@@ -1,4 +1,4 @@
-"""Plans of steps: each row once an epoch, whatever the processes, and decided by the step alone."""
+"""Plans of steps: each row once per epoch, independent of processes, and determined by the step number."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plan_of(lengths: np.ndarray, per_step: int = PER_STEP, seed: int | None = 1,
 
 
 def rows_of(lengths: np.ndarray) -> list[Tokens]:
-    """Rows whose every token tells its row and place, and is trained but for the first."""
+    """Rows whose tokens encode their row and position; all but the first are trained."""
     return [
         Tokens(1000 * (row + 1) + np.arange(length, dtype=np.int32), np.arange(length) > 0, row + 1)
         for row, length in enumerate(lengths)
@@ -73,7 +73,7 @@ def test_counts_before_a_step_equal_those_of_earlier_batches(lengths, packing, s
 
 @given(LENGTHS, PACKINGS, st.integers(0, 8))
 def test_a_step_depends_neither_on_passes_nor_on_processes(lengths, packing, step):
-    """Pain 11: the rows of a step are the same however it is cut, and so is their length."""
+    """Pain 11: the rows of a step do not depend on how it is split, and neither does their length."""
     dataset, plan = rows_of(lengths), plan_of(lengths, packing=packing)
     whole = batch_of(dataset, plan, step)
     for passes in (2, 3, 6):
@@ -130,7 +130,7 @@ def test_lengths_are_shuffled_differently_in_every_epoch():
 
 
 def test_rows_in_a_bucket_are_not_sorted():
-    """A step's rows are drawn from all of its bucket, not from neighbors in length."""
+    """A step's rows are drawn from its whole bucket, not from rows of similar length."""
     plan = plan_of(LONG_TAILED, most=2)
     spreads = [np.ptp(LONG_TAILED[step.bins]) for step in map(plan.at, range(100)) if step.length == 16]
     assert np.mean(spreads) > 8

@@ -29,7 +29,7 @@ _EMPTY = "<think>\n\n</think>\n\n"
 _WHOLE = "<think>\nAdd.\n</think>\n\nIt is 5."
 _FINAL = "<|channel|>final<|message|>"
 
-# For each row the trained spans; what a template cuts from an earlier turn stays cut, and is remarked (LOST).
+# The trained spans of each row; what a template cuts from an earlier turn stays cut, with a remark (LOST).
 TABLE: dict[str, dict[str, list[str] | str]] = {
     "qwen2.5": {
         "single": ["It is 5.<|im_end|>"],
@@ -86,7 +86,7 @@ TABLE: dict[str, dict[str, list[str] | str]] = {
         "reasoning": [
             "\n\nIt is 5.<|eos|>",
             "Add.\n</think>\n\nIt is 5.<|eos|>",
-        ],  # <think> asks for the turn
+        ],  # <think> is in the generation prompt
     },
     "gpt-oss": {
         "single": [_FINAL + "It is 5.<|return|>"],
@@ -126,7 +126,7 @@ LOST = {
 
 
 def spans(messages: list[dict], family: Family, **row: object) -> tuple[list[str], Remark]:
-    """Return the trained stretches of a conversation, and what is remarked of it."""
+    """Return the trained spans of a conversation, and its remarks."""
     tokenizer = make_tokenizer(family)
     example = to_example(
         {"messages": messages, **row}, "messages", "rows.jsonl line 1", text_field="text", chat=True

@@ -1,4 +1,4 @@
-"""Tokens of earlier runs: when they are used, and when not."""
+"""Cached tokens of earlier runs: when they are used, and when not."""
 
 import json
 import os

@@ -50,7 +50,7 @@ def test_several_processes_write_the_same_file_and_name_the_first_bad_row(
     one, two = (file.read_bytes() for file in sorted(tmp_path.rglob("rows.arrow")))
     assert one == two
     for workers in (1, 2):
-        # A process that was started for it names the option as this one does.
+        # A worker process names the option like this one.
         said = rf"rows\.jsonl line {2 * ROWS - 2}: column images .* with --data\.columns images none$"
         with pytest.raises(UserError, match=said):
             load(str(spoilt), tokenizer, workers)
@@ -65,7 +65,7 @@ def test_small_files_use_one_process_and_large_ones_several():
 
 
 def test_rows_are_read_one_at_a_time(tmp_path):
-    """Pain 25: of a file of 8 MB less than 1 MB is in memory at once (near 16 bytes a row, and a batch)."""
+    """Pain 25: less than 1 MB of an 8 MB file is in memory at once (about 16 bytes per row, and a batch)."""
     rows = [{"text": f"{i} " * 1000} for i in range(2000)]
     lines = tmp_path / "rows.jsonl"
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))

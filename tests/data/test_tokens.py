@@ -1,4 +1,4 @@
-"""What is trained of text, and of prompts and completions."""
+"""What is trained in text, and in prompts and completions."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_eos_is_appended_once(make_tokenizer):
 
 @pytest.mark.parametrize("bos", ["", "<s> "])
 def test_tokenizer_that_adds_eos_gives_the_same_tokens(make_tokenizer, bos):
-    """trl#1283: add_eos_token trained two EOS. The prompt that shares a token with its completion is as without it."""
+    """trl#1283: add_eos_token trained two EOS. A prompt that shares a token with its completion is as without it."""
     plain, adding = make_tokenizer(add_bos=bool(bos)), make_tokenizer(add_bos=bool(bos))
     ids = [(token, plain.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     adding.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos}$A </s>", special_tokens=ids)
@@ -62,7 +62,7 @@ def test_tokenizer_that_adds_eos_gives_the_same_tokens(make_tokenizer, bos):
 
 
 def test_truncation_and_padding_in_tokenizer_json_have_no_effect(make_tokenizer):
-    """llm-compressor#2917: a call's truncation stayed in the tokenizer.json of many published models."""
+    """llm-compressor#2917: many published models have a call's truncation left in tokenizer.json."""
     plain, left = make_tokenizer(), make_tokenizer()
     left.backend_tokenizer.enable_truncation(4)
     left.backend_tokenizer.enable_padding(length=64)
@@ -89,12 +89,12 @@ def test_completion_and_eos_are_trained_and_the_prompt_is_not(make_tokenizer):
 
 @pytest.mark.parametrize("prompt", ["the ans", "th"])
 def test_completion_that_would_share_a_token_with_the_prompt_is_tokenized_apart(make_tokenizer, prompt):
-    """A prompt of one token that melts into its completion would leave nothing but EOS to train."""
+    """A one-token prompt that merges with its completion would leave only EOS to train."""
     tokenizer = make_tokenizer()
     for completion in ("wer", "e", "e answer"):
         tokens = tokenize(CompletionExample(prompt, completion), tokenizer, 64, "here")
         assert trained_text(tokens, tokenizer) == completion + "</s>"
-        asked = tokenizer(prompt)["input_ids"]  # what a model that generates is given
+        asked = tokenizer(prompt)["input_ids"]  # the input for generation
         assert tokens.input_ids[: len(asked)].tolist() == asked
 
 

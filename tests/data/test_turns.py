@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are trained, for templates of all habits."""
+"""Which tokens of a conversation are trained, for templates of many kinds."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ TWO_TURNS = {
     "forgetful": "The sum is 5.<|im_end|><think>\n\n</think>\n\nGood day 🙂<|im_end|>",
     "opening": "The sum is 5.<|im_end|>\n</think>\n\nGood day 🙂<|im_end|>",
     "moving": " The sum is 5.</s> Good day 🙂</s>",
-    # The space that asks for the turn is no part of it, though " The" would be one token; EOS is appended.
+    # The space of the generation prompt is not part of the turn, though " The" would be one token; EOS is appended.
     "endless": "The sum is 5.\nGood day 🙂\n</s>",
 }
 
@@ -151,7 +151,7 @@ def test_cut_conversation_loses_its_end(make_tokenizer):
 
 
 def test_turn_is_tokenized_apart_from_the_generation_prompt(make_tokenizer):
-    """A line end that starts an answer would share a token with the header's, which generation is given alone."""
+    """A line end at the start of an answer would share a token with the header's, which generation gets alone."""
     tokenizer = make_tokenizer("chatml")
     tokens = tokenize(chat("Hello", "\n\nthe answer", "Hello", "\nday"), tokenizer, 512, "here")
     assert tokenizer.decode(tokens.input_ids[tokens.trained]) == "\n\nthe answer<|im_end|>\nday<|im_end|>"
@@ -160,7 +160,7 @@ def test_turn_is_tokenized_apart_from_the_generation_prompt(make_tokenizer):
 
 
 _WORDS = st.text(alphabet="the answer é🙂\n<|>:[]", min_size=1, max_size=20)
-# The templates that part reasoning from what is said strip line ends.
+# Templates that separate reasoning from content strip line ends.
 _ANSWERS = _WORDS.filter(lambda text: not text[0].isspace())
 
 
@@ -185,7 +185,7 @@ LATE = (
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_end_token_before_the_next_message_belongs_to_the_turn_it_ends(make_tokenizer, whole):
-    """trl PR #5988: a turn is closed in the header of the next message, and the last one likewise."""
+    """trl PR #5988: a turn is closed in the header of the next message, and the last one in the same way."""
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = LATE
     example = ChatExample(chat("a", "b", "c", "d").messages, whole=whole)
@@ -203,7 +203,7 @@ def test_token_that_opens_every_message_ends_none(make_tokenizer):
 
 @pytest.mark.parametrize("form", ["bytes", "trimmed"])
 def test_turn_begins_at_the_tag_where_it_leaves_the_generation_prompt(make_tokenizer, form):
-    """Automodel PR #3739: <think> and <tool_call> begin alike."""
+    """Automodel PR #3739: <think> and <tool_call> have a common prefix."""
     tokenizer = make_tokenizer("chatml", form=form)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"

@@ -1,4 +1,4 @@
-"""Rows longer than the greatest length."""
+"""Rows longer than the maximum length."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""`lora-jax generate` from arguments to what is printed."""
+"""`lora-jax generate`, from arguments to output."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def run(base: Path, *more: str) -> int:
 
 
 def expected(base: Path, text: str) -> str:
-    """Return the greedy completion of a text that is taken as it is."""
+    """Return the greedy completion of a raw prompt."""
     loaded = load_for_inference(ModelOptions(path=str(base)))
     ids = loaded.tokenizer(text)["input_ids"]
     tokens = complete(loaded.model, loaded.variables, [ids], max_new_tokens=NEW, end_ids={1})[0]
@@ -55,7 +55,7 @@ def test_several_prompts_are_quoted_before_their_completions(
 def test_padding_among_the_end_tokens_does_not_empty_a_completion(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pain 3: of two prompts one is padded, with a token that also ends a completion."""
+    """Pain 3: one of two prompts is padded, with a token that also ends a completion."""
     whole = [expected(base, text) for text in ("2+3=", "ABCDEFG")]
     assert all(whole)
     settings = {"eos_token_id": [1, 0], "pad_token_id": 0}
@@ -142,7 +142,7 @@ def test_prompt_token_beyond_the_vocabulary_is_one_clear_error(
 
 
 def spoilt(folder: Path, value: float) -> Path:
-    """Write a base with a layer's up_proj full of such a value; return its folder."""
+    """Write a base in which a layer's up_proj is filled with such a value; return its folder."""
     tensors = random_tensors(read_config(CONFIGS["llama"], folder))
     tensors[UP][:] = value
     return write_checkpoint(folder, CONFIGS["llama"], tensors=tensors)
@@ -172,7 +172,7 @@ def test_non_finite_logits_are_an_error_that_names_the_cause(
     cause: str,
     prompts: tuple[str, ...],
 ) -> None:
-    """One infinite fp16 weight, or --model.dtype float16 of a weight of 1e30: generate printed nothing and gave 0."""
+    """One infinite fp16 weight, or float16 with a weight of 1e30: generate printed nothing and exited with 0."""
     assert run(spoilt(tmp_path / "spoilt", value), "--prompt", *prompts, *more) == 2
     printed = capsys.readouterr()
     assert printed.out == ""

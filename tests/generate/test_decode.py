@@ -1,4 +1,4 @@
-"""Decoding with a cache: the same numbers as without one, whatever stands beside a prompt in its batch."""
+"""Decoding with a cache: the same numbers as without one, whatever else is in the batch."""
 
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def uncached(model: Decoder, variables: Any, prompt: list[int], written: list[int]) -> np.ndarray:
-    """Return the logits [step, vocab] before each written token, from one pass over the whole."""
+    """Return the logits [step, vocab] before each generated token, from one pass over everything."""
     tokens = jnp.asarray([prompt + written], jnp.int32)
     whole = logits(model, variables, tokens, jnp.ones_like(tokens))
     return np.asarray(whole[0, len(prompt) - 1 : -1])
 
 
-# Dynamic scaling is left out: there the frequencies of a pass depend on its length, in transformers too.
+# Dynamic scaling is left out: its frequencies depend on the length of a pass, in transformers too.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-biases", "mistral-window", "qwen3"])
 def test_cached_logits_equal_a_full_pass_at_every_step(tmp_path: Path, name: str) -> None:

@@ -79,7 +79,7 @@ def test_template_that_rejects_the_system_message_is_one_clear_error(make_tokeni
 def test_a_template_that_rejects_every_message_is_not_blamed_on_the_system_message(
     make_tokenizer: MakeTokenizer, option: Option, remedy: str
 ) -> None:
-    """The remedy named --system where none was given."""
+    """The remedy named --system although none was given."""
     with pytest.raises(UserError, match=rf"^{option}: the chat template rejects it \(never\); {remedy}"):
         encode_prompt("Hi", make_tokenizer("{{ raise_exception('never') }}"), chat=True, option=option)
 

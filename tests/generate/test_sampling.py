@@ -1,4 +1,4 @@
-"""The choice of a token: greedy, and what temperature, top-k and top-p leave to draw from."""
+"""Choosing a token: greedy, and sampling with temperature, top-k and top-p."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def kept(logits: jax.Array) -> list[int]:
 
 
 def frequencies(sampling: Sampling) -> np.ndarray:
-    """Return how often each token is drawn."""
+    """Return how often each token is sampled."""
     drawn = choose(jax.random.key(0), jnp.repeat(LOGITS, DRAWS, axis=0), sampling)
     return np.bincount(np.asarray(drawn), minlength=LOGITS.shape[1]) / DRAWS
 

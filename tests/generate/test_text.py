@@ -1,4 +1,4 @@
-"""Text in pieces as tokens come."""
+"""Decoding text piece by piece as tokens arrive."""
 
 from hypothesis import given
 from hypothesis import strategies as st

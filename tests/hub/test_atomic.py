@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all."""
+"""Files and folders appear complete or not at all."""
 
 import os
 import signal
@@ -49,7 +49,7 @@ def test_file_gets_the_permissions_of_an_ordinary_file(tmp_path: Path) -> None:
 
 
 def test_full_disk_is_one_clear_error_and_keeps_the_old_file(tmp_path: Path) -> None:
-    # A limit on the size of files stands for the full disk: write() fails in the middle of the file.
+    # A limit on file sizes takes the place of a full disk: write() fails in the middle of the file.
     program = """
 import resource, sys
 from pathlib import Path
@@ -173,7 +173,7 @@ def test_old_folder_is_restored_after_a_kill_during_replacement(tmp_path: Path) 
     with pytest.raises(ValueError, match="midway"):
         fail_midway(whole_folder(target, overwrite=True), ValueError("midway"))
     assert everything(tmp_path) == {"out/a": "older"}
-    (tmp_path / ".out.0123abcd.older").mkdir()  # killed after the newer one was in its place
+    (tmp_path / ".out.0123abcd.older").mkdir()  # killed after the new folder was in place
     with whole_folder(target, overwrite=True) as aside:
         (aside / "b").write_text("newer")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -211,7 +211,7 @@ def test_folder_that_another_program_is_writing_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [".other.0123abcd.partial", ".mine.partial", ".other.0123abcd.older"])
 @pytest.mark.parametrize("age", [STALE - 60, STALE + 60])
 def test_leftovers_under_another_name_are_removed_after_a_day(tmp_path: Path, name: str, age: int) -> None:
-    """A merge ended by SIGKILL left a folder of the model's size, which a merge to another name never removed."""
+    """A merge ended by SIGKILL left a folder as large as the model, which merges to other names never removed."""
     left = tmp_path / name
     left.mkdir()
     (left / "a").write_text("half")

@@ -1,4 +1,4 @@
-"""Reading a folder's weights: lazily, exactly, and with one clear error for each thing that can be wrong."""
+"""Reading a folder's weights: lazily, exactly, and with one clear error for everything that can be wrong."""
 
 import json
 import subprocess
@@ -75,7 +75,7 @@ def test_shards_read_as_one(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 def test_reading_one_tensor_keeps_only_that_tensor_in_memory(tmp_path: Path) -> None:
-    # Three tensors of 64 MB in a sparse file; a process of its own tells its peak resident memory.
+    # Three tensors of 64 MB in a sparse file; a separate process reports its peak resident memory.
     rows = 16 * 2**20
     header = {
         name: {"dtype": "F32", "shape": [rows], "data_offsets": [i * rows * 4, (i + 1) * rows * 4]}
@@ -178,7 +178,7 @@ def test_truncated_file_is_one_clear_error_with_both_sizes(tmp_path: Path) -> No
         with pytest.raises(UserError) as caught:
             Checkpoint.open(tmp_path)
         expected = "at least 10" if size == 0 else str(len(whole) if size >= header else header)
-        if size != 5:  # half a length tells no size
+        if size != 5:  # half a length has no size
             assert f"{expected}; " in str(caught.value) or f"at least {expected}; " in str(caught.value)
         assert str(caught.value).startswith(f"{path} is truncated: it has {size} bytes of ")
         assert str(caught.value).endswith("; download or copy it again")
@@ -286,7 +286,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_tensor_missing_in_the_index_is_read(tmp_path: Path) -> None:
-    """transformers reads whatever the shards hold; a head was lost to an index that did not name it."""
+    """transformers reads everything in the shards; a head that the index did not name was lost."""
     write_folder(tmp_path, {"a": matrix()}, {"b": matrix(), "c": matrix() + 1})
     index = tmp_path / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -305,7 +305,7 @@ def test_a_64_bit_tensor_is_read_in_32_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["..", "absolute", "link"])
 def test_an_index_with_a_file_outside_its_folder_is_refused(tmp_path: Path, way: str) -> None:
-    """A model from elsewhere could otherwise have a tensor of this machine merged into an upload."""
+    """Otherwise a foreign model could have a tensor from this machine merged into an upload."""
     folder, outside = tmp_path / "model", tmp_path / "outside.safetensors"
     write_folder(folder, {"a": matrix()}, {"b": matrix()})
     save_file({"b": matrix()}, outside)

@@ -1,4 +1,4 @@
-"""Another model in the same folder is noticed, and reading does not grow with the model."""
+"""A different model in the same folder is noticed, and the cost does not grow with the model."""
 
 from __future__ import annotations
 

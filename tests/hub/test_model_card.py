@@ -1,4 +1,4 @@
-"""The model card: legal metadata, true facts, and snippets that name what there is."""
+"""The model card: valid metadata, true facts, and snippets that name what exists."""
 
 from dataclasses import replace
 from pathlib import Path

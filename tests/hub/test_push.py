@@ -1,4 +1,4 @@
-"""A folder goes onto the Hub whole, by the real client and a real server on the loopback in the Hub's place."""
+"""A whole folder is pushed, with the real client and a local server in place of the Hub."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The answers of the Hub that uploading needs; `stored` are the files of each repository and branch."""
+    """The Hub's responses that uploading needs; `stored` are the files of each repository and branch."""
 
     protocol_version = "HTTP/1.1"
     stored: dict[str, dict[str, bytes]]
@@ -126,7 +126,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    """The server, its token set as a user would; files go there over plain HTTP, as the client does without Xet."""
+    """The server, with its token set as by a user; files are sent over plain HTTP, as without Xet."""
 
     class Fresh(Hub):
         stored, objects, made, broken = {}, {}, {}, False
@@ -162,7 +162,7 @@ def test_every_file_is_uploaded_unchanged_also_twice(hub: type[Hub], tmp_path: P
 
 
 def test_old_weights_are_removed_and_other_files_kept(hub: type[Hub], tmp_path: Path) -> None:
-    """transformers would take the one file of an earlier model before the shards of this one."""
+    """transformers would prefer the single file of an earlier model to the shards of this one."""
     whole, shards = tmp_path / "whole", tmp_path / "shards"
     names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     index = "model.safetensors.index.json"

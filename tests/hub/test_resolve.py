@@ -1,4 +1,4 @@
-"""A path or a Hub id becomes a folder, with a real server on the loopback in place of the Hub."""
+"""A path or a Hub id becomes a folder, with a local server in place of the Hub."""
 
 import json
 import os
@@ -41,7 +41,7 @@ WANTED = {
     "chat_template.jinja",
     "additional_chat_templates/tools.jinja",
 }
-# Reads HF_ENDPOINT anew, which huggingface_hub does at import only; resolves each request and prints what came of it.
+# Reads HF_ENDPOINT, as huggingface_hub does at import only; resolves each request and prints the result.
 CHILD = """
 import json, sys
 from lora_jax.errors import UserError
@@ -57,7 +57,7 @@ print(json.dumps(answers))
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few answers of the Hub that downloading a repository needs."""
+    """The Hub's few responses that downloading a repository needs."""
 
     protocol_version = "HTTP/1.1"
 

@@ -1,4 +1,4 @@
-"""Tokenizers load offline, without torch and its advertisement, and are never changed."""
+"""Tokenizers load offline, without torch and its advice, and are never changed."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_padding_needs_no_option(
 
 
 def test_padding_is_within_the_models_vocabulary(tmp_path: Path) -> None:
-    """transformers#18603, levanter#614: a padding token that was added beyond the embedding makes the loss NaN."""
+    """transformers#18603, levanter#614: a padding token added beyond the embedding makes the loss NaN."""
     tokenizer = load_tokenizer(
         write_tokenizer(tmp_path, "<e>", "<unk>", "<p>", eos_token="<e>", pad_token="<p>")
     )
@@ -141,7 +141,7 @@ load_tokenizer(Path(sys.argv[1]))
 assert "TRANSFORMERS_NO_ADVISORY_WARNINGS" not in os.environ
 """
     assert run(hide + load, str(write_tokenizer(tmp_path))) == ""
-    assert "PyTorch" in run(hide + "import transformers")  # else this test would show nothing
+    assert "PyTorch" in run(hide + "import transformers")  # otherwise this test would show nothing
 
 
 def test_programs_do_not_import_an_installed_torch(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_real_tokenizer_matches_transformers(real_model: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tekken.json"])
 def test_a_bare_vocabulary_has_our_remedy(tmp_path: Path, name: str) -> None:
-    """transformers #36291: what transformers advises, such as another class, helps nobody here."""
+    """transformers #36291: transformers' advice, such as another class, does not help here."""
     (tmp_path / name).write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Values that are finite, in every dtype that weights have."""
+"""Finite values, in every dtype that weights have."""
 
 from typing import Any
 

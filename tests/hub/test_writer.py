@@ -1,4 +1,4 @@
-"""Weights written in shards: whole, exact, and never more than a shard in memory."""
+"""Writing weights in shards: complete, exact, and with at most one shard in memory."""
 
 import json
 import subprocess
@@ -126,7 +126,7 @@ def write_all(folder: Path, numbers: Iterable[tuple[str, float]]) -> None:
 
 
 def test_full_disk_is_one_clear_error_and_leaves_no_file(tmp_path: Path) -> None:
-    # A limit on the size of files stands for the full disk.
+    # A limit on file sizes takes the place of a full disk.
     program = """
 import resource, sys
 from pathlib import Path
@@ -150,7 +150,7 @@ except UserError as error:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 def test_memory_stays_below_two_shards(tmp_path: Path) -> None:
-    # 160 MB go through shards of 16 MB; transposing costs a copy of what is being written.
+    # 160 MB are written in shards of 16 MB; transposing needs a copy of the current shard.
     program = """
 import resource, sys
 from pathlib import Path

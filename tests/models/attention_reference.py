@@ -1,4 +1,4 @@
-"""Attention in float64 over a mask of all queries and all keys, and what the tests give to it."""
+"""Attention in float64 with a mask of all queries and all keys, and inputs for the tests."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def arrays(batch: int, length: int, heads: int, kv_heads: int, head_dim: int) ->
 
 
 def packed_segments(batch: int, length: int) -> jax.Array:
-    """Return rows of three segments whose ends differ from row to row, with padding behind."""
+    """Return rows of three segments whose ends differ between rows, followed by padding."""
     slots, rows = np.arange(length), np.arange(batch)[:, None]
     segments = 1 + (slots >= length // 3 + rows) + (slots >= length // 2 + 2 * rows)
     return jnp.asarray(segments * (slots < length - length // 10 - rows), jnp.int32)
 
 
 def padded_segments(lengths: list[int], length: int) -> jax.Array:
-    """Return a row of one segment for each of the lengths, padded at its end."""
+    """Return rows of one segment each, with the given lengths, padded at the end."""
     return jnp.asarray(np.arange(length) < np.array(lengths)[:, None], jnp.int32)
 
 

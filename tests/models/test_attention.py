@@ -1,4 +1,4 @@
-"""Attention by every path, values and gradients, beside float64's over a mask of all queries and all keys."""
+"""Attention by every implementation, values and gradients, compared with float64 and a full mask."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lora_jax.models.attention.query_blocks import Places, Window
 from tests.models.attention_reference import arrays, check, packed_segments, padded_segments, reference
 
 SMALL = 4 * 2 * 8 * 150
-"""Bytes of scores of eight queries of a group of two over 150 keys: blocks of the fewest queries."""
+"""Bytes of scores for eight queries of a group of two over 150 keys: the smallest blocks of queries."""
 
 
 def weighed(attention: Any, pull: Any, segments: Any) -> Any:
-    """Return (values, gradients) of a function of query, key and value; padding counts for nothing."""
+    """Return (values, gradients) of a function of query, key and value, without padding."""
 
     @partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
     def both(*x: Any) -> Any:

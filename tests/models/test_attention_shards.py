@@ -1,4 +1,4 @@
-"""Attention under a mesh beside one device's: eight CPU devices in a process apart."""
+"""Attention on a mesh compared with one device; eight CPU devices in a separate process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LENGTH = 48
 
 
 def check_on_eight_devices() -> None:
-    """Compare every mesh with float64, forward and backward; six heads take a few queries at a time."""
+    """Compare every mesh with float64, forward and backward; six heads are processed in blocks of queries."""
     for heads, kv_heads in HEADS:
         *x, pull = arrays(8, LENGTH, heads, kv_heads, 8)
         segments = packed_segments(8, LENGTH)

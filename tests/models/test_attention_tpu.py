@@ -1,4 +1,4 @@
-"""What the TPU's compiler makes of attention, with no TPU: by chip, in a scan with gradient checkpointing, and cut."""
+"""Attention as compiled for TPUs, without a TPU: by chip, in a scan with gradient checkpointing, and sharded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ compiled_for_tpu = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def topology() -> Any:
-    """What gives the topology of a chip, and with it the chip's compiler."""
+    """The topology of a chip, with the chip's compiler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
@@ -38,7 +38,7 @@ def topology() -> Any:
 
 
 def step(windows: Any, length: int, query: Any, key: Any, value: Any, segments: Any) -> Any:
-    """Return the gradients of two layers that attend, scanned and formed again for the backward pass."""
+    """Return the gradients of two attention layers, scanned and recomputed in the backward pass."""
 
     def loss(query: Any, key: Any, value: Any) -> Any:
         def layer(x: Any, index: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A model calibrated as a whole by `lora-jax quantize`: what is written, what it gains, and what stays as it is."""
+"""A model calibrated by `lora-jax quantize`: what is written, what it gains, and what does not change."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ NF4 = QuantizationConfig(bits=4, quant_type="nf4", use_double_quant=True)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, rows, the model in NF4, and calibrated on the rows."""
+    """A model, rows, the model in NF4, and the same calibrated on the rows."""
     folder = tmp_path_factory.mktemp("calibrated")
     write_checkpoint(folder / "model", WIDE)
     write_rows(folder / "rows.jsonl")
@@ -137,7 +137,7 @@ def test_fp4_without_double_quantization_gains_too(folder: Path) -> None:
 
 
 def test_conversations_use_the_given_chat_template(tmp_path: Path) -> None:
-    """A base without a template was told to give --data.chat_template, which `quantize` does not have."""
+    """The error for a base without a template named --data.chat_template, which `quantize` does not have."""
     model = write_checkpoint(tmp_path / "model", WIDE)
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])

@@ -1,4 +1,4 @@
-"""What holds for the decoder of every family, with and without an adapter."""
+"""Properties of the decoder for every family, with and without an adapter."""
 
 from functools import partial
 from pathlib import Path

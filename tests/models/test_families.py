@@ -1,4 +1,4 @@
-"""config.json of every family, and what in it is an error."""
+"""config.json of every family, and errors in it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Reading a checkpoint into the frozen tree, and writing a model."""
+"""Reading a checkpoint into the parameter tree, and writing a model."""
 
 import subprocess
 import sys
@@ -140,7 +140,7 @@ def test_peak_memory_of_loading_is_little_more_than_the_model(tmp_path: Path, dt
     )  # fmt: skip
     used, model = map(int, done.stdout.split())
     assert model > 150 * MIB
-    # A second copy of the model would be 150 MiB or more; one tensor is 4 MiB, the rest compiles the placing programs.
+    # A second copy of the model would be at least 150 MiB; one tensor is 4 MiB, the rest is for compiling.
     assert used < model + 128 * MIB
 
 

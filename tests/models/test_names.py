@@ -1,4 +1,4 @@
-"""The name table: every tensor of a checkpoint has one place in the tree, and every place one tensor."""
+"""The name table: tensors of a checkpoint and leaves of the tree correspond one to one."""
 
 import json
 from pathlib import Path

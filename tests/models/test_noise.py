@@ -1,4 +1,4 @@
-"""NEFTune's noise: its size, where it is added, and what it is left out of."""
+"""NEFTune's noise: its size, where it is added, and where it is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base whose linear layers are quantized: while it is loaded, or in its checkpoint already."""
+"""A base with quantized linear layers, either quantized while loading or stored so."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ SIZES = {"grouped": GROUPED, "flat": {}}
 
 
 def decoded(base: Base) -> Base:
-    """Return a base with what its codes stand for in their place."""
+    """Return a base with dequantized weights."""
     plain = jax.tree.map(
         lambda leaf: dequantize(leaf, jnp.float32) if is_quantized(leaf) else leaf,
         base.params,
@@ -119,7 +119,7 @@ def test_stored_and_load_time_quantization_are_the_same(tmp_path: Path, kind: st
     assert isinstance(stored, PackedCheckpoint)
     assert stored.quantization.skip_modules == ("lm_head",)
     assert (tmp_path / "small" / "tokenizer.json").exists()
-    # Asked for as it is already, it is written as it is.
+    # Quantizing as it already is writes it unchanged.
     again = ["quantize", "--model.path", str(tmp_path / "small"), "--output", str(tmp_path / "again")]
     assert main([*again, *FLAGS[kind]]) == 0
     assert_same(open_base(tmp_path / "again").params, open_base(tmp_path / "small").params)

@@ -1,4 +1,4 @@
-"""No launcher's environment is passed over: a process of several meets the others, or is refused."""
+"""No launcher's environment is ignored: one of several processes meets the others, or is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
 def test_jax_variables_make_one_run_of_two_processes() -> None:
     """jax#22436, #24399: two shells with these variables each trained alone and wrote the same files."""
     assert resolved(DistributedOptions(), JAX) == DistributedOptions("127.0.0.1:9476", 2, 1)
-    given = DistributedOptions("10.0.0.2:8476", process_id=0)  # what is given on the command line wins
+    given = DistributedOptions("10.0.0.2:8476", process_id=0)  # the command line wins
     assert resolved(given, JAX) == DistributedOptions("10.0.0.2:8476", 2, 0)
 
 
@@ -93,7 +93,7 @@ def test_a_process_without_announced_peers_trains_alone(environment: dict[str, s
 
 
 def test_a_port_alone_is_combined_with_the_environments_address() -> None:
-    """jax#35905: on a TPU slice whose port 8482 is closed, nothing could choose another."""
+    """jax#35905: on a TPU slice with port 8482 closed, no other port could be chosen."""
     assert resolved(DistributedOptions(coordinator_port=9000), SLICE).coordinator_port == 9000
     with pytest.raises(UserError, match="coordinator_port 9000: cannot be combined with"):
         resolved(DistributedOptions("10.0.0.1:8476", 2, 0, coordinator_port=9000), {})

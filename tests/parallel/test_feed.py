@@ -1,4 +1,4 @@
-"""Packed rows on a mesh: the loss of a step is that of one device, however rows and tokens are shared out."""
+"""Packed rows on a mesh: a step's loss equals that on one device, however rows and tokens are sharded."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ def check_on_eight_devices() -> None:
 
 @pytest.mark.slow
 def test_packed_rows_have_the_same_loss_on_eight_devices() -> None:
-    """Pain 11, 13: the number of devices is not in the loss, nor do they let documents meet."""
+    """Pain 11, 13: the loss does not depend on the number of devices, and documents stay separate."""
     on_eight_devices("from tests.parallel.test_feed import check_on_eight_devices as check; check()")

@@ -1,4 +1,4 @@
-"""The memory that there is, read as the kernel tells it, and the refusal before it is taken."""
+"""Free memory, as the kernel reports it, and the error before more is used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_jax.parallel import memory
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with 3 GiB free, in a container of 1 GiB, half of it taken, of which 200 MiB are pages of files."""
+    """A machine with 3 GiB free, in a container of 1 GiB, half of it used, of which 200 MiB are page cache."""
     (tmp_path / "meminfo").write_text(
         "MemTotal:  4194304 kB\nMemAvailable:  3145728 kB\nHugePages_Total:  0\n"
     )
@@ -33,7 +33,7 @@ def test_free_memory_respects_machine_and_container(machine: Path) -> None:
 
 
 def test_a_lack_of_memory_is_one_line_with_its_parts(machine: Path) -> None:
-    """A rank or batch of too many digits took tens of gigabytes until the kernel ended the process."""
+    """A rank or batch size with too many digits used tens of gigabytes until the kernel killed the process."""
     memory.check_fits("the run", {"base": 2**29, "trained": 2**20})
     with pytest.raises(UserError) as raised:
         memory.check_fits("the run", {"base": 2**29, "trained": 2**30}, "give a smaller --lora.r")

@@ -1,4 +1,4 @@
-"""How devices are laid out, those of several slices or machines included."""
+"""Device layout, including several slices or machines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_jax.parallel.mesh import laid_out
 
 @dataclass(frozen=True, order=True)
 class Gpu:
-    """What JAX tells of a GPU: each machine is a slice to it."""
+    """A GPU as JAX describes it: each machine is a slice."""
 
     id: int
     slice_index: int

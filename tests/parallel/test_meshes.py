@@ -1,4 +1,4 @@
-"""The step on meshes of eight devices beside that of one; eight CPU devices in a process apart."""
+"""The step on meshes of eight devices compared with one device; eight CPU devices in a separate process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (2, 2, 2, 1), (1, 2, 1, 4)]
 CONFIG = {
     **CONFIGS["llama"], "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "head_dim": 64,
 }  # fmt: skip
-"""512 is four groups of 128: fsdp 2 and 4 cut a 4-bit kernel's input, 8 its output."""
+"""512 is four groups of 128: fsdp 2 and 4 shard a 4-bit kernel's input, 8 shards its output."""
 NARROW = {**CONFIG, "hidden_size": 256, "intermediate_size": 640, "head_dim": 32}
 BATCH, LENGTH, STEPS = 8, 24, 5
 """No activation has the shape of a kernel."""
@@ -43,7 +43,7 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(1e-3))
 
 
 def batch() -> Batch:
-    """Rows of every length, all but the first few tokens trained."""
+    """Rows of every length; all but the first few tokens are trained."""
     rng = np.random.default_rng(0)
     filled = np.arange(LENGTH) < rng.integers(LENGTH // 2, LENGTH + 1, (BATCH, 1))
     tokens = np.where(filled, rng.integers(3, CONFIG["vocab_size"], (BATCH, LENGTH)), 0).astype(np.int32)
@@ -81,7 +81,7 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def is_kernel(shape: str, tensor: int) -> bool:
-    """Say whether a shape, "1,512,1024", is that of a quantized kernel, or of its part on a device of `tensor`."""
+    """Return whether a shape, "1,512,1024", is that of a quantized kernel, or of its shard along `tensor`."""
     hidden, heads = CONFIG["hidden_size"], CONFIG["head_dim"] * CONFIG["num_attention_heads"]
     keys, mlp = CONFIG["head_dim"] * CONFIG["num_key_value_heads"], CONFIG["intermediate_size"]
     columns, rows = (heads, keys, mlp), (heads, mlp)
@@ -92,7 +92,7 @@ def is_kernel(shape: str, tensor: int) -> bool:
 
 
 def check_on_eight_devices(bits: int, meshes: Sequence[tuple[int, ...]] = MESHES) -> None:
-    """Compare each mesh with one device, and look at what the compiled step gathers."""
+    """Compare each mesh with one device, and check what the compiled step gathers."""
     folder = write_checkpoint(Path(tempfile.mkdtemp()) / "tiny", CONFIG if bits == 4 else NARROW)
     base = open_base(folder)
     alone = make_mesh(MeshOptions(), jax.devices()[:1])
@@ -116,7 +116,7 @@ def check_on_eight_devices(bits: int, meshes: Sequence[tuple[int, ...]] = MESHES
 
 
 def check_start_on_eight_devices() -> None:
-    """What a run starts from is cut as it is to be, and lies on no device whole."""
+    """The initial state is sharded from the start, and complete on no device."""
     folder = Path(tempfile.mkdtemp())
     model, rows = write_checkpoint(folder / "tiny", CONFIG), write_rows(folder / "rows.jsonl")
     words = train_arguments(model, rows, folder / "out", "--model.load_in_4bit", "True")[1:]

@@ -1,4 +1,4 @@
-"""Two processes with two CPU devices each, on this machine's loopback, beside one process with four."""
+"""Two local processes with two CPU devices each, compared with one process with four."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.runs import ROWS, metrics, train_arguments, without_progress, write_r
 from tests.tiny import CONFIGS, write_checkpoint
 
 LIMIT = 60
-"""Seconds within which those that are left have to end."""
+"""Seconds within which the remaining processes have to end."""
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def steps_done(output: Path) -> int:
 
 
 def killed_in_the_middle(arguments: Sequence[str], output: Path, logs: Path, victim: int) -> str:
-    """Start two processes, kill one after four more steps; return what the other says, which ends in time."""
+    """Start two processes, kill one after four more steps; return what the other prints before it ends in time."""
     until, first = time.monotonic() + 240, steps_done(output)
     processes = start_pair(arguments, logs)
     try:

@@ -1,4 +1,4 @@
-"""Meshes from options, and which axes cut which leaf."""
+"""Meshes from options, and which axes shard which leaf."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_adapters_follow_their_base_and_fsdp_shards_both_matrices() -> None:
 
 
 def test_fsdp_shards_every_adapter_and_names_exceptions() -> None:
-    """EasyDeL#255, #234: A was cut and B was whole, or the reverse, so each of 8 devices held 65% of the adapter."""
+    """EasyDeL#255, #234: only A or only B was sharded, so each of 8 devices held 65% of the adapter."""
     eight = mesh(fsdp=8)
     for name in ("q_proj", "o_proj", "down_proj", "lm_head", "embed_tokens"):
         for leaf, shape in (

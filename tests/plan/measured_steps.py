@@ -1,9 +1,9 @@
-"""A program of its own: a run's steps, and by how much they make the process grow once they are compiled.
+"""A separate program that measures a run's steps: how much the process grows after they are compiled.
 
     python measured_steps.py OPTIONS OF TRAIN
 
-Prints JSON: the bytes of the arrays that a step is given, and the growth of the resident set at its peak while three
-more steps are run. Linux alone lets the peak be set back.
+Prints JSON: the bytes of a step's input arrays, and the peak growth of the resident set during three more steps. Only
+Linux can reset the peak.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What devices send, read from a program that the TPU's compiler made."""
+"""Communication between devices, read from a program that the TPU compiler made."""
 
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ BLOCK = 4 * ROWS * COLUMNS
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    """A compiled loop that gathers, sums and passes on a block in each of its turns, and scatters a sum behind it."""
+    """A compiled loop that gathers, sums and passes on a block in each iteration, followed by a reduce-scatter."""
     prepare_environment()
     mesh = jax.make_mesh((DEVICES,), ("x",), devices=find_target("v5e:2x2").devices)
 

@@ -1,4 +1,4 @@
-"""What the compiler says where a program does not fit."""
+"""The compiler's messages about programs that do not fit."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Operations of a step by formula, beside XLA's count of a program of one layer."""
+"""FLOPs of a step by formula, compared with XLA's count for a program with one layer."""
 
 from functools import partial
 from pathlib import Path
@@ -40,12 +40,12 @@ def options(file: Path, remat: bool, method: str) -> RunConfig:
 def test_flops_formula_equals_the_compilers_count(tmp_path: Path, method: str, remat: bool) -> None:
     config = options(write_config(tmp_path, **ONE_LAYER), remat, method)
     step, subject = planned_step(config, find_target("cpu"))
-    # Of the program as it is traced: optimized, a loop of one layer is none, and what it repeats is done once.
+    # Count the traced program: after optimization, a loop over one layer is gone, and repeated work is done once.
     counted = step.lower("cpu").cost_analysis()["flops"]
     products = step_flops(
         subject.model_config, subject.plan, step.batch.tokens.size, 32, again=remat, causal=False
     )
-    # The update of all parameters, ten or so operations each, shows beside the products of only 128 tokens.
+    # The update of all parameters, about ten operations each, is visible next to the products of only 128 tokens.
     assert products < counted < (1.02 if method == "lora" else 1.03) * products
 
 

@@ -1,4 +1,4 @@
-"""The plan for this machine beside what steps take on it."""
+"""The plan for this machine compared with the memory that steps use."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_planned_peak_matches_steps_on_a_cpu(tmp_path: Path, capsys: pytest.Capt
     training = [*options, "--data.path", str(rows), "--output_dir", str(tmp_path / "out")]
     measured = subprocess.run(
         [sys.executable, Path(__file__).with_name("measured_steps.py"), *training],
-        # With a fixed threshold the allocator gives back at once what is freed: what is resident is what is used.
+        # With a fixed threshold, the allocator returns freed memory immediately, so resident memory is used memory.
         env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True, text=True, check=True,
     )  # fmt: skip

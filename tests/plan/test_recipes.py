@@ -1,4 +1,4 @@
-"""The recipes of configs/ for real models fit the hardware that their headers name, by the compiler."""
+"""The recipes in configs/ for real models fit the hardware in their headers, according to the compiler."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GIB = 2**30
         ("llama3_8b_qlora_v5e", LLAMA, "v5e:1x1", 15.75),
         ("llama3_70b_qlora_v5e", LLAMA | LARGE, "v5e:2x4", 15.75),
         ("qwen_half_b_laptop", QWEN, "cpu", 8),
-        # CUDA is not needed here: a chip of more memory stands for the GPU, held to JAX's three quarters of 24 GB.
+        # CUDA is not needed: a chip with more memory replaces the GPU, limited to JAX's three quarters of 24 GB.
         ("llama3_8b_qlora_24gb", LLAMA, "v6e:1x1", 0.75 * 24e9 / GIB),
     ],
 )

@@ -1,4 +1,4 @@
-"""The devices that a target has, as libtpu tells, and the mesh over them."""
+"""The devices of a target, according to libtpu, and the mesh over them."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_a_mesh_of_two_axes_holds_every_device_once(name: str, sizes: MeshOption
      "v5p:32x32x32", "v5p:4x4x2", "v5p:4x4x20", "v4:4x4x06", "v5e:", "v6e", "v5e-7", "v5p-9"],
 )  # fmt: skip
 def test_an_unknown_slice_is_refused_with_the_known_ones(name: str) -> None:
-    """libtpu describes v5e:64x64, and ends the process while it compiles for it (SIGABRT, chip_bounds().x <= 16)."""
+    """libtpu describes v5e:64x64, and aborts when compiling for it (SIGABRT, chip_bounds().x <= 16)."""
     prepare_environment()
     kind = name.partition(":")[0].partition("-")[0]
     with pytest.raises(

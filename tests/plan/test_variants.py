@@ -1,4 +1,4 @@
-"""Other runs than the one asked for."""
+"""Alternatives to the requested run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_search_finds_nothing_if_nothing_fits(tmp_path: Path) -> None:
     wide = options(write_config(tmp_path, vocab_size=2**33))
     notes: list[str] = []
     assert search(wide, find_target("v5e:2x2"), notes.append) == []
-    assert notes == []  # what is held tells, and nothing is compiled
+    assert notes == []  # what is held is enough to tell; nothing is compiled
     assert wide.mesh == MeshOptions()
 
 

@@ -1,4 +1,4 @@
-"""4-bit quantization written down once more, in plain numpy and float64 look-ups, flat as bitsandbytes has it."""
+"""A second implementation of 4-bit quantization, in plain numpy with float64 look-ups, flat as in bitsandbytes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def weights(draw: Any, largest: int = 4) -> np.ndarray:
 
 
 def flat_codes(weight: np.ndarray, quant_type: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return (codes [n], absmax [blocks]) of a weight, one element after the other."""
+    """Return (codes [n], absmax [blocks]) of a weight, computed element by element."""
     table = TABLES[quant_type]
     order = sorted(range(16), key=lambda code: (table[code], code))
     middles = [np.float32((np.float32(table[a]) + np.float32(table[b])) / 2) for a, b in pairwise(order)]
@@ -61,12 +61,12 @@ def flat_weights(codes: np.ndarray, absmax: np.ndarray, table: Any, shape: tuple
 
 
 def unpacked(packed: np.ndarray) -> np.ndarray:
-    """Return the codes of bytes, the high nibble first."""
+    """Return the codes in bytes, high nibble first."""
     return np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)
 
 
 def unsigned_map() -> np.ndarray:
-    """The 256 values of the unsigned 8-bit dynamic map, float32: 0, the middles of 2, 4, … 128 parts of decades, 1."""
+    """The 256 float32 values of the unsigned 8-bit dynamic map: 0, the midpoints of 2, 4, … 128 parts of decades, 1."""
     values = [0.0]
     for decade in range(7):
         ends = np.linspace(0.1, 1, 2 ** (decade + 1) + 1)

@@ -1,4 +1,4 @@
-"""The 8-bit dynamic map by arithmetic, beside its table."""
+"""The 8-bit dynamic map in closed form, compared with its table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes fitted to inputs: never worse than the nearest ones, and these where there is nothing to fit to."""
+"""Codes fitted to inputs: never worse than the nearest ones, and equal to them if there is nothing to fit."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def moments_of(inputs: np.ndarray) -> jax.Array:
 
 
 def correlated(tokens: int, seed: int = 1) -> np.ndarray:
-    """Inputs of very different sizes that are mixtures of a few dozen causes, and some noise."""
+    """Inputs of very different sizes that are mixtures of a few dozen factors, plus noise."""
     rng = np.random.default_rng(seed)
     causes = np.random.default_rng(2).normal(size=(40, IN))
     sizes = np.exp(np.random.default_rng(3).normal(size=IN))

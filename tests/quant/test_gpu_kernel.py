@@ -1,4 +1,4 @@
-"""The Triton kernel: interpreted beside the float64 product, and lowered for a GPU that is not there."""
+"""The Triton kernel: interpreted and compared with the float64 product, and lowered for an absent GPU."""
 
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 BOUNDS = {"float32": 2e-6, "bfloat16": 2**-7, "float16": 2**-9}
 LOOKUPS = ["load", "tree"]
 ALL = {**CHIPS, "8.0": OTHER}
-# From 0.11 on, jax asks which GPU it lowers for where there is none.
+# From 0.11 on, jax asks which GPU it lowers for if there is none.
 H100 = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
 
 pytestmark = [
@@ -37,7 +37,7 @@ def tile(lookup: Any, batch: int = 16, outs: int = 32) -> Tile:
 
 
 def stack_of(layers: int, rows: int, outs: int, table: Any, seed: int) -> tuple[Any, Any, Any]:
-    """Return random codes of so many layers, scales of the last but one, and its weight in float32 products."""
+    """Return random codes of a number of layers, scales of the last but one, and its weight in float32 products."""
     rng = np.random.default_rng(seed)
     half = rows % 128 // 64
     codes = rng.integers(0, 256, (layers, (rows + 64 * half) // 2, outs), np.uint8)
@@ -102,7 +102,7 @@ def test_a_weight_is_rounded_once(lookup: str) -> None:
 
 @pytest.mark.parametrize("batch", [5, 21])
 def test_nan_stays_in_its_own_row(batch: int) -> None:
-    """And what Pallas puts beyond the arrays, which when interpreted is NaN, reaches no row at all."""
+    """Values beyond the arrays, which Pallas's interpreter sets to NaN, affect no row either."""
     codes, scales, _ = stack_of(2, 192, 50, NF4, 3)
     rng = np.random.default_rng(4)
     x, dy = (jnp.asarray(rng.normal(size=(batch, size)), jnp.float32) for size in (192, 50))
@@ -127,7 +127,7 @@ def test_other_layers_are_not_read() -> None:
 @pytest.mark.parametrize("batch", [1, 15, 16, 17, 147, 400])
 @pytest.mark.parametrize(("size", "height", "width"), [(70, 16, 32), (300, 128, 64)])
 def test_tiles_cover_the_result_without_exceeding_it(batch: int, size: int, height: int, width: int) -> None:
-    """An interpreted store beyond an array does nothing, so this is not seen in results."""
+    """An interpreted store beyond an array does nothing, so results do not show it."""
     down, across = -(-batch // height), -(-size // width)
     place_of = jax.jit(jax.vmap(partial(_place, batch=batch, size=size, height=height, width=width)))
     first, left = map(np.asarray, place_of(jnp.arange(down * across, dtype=jnp.int32)))
@@ -140,7 +140,7 @@ def test_tiles_cover_the_result_without_exceeding_it(batch: int, size: int, heig
 
 
 def lowered(chip: str, one: Tile | None, transposed: bool, dtype: Any, stack: tuple[int, ...]) -> str:
-    """Return a product with 200 rows, not a multiple of any tile, lowered for a chip that need not be there."""
+    """Return a product with 200 rows, not a multiple of any tile, lowered for a chip that need not be present."""
     _, packed, outs = stack
     rows, shape = 2 * packed, jax.ShapeDtypeStruct
     product = partial(gpu.backward, rows=rows) if transposed else gpu.forward

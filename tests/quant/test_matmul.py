@@ -1,4 +1,4 @@
-"""The product with a quantized kernel and its gradient, beside the dequantized kernel in float64."""
+"""The product with a quantized kernel and its gradient, compared with the dequantized kernel in float64."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Checkpoints with bitsandbytes' tensors: read as they were written, and one clear error for what contradicts."""
+"""Checkpoints with bitsandbytes' tensors: read as written, with one clear error for each contradiction."""
 
 import json
 from collections.abc import Callable

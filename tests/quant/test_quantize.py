@@ -1,4 +1,4 @@
-"""Weights to codes and back, beside the same written down in numpy."""
+"""Weights to codes and back, compared with numpy."""
 
 from typing import Any
 

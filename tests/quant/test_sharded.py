@@ -1,4 +1,4 @@
-"""Products with a kernel that is cut over a mesh, beside those of one device; eight CPU devices in a process apart."""
+"""Products with a sharded kernel, compared with one device; eight CPU devices in a separate process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def both_ways(x: Any, kernel: Any, dy: Any) -> tuple[Any, Any]:
 
 
 def check_on_eight_devices() -> None:
-    """Compare every mesh and cut with one device; look for what the compiled programs send."""
+    """Compare every mesh and sharding with one device; check what the compiled programs communicate."""
     kernel = stack()
     x = jax.random.normal(jax.random.key(0), (8, 4, ROWS))
     dy = jax.random.normal(jax.random.key(1), (8, 4, OUT))

@@ -1,6 +1,6 @@
-"""The TPU kernel: its products, interpreted, beside float64's; and what the TPU's compiler makes of it, with no TPU.
+"""The TPU kernel: its products, interpreted and compared with float64, and its programs, compiled without a TPU.
 
-Interpreted memory holds NaN beyond the ends of arrays, and where POISONED wherever nothing was written.
+Interpreted memory holds NaN beyond the ends of arrays and, if POISONED, wherever nothing was written.
 """
 
 from functools import partial
@@ -166,7 +166,7 @@ def test_programs_are_traced_for_the_named_chip() -> None:
 
 @pytest.fixture(scope="module")
 def devices() -> Any:
-    """One device of each chip, and with it the chip's compiler."""
+    """One device of each chip, with the chip's compiler."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -188,12 +188,12 @@ def abstract(device: Any, batch: int, rows: int, outs: int, layers: int, transpo
 
 
 def temporary(program: Any, arguments: Any) -> int:
-    """Return the bytes beyond arguments and results that a compiled program holds."""
+    """Return the bytes that a compiled program holds beyond arguments and results."""
     memory: Any = jax.jit(program).lower(*arguments).compile().memory_analysis()
     return memory.temp_size_in_bytes
 
 
-# Weights that no fast memory holds: the compiler counts no temporary that it finds a place for there.
+# Weights larger than VMEM: the compiler does not count temporaries that it can place there.
 LARGE = {"whole": (512, 16384, 16384), "ragged": (72, 16384 + 64, 16384 + 128)}
 
 

@@ -1,4 +1,4 @@
-"""The look-up of 8-bit codes on a TPU: every value, in interpret mode; and that the TPU's compiler takes it."""
+"""Looking up 8-bit codes on a TPU: every value, interpreted, and compilation for a TPU."""
 
 from importlib.util import find_spec
 from typing import Any

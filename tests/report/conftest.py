@@ -1,4 +1,4 @@
-"""One tiny run with evaluation, and what is made of its folder without training again."""
+"""One tiny run with evaluation, and variants of its folder that need no training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms of updates, beside those of the dense matrices."""
+"""Norms of updates, compared with those of the dense matrices."""
 
 from __future__ import annotations
 

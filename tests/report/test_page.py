@@ -1,4 +1,4 @@
-"""The page about one run or several: what it shows, that it asks for nothing, and that any run gives one."""
+"""The page about one run or several: its contents, no network requests, and a page for any run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Copy = Callable[..., Path]
 
 
 class Page(HTMLParser):
-    """What a browser would see of a page: its text, its elements, its figures."""
+    """A page as a browser sees it: text, elements and figures."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ def test_metrics_of_training_and_evaluation_share_a_figure(copied: Copy) -> None
 def test_a_color_means_the_same_in_every_figure_and_the_legend_explains_it(
     copied: Copy, tmp_path: Path
 ) -> None:
-    """In the loss training was blue and evaluation orange, in the accuracy the other way round, without a legend."""
+    """Training was blue and evaluation orange in the loss, the other way round in the accuracy, without a legend."""
     output = copied("colors")
     start = {
         "eval_loss": 3.0,
@@ -265,7 +265,7 @@ def test_a_color_means_the_same_in_every_figure_and_the_legend_explains_it(
 
 
 def test_a_metric_that_is_always_0_is_not_drawn(copied: Copy) -> None:
-    """Skipped steps took a row of the page for a flat 0."""
+    """Skipped steps took a row of the page for a constant 0."""
     output = copied("flat")
     write_lines(output, *({"step": step, "loss": 1.0, "skipped_steps": 0} for step in (1, 2)))
     assert "skipped_steps" not in page_of(output).figures

@@ -1,7 +1,7 @@
-"""An output_dir in a bucket: what is said where that cannot be, and that the same files come to lie there.
+"""An output_dir in a bucket: errors if it cannot be used, and the same files as on disk.
 
-The bucket is a folder on the disk behind the interface by which etils reaches buckets. Checkpoints go to a bucket by
-TensorStore's and Google's own clients, which have no such door, so none is written here.
+The bucket is a local folder behind etils' interface to buckets. Checkpoints are written by TensorStore's and Google's
+clients, which have no such interface, so none is written here.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def test_files_and_folders_in_a_bucket_match_those_on_disk(bucket: Path, tmp_pat
         with closing(Logs(folder)) as logs:  # no prompts at first
             assert logs.samples is None
         (folder / "samples.jsonl").write_text('{"step": 1}\n{"step": 3}\n')
-        with closing(Logs(folder, 2)):  # nor after a resumption: what was sampled in steps to repeat goes
+        with closing(Logs(folder, 2)):  # nor after resuming: samples of steps to repeat are removed
             pass
         assert (folder / "samples.jsonl").read_text() == '{"step": 1}\n'
         for content in ("older", "newer"):

@@ -1,4 +1,4 @@
-"""Checkpoints by themselves: what is kept, any tree on any mesh, and folders that cannot be written."""
+"""Checkpoints alone: what is kept, any tree on any mesh, and folders that cannot be written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAME = Identity({"train.seed": 1}, {"config.json": "sha256 a"})
 
 
 class Codes(NamedTuple):
-    """A moment in 8 bits, as an optimizer of 8 bits holds it."""
+    """An 8-bit moment, as an 8-bit optimizer holds it."""
 
     codes: jax.Array
     scales: jax.Array
@@ -37,7 +37,7 @@ class Codes(NamedTuple):
 
 @jax.tree_util.register_pytree_node_class
 class Paged:
-    """A container that is known to JAX alone, whose parts have no names."""
+    """A container that only JAX knows, with unnamed parts."""
 
     def __init__(self, *parts: Any) -> None:
         self.parts = parts
@@ -63,7 +63,7 @@ def state(step: int = 0, seed: int = 0) -> TrainState:
 
 
 def shared_out(whole: TrainState, mesh: Mesh) -> TrainState:
-    """The same with each array's first axis shared out where it can be."""
+    """The same with each array's first axis sharded if possible."""
 
     def placed(leaf: jax.Array) -> jax.Array:
         spec = PartitionSpec("all") if leaf.ndim and not leaf.shape[0] % mesh.size else PartitionSpec()
@@ -73,7 +73,7 @@ def shared_out(whole: TrainState, mesh: Mesh) -> TrainState:
 
 
 def equal(a: TrainState, b: TrainState) -> bool:
-    """Whether two states are of the same structure, types and bits."""
+    """Whether two states have the same structure, types and bits."""
     a, b = (each._replace(key=jax.random.key_data(each.key)) for each in (a, b))
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
@@ -195,7 +195,7 @@ def test_an_older_checkpoint_with_a_damaged_metric_is_set_aside(tmp_path: Path) 
 
 
 def test_a_checkpoint_without_checksums_is_used_with_a_note(saved: Path) -> None:
-    """As before there were any, and where a run is killed while it gives a checkpoint its figure."""
+    """As in older versions, and after a run was killed while it added a metric to a checkpoint."""
     (saved / "4" / "checksums.json").unlink()
     with opened(saved) as checkpoints:
         assert checkpoints.notes == [
@@ -205,7 +205,7 @@ def test_a_checkpoint_without_checksums_is_used_with_a_note(saved: Path) -> None
 
 
 def damaged_somewhere(folder: Path, places: int) -> Iterator[str]:
-    """Flip one bit at a time, spread over all files of a folder in turn, and mend it again; name the file."""
+    """Flip one bit at a time, spread over all files of a folder, and restore it; yield the file."""
     rng = np.random.default_rng(0)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     for number in range(places):
@@ -223,11 +223,11 @@ def damaged_somewhere(folder: Path, places: int) -> Iterator[str]:
 
 
 UNREAD = ("_CHECKPOINT_METADATA", "commit_success.txt")
-"""Files of Orbax, which hold times and names that decide nothing beside the figure that has a checksum."""
+"""Orbax's files with times and names, which matter only for the metric, which has a checksum."""
 
 
 def test_a_flipped_bit_or_truncation_in_any_file_is_found(saved: Path) -> None:
-    """A flipped bit in a checkpoint's arrays came through resuming and export: 1e26 or NaN in the adapter."""
+    """A flipped bit in a checkpoint's arrays survived resuming and export: 1e26 or NaN in the adapter."""
     assert damage(saved / "4") is None
     for where in damaged_somewhere(saved / "4", 100):
         assert where.startswith(UNREAD) or damage(saved / "4") is not None, where

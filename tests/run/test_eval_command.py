@@ -1,4 +1,4 @@
-"""`lora-jax eval`: figures of models on rows, without training."""
+"""`lora-jax eval`: metrics of models on rows, without training."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def figures(line: dict[str, Any]) -> dict[str, Any]:
 def test_metrics_match_the_runs_log_exactly(
     trained: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Newcomers could not score an adapter or its base on rows without training again."""
+    """Users could not score an adapter or its base on rows without training again."""
     logged = metrics(trained)
     adapter = str(trained / "adapter")
     found = measured(capsys, str(trained / "config.yaml"), "--adapter", adapter, "--base")
@@ -69,7 +69,7 @@ def test_metrics_match_the_runs_log_exactly(
 def test_without_a_run_the_options_of_train_apply(
     trained: Path, test_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The adapter names its base, several sets have figures of their own, and long paths are not cut in a log."""
+    """The adapter names its base, several sets have separate metrics, and long paths are not cut in a log."""
     adapter, file = str(trained / "adapter"), tmp_path / "scores.jsonl"
     given = ("--adapter", adapter, "--data.max_length", "16", "--per_device_eval_batch_size", "2")
     named = ("--data.eval_paths", "all", str(test_rows), "again", str(test_rows))
@@ -86,7 +86,7 @@ def test_without_a_run_the_options_of_train_apply(
 
 
 def test_rows_on_the_command_line_replace_those_in_a_runs_file() -> None:
-    """A split of the training rows would cut a test file short, without a word."""
+    """A split of the training rows would silently truncate a test file."""
     file = {
         "data.path": ["train.jsonl"], "data.split": ["train[:8]"], "data.eval_path": ["held.jsonl"],
         "data.max_length": ["16"], "train.per_device_train_batch_size": ["2"],
@@ -123,7 +123,7 @@ def test_adapters_share_their_base_and_other_bases_wait(trained: Path, model: Pa
 def test_a_base_is_shared_only_if_its_weights_are_the_same(
     trained: Path, model: Path, tmp_path: Path
 ) -> None:
-    """An adapter may bring tables of its own for the base, and a model is measured as it is stored beside a QLoRA."""
+    """An adapter may contain tables of the base, and a model is measured as stored beside a QLoRA."""
     adapter, bringing = trained / "adapter", tmp_path / "bringing"
     shutil.copytree(adapter, bringing)
     table = open_folder(model).checkpoint.tensor(EMBEDDING_NAME)
@@ -242,7 +242,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 def test_metrics_match_the_log_of_every_kind_of_run(
     name: str, rows: Path, test_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of adapters with rows that were added, the base alone is measured with those rows too."""
+    """For adapters with added rows, the base alone is also measured with those rows."""
     changes = {"vocab_size": 90} if name.startswith("saved") else {}
     base = write_checkpoint(tmp_path / "base", CONFIGS["llama"] | GROUPED | changes)
     output = tmp_path / "out"

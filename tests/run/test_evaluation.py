@@ -23,7 +23,7 @@ WATCHED = (
     *("--train.load_best_model_at_end", "True", "--train.max_steps", "8"),
     *("--train.early_stopping_patience", "2", "--train.metric_for_best_model", "two_loss"),
 )
-"""A rate that makes the loss worse after some steps, so that the run ends early and its last state is not its best."""
+"""A learning rate at which the loss gets worse, so that the run stops early and its last state is not the best."""
 BEST = ("--train.load_best_model_at_end", "True", "--data.eval_fraction", "0.5")
 
 
@@ -39,7 +39,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def watched(
     model: Path, rows: Path, sets: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[str], Path]:
-    """The arguments and output of a run that is evaluated and sampled after every step, and ends early."""
+    """The arguments and output of a run that is evaluated and sampled after every step, and stops early."""
     output = tmp_path_factory.mktemp("watched") / "out"
     arguments = train_arguments(model, rows, output, *sets, *WATCHED)
     run(*arguments)
@@ -97,7 +97,7 @@ def test_prompts_are_completed_at_each_evaluation_and_before_the_first_step(
 def test_skipping_the_evaluation_at_the_start_changes_nothing_else(
     watched: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A user who trains often on one set does not want to pay for the base's figures again each time."""
+    """A user who often trains on one set does not want to compute the base's metrics again each time."""
     arguments, whole = watched
     output = tmp_path / "out"
     again = [str(output) if word == str(whole) else word for word in arguments]
@@ -178,7 +178,7 @@ def test_a_run_that_stopped_early_is_not_trained_further(
 def test_continuing_an_adapter_is_compared_with_the_base_alone(
     watched: tuple[list[str], Path], model: Path, rows: Path, sets: list[str], tmp_path: Path
 ) -> None:
-    """The adapter of a run at a rate that is far too high makes the base worse."""
+    """An adapter trained at a learning rate that is far too high makes the base worse."""
     arguments, output = watched
     spoilt = tmp_path / "spoilt"
     more = ("--train.learning_rate", "3", "--train.early_stopping_patience", "0", "--train.max_steps", "2")
@@ -197,7 +197,7 @@ def test_continuing_an_adapter_is_compared_with_the_base_alone(
 
 @pytest.mark.exhaustive
 def test_evaluation_in_batches_matches_all_tokens_at_once(model: Path, rows: Path, tmp_path: Path) -> None:
-    """Pain 25: evaluation adds sums up batch by batch; how many rows a batch has changes no figure."""
+    """Pain 25: evaluation accumulates sums batch by batch; the batch size changes no metric."""
     found = []
     for size in ("1", "16"):
         output = tmp_path / size

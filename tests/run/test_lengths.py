@@ -1,4 +1,4 @@
-"""Runs whose steps have several lengths, or pack rows: what they print and compile, and that they go on to the bit."""
+"""Runs with several step lengths, or packing: what they print and compile, and that they resume bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS = {"buckets": 14, "bfd": 5}
 
 
 class Finished(NamedTuple):
-    """A run: its arguments, its output, and how often it compiled what."""
+    """A run: its arguments, its output, and how often each program was compiled."""
 
     arguments: list[str]
     output: Path
@@ -75,7 +75,7 @@ def test_each_length_is_compiled_once(shape: str, lengths: int, finished: dict[s
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     shape: str, finished: dict[str, Finished], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pain 19, in the middle of an epoch: rows seen are not seen again, with packing and with lengths."""
+    """Pain 19, in the middle of an epoch: rows are not seen twice, with packing and with several lengths."""
     arguments, output, _ = finished[shape]
     copy = tmp_path / "out"
     shutil.copytree(output, copy)
@@ -123,7 +123,7 @@ def test_tokens_and_padding_match_the_rows(shape: str, finished: dict[str, Finis
 
 
 def test_packed_and_padded_evaluation_are_equal(finished: dict[str, Finished]) -> None:
-    """Pain 11, 13: the loss before the first step is the mean over trained tokens, whatever rows share."""
+    """Pain 11, 13: the loss before the first step is the mean over trained tokens, whatever rows share a bin."""
     padded, packed = (metrics(finished[shape].output)[0]["eval_loss"] for shape in SHAPES)
     np.testing.assert_allclose(packed, padded, rtol=1e-5)
 

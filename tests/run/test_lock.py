@@ -28,7 +28,7 @@ STARTS = {"start": (), "resume": ("--resume",), "overwrite": ("--overwrite",)}
 
 @pytest.fixture
 def held(tmp_path: Path) -> Path:
-    """A folder that holds a run of which little is left."""
+    """A folder with the remains of a run."""
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "metrics.jsonl").write_text('{"step": 1}\n')
     return tmp_path / "held"
@@ -38,7 +38,7 @@ def held(tmp_path: Path) -> Path:
 def test_a_folder_in_use_is_refused_before_anything_is_read(
     start: str, held: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two runs in one folder: both said that they had written the adapter, and one was lost."""
+    """Two runs in one folder: both reported that they had written the adapter, and one was lost."""
     output, lock = held, Lock(held, "winner", print)
     before = tree(output)
     assert main([*train_arguments(tmp_path / "no model", rows, output), *STARTS[start]]) == 2
@@ -80,7 +80,7 @@ def test_without_file_locks_a_heartbeat_shows_the_writer(
     killed = Lock(tmp_path / "out", "killed", said.append)
     killed._over.set()
     third = Lock(tmp_path / "out", "third", said.append)
-    killed._over = threading.Event()  # it stood still, and goes on
+    killed._over = threading.Event()  # it was suspended, and continues
     beating = threading.Thread(target=killed._beat)
     beating.start()
     beating.join(timeout=10)

@@ -1,4 +1,4 @@
-"""Runs by the command line: what they write and what the figures are."""
+"""Runs by the command line: what they write, and their metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be trained, and that it is the same model once it is read again."""
+"""Everything that can be trained is the same model after it is read again."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ HEAD = ("--lora.modules_to_save", "lm_head", "embed_tokens")
 def test_a_continued_or_merged_adapter_starts_where_training_ended(
     options: tuple[str, ...], model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    """Pain 19: training on from an adapter starts where it ended."""
+    """Pain 19: continuing an adapter starts where it ended."""
     evaluated = ("--data.eval_path", str(rows))
     run(*train_arguments(model, rows, tmp_path / "out", *evaluated, *options))
     before, after = eval_losses(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: a base with an embedding that is no number makes them."""
+"""Steps whose loss or gradient is not finite, caused by a NaN in the base's embedding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.runs import metrics, run, timeless, train_arguments, tree, write_rows
 from tests.tiny import CONFIGS, Base, adapted, lora, open_base, random_tensors, write_checkpoint
 
 BAD = 92
-"""The token whose embedding is no number: z."""
+"""The token with a NaN embedding: z."""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_non_finite_step_changes_only_its_number(broken: Path, optim: Any, pas
 
 
 def test_a_gradient_norm_that_overflows_is_skipped(base: Base) -> None:
-    """B is zero, so that a huge A shows in the gradient of B alone."""
+    """B is zero, so a huge A shows only in the gradient of B."""
     _, _, trainable, adapter = adapted(base, lora())
     optimizer = make_optimizer(TrainOptions(), 10)
     huge = jax.tree_util.tree_map_with_path(
@@ -161,7 +161,7 @@ def test_a_run_that_skipped_all_steps_has_failed(
 def test_a_broken_base_is_not_fully_trained(
     broken: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All of it is trained and written at the end: what could not be written is refused before the first step."""
+    """Everything is trained and written at the end: what could not be written is refused before the first step."""
     assert main(train_arguments(broken, rows, tmp_path / "out", "--method", "full")) == 2
     named = "the base has weights that are not finite: model.embed_tokens.weight (32 of 3,072 values are NaN)"
     assert capsys.readouterr().err.startswith(f"error: --method full: {named}")

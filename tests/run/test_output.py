@@ -1,4 +1,4 @@
-"""Which folders a run, or a command that writes a folder, takes; and addresses that are no paths."""
+"""Which folders a run, or a command that writes a folder, accepts; and addresses that are not paths."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def filled(folder: Path, *names: str) -> Path:
 def test_folders_that_are_not_runs_are_refused_as_output(
     model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run in /, in the home folder, in the model's or the data's, or among other files strewed its files about."""
+    """A run in /, in the home folder, in the model's or data's folder, or among other files left its files there."""
     monkeypatch.setenv("HOME", str(filled(tmp_path / "home", ".profile")))
     project = filled(tmp_path / "project", "config.yaml", "model/", "notes.txt")
     monkeypatch.chdir(project)

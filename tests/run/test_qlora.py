@@ -1,4 +1,4 @@
-"""Training on a quantized base through the command line: what is left, what repeats it, and the two ways to merge."""
+"""Training on a quantized base by the command line: its results, repeating it, and the two ways to merge."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def small(base: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(base: Path, rows: Path) -> Path:
-    """A finished run on the base in NF4, at a rate that makes the update as large as the errors of 4 bits."""
+    """A finished run on the base in NF4, at a learning rate that makes the update as large as the 4-bit errors."""
     output = base.parent / "out"
     run(*train_arguments(base, rows, output, *FOUR, "--lora.lora_dropout", "0", "--train.max_steps", "12"))
     return output
@@ -110,7 +110,7 @@ def test_base_of_a_trained_adapter_does_not_change(base: Path, rows: Path, tmp_p
 def test_merging_into_dequantized_weights_gives_the_trained_model(
     base: Path, small: Path, trained: Path, tmp_path: Path
 ) -> None:
-    """Pain 7: which base a merge is onto is a choice, and stated."""
+    """Pain 7: the base to merge into is a choice, and stated."""
     quantized, adapter = open_base(base, load_in_4bit=True), trained / "adapter"
     expected = adapted_logits(quantized, *loaded(quantized, adapter), *text())
     common: dict[str, Any] = {"adapter": str(adapter), "dtype": "float32"}
@@ -119,7 +119,7 @@ def test_merging_into_dequantized_weights_gives_the_trained_model(
     )
     np.testing.assert_allclose(adapted_logits(exact, {}, {}, *text()), expected, atol=1e-4)
     assert "(dequantized)" in printed
-    # The quantized checkpoint as the base gives the same, with nothing said.
+    # With the quantized checkpoint as the base, the result is the same without any option.
     packed, _ = merged(MergeOptions(**common, output=str(tmp_path / "packed"), base=str(small)))
     assert "quantization_config" not in packed.checkpoint.config
     for name in exact.checkpoint.names:
@@ -167,7 +167,7 @@ def test_quantizing_a_merged_model_prints_the_added_loss(trained: Path, tmp_path
 def test_quantizing_a_merged_model_handles_tied_and_skipped_modules(
     base: Path, rows: Path, tmp_path: Path, targets: tuple[str, ...]
 ) -> None:
-    """A quantized checkpoint may skip modules of other models; the head is never quantized anew."""
+    """A quantized checkpoint may skip modules of other models; the head is never quantized."""
     run("quantize", "--model.path", str(base), "--output", str(tmp_path / "small"))
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "multi_modal_projector"]

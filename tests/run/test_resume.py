@@ -1,4 +1,4 @@
-"""Going on from a checkpoint, starting over, and stopping when told to."""
+"""Resuming from a checkpoint, starting over, and stopping on request."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def finished(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def stopped(finished: tuple[list[str], Path], tmp_path: Path) -> tuple[list[str], Path]:
-    """The same, as if the run had been killed after the checkpoint of step 2, in a folder of its own."""
+    """The same run in a separate folder, as if it had been killed after the checkpoint of step 2."""
     arguments, output = finished
     copy = tmp_path / "out"
     shutil.copytree(output, copy)
@@ -54,7 +54,7 @@ def stopped(finished: tuple[list[str], Path], tmp_path: Path) -> tuple[list[str]
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     kept: int, finished: tuple[list[str], Path], tmp_path: Path
 ) -> None:
-    """Pain 19: the adapter goes on where it was, neither dropped nor started anew."""
+    """Pain 19: the adapter continues where it was, neither dropped nor reinitialized."""
     arguments, output = finished
     adapter, log, options = tree(output / "adapter"), timeless(output), (output / "config.yaml").read_bytes()
     shutil.copytree(output, tmp_path / "whole")
@@ -231,7 +231,7 @@ def test_a_damaged_checkpoint_is_skipped_for_an_older_one_or_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A flipped bit in a checkpoint's arrays came through resuming and export."""
+    """A flipped bit in a checkpoint's arrays survived resuming and export."""
     arguments, output = stopped
     spoil(output / "checkpoints" / "2")
     export = ("export", "--checkpoint", str(output))
@@ -256,7 +256,7 @@ def test_a_damaged_checkpoint_is_skipped_for_an_older_one_or_named(
 def test_any_flipped_bit_in_the_newest_checkpoint_changes_no_result(
     stopped: tuple[list[str], Path], finished: tuple[list[str], Path], tmp_path: Path
 ) -> None:
-    """100 bits in turn, over all its files: a run resumes from the checkpoint before, and an export takes that one."""
+    """100 bits over all its files: a run resumes from the previous checkpoint, and an export uses that one."""
     arguments, output = stopped
     copy, exported = tmp_path / "copy", tmp_path / "exported"
     wanted = []
@@ -298,7 +298,7 @@ def test_only_damaged_checkpoints_are_one_clear_error(
 def test_a_finished_run_has_nothing_to_do_and_cannot_be_shortened(
     finished: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """--resume gave run.json a new end, and the page of a report lost its time."""
+    """--resume gave run.json a new end time, and the report lost the run's duration."""
     arguments, output = finished
     before = tree(output)
     run(*arguments, "--resume")
@@ -361,9 +361,9 @@ def test_jax_settings_that_affect_the_result_are_named_if_they_differ(
     stopped: tuple[list[str], Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """orbax#620 and #2540: another kind of key made a good checkpoint unreadable, which was to be removed.
+    """orbax#620 and #2540: another type of key made a good checkpoint unreadable, which was to be removed.
 
-    And JAX_ENABLE_X64 draws another start.
+    JAX_ENABLE_X64 also changes the initial values.
     """
     arguments, output = stopped
     before, usual = tree(output), getattr(jax.config, name)

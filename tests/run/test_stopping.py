@@ -12,7 +12,7 @@ LOSS = Goal("eval_loss", greater_is_better=False)
 
 
 def stopped_at(losses: list[float], patience: int, threshold: float = 0.0, aim: Goal = LOSS) -> int | None:
-    """Return the number of the evaluation after which a run ends, None where none does."""
+    """Return the number of the evaluation after which a run stops, or None."""
     stand = Patience(aim, patience, threshold)
     for number, loss in enumerate(losses):
         stand = stand.after({aim.metric: loss})
@@ -26,7 +26,7 @@ def stopped_at(losses: list[float], patience: int, threshold: float = 0.0, aim: 
     [
         ([3, 2, 1, 1.5, 1.2], 2, 0.0, 4),
         ([3, 2, 1, 1.5, 0.9, 1.2], 2, 0.0, None),
-        ([3, 3, 3], 1, 0.0, 1),  # equal is no better
+        ([3, 3, 3], 1, 0.0, 1),  # equal is no improvement
         ([3, 2.95, 2.9, 2.85], 2, 0.1, 2),  # each is better than the one before, none by enough
         ([1, 2, 3], 0, 0.0, None),
         ([3, math.nan, math.nan], 2, 0.0, 2),
@@ -46,7 +46,7 @@ def test_the_metric_determines_what_is_better() -> None:
 
 
 def test_two_numbers_hold_the_whole_patience() -> None:
-    """A run that goes on from a checkpoint stops where it would have stopped."""
+    """A resumed run stops where it would have stopped anyway."""
     losses = [3.0, 2.0, 2.5, 1.9, 1.95, 1.92, 1.91]
     whole = Patience(LOSS, 3, 0.05)
     for loss in losses:

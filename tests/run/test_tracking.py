@@ -1,4 +1,4 @@
-"""What is logged reaches each tracker through its own client, and a tracker that fails ends no run."""
+"""Logged metrics reach each tracker through its client, and a failing tracker does not end a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warnings by themselves: what gives reason for one, and what does not."""
+"""Warnings alone: what causes one, and what does not."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_many_cut_rows_are_a_warning_with_their_share(dataset: Callable[..., Tok
 def test_rows_beyond_the_maximum_position_are_a_warning_with_both_numbers(
     dataset: Callable[..., TokenDataset],
 ) -> None:
-    """transformers#10015: the tokenizer's own warning is switched off, and no other took its place."""
+    """transformers#10015: the tokenizer's own warning is switched off, and nothing replaced it."""
     rows = dataset(range(10), cut=3)
     longest = int(rows.lengths.max())
     assert positions(longest, rows, {"": rows}) is None
@@ -222,7 +222,7 @@ def test_a_run_that_changes_nothing_says_so_before_its_first_step(model: Path, t
 def test_a_run_that_does_not_fit_into_memory_is_refused_before_allocating(
     model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A rank of too many digits took tens of gigabytes until the kernel ended the process, and perhaps others."""
+    """A rank with too many digits used tens of gigabytes until the kernel killed the process, and possibly others."""
     for word, what in (
         ("--lora.r 100000000", "the run"),
         ("--train.optim lion --lora.r 70000000", "the run"),

@@ -1,4 +1,4 @@
-"""What one line of metrics.jsonl says of several steps."""
+"""How several steps become one line of metrics.jsonl."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits, beside the same written down in numpy, a tensor of torch at a time."""
+"""AdamW with 8-bit moments, compared with numpy, one torch tensor at a time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def random(seed: int, scale: float) -> Any:
 
 
 def tensors(tree: Any) -> dict[str, np.ndarray]:
-    """Return what torch would hold: a tensor a layer, [out, in]."""
+    """Return what torch would hold: one tensor per layer, [out, in]."""
     found = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name, last = jax.tree_util.keystr(path), path[-1].key
@@ -59,7 +59,7 @@ def tensors(tree: Any) -> dict[str, np.ndarray]:
 
 
 class Reference:
-    """One tensor's AdamW, its moments rounded to the nearest of a table after every step, a block of 256 at a time."""
+    """AdamW for one tensor, with moments rounded to the nearest table value after every step, in blocks of 256."""
 
     def __init__(self, name: str, value: np.ndarray) -> None:
         self.eight = value.size >= MIN_SIZE and "embedding" not in name

@@ -119,7 +119,7 @@ def test_no_buffer_of_the_compiled_step_holds_all_logits(
 ) -> None:
     """Pain 25: the largest array of vocabulary width in the program has a chunk's rows, not the batch's.
 
-    What a chunk is goes by the vocabulary: here by what would be too many logits.
+    The chunk size depends on the vocabulary; here it is set by the limit on logits.
     """
     monkeypatch.setattr(losses, "LOGITS", CHUNK // share * 5003)
     base = tiny_base(tmp_path / "wide", "llama", vocab_size=5003)
@@ -190,7 +190,7 @@ def test_a_token_with_nan_logits_is_not_correct() -> None:
 def test_a_head_in_blocks_matches_the_whole_head(
     name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of 40 tokens of a vocabulary of 96: the last reaches back. In 16 bits as on a TPU, though on a CPU."""
+    """Blocks of 40 tokens in a vocabulary of 96: the last overlaps. Also in 16 bits, as on a TPU, but on a CPU."""
     base = tiny_base(tmp_path / "base", name)
     constant = head_variables({"params": base.params, "adapter": {}}, base.config.tie_word_embeddings)
     hidden = jax.random.normal(jax.random.key(1), (CHUNK, 32)).astype(dtype) * 4
@@ -230,7 +230,7 @@ def test_a_head_in_blocks_matches_the_whole_head(
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_vocabulary_beyond_a_block(tmp_path: Path) -> None:
-    """Temporaries of a head and its gradient, the table aside: twice the vocabulary takes no more."""
+    """Temporaries of a head and its gradient, without the table: twice the vocabulary takes no more."""
     model_of = {vocab: {**CONFIGS["llama-tied"], "vocab_size": vocab} for vocab in (2 * BLOCK, 4 * BLOCK)}
     used = []
     for vocab, config in model_of.items():

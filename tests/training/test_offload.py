@@ -1,4 +1,4 @@
-"""Optimizer state and layers' inputs in the host's memory, as the TPU's compiler places them, with no TPU."""
+"""Optimizer state and layer inputs in host memory, as the TPU compiler places them, without a TPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 def start(base: Base, train: TrainOptions) -> tuple[Any, Any, TrainState]:
-    """Return optimizer, adapter tree and first state of an adapter on q whose moments are in 8 bits."""
+    """Return optimizer, facts and initial state of an adapter on q with 8-bit moments."""
     _, _, trainable, adapter = adapted(base, lora(r=RANK, target_modules=("q_proj",)))
     optimizer = make_optimizer(train, 10)
     return optimizer, adapter, init_state(trainable, optimizer, jax.random.key(0))
@@ -90,7 +90,7 @@ def test_only_optimizer_state_moves_and_only_on_request(wide: Base) -> None:
     _, _, state = start(wide, BOTH)
     here = jax.tree.map(lambda leaf: leaf.sharding, state)
     assert not has_host_memory(jax.devices()[0])
-    assert offloaded(here, BOTH) == here  # a CPU has nowhere to move it to
+    assert offloaded(here, BOTH) == here  # a CPU has no other memory
     device = jax.devices()[0]
     for optim, offload, text in (
         ("adamw", "none", None),

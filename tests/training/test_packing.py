@@ -1,4 +1,4 @@
-"""Packed rows beside the same rows alone: logits, loss and gradients; and the loss however a step is laid out."""
+"""Packed rows compared with the same rows alone: logits, loss and gradients; and the loss for any layout of a step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIMIZER = make_optimizer(
 
 
 def rows() -> list[Tokens]:
-    """Rows of random tokens of which a random part is trained, the first token among them in some."""
+    """Rows of random tokens, a random part of them trained, in some rows including the first token."""
     rng = np.random.default_rng(0)
     return [
         Tokens(rng.integers(3, VOCAB, length).astype(np.int32), rng.random(length) < 0.6, row)
@@ -73,7 +73,7 @@ def laid_out(packing: Packing, passes: int, length: int = CAPACITY) -> Batch:
 
 @pytest.mark.parametrize("packing", ["bfd", "wrapped"])
 def test_packed_logits_equal_unpacked_logits(parts: Any, packing: Packing) -> None:
-    """Pain 13: a document does not see its neighbors, with an adapter, float32, and with a window or without."""
+    """Pain 13: a document does not see its neighbors, with an adapter, in float32, with and without a window."""
     base, trainable, adapter = parts
     collections = variables(base.params, trainable, adapter)
     bins = pack(LENGTHS, packing, CAPACITY)
@@ -121,7 +121,7 @@ def test_a_step_does_not_depend_on_packing_padding_or_passes(
 @pytest.mark.slow
 @LLAMA
 def test_a_step_of_wrapped_rows_matches_their_pieces(parts: Any) -> None:
-    """Pain 13: what a cut takes from a document is its context and one target, and nothing is added to it."""
+    """Pain 13: a cut removes a document's context and one target, and adds nothing."""
     bins = pack(LENGTHS, "wrapped", CAPACITY)
     pieces = [piece for index in range(len(bins)) for piece in bins.examples(rows(), index)]
     alone = make_batch(pieces, len(pieces), CAPACITY, 0)

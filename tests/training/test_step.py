@@ -25,7 +25,7 @@ OPTIMIZER = make_optimizer(
 
 
 def examples(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Tokens]:
-    """Return rows of random tokens of which a random part is trained."""
+    """Return rows of random tokens, a random part of them trained."""
     rng = np.random.default_rng(seed)
     return [
         Tokens(rng.integers(3, 96, length).astype(np.int32), rng.random(length) < 0.6, row, False)
@@ -56,7 +56,7 @@ def train_step(model: Decoder) -> Any:
 
 
 def fresh(trainable: Any, seed: int = 0) -> TrainState:
-    """Return the state before the first step, of a copy since a step consumes it."""
+    """Return the state before the first step, copied because a step donates it."""
     return init_state(jax.tree.map(jnp.copy, trainable), OPTIMIZER, jax.random.key(seed))
 
 
@@ -92,7 +92,7 @@ def test_a_step_does_not_depend_on_the_assignment_of_rows_to_passes(parts: Any, 
 
 
 def test_padding_rows_change_nothing(parts: Any) -> None:
-    """The mean over four rows is that over the same rows twice."""
+    """The mean over four rows equals that over the same rows twice."""
     rows = examples()[:4]
     doubled = one_step(parts, batch([*rows, *rows], 2, 12))
     assert_same_update(parts, doubled, one_step(parts, batch(rows, 2, 12)))
@@ -108,13 +108,13 @@ def test_every_token_counts_the_same_in_any_pass(parts: Any) -> None:
 
 @pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(parts: Any, in_one_pass: Any) -> None:
-    """Pain 18: nor does a base that is frozen keep gradients from the adapter."""
+    """Pain 18: nor does a frozen base keep gradients from the adapter."""
     recomputed = one_step(parts, batch(examples(), 1, 12), gradient_checkpointing=True)
     assert_same_update(parts, in_one_pass, recomputed)
 
 
 def with_dropout(parts: Any, rate: float) -> Any:
-    """Return the parts with an adapter whose method drops at a rate."""
+    """Return the parts with an adapter that uses dropout at a rate."""
     base, trainable, _ = parts
     return base, trainable, adapted(base, lora(lora_dropout=rate))[3]
 
@@ -152,7 +152,7 @@ def test_dropout_differs_between_steps_and_passes_and_repeats_with_the_seed(part
         return float(step(state, base.params, adapter, batch(given, 2, 12))[1].loss)
 
     assert loss(rows) == loss(rows)
-    # As the mean over both passes differs from the first one's, so does what they drew.
+    # If the mean over both passes differs from the first one's, so do their random numbers.
     assert len({loss(rows), loss(rows, seed=1), loss(rows, number=1), loss([*rows, *rows])}) == 4
 
 
