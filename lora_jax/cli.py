@@ -177,10 +177,11 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 @_ended_by_sigterm()
 def _train(arguments: Sequence[str], program: str) -> int:
-    from lora_jax.config import RunConfig
+    from lora_jax.methods.table import TRAIN_OPTIONS
     from lora_jax.options import parse
 
-    config = parse(RunConfig, arguments, program=program, required=("model.path", "data.path", "output_dir"))
+    needed = ("model.path", "data.path", "output_dir")
+    config = parse(TRAIN_OPTIONS, arguments, program=program, required=needed)
     if config.distributed.process_id:
         hush()
     from lora_jax.parallel.processes import leave
@@ -223,9 +224,12 @@ def _plan(arguments: Sequence[str], program: str) -> int:
 
     prepare_environment()
     from lora_jax.commands.plan import PlanOptions, plan
+    from lora_jax.methods.table import with_methods
     from lora_jax.options import parse
 
-    return plan(parse(PlanOptions, arguments, program=program, required=("model.path", "topology")))
+    return plan(
+        parse(with_methods(PlanOptions), arguments, program=program, required=("model.path", "topology"))
+    )
 
 
 def _generate(arguments: Sequence[str], program: str) -> int:
@@ -237,10 +241,10 @@ def _generate(arguments: Sequence[str], program: str) -> int:
 
 def _eval(arguments: Sequence[str], program: str) -> int:
     from lora_jax.commands.evaluate import EvalOptions, evaluate, from_file
-    from lora_jax.config import RunConfig
+    from lora_jax.methods.table import TRAIN_OPTIONS
     from lora_jax.options import parse
 
-    taken: Object = {"also": RunConfig, "from_file": from_file}
+    taken: Object = {"also": TRAIN_OPTIONS, "from_file": from_file}
     return evaluate(parse(EvalOptions, arguments, program=program, **taken))
 
 

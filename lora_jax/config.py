@@ -62,7 +62,8 @@ QUANTIZING = (
     "llm_int8_skip_modules",
 )
 """Options that say how the base model is quantized."""
-DEFAULT = "default"
+DEFAULT, HIDDEN = "default", "hidden"
+"""Keys of a field's metadata: its value where it is unset, and that the command line lacks it."""
 Options = TypeVar("Options")
 
 
@@ -378,6 +379,7 @@ def check(config: RunConfig) -> None:
         f"{Option('model.path')}",
     )
     check_lora(config.lora)
+    _check_methods(config)
     check_data(data)
     check_evaluation_data(data)
     check_model(config.model)
@@ -391,6 +393,30 @@ def check(config: RunConfig) -> None:
         Option("train.gradient_accumulation_steps", train.gradient_accumulation_steps),
         f"makes {rows} rows a step of {Option('train.per_device_train_batch_size', batch)}; the product must be at "
         f"most {INT32}",
+    )
+
+
+def _check_methods(config: RunConfig) -> None:
+    """Check the section of the run's method (`methods.table.with_methods`), and that no other one is given."""
+    for name, section in vars(config).items():
+        if not hasattr(section, "peft_type"):
+            continue
+        if name == config.method:
+            section.check(name)
+            continue
+        given = [option.name for option in fields(section) if getattr(section, option.name) != option.default]
+        _require(
+            not given,
+            Option(".".join((name, *given[:1]))),
+            f"requires {Option('method', name)}; drop one of the two",
+        )
+    kept, default = ("init_from", "init_lora_weights"), LoraOptions()
+    given = [option.name for option in fields(default) if getattr(config.lora, option.name) is not None]
+    given = [name for name in given if name not in kept and getattr(default, name) is None]
+    _require(
+        config.method in ("lora", "full") or not given,
+        Option(".".join(("lora", *given[:1]))),
+        f"cannot be combined with {Option('method', config.method)}; give the options of {config.method} instead",
     )
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any, get_args, get_origin, get_type_hints
 
+from lora_jax.config import HIDDEN
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "README.md": "index.md",
@@ -77,7 +79,7 @@ def _dataclass(path: str) -> Any:
 
 def _options(kind: type) -> list[tuple[Field[Any], Any]]:
     hints = get_type_hints(kind)
-    return [(field, hints[field.name]) for field in fields(kind)]
+    return [(field, hints[field.name]) for field in fields(kind) if HIDDEN not in field.metadata]
 
 
 def _listing(kind: type, options: list[tuple[Field[Any], Any]], section: str) -> str:

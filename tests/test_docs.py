@@ -25,6 +25,7 @@ from lora_jax.commands.merge import MergeOptions
 from lora_jax.commands.plan import PlanOptions
 from lora_jax.commands.quantize import QuantizeOptions
 from lora_jax.commands.report import ReportOptions
+from lora_jax.methods.table import with_methods
 from lora_jax.options.command_line import option_names
 from tests.conftest import ROOT
 
@@ -35,7 +36,7 @@ FENCE = re.compile(
 PROGRAMS = {("lora-jax",): (), ("python", "train.py"): ("train",), ("python", "merge.py"): ("merge",)}
 """How commands in the documentation start, and the arguments of `main` for them."""
 KINDS: dict[str, type[Any]] = {
-    "plan": PlanOptions,
+    "plan": with_methods(PlanOptions),
     "merge": MergeOptions,
     "export": ExportOptions,
     "quantize": QuantizeOptions,

@@ -19,8 +19,8 @@ from tokenizers import models as token_models
 from lora_jax.adapters.init import init_adapter
 from lora_jax.adapters.peft import adapter_table, import_tensors
 from lora_jax.config import ModelOptions
-from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.methods.lora import Lora
 from lora_jax.methods.matching import Plan, make_plan
 from lora_jax.models.decoder import Decoder, positions_of
 from lora_jax.models.families import read_config
@@ -174,9 +174,9 @@ def adapted_logits(
     return logits(Decoder(base.config), collections, tokens, segments)
 
 
-def lora(**settings: Any) -> AdapterConfig:
+def lora(**settings: Any) -> Lora:
     """Return an adapter config of rank 4 and alpha 6 on q and v unless the settings say otherwise."""
-    return AdapterConfig(**({"r": 4, "lora_alpha": 6, "target_modules": ("q_proj", "v_proj")} | settings))
+    return Lora(**({"r": 4, "lora_alpha": 6, "target_modules": ("q_proj", "v_proj")} | settings))
 
 
 def random_adapter(plan: Plan, seed: int = 0) -> dict[str, np.ndarray]:
@@ -188,7 +188,7 @@ def random_adapter(plan: Plan, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def adapted(base: Base, config: AdapterConfig, seed: int = 0) -> tuple[Plan, dict[str, np.ndarray], Any, Any]:
+def adapted(base: Base, config: Lora, seed: int = 0) -> tuple[Plan, dict[str, np.ndarray], Any, Any]:
     """Return plan, random tensors, trainable tree and adapter tree of a config over a base."""
     plan = make_plan(config, modules(base.config))
     trainable, adapter = init_adapter(jax.random.key(seed), plan, base.params, base.config.num_hidden_layers)

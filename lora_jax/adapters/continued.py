@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_jax.config import LoraOptions
 from lora_jax.errors import UserError
-from lora_jax.hub.adapter_files import AdapterConfig
+from lora_jax.methods.lora import Lora
 from lora_jax.methods.matching import make_plan
 from lora_jax.modules import Module
 from lora_jax.types import Object
@@ -29,9 +29,7 @@ FIXED = (
 )
 
 
-def continued_config(
-    options: LoraOptions, asked: AdapterConfig, stored: AdapterConfig, modules: Sequence[Module]
-) -> AdapterConfig:
+def continued_config(options: LoraOptions, asked: Lora, stored: Lora, modules: Sequence[Module]) -> Lora:
     """Return the stored adapter's config for going on with it; base, revision and dropout are the run's.
 
     `asked` is the config that the options make. Raises UserError where an option that is set would change what is
@@ -54,7 +52,7 @@ def continued_config(
     )
 
 
-def resolved_options(options: LoraOptions, config: AdapterConfig) -> LoraOptions:
+def resolved_options(options: LoraOptions, config: Lora) -> LoraOptions:
     """Return the options with the values of an adapter config in place of their own."""
     given: Object = {name: getattr(config, name) for name in (*FIXED, "lora_dropout")}
     for name in ("target_modules", "exclude_modules"):

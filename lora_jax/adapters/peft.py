@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_jax.config import ALL_LINEAR, LoraOptions, expand_targets, names_or_regex, resolved
 from lora_jax.errors import UserError, listing
-from lora_jax.hub.adapter_files import AdapterConfig
-from lora_jax.methods.base import DEFAULT_ADAPTER, Site
+from lora_jax.methods.base import DEFAULT_ADAPTER, Method, Site
+from lora_jax.methods.lora import Lora
 from lora_jax.methods.matching import Plan, compact_targets
 from lora_jax.modules import Path
 from lora_jax.parallel.processes import on_host
-from lora_jax.types import Trained
+from lora_jax.types import Object, Trained
 
 Tensors = dict[str, np.ndarray]
 
@@ -37,10 +37,10 @@ class AdapterTensor:
     transposed: bool
 
 
-def adapter_config(options: LoraOptions, base: str, revision: str | None) -> AdapterConfig:
+def adapter_config(options: LoraOptions, base: str, revision: str | None) -> Lora:
     """Return the adapter config that the options ask for, defaults, presets and regexes resolved."""
     chosen: Any = resolved(options)
-    return AdapterConfig(
+    return Lora(
         base_model_name_or_path=base,
         revision=revision,
         r=chosen.r,
@@ -60,12 +60,14 @@ def adapter_config(options: LoraOptions, base: str, revision: str | None) -> Ada
     )
 
 
-def saved_config(config: AdapterConfig, plan: Plan) -> AdapterConfig:
+def saved_config(config: Method, plan: Plan) -> Method:
     """Return the config to write: "all-linear" as the list of names it stands for, each token index once."""
-    config = replace(config, trainable_token_indices=plan.token_indices)
+    changes: Object = {}
+    if config.trainable_token_indices:
+        changes["trainable_token_indices"] = plan.token_indices
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
-        return replace(config, target_modules=compact_targets(plan.targets))
-    return config
+        changes["target_modules"] = compact_targets(plan.targets)
+    return replace(cast(Any, config), **changes)
 
 
 def adapter_table(plan: Plan, name: str = DEFAULT_ADAPTER) -> tuple[AdapterTensor, ...]:
@@ -137,14 +139,16 @@ def check_tensors(tensors: Mapping[str, np.ndarray], plan: Plan, where: object) 
         )
 
 
-def fold_for_vllm(
-    config: AdapterConfig, tensors: Mapping[str, np.ndarray], plan: Plan
-) -> tuple[AdapterConfig, Tensors]:
+def fold_for_vllm(config: Method, tensors: Mapping[str, np.ndarray], plan: Plan) -> tuple[Lora, Tensors]:
     """Return an equal adapter of one rank and scale 1: scales folded into B, A and B padded with zeros.
 
     vLLM takes r and lora_alpha from the config for all modules alike and reads neither rank_pattern nor
     alpha_pattern. Raises UserError for what vLLM cannot serve.
     """
+    if not isinstance(config, Lora):
+        raise UserError(
+            f"--for vllm: vLLM serves LoRA alone, not {config.label}; merge the adapter into its base"
+        )
     unserved = [
         ("modules_to_save", bool(plan.saved)),
         ("trainable_token_indices", bool(plan.token_indices)),

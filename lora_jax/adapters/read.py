@@ -16,9 +16,10 @@ from lora_jax.adapters.init import init_adapter, start_adapter
 from lora_jax.adapters.notes import Notes, read_notes
 from lora_jax.adapters.peft import adapter_table, check_tensors, import_tensors
 from lora_jax.errors import Option, UserError, listing
-from lora_jax.hub.adapter_files import AdapterConfig, read_adapter
+from lora_jax.hub.adapter_files import read_adapter
 from lora_jax.hub.checkpoint import Checkpoint, equal_values
 from lora_jax.hub.fingerprint import fingerprint
+from lora_jax.methods.base import Method
 from lora_jax.methods.matching import Plan, make_plan
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import modules, name_table
@@ -41,7 +42,7 @@ class Adapter:
     """
 
     folder: Path
-    config: AdapterConfig
+    config: Method
     tensors: dict[str, np.ndarray]
     plan: Plan
     model_config: ModelConfig
@@ -137,7 +138,7 @@ def adapter_trees(adapter: Adapter, frozen: Params, mesh: Mesh | None = None) ->
     return placed(tensors, shardings(tensors, mesh)), facts
 
 
-def base_of(adapter: Path, config: AdapterConfig) -> str:
+def base_of(adapter: Path, config: Method) -> str:
     """Return the base model that the adapter names; raises UserError where it names none."""
     base = config.base_model_name_or_path
     if not base:

@@ -11,9 +11,10 @@ import jax
 from lora_jax.adapters.count import trainable_line, trainable_parameters
 from lora_jax.adapters.peft import Tensors, export_tensors, saved_config
 from lora_jax.api.plain_errors import naming_fields
-from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE, AdapterConfig
+from lora_jax.hub.adapter_files import ADAPTER_CONFIG_FILE
 from lora_jax.hub.model_card import TrainingFacts
 from lora_jax.hub.target import check_target
+from lora_jax.methods.base import Method
 from lora_jax.methods.matching import Plan
 from lora_jax.pretrained import Pretrained
 from lora_jax.run.results import write_adapter_folder
@@ -24,7 +25,7 @@ from lora_jax.version import __version__
 class AboutAdapter:
     """What of an adapter is no array: PEFT's config, who is adapted, the base, and what its model card says."""
 
-    config: AdapterConfig
+    config: Method
     plan: Plan
     base: Pretrained
     card: TrainingFacts = field(default_factory=TrainingFacts)
@@ -52,7 +53,7 @@ class Adapter:
     about: AboutAdapter
 
     @property
-    def config(self) -> AdapterConfig:
+    def config(self) -> Method:
         """The adapter's config, as PEFT's adapter_config.json holds it."""
         return self.about.config
 
@@ -105,7 +106,7 @@ class Adapter:
 
     def __repr__(self) -> str:
         config, targets = self.config, self.about.plan.targets
-        sizes = f"r={config.r}, lora_alpha={config.lora_alpha:g}, {len(targets)} modules"
+        sizes = f"{config.summary()}, {len(targets)} modules"
         return f"Adapter({sizes}, {self.parameters()[0]:,} parameters, base {config.base_model_name_or_path})"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +160,9 @@ class Model:
         named = found.config.base_model_name_or_path
         if note := note_of_base(found.folder, named, self.base.checkpoint, options.path, "lj.load"):
             print(f"note: {note}")
-        config = replace(found.config, base_model_name_or_path=options.path, revision=options.revision)
+        config = replace(
+            cast(Any, found.config), base_model_name_or_path=options.path, revision=options.revision
+        )
         return Adapter(trained, facts, AboutAdapter(config=config, plan=found.plan, base=self.base))
 
     @overload

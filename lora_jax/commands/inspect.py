@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from lora_jax.config import DataOptions, ModelOptions, RunConfig, TrainOptions, check_data
+from lora_jax.config import DataOptions, ModelOptions, TrainOptions, check_data
 from lora_jax.console import plain_console
 from lora_jax.errors import UserError, listing
+from lora_jax.methods.table import TRAIN_OPTIONS
 from lora_jax.options import parse
 from lora_jax.paths import on_disk
+from lora_jax.types import Object
 
 WIDEST = 10_000
 """Maximum width of a table in characters."""
@@ -49,7 +51,8 @@ def inspect(arguments: Sequence[str], program: str) -> int:
         return 0
     if what == "data":
         needed = ("model.path", "data.path")
-        options = parse(InspectDataOptions, rest, program=f"{program} data", also=RunConfig, required=needed)
+        taken: Object = {"also": TRAIN_OPTIONS, "required": needed}
+        options = parse(InspectDataOptions, rest, program=f"{program} data", **taken)
         return inspect_data(options)
     if what == "adapter":
         return inspect_adapter(
@@ -95,7 +98,7 @@ def inspect_adapter(options: InspectAdapterOptions, console: Console | None = No
     console = console or plain_console()
     config, tensors = read_adapter(on_disk(options.adapter, "--adapter"))
     console.print(
-        f"r {config.r}, lora_alpha {config.lora_alpha:g}, base {config.base_model_name_or_path}",
+        f"{config.summary()}, base {config.base_model_name_or_path}",
     )
     whole = [name for name in tensors if name.endswith(".weight") and config.owner(name) is None]
     untold = [name for name in whole if not is_saved(name.rpartition(".")[0], config.modules_to_save)]

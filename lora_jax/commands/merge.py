@@ -18,7 +18,7 @@ from lora_jax.commands.comparison import PROMPTS, Choice, Comparison, Precision,
 from lora_jax.console import plain_console
 from lora_jax.errors import UserError, listing
 from lora_jax.generate.stops import write_stops
-from lora_jax.hub.adapter_files import AdapterConfig, read_adapter_config
+from lora_jax.hub.adapter_files import read_adapter_config
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.bitsandbytes import Bits, QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
@@ -28,6 +28,7 @@ from lora_jax.hub.resolve import resolve
 from lora_jax.hub.target import check_target
 from lora_jax.hub.tokenizer import carries_tokenizer, load_tokenizer
 from lora_jax.hub.writer import parse_size
+from lora_jax.methods.base import Method
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.save import save_model
 from lora_jax.paths import on_disk, output_on_disk
@@ -68,7 +69,7 @@ class MergeOptions:
     """Branch of push_to_hub to upload to, created if missing; the default is main."""
 
 
-def base_folder(adapter: Path, config: AdapterConfig, given: str | None) -> Path:
+def base_folder(adapter: Path, config: Method, given: str | None) -> Path:
     """Return the folder of the given base, or else of the base that the adapter names."""
     if given:
         return resolve(given, option="--base")
@@ -116,7 +117,7 @@ class _Subject:
 
     folder: Path
     """Folder of the adapter."""
-    lora_config: AdapterConfig
+    lora_config: Method
     adapter: Adapter
     opened: Pretrained
     """The base as stored."""

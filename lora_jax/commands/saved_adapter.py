@@ -16,11 +16,11 @@ from flax.traverse_util import unflatten_dict
 from lora_jax.adapters.count import trainable_parameters
 from lora_jax.adapters.notes import Notes
 from lora_jax.adapters.peft import Tensors, export_tensors, saved_config
-from lora_jax.config import RunConfig
 from lora_jax.errors import UserError, listing
-from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.model_card import TrainingFacts
+from lora_jax.methods.base import Method
+from lora_jax.methods.table import TRAIN_OPTIONS
 from lora_jax.options import parse
 from lora_jax.paths import on_disk
 from lora_jax.pretrained import Pretrained, open_pretrained
@@ -41,7 +41,7 @@ class Saved:
     """An adapter as PEFT writes it, the step it was saved at, its base, and the facts for its model card."""
 
     step: int
-    config: AdapterConfig
+    config: Method
     tensors: Tensors
     notes: Notes
     base: Checkpoint
@@ -60,8 +60,8 @@ def saved_adapter(given: str) -> Saved:
     folder, which = _split(given)
     if not (folder / CONFIG).is_file():
         raise UserError(f"--checkpoint {given}: no {CONFIG} in {folder}; give the output_dir of a run")
-    config = parse(RunConfig, [str(folder / CONFIG)], program="lora-jax export")
-    if config.method != "lora":
+    config = parse(TRAIN_OPTIONS, [str(folder / CONFIG)], program="lora-jax export")
+    if config.method == "full":
         raise UserError(
             f"--checkpoint {given}: contains a whole model, not an adapter; use --resume to export it"
         )
@@ -78,7 +78,7 @@ def saved_adapter(given: str) -> Saved:
     )
     return Saved(
         step,
-        saved_config(found.lora_config, found.plan),
+        saved_config(found.method, found.plan),
         tensors,
         base.notes(),
         base.checkpoint,

@@ -6,15 +6,17 @@ and is not known here is an error, not a warning.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args, get_origin, get_type_hints
 
 from lora_jax.errors import UserError, listing
 from lora_jax.hub.json_file import read_json_object
 from lora_jax.hub.links import cached_snapshots, lost_target
-from lora_jax.methods.lora import Lora as AdapterConfig
-from lora_jax.types import Object
+from lora_jax.methods.base import HEADER, Method, Names, options
+from lora_jax.methods.lora import Lora
+from lora_jax.methods.table import PEFT_TYPES
+from lora_jax.types import Object, Values
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
@@ -35,12 +37,29 @@ _FIELDS = {
 }  # fmt: skip
 
 
-def to_json(config: AdapterConfig) -> str:
+def to_json(config: Method) -> str:
     """Return the text of adapter_config.json; equal configurations give equal texts.
 
     The keys are sorted, names too; patterns keep their order, because the first that matches a module
     holds, and so do token indices, which the rows of the saved tensor follow.
     """
+    content = _lora_content(config) if isinstance(config, Lora) else _content(config)
+    return json.dumps({key: content[key] for key in sorted(content)}, indent=2) + "\n"
+
+
+def _content(config: Method) -> Object:
+    """Return the keys of a method whose fields are all of them."""
+    content: Object = {"auto_mapping": None, "inference_mode": True, "peft_type": config.peft_type}
+    content |= {name: getattr(config, name) for name in HEADER}
+    for option in options(config):
+        value = getattr(config, option.name)
+        if isinstance(value, tuple):  # null leaves a choice to PEFT where there is a default
+            value = sorted(value) or ([] if option.default else None)
+        content[option.name] = value
+    return content
+
+
+def _lora_content(config: Lora) -> Object:
     content: Object = {
         "alpha_pattern": {name: _whole(alpha) for name, alpha in config.alpha_pattern.items()},
         "auto_mapping": None,
@@ -69,11 +88,10 @@ def to_json(config: AdapterConfig) -> str:
         content["trainable_token_indices"] = (
             {k: list(v) for k, v in tokens.items()} if named else list(tokens)
         )
-    content |= {name: True for name in ("use_rslora", "ensure_weight_tying") if getattr(config, name)}
-    return json.dumps({key: content[key] for key in sorted(content)}, indent=2) + "\n"
+    return content | {name: True for name in ("use_rslora", "ensure_weight_tying") if getattr(config, name)}
 
 
-def read_adapter_config(folder: Path) -> AdapterConfig:
+def read_adapter_config(folder: Path) -> Method:
     """Read a folder's adapter_config.json, whoever wrote it.
 
     Raises UserError where it is absent or malformed, is not of a LoRA adapter for causal language models,
@@ -95,13 +113,49 @@ class _Reader:
         self.path = path
         self.content = content
 
-    def config(self) -> AdapterConfig:
+    def config(self) -> Method:
+        """Return the method that the file is of."""
+        named = self._needed("peft_type")
+        kind = PEFT_TYPES.get(named) if isinstance(named, str) else None
+        if kind is None:
+            raise self._error(
+                f"peft_type {named} is not supported",
+                f"give an adapter of one of these: {listing(PEFT_TYPES, 20)}",
+            )
+        return self._lora() if kind is Lora else self._method(kind)
+
+    def _method(self, kind: type[Method]) -> Method:
+        """Return a method whose fields are all keys, each read as it is annotated."""
+        hints = get_type_hints(kind)
+        known = {*HEADER, *(option.name for option in options(kind)), "peft_type"}
+        self._check_keys(known, kind.idle)
+        for option in options(kind):
+            if hints[option.name] == Names and option.default and self.content.get(option.name) is None:
+                raise self._error(
+                    f"{option.name} is missing, and PEFT would guess it from the model", "add it"
+                )
+        given = (name for name in known - {"peft_type"} if self.content.get(name) is not None)
+        return kind(**{name: self._typed(name, hints[name]) for name in given})
+
+    def _typed(self, key: str, hint: Any) -> Any:
+        if hint == Names:
+            return self._names_or_regex(key)
+        if get_origin(hint) is tuple:
+            return self._integers(key) if get_args(hint)[0] is int else self._names(key)
+        if hint is bool:
+            return self._flag(key)
+        if hint is int:
+            value = self.content[key]
+            return value if _is_integer(value) else self._malformed(key, "an integer")
+        return self._number(key, 0.0) if hint is float else self._text(key)
+
+    def _lora(self) -> Lora:
         self._check_supported()
         rank, alpha = self._needed("r"), self._needed("lora_alpha")
         target_modules = self._names_or_regex("target_modules")
         if target_modules == () and self.content.get("target_modules") is None:
             raise self._error("target_modules is missing, and PEFT would guess it from the model", "add it")
-        return AdapterConfig(
+        return Lora(
             r=rank if _is_rank(rank) else self._malformed("r", "a positive integer"),
             lora_alpha=alpha if _is_scale(alpha) else self._malformed("lora_alpha", "a positive number"),
             target_modules=target_modules,
@@ -123,19 +177,20 @@ class _Reader:
             ensure_weight_tying=self._flag("ensure_weight_tying"),
         )
 
-    def _check_supported(self) -> None:
-        peft_type = self._needed("peft_type")
-        if peft_type != "LORA":
-            raise self._error(f"peft_type {peft_type} is not supported", "only LORA is; train a LoRA adapter")
+    def _check_keys(self, known: Collection[str], idle: Values) -> None:
         task_type = self.content.get("task_type")
         if task_type not in (None, "CAUSAL_LM"):
             raise self._error(f"task_type {task_type} is not supported", "only CAUSAL_LM is")
-        strange = sorted(key for key in self.content.keys() - _FIELDS - _NOTES if self.content[key])
+        unknown = self.content.keys() - set(known) - _NOTES
+        strange = sorted(key for key in unknown if self.content[key] and self.content[key] != idle.get(key))
         if strange:
             raise self._error(
                 f"{listing(strange)} changes the adapter's computation and is not supported",
                 "train the adapter without it, or load it with PEFT and merge it there",
             )
+
+    def _check_supported(self) -> None:
+        self._check_keys(_FIELDS, {})
         init = self.content.get("init_lora_weights", True)
         if init not in _PLAIN_INITS:
             raise self._error(

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.errors import UserError, listing
-from lora_jax.hub.adapter_config import ADAPTER_CONFIG_FILE, AdapterConfig, read_adapter_config, to_json
+from lora_jax.hub.adapter_config import ADAPTER_CONFIG_FILE, read_adapter_config, to_json
 from lora_jax.hub.atomic import write_text
 from lora_jax.hub.finite_tensors import finite, not_finite
 from lora_jax.hub.safetensors_file import SafetensorsFile, save_tensors
+from lora_jax.methods.base import Method
 
 __all__ = [
     "ADAPTER_CONFIG_FILE",
     "ADAPTER_WEIGHTS_FILE",
-    "AdapterConfig",
     "read_adapter",
     "read_adapter_config",
     "to_json",
@@ -38,7 +38,7 @@ _COPIES = (
 )
 
 
-def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
+def read_adapter(folder: Path) -> tuple[Method, dict[str, np.ndarray]]:
     """Read an adapter's configuration, and its tensors in float32.
 
     Raises UserError as `read_adapter_config` does, and if the tensors are missing, in the pickle format, truncated, of
@@ -65,7 +65,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
     return config, _without_copies(tensors)
 
 
-def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> None:
+def write_adapter(folder: Path, config: Method, tensors: Mapping[str, np.ndarray]) -> None:
     """Write an adapter that PEFT loads; each file appears complete or not at all, the configuration last.
 
     `tensors` have the names that `read_adapter` gives them, and are written in their dtypes. Raises UserError if a

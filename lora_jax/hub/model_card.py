@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
-from lora_jax.hub.adapter_config import AdapterConfig
 from lora_jax.hub.resolve import looks_like_id
+from lora_jax.methods.base import Method
 from lora_jax.types import Object
 
 
@@ -49,7 +49,7 @@ class TrainingFacts:
     """Hub id that the folder will have."""
 
 
-def adapter_card(config: AdapterConfig, facts: TrainingFacts | None = None) -> str:
+def adapter_card(config: Method, facts: TrainingFacts | None = None) -> str:
     """Return README.md for an adapter folder, with the metadata block that the Hub reads.
 
     The metadata names the base model only if it is a Hub id: it has the form of one, and there is no such folder here.
@@ -62,8 +62,8 @@ def adapter_card(config: AdapterConfig, facts: TrainingFacts | None = None) -> s
     named_base, here = base or "BASE_MODEL", facts.hub_id or "."
     return "\n".join(
         [
-            *_metadata(facts, base_id, "peft", "adapter", ["lora", "lora_jax"]),
-            "# LoRA adapter" + (f" for {base_id}" if base_id else ""),
+            *_metadata(facts, base_id, "peft", "adapter", [config.label.lower(), "lora_jax"]),
+            f"# {config.label} adapter" + (f" for {base_id}" if base_id else ""),
             "",
             *_table(
                 [("base model", _base(base, base_id)), *_adapter_rows(config, facts), *_training_rows(facts)]
@@ -187,21 +187,16 @@ def _base(base: str | None, base_id: str | None) -> str | None:
     return base and f"`{base}` (a local folder)"
 
 
-def _adapter_rows(config: AdapterConfig, facts: TrainingFacts) -> list[tuple[str, object]]:
-    scale = "alpha / sqrt(r)" if config.use_rslora else "alpha / r"
+def _adapter_rows(config: Method, facts: TrainingFacts) -> list[tuple[str, object]]:
     targets = config.target_modules
     return [
         ("base revision", config.revision),
         ("base quantization", facts.quantization),
-        ("rank (r)", config.r),
-        ("lora_alpha", f"{config.lora_alpha:g} (scale {scale})"),
-        ("lora_dropout", f"{config.lora_dropout:g}"),
+        *config.card(),
         (
             "target modules",
             f"`{targets}`" if isinstance(targets, str) else ", ".join(sorted(targets)) or None,
         ),
-        ("rank_pattern", _code(config.rank_pattern)),
-        ("alpha_pattern", _code(config.alpha_pattern)),
         ("trained in full", ", ".join(config.modules_to_save) or None),
         ("trained biases", None if config.bias == "none" else config.bias),
         ("trained tokens", _code(config.trainable_token_indices)),

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Annotated, Any, ClassVar, cast, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jaxtyping import Array
 
+from lora_jax.config import HIDDEN, expand_targets
 from lora_jax.errors import UserError
 from lora_jax.modules import Module
 from lora_jax.product import drop
@@ -107,6 +109,10 @@ class Layer:
         return x if self.key is None or not rate else drop(x, rate, self.key())
 
 
+Names = tuple[str, ...] | str
+"""Names of modules, or one regex that matches them."""
+Hidden = Annotated[str | None, tyro.conf.Suppress]
+
 Stored = Mapping[str, np.ndarray]
 """A site's tensors by the names of its leaves, in a file's layout."""
 
@@ -119,6 +125,10 @@ class Method:
     """
 
     peft_type: ClassVar[str]
+    idle: ClassVar[Mapping[str, object]] = {}
+    """Keys of adapter_config.json that belong to variants, each with the value that leaves the method as it is."""
+    label: ClassVar[str]
+    """What people call it."""
     leaves: ClassVar[tuple[Leaf, ...]]
     """All that its sites may have."""
 
@@ -145,6 +155,19 @@ class Method:
 
     def __hash__(self) -> int:
         return hash((type(self), *(value for value in vars(self).values() if not isinstance(value, Mapping))))
+
+    def check(self, section: str) -> None:
+        """Raise UserError for a value that is wrong for any model; `section` is what its options begin with."""
+
+    def summary(self) -> str:
+        """Return the adapter's own sizes in a few words."""
+        return self.peft_type
+
+    def card(self) -> list[tuple[str, object]]:
+        """Return the model card's rows on the method's own options."""
+        shared = {"target_modules", "exclude_modules", "modules_to_save", "bias", "trainable_token_indices"}
+        own = (option.name for option in options(self) if option.name not in shared)
+        return [(name, shown(getattr(self, name))) for name in own]
 
     @classmethod
     def owner(cls, name: str) -> tuple[str, str] | None:
@@ -196,6 +219,42 @@ class Method:
     def warning(self, sites: Sequence[Site]) -> str | None:
         """Return what is odd about the sites' sizes, for a warning of the run."""
         return None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Adapter(Method):
+    """A method whose fields are all that PEFT has: the options, adapter_config.json and the model card."""
+
+    base_model_name_or_path: Hidden = field(default=None, metadata={HIDDEN: True})
+    revision: Hidden = field(default=None, metadata={HIDDEN: True})
+    task_type: Hidden = field(default="CAUSAL_LM", metadata={HIDDEN: True})
+
+
+HEADER = tuple(option.name for option in fields(Adapter))
+"""Keys of adapter_config.json that are no options: the base, its revision, the task."""
+
+
+def options(method: Any) -> list[Field[Any]]:
+    """Return the fields of a method that are options of the command line."""
+    return [option for option in fields(method) if HIDDEN not in option.metadata]
+
+
+def named(method: Method) -> Method:
+    """Return a method with its lists of names as PEFT would be given them: presets and lone regexes resolved."""
+    hints = get_type_hints(type(method))
+    given = (option.name for option in options(method) if hints[option.name] == Names)
+    found = {name: getattr(method, name) for name in given}
+    return replace(
+        cast(Any, method),
+        **{name: expand_targets(value) for name, value in found.items() if isinstance(value, tuple)},
+    )
+
+
+def shown(value: object) -> str:
+    """Return a value of an option as it is typed."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {item}" for name, item in value.items())
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def own_leaves(trained: Tree, facts: Tree) -> dict[str, Any]:

@@ -16,6 +16,7 @@ are not adapted.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class Lora(Method):
     """A LoRA adapter's configuration, in the words of PEFT's LoraConfig; an empty tuple is PEFT's null."""
 
     peft_type = "LORA"
+    label = "LoRA"
     leaves = LINEAR + EMBEDDING
 
     r: int
@@ -69,6 +71,21 @@ class Lora(Method):
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
     fan_in_fan_out: bool = False
     ensure_weight_tying: bool = False
+
+    def summary(self) -> str:
+        """Return rank and alpha."""
+        return f"r {self.r}, lora_alpha {self.lora_alpha:g}"
+
+    def card(self) -> list[tuple[str, object]]:
+        """Return rank, scale, dropout, and what differs by module."""
+        scale = "alpha / sqrt(r)" if self.use_rslora else "alpha / r"
+        return [
+            ("rank (r)", self.r),
+            ("lora_alpha", f"{self.lora_alpha:g} (scale {scale})"),
+            ("lora_dropout", f"{self.lora_dropout:g}"),
+            ("rank_pattern", f"`{json.dumps(self.rank_pattern)}`" if self.rank_pattern else None),
+            ("alpha_pattern", f"`{json.dumps(self.alpha_pattern)}`" if self.alpha_pattern else None),
+        ]
 
     @property
     def draws(self) -> bool:

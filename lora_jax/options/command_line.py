@@ -15,10 +15,10 @@ from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
-from lora_jax.config import DEFAULT, check_numbers, resolved
+from lora_jax.config import DEFAULT, HIDDEN, check_numbers, resolved
 from lora_jax.errors import UserError
 from lora_jax.options.unknown import Unknown, refuse
-from lora_jax.options.values import checked, kind_of, takes_several
+from lora_jax.options.values import checked, kind_of, takes_several, written_as
 from lora_jax.options.yaml_file import entries, read_yaml
 from lora_jax.paths import on_disk
 from lora_jax.types import Hint
@@ -76,11 +76,13 @@ def option_names(kind: type) -> dict[str, Any]:
     names: dict[str, Hint] = {}
     hints = get_type_hints(kind)
     for field in fields(kind):
+        if HIDDEN in field.metadata:
+            continue
         if is_dataclass(hints[field.name]):
             nested = option_names(hints[field.name])
             names |= {f"{field.name}.{name}": hint for name, hint in nested.items()}
         else:
-            hint = hints[field.name]
+            hint = written_as(hints[field.name])
             names[field.name.rstrip("_")] = kind_of(hint) if DEFAULT in field.metadata else hint
     return names
 

@@ -33,8 +33,14 @@ def takes_several(hint: Hint) -> bool:
     return get_origin(hint) in (tuple, dict)
 
 
+def written_as(hint: Hint) -> Hint:
+    """Return the type that an option is written as: several values for names or one regex."""
+    several = (item for item in get_args(hint) if takes_several(item))
+    return hint if takes_several(hint) else next(several, hint)
+
+
 def kind_of(hint: Hint) -> Hint:
-    """Return the type of an option's single value, without None."""
+    """Return the type of an option's one value, None left out."""
     return next((item for item in get_args(hint) if item is not NoneType), hint) if _optional(hint) else hint
 
 

@@ -47,7 +47,7 @@ def read_subject(config: RunConfig, platform: Platform) -> Subject:
     config = replace(config, model=base.options)
     check_full(config, base.quantization)
     plan = None
-    if config.method == "lora":
+    if config.method != "full":
         found = adapted(config, base.config)
         config, plan = found.config, found.plan
         base = base.replace(config=found.model_config)

@@ -18,6 +18,8 @@ from lora_jax.errors import Option, UserError, listing, switch
 from lora_jax.hub.atomic import remove_leftovers, write_text, writing_to
 from lora_jax.hub.bucket import Place, place, remove
 from lora_jax.hub.lock import Lock
+from lora_jax.methods.base import options as fields_of
+from lora_jax.methods.table import METHODS, section_of
 from lora_jax.parallel.processes import wait_for_all, writes
 from lora_jax.paths import home
 from lora_jax.run_folder import BESIDE, CONFIG, METRICS, OURS, RECORD, SAMPLES, TENSORBOARD, WANDB
@@ -201,6 +203,11 @@ def config_yaml(config: RunConfig) -> str:
         options["model"].pop(name)
     for name in unset_names(config.lora):
         options["lora"].pop(name)
+    for name in METHODS.keys() - {"lora", config.method}:
+        options.pop(name, None)
+    if config.method in METHODS and config.method != "lora":
+        own = section_of(config)
+        options[config.method] = {option.name: _plain(getattr(own, option.name)) for option in fields_of(own)}
     for name in STARTING:
         options.pop(name)
     return yaml.safe_dump(options, sort_keys=False)

@@ -13,13 +13,14 @@ from lora_jax.adapters.peft import Tensors, export_tensors, saved_config
 from lora_jax.config import RunConfig
 from lora_jax.data.files import kind_of
 from lora_jax.generate.stops import write_stops
-from lora_jax.hub.adapter_files import AdapterConfig, write_adapter
+from lora_jax.hub.adapter_files import write_adapter
 from lora_jax.hub.atomic import whole_folder, write_text
 from lora_jax.hub.bucket import Place
 from lora_jax.hub.chat_templates import write_chat_template
 from lora_jax.hub.model_card import TrainingFacts, adapter_card, model_card
 from lora_jax.hub.resolve import looks_like_id
 from lora_jax.hub.tokenizer import copy_tokenizer
+from lora_jax.methods.base import Method
 from lora_jax.models.save import save_model, tree_tensors
 from lora_jax.parallel.processes import writes
 from lora_jax.pretrained import Pretrained
@@ -53,7 +54,7 @@ def export_adapter(run: Run, trainable: Trained, folder: Place, facts: TrainingF
 def write_adapter_folder(
     target: Place,
     base: Pretrained,
-    config: AdapterConfig,
+    config: Method,
     tensors: Tensors,
     facts: TrainingFacts,
     chat_template: str | None = None,

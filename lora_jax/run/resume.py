@@ -11,7 +11,7 @@ from rich.console import Console
 from lora_jax.config import resolved
 from lora_jax.errors import Option, UserError, switch
 from lora_jax.hub.bucket import Place
-from lora_jax.methods.base import DEFAULT_ADAPTER
+from lora_jax.methods.base import DEFAULT_ADAPTER, HEADER
 from lora_jax.run.checkpoints import ADAPTER_NAME, LENGTHS_OF_STEPS, Checkpoints, Identity, Progress
 from lora_jax.run.record import Record, jax_settings
 from lora_jax.run.setup import Run
@@ -102,8 +102,12 @@ def row_checksums(run: Run) -> str:
 
 def identity_of(run: Run, sizes: Sizes) -> Identity:
     """Return what must not change on resuming: options, sizes of data and steps, and the base."""
-    options = asdict(resolved(run.config))
-    sections = {name: options[name] for name in ("model", "lora", "data", "train")}
+    config = run.config
+    options = asdict(resolved(config))
+    own = "lora" if config.method == "full" else config.method
+    sections = {name: options[name] for name in ("model", own, "data", "train")}
+    for name in HEADER if own != "lora" else ():
+        del sections[own][name]
     counted = {
         "training rows": len(run.train_rows),
         "training tokens": run.train_rows.tokens,

@@ -25,9 +25,10 @@ from lora_jax.data.mixture import hold_out, mixed
 from lora_jax.data.packing import packs
 from lora_jax.errors import Option, UserError
 from lora_jax.generate.stops import generation_settings
-from lora_jax.hub.adapter_files import AdapterConfig, read_adapter_config
+from lora_jax.hub.adapter_files import read_adapter_config
 from lora_jax.hub.chat_templates import set_chat_template
 from lora_jax.hub.tokenizer import chat_template
+from lora_jax.methods.base import Method
 from lora_jax.methods.matching import Plan
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.finite import broken_weights
@@ -57,7 +58,7 @@ class Run(InMemory):
     trainable: Trained
     """Before the first step, which donates the arrays; their shapes stay valid."""
     plan: Plan | None
-    adapter_config: AdapterConfig | None
+    adapter_config: Method | None
     key: jax.Array
     carried: Values = field(default_factory=dict)
     """Weights of the base that the adapter to continue contains, and that are saved with it again."""
@@ -98,7 +99,7 @@ def prepare(config: RunConfig, mesh: Mesh) -> Run:
         trainable, facts = start_adapter(key, plan, frozen, base.config.num_hidden_layers, mesh)
     return make_run(
         config, base, rows, mesh, frozen, trainable, facts,
-        asked=asked, plan=plan, adapter_config=found.lora_config, carried=carried,
+        asked=asked, plan=plan, adapter_config=found.method, carried=carried,
     )  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def make_run(
     *,
     asked: RunConfig | None = None,
     plan: Plan | None = None,
-    adapter_config: AdapterConfig | None = None,
+    adapter_config: Method | None = None,
     carried: Values | None = None,
 ) -> Run:
     """Return a run over trees that are on the mesh; its first step donates `trainable`.

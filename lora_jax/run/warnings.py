@@ -143,7 +143,7 @@ class RunWarnings:
 
 def learning_rate(config: RunConfig) -> str | None:
     """Return a warning if the learning rate suits the other method, or none."""
-    rate, usual = config.train.learning_rate, 2e-4 if config.method == "lora" else 1e-5
+    rate, usual = config.train.learning_rate, 1e-5 if config.method == "full" else 2e-4
     if rate > MOST.get(config.train.optim, 1.0):
         return f"{rate:g} destroys the weights in the first step; give a value such as {usual:g}"
     if config.train.optim not in ADAM_LIKE:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from lora_jax.adapters.continued import continued_config, resolved_options
 from lora_jax.adapters.peft import Tensors, adapter_config, check_tensors
 from lora_jax.adapters.read import Adapter, carried_tensors, open_adapter
 from lora_jax.config import RunConfig, resolved
 from lora_jax.errors import Option, UserError
-from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
+from lora_jax.methods.base import HEADER, Method, named
+from lora_jax.methods.lora import Lora
 from lora_jax.methods.matching import Plan, make_plan
+from lora_jax.methods.table import section_of, word_of
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import modules
 from lora_jax.paths import on_disk
@@ -25,7 +28,7 @@ class Adapted:
     config: RunConfig
     model_config: ModelConfig
     plan: Plan
-    lora_config: AdapterConfig
+    method: Method
     tensors: Tensors | None
     start: Adapter | None = None
     """The adapter to continue."""
@@ -44,18 +47,36 @@ def adapted(config: RunConfig, model_config: ModelConfig) -> Adapted:
 
     Raises UserError for targets that match nothing, and for an adapter to continue that does not fit.
     """
-    asked = adapter_config(config.lora, config.model.path, config.model.revision)
+    asked = asked_method(config)
     if config.lora.init_from is None:
         config = replace(config, lora=resolved(config.lora))
         return Adapted(config, model_config, make_plan(asked, modules(model_config)), asked, None)
     start = open_adapter(on_disk(config.lora.init_from, Option("lora.init_from")), model_config)
     stored, tensors, model_config = start.config, start.tensors, start.model_config
     known = modules(model_config)
-    lora_config = continued_config(config.lora, asked, stored, known)
-    config = replace(config, lora=resolved_options(config.lora, lora_config))
-    plan = make_plan(lora_config, known, strict=False)
+    if isinstance(stored, Lora) and isinstance(asked, Lora):
+        method = continued_config(config.lora, asked, stored, known)
+        config = replace(config, lora=resolved_options(config.lora, method))
+    elif type(stored) is type(asked) or config.method == "lora":
+        header = {name: getattr(asked, name) for name in HEADER}
+        method, word = replace(cast(Any, stored), **header), word_of(stored)
+        config = replace(config, method=cast(Any, word), **({} if word == "lora" else {word: method}))
+    else:
+        raise UserError(
+            f"{Option('method', config.method)}: the adapter of {Option('lora.init_from')} is {stored.label}; drop "
+            f"{Option('method')}, or start a new adapter without {Option('lora.init_from')}"
+        )
+    plan = make_plan(method, known, strict=False)
     check_tensors(tensors, plan, config.lora.init_from)
-    return Adapted(config, model_config, plan, lora_config, tensors, start)
+    return Adapted(config, model_config, plan, method, tensors, start)
+
+
+def asked_method(config: RunConfig) -> Method:
+    """Return the method that a run's options ask for, as an adapter config has it."""
+    path, revision = config.model.path, config.model.revision
+    if config.method == "lora":
+        return adapter_config(config.lora, path, revision)
+    return replace(cast(Any, named(section_of(config))), base_model_name_or_path=path, revision=revision)
 
 
 def check_full(config: RunConfig, quantization: QuantizationConfig | None) -> None:

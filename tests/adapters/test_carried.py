@@ -9,7 +9,8 @@ import pytest
 
 from lora_jax.adapters.read import carried_tensors, open_adapter
 from lora_jax.cli import main
-from lora_jax.hub.adapter_files import AdapterConfig, read_adapter, write_adapter
+from lora_jax.hub.adapter_files import read_adapter, write_adapter
+from lora_jax.methods.lora import Lora
 from lora_jax.methods.matching import make_plan
 from lora_jax.models.finite import broken_weights
 from lora_jax.models.names import modules
@@ -22,9 +23,7 @@ def table(rows: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((rows, 32), np.float32)
 
 
-def written(
-    folder: Path, name: str, tables: dict[str, np.ndarray], config: AdapterConfig | None = None
-) -> Pretrained:
+def written(folder: Path, name: str, tables: dict[str, np.ndarray], config: Lora | None = None) -> Pretrained:
     """Write the named base, and an adapter that has tables beside its tensors; return the base."""
     base = open_folder(write_checkpoint(folder / "base", CONFIGS[name]))
     config = config or lora(base_model_name_or_path=str(folder / "base"))

@@ -8,7 +8,7 @@ from lora_jax.adapters.continued import continued_config
 from lora_jax.adapters.peft import adapter_config
 from lora_jax.config import LoraOptions
 from lora_jax.errors import UserError
-from lora_jax.hub.adapter_files import AdapterConfig
+from lora_jax.methods.lora import Lora
 from lora_jax.models.families import read_config
 from lora_jax.models.names import modules
 from tests.tiny import CONFIGS, lora
@@ -22,7 +22,7 @@ STORED = lora(
 )
 
 
-def continued(given: dict[str, Any], stored: AdapterConfig = STORED) -> AdapterConfig:
+def continued(given: dict[str, Any], stored: Lora = STORED) -> Lora:
     options = LoraOptions(**given)
     return continued_config(options, adapter_config(options, "new/base", "main"), stored, KNOWN)
 

@@ -14,12 +14,12 @@ from safetensors.numpy import save_file
 
 from lora_jax.errors import UserError
 from lora_jax.hub.adapter_files import (
-    AdapterConfig,
     read_adapter,
     read_adapter_config,
     to_json,
     write_adapter,
 )
+from lora_jax.methods.lora import Lora
 
 # As PEFT 0.21 writes it, all keys at their defaults but what an adapter must have.
 PEFT_CONFIG = {
@@ -39,7 +39,7 @@ STABLE_KEYS = {
     "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save",
     "peft_type", "r", "rank_pattern", "revision", "target_modules", "task_type",
 }  # fmt: skip
-CONFIG = AdapterConfig(r=4, lora_alpha=8.0, target_modules=("q_proj", "k_proj"))
+CONFIG = Lora(r=4, lora_alpha=8.0, target_modules=("q_proj", "k_proj"))
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
@@ -59,7 +59,7 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 def test_config_of_peft_is_read(tmp_path: Path) -> None:
-    assert read_adapter_config(write_config(tmp_path)) == AdapterConfig(
+    assert read_adapter_config(write_config(tmp_path)) == Lora(
         r=8,
         lora_alpha=16,
         lora_dropout=0.1,
@@ -134,7 +134,10 @@ def test_init_that_changed_the_base_is_one_clear_error(tmp_path: Path, init: str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "^peft_type IA3 is not supported: .*; only LORA is"),
+        (
+            {"peft_type": "ADALORA"},
+            "^peft_type ADALORA is not supported: .*; give an adapter of one of these: LORA",
+        ),
         ({"task_type": "SEQ_CLS"}, "^task_type SEQ_CLS is not supported: .*; only CAUSAL_LM is"),
         ({"r": "8"}, '^r is "8": .*; it must be a positive integer'),
         ({"r": 0}, "^r is 0: .*; it must be a positive integer"),
@@ -222,7 +225,7 @@ def test_newer_key_is_written_where_it_says_something(changes: dict[str, Any]) -
 
 
 def test_every_field_survives_writing_and_reading(tmp_path: Path) -> None:
-    config = AdapterConfig(
+    config = Lora(
         r=4,
         lora_alpha=2.5,
         target_modules=("k_proj", "q_proj"),

@@ -8,14 +8,12 @@ import yaml
 from huggingface_hub import ModelCard
 
 from lora_jax.config import DataOptions, RunConfig, TrainOptions
-from lora_jax.hub.adapter_files import AdapterConfig
 from lora_jax.hub.model_card import TrainingFacts, adapter_card, model_card
+from lora_jax.methods.lora import Lora
 from lora_jax.run.results import planned_facts
 from tests.runs import write_rows
 
-CONFIG = AdapterConfig(
-    r=16, lora_alpha=32, target_modules=("v_proj", "q_proj"), base_model_name_or_path="owner/base"
-)
+CONFIG = Lora(r=16, lora_alpha=32, target_modules=("v_proj", "q_proj"), base_model_name_or_path="owner/base")
 FACTS = TrainingFacts(
     data="rows.jsonl",
     steps=1200,

@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_jax.hub.adapter_files import AdapterConfig, read_adapter, write_adapter
+from lora_jax.hub.adapter_files import read_adapter, write_adapter
+from lora_jax.methods.lora import Lora
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": ["q_proj", "v_proj"]},
@@ -102,7 +103,7 @@ def test_what_is_written_loads_in_peft_without_a_warning_and_acts_the_same(
 
 def test_order_of_patterns_reaches_peft(tmp_path: Path) -> None:
     # PEFT sorts the keys of what it writes, and with them which pattern comes first; the order must not be lost here.
-    config = AdapterConfig(
+    config = Lora(
         r=4,
         lora_alpha=4,
         target_modules=("q_proj",),
