@@ -11,10 +11,12 @@ import tyro
 from lora_jax.config import RunConfig
 from lora_jax.methods import whole
 from lora_jax.methods.base import Leaf, Method
+from lora_jax.methods.ia3 import Ia3
 from lora_jax.methods.lora import Lora
 
 METHODS: dict[str, type[Method]] = {
     "lora": Lora,
+    "ia3": Ia3,
 }
 """Each method by the word that --method takes, which is also the name of the section of its options."""
 
