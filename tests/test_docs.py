@@ -111,7 +111,9 @@ def test_every_option_that_a_page_names_exists(page: Path) -> None:
     known = {command: {f"--{name}" for name in option_names(kind)} for command, kind in KINDS.items()}
     known["train"] = known["plan"]
     everything = set().union(*known.values())
-    found = re.findall(r"--(?:model|lora|ia3|data|train|mesh|distributed|calibration)\.\w+", page.read_text())
+    found = re.findall(
+        r"--(?:model|lora|ia3|miss|data|train|mesh|distributed|calibration)\.\w+", page.read_text()
+    )
     assert set(found) - everything == set()
     for block in blocks(page):
         for words in commands(block.text) if block.language == "sh" else ():

@@ -13,10 +13,12 @@ from lora_jax.methods import whole
 from lora_jax.methods.base import Leaf, Method
 from lora_jax.methods.ia3 import Ia3
 from lora_jax.methods.lora import Lora
+from lora_jax.methods.miss import Miss
 
 METHODS: dict[str, type[Method]] = {
     "lora": Lora,
     "ia3": Ia3,
+    "miss": Miss,
 }
 """Each method by the word that --method takes, which is also the name of the section of its options."""
 

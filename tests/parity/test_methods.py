@@ -42,6 +42,12 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
             "modules_to_save": ["lm_head"],
         },
     ),
+    "miss": ("qwen2-tied", peft.MissConfig, {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 8}),
+    "miss with a rank that divides nothing, on some layers": (
+        "llama-biases",
+        peft.MissConfig,
+        {"target_modules": ["q_proj", "down_proj"], "r": 5, "layers_to_transform": [0, 2]},
+    ),
 }
 
 
