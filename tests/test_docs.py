@@ -25,7 +25,7 @@ from lora_jax.commands.merge import MergeOptions
 from lora_jax.commands.plan import PlanOptions
 from lora_jax.commands.quantize import QuantizeOptions
 from lora_jax.commands.report import ReportOptions
-from lora_jax.methods.table import with_methods
+from lora_jax.methods.table import METHODS, with_methods
 from lora_jax.options.command_line import option_names
 from tests.conftest import ROOT
 
@@ -111,9 +111,8 @@ def test_every_option_that_a_page_names_exists(page: Path) -> None:
     known = {command: {f"--{name}" for name in option_names(kind)} for command, kind in KINDS.items()}
     known["train"] = known["plan"]
     everything = set().union(*known.values())
-    found = re.findall(
-        r"--(?:model|lora|ia3|miss|data|train|mesh|distributed|calibration)\.\w+", page.read_text()
-    )
+    sections = "|".join(("model", *METHODS, "data", "train", "mesh", "distributed", "calibration"))
+    found = re.findall(rf"--(?:{sections})\.\w+", page.read_text())
     assert set(found) - everything == set()
     for block in blocks(page):
         for words in commands(block.text) if block.language == "sh" else ():

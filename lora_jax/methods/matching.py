@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_jax.config import ALL_LINEAR
-from lora_jax.errors import UserError, listing, nearest
+from lora_jax.errors import Option, UserError, listing, nearest
 from lora_jax.methods.base import Method, Site
 from lora_jax.methods.whole import bias_sites, saved_sites, token_sites
 from lora_jax.modules import LM_HEAD, Module
@@ -85,7 +85,8 @@ def check_unquantized(plan: Plan, quantized: Collection[str]) -> None:
             name = module.name.rpartition(".")[2]
             raise UserError(
                 f"modules_to_save: {module.name} is quantized, and codes cannot be trained; adapt it with "
-                f"--lora.target_modules, or, with an unquantized checkpoint, add --model.llm_int8_skip_modules {name}"
+                f"{Option('lora.target_modules')}, or, with an unquantized checkpoint, add "
+                f"{Option('model.llm_int8_skip_modules', (name,))}"
             )
 
 
@@ -158,7 +159,7 @@ def _token_indices(config: Method, modules: Sequence[Module], trained: Mapping[s
     if wrong:
         raise UserError(
             f"trainable_token_indices {wrong[0]}: the model's vocabulary has {embedding.sizes[0]} rows; "
-            "give ids of the tokenizer, with --model.resize_vocab True for tokens that were added"
+            f"give ids of the tokenizer, with {Option('model.resize_vocab', True)} for tokens that were added"
         )
     return indices
 
