@@ -85,7 +85,7 @@ class Evaluator:
             loss = float(sums.loss / sums.weight)
             with np.errstate(over="ignore"):
                 found = {"loss": loss, "perplexity": float(np.exp(loss))}
-            found["token_accuracy"] = float(sums.right_tokens / sums.trained_tokens)
+            found["token_accuracy"] = float(sums.correct_tokens / sums.trained_tokens)
             if given := self.questions[name]:
                 found |= self._scores(given, trainable, adapter)
             metrics |= {metric_name(name, metric): value for metric, value in found.items()}

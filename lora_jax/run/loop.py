@@ -106,7 +106,7 @@ class Loop:
         for step in range(first + 1, self.sizes.steps + 1):
             if self.patience.over:
                 break
-            state = self._take(step, state)
+            state = self._step(step, state)
             try:
                 value = self._log(step, state)
             except Interrupted as told:
@@ -115,14 +115,14 @@ class Loop:
             self._check_finite(step, state)
             received = self.signals.received()
             self._save_if_due(step, state, value, told=received is not None)
-            if received is not None and not self._ends(step):
+            if received is not None and not self._is_last(step):
                 stopped = received
                 break
             self.checkpoints.check()
         if stopped is None and 0 < self.sizes.steps == self.skipped.total:
             self._save(state)
-            raise self._broken(range(1, self.sizes.steps + 1), self.sizes.steps)
-        return self._ended(state, stopped)
+            raise self._nonfinite_error(range(1, self.sizes.steps + 1), self.sizes.steps)
+        return self._outcome(state, stopped)
 
     def _before_steps(self, first: int, state: TrainState, progress: Progress) -> None:
         """Restore the checkpoint's counts, warn, evaluate if that is due, and compile everything that steps run."""
@@ -135,7 +135,7 @@ class Loop:
         if first == 0 and options.eval_on_start:
             self._evaluate_start(state)
         elif progress.unlogged is not None:
-            self._make_up_for(progress.unlogged, state)
+            self._repeat_evaluation(progress.unlogged, state)
             window = []
         elif first < self.sizes.steps and not self.patience.over:
             self.evaluator.compile(state.trainable)  # an evaluation at the start has compiled already
@@ -149,19 +149,19 @@ class Loop:
         base_loss = None
         if evaluation.metrics and self.run.config.lora.init_from is not None:
             base_loss = self.evaluator.base_loss()
-        self._judge(evaluation)
+        self._update_patience(evaluation)
         self.journal.start(evaluation, base_loss)
 
-    def _make_up_for(self, entry: Object, state: TrainState) -> None:
+    def _repeat_evaluation(self, entry: Object, state: TrainState) -> None:
         """Repeat the evaluation that a signal interrupted, and write its line."""
         step, evaluation = int(state.step), self.evaluator(state.trainable)
-        self._judge(evaluation)
-        self.journal.write(entry, state.trainable, evaluation, self._ends(step))
-        if self._saves(step) or (step == self.sizes.steps and self.options.save_strategy != "no"):
+        self._update_patience(evaluation)
+        self.journal.write(entry, state.trainable, evaluation, self._is_last(step))
+        if self._save_due(step) or (step == self.sizes.steps and self.options.save_strategy != "no"):
             # The checkpoint may turn out to be the best, as if the run had not been stopped.
             self.checkpoints.measured(step, evaluation.metrics.get(self.goal.metric))
 
-    def _take(self, step: int, state: TrainState) -> TrainState:
+    def _step(self, step: int, state: TrainState) -> TrainState:
         """Queue a step, and return the state after it."""
         self.profiler.before(step)
         at(f"step {step}/{self.sizes.steps}")
@@ -180,8 +180,8 @@ class Loop:
 
         Raises Interrupted, after saving the state, if a signal interrupts the evaluation.
         """
-        evaluates = self._evaluates(step)
-        if not evaluates and not self._logs(step):
+        evaluates = self._eval_due(step)
+        if not evaluates and not self._log_due(step):
             return None
         self.skipped.read()
         # Before the evaluation, so that its time is not counted as the step's.
@@ -193,12 +193,12 @@ class Loop:
         except Interrupted:
             self._save(state, entry)
             raise
-        self._judge(evaluation)
-        self.journal.write(entry, state.trainable, evaluation, self._ends(step))
+        self._update_patience(evaluation)
+        self.journal.write(entry, state.trainable, evaluation, self._is_last(step))
         self.window.restart()
         return evaluation.metrics.get(self.goal.metric)
 
-    def _judge(self, evaluation: Evaluation) -> None:
+    def _update_patience(self, evaluation: Evaluation) -> None:
         if evaluation.metrics:
             self.patience = self.patience.after(evaluation.metrics)
 
@@ -206,9 +206,9 @@ class Loop:
         """If too many steps in a row were not finite, save and raise UserError."""
         if self.skipped.too_many:
             self._save(state, unlogged)
-            raise self._broken(self.skipped.too_many, step)
+            raise self._nonfinite_error(self.skipped.too_many, step)
 
-    def _broken(self, steps: range, saved: int) -> UserError:
+    def _nonfinite_error(self, steps: range, saved: int) -> UserError:
         """Return the error for steps in a row that were not finite, after the state is saved."""
         self.signals.finishing()
         rows = [row for step in steps for row in self.feed.rows_of(step)]
@@ -226,8 +226,8 @@ class Loop:
 
     def _save_if_due(self, step: int, state: TrainState, value: float | None, told: bool) -> None:
         """Save if a signal, the options or the end of the run require it; `value` is the metric at this step."""
-        at_end = self._ends(step) and self.options.save_strategy != "no"
-        if told or self._saves(step) or at_end:
+        at_end = self._is_last(step) and self.options.save_strategy != "no"
+        if told or self._save_due(step) or at_end:
             self._save(state, value=value)
 
     def _save(self, state: TrainState, unlogged: Object | None = None, value: float | None = None) -> None:
@@ -236,18 +236,18 @@ class Loop:
         counts = (self.patience.best, self.patience.worse, self.skipped.total, self.skipped.in_a_row)
         self.checkpoints.save(state, Progress(self.window.sums(), unlogged, *counts), value)
 
-    def _ended(self, state: TrainState, stopped: int | None) -> Outcome:
+    def _outcome(self, state: TrainState, stopped: int | None) -> Outcome:
         """Return the outcome, with the state to export unless the run was stopped."""
         self.signals.finishing()
         jax.block_until_ready(state)
         steps = int(state.step)
         if stopped is None:
-            state = self._exported(state)
+            state = self._state_to_export(state)
         step = int(state.step)
         before, after = (self.journal.evaluations.get(number, {}) for number in (0, step))
         return Outcome(state, before, after, self.feed.tokens_before(step + 1), stopped, steps)
 
-    def _exported(self, state: TrainState) -> TrainState:
+    def _state_to_export(self, state: TrainState) -> TrainState:
         """Return the state of the best checkpoint if the options ask for it, otherwise the last."""
         best = self.checkpoints.best
         if not self.options.load_best_model_at_end or best is None or best.step == int(state.step):
@@ -260,17 +260,17 @@ class Loop:
             return state
         return self.checkpoints.restore(state, best.step)[0]
 
-    def _ends(self, step: int) -> bool:
+    def _is_last(self, step: int) -> bool:
         return step == self.sizes.steps or self.patience.over
 
-    def _logs(self, step: int) -> bool:
+    def _log_due(self, step: int) -> bool:
         return step % self.options.logging_steps == 0 or step in (1, self.sizes.steps)
 
-    def _evaluates(self, step: int) -> bool:
+    def _eval_due(self, step: int) -> bool:
         every = self.options.eval_steps
         return step == self.sizes.steps or (every > 0 and step % every == 0)
 
-    def _saves(self, step: int) -> bool:
+    def _save_due(self, step: int) -> bool:
         every = {"no": 0, "steps": self.options.save_steps, "epoch": self.sizes.steps_per_epoch}[
             self.options.save_strategy
         ]

@@ -77,7 +77,7 @@ def train(config: RunConfig, console: Console | None = None, prepare: Prepare = 
         try:
             if not writes():
                 hush()
-            return _checked(config, console or plain_console(quiet=not writes()), signals, prepare)
+            return _check_and_run(config, console or plain_console(quiet=not writes()), signals, prepare)
         except Exception as error:
             known = error if isinstance(error, UserError) else lost(error)
             if known is None:
@@ -85,7 +85,7 @@ def train(config: RunConfig, console: Console | None = None, prepare: Prepare = 
             raise known from error
 
 
-def _checked(config: RunConfig, console: Console, signals: Signals, prepare: Prepare) -> int:
+def _check_and_run(config: RunConfig, console: Console, signals: Signals, prepare: Prepare) -> int:
     mesh = make_mesh(config.mesh)
     signals.begin(console, mesh)
     check_place(config)
@@ -110,23 +110,23 @@ def train_run(run: Run, console: Console, signals: Signals) -> int:
     config, folder = run.config, output_folder(run.config)
     for note in notes_of_start(run):
         console.print(f"note: {note}")
-    training, state = _made(run, folder, signals)
+    training, state = _build(run, folder, signals)
     if (note := nowhere_to_go(config.train, run.mesh.devices.flat[0])) is not None:
         console.print(note)
-    goes_on = _opened(config, folder)
+    resuming = _open_folder(config, folder)
     identity = identity_of(run, training.sizes)
     place, keep = folder / CHECKPOINTS, config.train.save_total_limit
     with closing(Checkpoints(place, keep, identity, training.goal)) as checkpoints:
         for note in checkpoints.notes:
             console.print(f"note: {note}")
-        begun = resumed(run, training.sizes, state, checkpoints, folder, console)
-        if begun is None:
+        beginning = resumed(run, training.sizes, state, checkpoints, folder, console)
+        if beginning is None:
             return 0
-        signals.resumed_at = begun.resumed_at
-        if goes_on:
+        signals.resumed_at = beginning.resumed_at
+        if resuming:
             open_output(config)  # only now, so that a refused resume leaves the folder unchanged
-        print_facts(console, run, begun.state.opt_state, training.sizes)
-        result = _trained(training, begun, checkpoints, console, signals)
+        print_facts(console, run, beginning.state.opt_state, training.sizes)
+        result = _train_and_export(training, beginning, checkpoints, console, signals)
     if (number := result.outcome.stopped_by) is not None:
         return INTERRUPTED if number == signal.SIGINT else 0
     print_end(console, training, result.outcome, checkpoints.best, result.written)
@@ -136,7 +136,7 @@ def train_run(run: Run, console: Console, signals: Signals) -> int:
     return 0
 
 
-def _made(run: Run, folder: Place, signals: Signals) -> tuple[Training, TrainState]:
+def _build(run: Run, folder: Place, signals: Signals) -> tuple[Training, TrainState]:
     """Make optimizer, step, state and evaluation; write nothing. Raises UserError for options that cannot work."""
     config = run.config
     sizes = run_sizes(run, lengths_of_steps(folder / CHECKPOINTS) if config.resume else None)
@@ -145,16 +145,16 @@ def _made(run: Run, folder: Place, signals: Signals) -> tuple[Training, TrainSta
             "the processes of this run see different rows; give all of them the same files, tokenizer and template"
         )
     check_profile(config.train.profile_steps, sizes.steps)
-    aim = goal(config.train, list(run.eval_rows))
+    eval_goal = goal(config.train, list(run.eval_rows))
     evaluator = Evaluator(run, run.eval_rows, sizes.evaluation, config.train, signals.interrupted)
     check_saves(config.train, sizes.steps_per_epoch)
     optimizer = make_optimizer(config.train, sizes.steps)
     state, shardings = sharded_state(run.trainable, optimizer, run.key, config.train, run.mesh)
     step = Programs(make_train_step(run.model, optimizer, shardings), "the step")
-    return Training(run, sizes, step, evaluator, aim), state
+    return Training(run, sizes, step, evaluator, eval_goal), state
 
 
-def _opened(config: RunConfig, folder: Place) -> bool:
+def _open_folder(config: RunConfig, folder: Place) -> bool:
     """Open the output folder, unless there are checkpoints to resume from; return whether there are."""
     if config.resume and (folder / CHECKPOINTS).is_dir():
         return True
@@ -171,22 +171,22 @@ class Result(NamedTuple):
     written: Place | None
 
 
-def _trained(
+def _train_and_export(
     training: Training,
-    begun: Start,
+    beginning: Start,
     checkpoints: Checkpoints,
     console: Console,
     signals: Signals,
 ) -> Result:
     """Run the loop and export the result, with trackers and the record open."""
     run, folder = training.run, output_folder(training.run.config)
-    record = Record(folder, begun.resumed_at)
+    record = Record(folder, beginning.resumed_at)
     with signals.changing:
         record.note(**run_facts(run, training.sizes))
         signals.on_leaving = partial(record.end, "stopped")
-    with tracked(run.config, folder, record, begun.resumed_at, console) as tracking:
-        signals.on_leaving = partial(_stopped, tracking)
-        outcome = _looped(training, begun, checkpoints, tracking, console, signals)
+    with tracked(run.config, folder, record, beginning.resumed_at, console) as tracking:
+        signals.on_leaving = partial(_close_at_exit, tracking)
+        outcome = _run_loop(training, beginning, checkpoints, tracking, console, signals)
         if outcome.stopped_by is not None:
             console.print(
                 f"stopped; step {int(outcome.state.step)} is saved, continue with {switch('resume')}"
@@ -199,9 +199,9 @@ def _trained(
     return Result(outcome, written)
 
 
-def _looped(
+def _run_loop(
     training: Training,
-    begun: Start,
+    beginning: Start,
     checkpoints: Checkpoints,
     tracking: Tracking,
     console: Console,
@@ -209,30 +209,30 @@ def _looped(
 ) -> Outcome:
     """Run the loop with the logs open; return when its last checkpoint is complete."""
     run, options = training.run, training.run.config.train
-    folder, keep_to = output_folder(run.config), kept_until(begun.resumed_at, begun.progress)
+    folder, keep_to = output_folder(run.config), kept_until(beginning.resumed_at, beginning.progress)
     with (
         closing(Profiler(folder, options.profile_steps)) as profiler,
         closing(Logs(folder, keep_to, bool(options.sample_prompts), tracking.log)) as logs,
-        Reporter(console, training.sizes.steps, int(begun.state.step)) as reporter,
+        Reporter(console, training.sizes.steps, int(beginning.state.step)) as reporter,
     ):
         journal = Journal(run, training.sizes, logs, reporter)
         loop = Loop(training, journal, checkpoints, signals, profiler)
         try:
-            outcome = loop.train(begun.state, begun.progress)
+            outcome = loop.train(beginning.state, beginning.progress)
             with stage("finishing the checkpoint"):
                 checkpoints.wait()
         except SavingError as error:
-            raise _exported_at_least(run, loop, folder, error) from error
+            raise _export_last_state(run, loop, folder, error) from error
     return outcome
 
 
-def _stopped(tracking: Tracking) -> None:
+def _close_at_exit(tracking: Tracking) -> None:
     """Close a run that has to exit immediately; errors do not count, because the other processes are gone."""
     tracking.done(whole=False, results={})
     tracking.leave()
 
 
-def _exported_at_least(run: Run, loop: Loop, folder: Place, error: SavingError) -> UserError:
+def _export_last_state(run: Run, loop: Loop, folder: Place, error: SavingError) -> UserError:
     """If no checkpoint of the last step can be written, write its adapter; return what to report."""
     if loop.state is None or jax.process_count() > 1:  # other processes may not know of the failure
         return error

@@ -45,7 +45,7 @@ class Window:
             if bool(metrics.finite):
                 loss += float(metrics.loss) * float(metrics.weight)
                 weight += float(metrics.weight)
-                right += float(metrics.right_tokens)
+                right += float(metrics.correct_tokens)
                 trained += int(metrics.trained_tokens)
         return [loss, weight, right, trained]
 

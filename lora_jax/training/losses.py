@@ -68,7 +68,7 @@ def _token_losses_backward(residuals: tuple[Array, Array, Array], cotangent: Arr
 token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
-def right_tokens(
+def correct_tokens(
     logits: Float[Array, "tokens vocab"], targets: Int[Array, " tokens"]
 ) -> Bool[Array, " tokens"]:
     """Return whether the target ranks first: no logit is above it. The maximum is at hand; an argmax is another pass.
@@ -221,7 +221,7 @@ class _Head:
         rngs = None if chunk.key is None else {"dropout": jax.random.fold_in(chunk.key, chunk.rows[0])}
         logits: Any = self.model.apply(variables, chunk.hidden, method="logits", rngs=rngs)
         labels, weights = chunk.labeled()
-        right = right_tokens(jax.lax.stop_gradient(logits), labels) & (weights != 0)
+        right = correct_tokens(jax.lax.stop_gradient(logits), labels) & (weights != 0)
         return jnp.sum(token_losses(logits, labels) * weights), jnp.sum(right, dtype=jnp.float32)
 
     def _gradients(self, chunk: _Chunk) -> _ChunkGradients:

@@ -53,7 +53,7 @@ class StepMetrics(NamedTuple):
     """Before clipping."""
     trained_tokens: jax.Array
     """Their number."""
-    right_tokens: jax.Array
+    correct_tokens: jax.Array
     """Trained tokens that the model ranks first."""
     finite: jax.Array
     """Whether loss and gradient are finite; if not, the step has changed nothing."""
@@ -65,7 +65,7 @@ class EvalSums(NamedTuple):
     loss: jax.Array
     """Weighted, in nats."""
     weight: jax.Array
-    right_tokens: jax.Array
+    correct_tokens: jax.Array
     trained_tokens: jax.Array
 
 
@@ -83,10 +83,10 @@ def sharded_state(
     The optimizer state is created in place: in host memory if the options offload it.
     """
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), trainable, key=key)
-    where = offloaded(shardings(state, mesh), train)
-    optimizer_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(trainable)
+    state_shardings = offloaded(shardings(state, mesh), train)
+    optimizer_state = jax.jit(optimizer.init, out_shardings=state_shardings.opt_state)(trainable)
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer_state, key)
-    return placed(state, where), where
+    return placed(state, state_shardings), state_shardings
 
 
 def batch_loss(
@@ -106,50 +106,54 @@ def batch_loss(
 
 
 def make_train_step(
-    model: Decoder, optimizer: optax.GradientTransformation, where: TrainState | None = None
+    model: Decoder, optimizer: optax.GradientTransformation, state_shardings: TrainState | None = None
 ) -> Callable[[TrainState, Tree, Tree, Batch], tuple[TrainState, StepMetrics]]:
     """Return the jitted step for batches [accumulation, batch, length]; it donates its state.
 
-    `where` holds the shardings of the state on a mesh; the step keeps them.
+    `state_shardings` holds the shardings of the state on a mesh; the step keeps them.
     """
-    kept: Object = {} if where is None else {"out_shardings": (where, where.step)}
+    jit_options: Object = (
+        {} if state_shardings is None else {"out_shardings": (state_shardings, state_shardings.step)}
+    )
 
-    @partial(jax.jit, donate_argnums=0, **kept)
+    @partial(jax.jit, donate_argnums=0, **jit_options)
     def train_step(
         state: TrainState, frozen: Tree, adapter: Tree, batch: Batch
     ) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
-        passes = batch.tokens.shape[0]
+        micro_batches = batch.tokens.shape[0]
         draws = model.draws or any_draws(adapter)
 
-        def one_pass(index: Any, micro: Batch) -> tuple[tuple[jax.Array, jax.Array], Tree]:
-            random = jax.random.fold_in(key, index) if draws else None
+        def gradients_of(index: Any, micro: Batch) -> tuple[tuple[jax.Array, jax.Array], Tree]:
+            micro_key = jax.random.fold_in(key, index) if draws else None
             return jax.value_and_grad(partial(batch_loss, model), has_aux=True)(
-                state.trainable, frozen, adapter, micro, random
+                state.trainable, frozen, adapter, micro, micro_key
             )
 
-        if passes == 1:
-            (loss, right), grads = one_pass(0, jax.tree.map(lambda leaf: leaf[0], batch))
+        if micro_batches == 1:
+            (loss, correct), grads = gradients_of(0, jax.tree.map(lambda leaf: leaf[0], batch))
         else:
 
             def add(carry: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, carry, one_pass(*micro)), None
+                return jax.tree.map(jnp.add, carry, gradients_of(*micro)), None
 
             start = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.trainable))
-            ((loss, right), grads), _ = jax.lax.scan(add, start, (jnp.arange(passes), batch))
+            ((loss, correct), grads), _ = jax.lax.scan(add, start, (jnp.arange(micro_batches), batch))
         trained = jnp.count_nonzero(batch.weights)
         weight = jnp.sum(batch.weights)
         total = jnp.where(weight > 0, weight, 1.0)
         grads = jax.tree.map(lambda leaf: leaf / total, grads)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        before = fetched(state.opt_state)
-        updates, opt_state = optimizer.update(grads, before, state.trainable)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        old_opt_state = fetched(state.opt_state)
+        updates, opt_state = optimizer.update(grads, old_opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, before)
+            lambda new, old: jnp.where(finite, new, old),
+            (trainable, opt_state),
+            (state.trainable, old_opt_state),
         )
-        metrics = StepMetrics(loss / total, weight, norm, trained, right, finite)
+        metrics = StepMetrics(loss / total, weight, grad_norm, trained, correct, finite)
         opt_state = put_back(opt_state, like=state.opt_state)
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 
@@ -161,7 +165,7 @@ def make_eval_step(model: Decoder) -> Callable[[Tree, Tree, Tree, Batch], EvalSu
 
     @jax.jit
     def eval_step(trainable: Tree, frozen: Tree, adapter: Tree, batch: Batch) -> EvalSums:
-        loss, right = batch_loss(model, trainable, frozen, adapter, batch, None)
-        return EvalSums(loss, jnp.sum(batch.weights), right, jnp.count_nonzero(batch.weights))
+        loss, correct = batch_loss(model, trainable, frozen, adapter, batch, None)
+        return EvalSums(loss, jnp.sum(batch.weights), correct, jnp.count_nonzero(batch.weights))
 
     return eval_step

@@ -14,7 +14,7 @@ from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import read_config
 from lora_jax.training import head_blocks, losses
 from lora_jax.training.head_blocks import BLOCK, losses_in_blocks, wide_table
-from lora_jax.training.losses import CHUNK, head_variables, right_tokens, summed_loss, token_losses
+from lora_jax.training.losses import CHUNK, correct_tokens, head_variables, summed_loss, token_losses
 from tests.tiny import CONFIGS, Base, adapted, lora, tiny_base
 
 HEADS: dict[str, tuple[str, Any]] = {
@@ -181,7 +181,7 @@ def test_correct_tokens_have_the_largest_logit_and_count_once(kind: str, base: B
 
 def test_a_token_with_nan_logits_is_not_correct() -> None:
     logits = jnp.asarray([[0.0, jnp.nan], [0.0, 1.0]])
-    assert right_tokens(logits, jnp.asarray([0, 1])).tolist() == [False, True]
+    assert correct_tokens(logits, jnp.asarray([0, 1])).tolist() == [False, True]
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_a_step_depends_neither_on_accumulation_nor_on_padding(
     cut = one_step(parts, batch(examples(), 2, length))
     assert_same_update(parts, in_one_pass, cut)
     assert cut[1].trained_tokens == in_one_pass[1].trained_tokens
-    assert cut[1].right_tokens == in_one_pass[1].right_tokens
+    assert cut[1].correct_tokens == in_one_pass[1].correct_tokens
 
 
 def test_a_step_does_not_depend_on_the_assignment_of_rows_to_passes(parts: Any, in_one_pass: Any) -> None:
