@@ -1,10 +1,10 @@
-# Each target makes its virtual environment and installs what it needs the first time, and only then.
+# Each target creates its virtual environment and installs what it needs, the first time only.
 
 PYTHON ?= python3
-# Another Python has another environment, so that going back and forth installs nothing anew.
+# Each Python has its own environment, so that switching between them reinstalls nothing.
 VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
-# What `make parity` installs of torch, before all else. The default wheel of Linux brings CUDA along: to do
-# without, put a CPU wheel of this version where pip finds it, or give pip's words for one:
+# The torch that `make parity` installs first. On Linux the default wheel includes CUDA. To avoid that, put a CPU wheel
+# of this version where pip finds it, or give pip's arguments for one:
 # make parity TORCH="torch --index-url ADDRESS-OF-THE-CPU-WHEELS"
 TORCH ?= torch==2.13.0
 # make test LOCKED=1 installs the versions of requirements-dev.txt, otherwise the newest that pyproject.toml allows.
@@ -52,10 +52,10 @@ soak: $(VENV)/.installed-test ## Kill a training run 25 times and resume it, the
 	$(BIN)/python scripts/soak.py $(ARGS)
 	$(BIN)/python -m scripts.fuzz_rows
 
-parity: $(VENV)/.installed-parity ## Run the tests beside torch, transformers and peft.
+parity: $(VENV)/.installed-parity ## Run the tests that compare with torch, transformers and peft.
 	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/python -m pytest tests/parity -m "not exhaustive" -n 2 --dist loadfile $(ARGS)
 
-check: $(VENV)/.installed-dev ## Lint, check the formatting, the layers of imports and the types.
+check: $(VENV)/.installed-dev ## Check style, formatting, import layers and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
@@ -74,7 +74,7 @@ format: $(VENV)/.installed-dev ## Fix what ruff can fix.
 gpu-dry-run: $(VENV)/.installed-parity ## Try scripts/gpu_check.py on the CPU, with tiny shapes; some minutes.
 	$(BIN)/python scripts/gpu_check.py --dry-run $(ARGS)
 
-dist: $(VENV)/.installed-release ## Build the wheel and the sdist, and test the wheel in an environment of its own.
+dist: $(VENV)/.installed-release ## Build the wheel and the sdist, and test the wheel in a separate environment.
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
@@ -98,7 +98,7 @@ clean: ## Remove the environments, the caches and what the demo wrote.
 	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis $(DEMO)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A shim of pyenv answers for the versions that are switched on, and for others once they are named.
+# A pyenv shim only runs versions that are active, and others if they are named.
 $(BIN)/python:
 	@set -e; name='import sys; print(sys.executable)'; \
 	python=$$($(PYTHON) -c "$$name" 2>/dev/null) \
@@ -109,14 +109,14 @@ $(BIN)/python:
 	echo "Making $(VENV) with $$python"; \
 	"$$python" -m venv --clear $(VENV)
 
-# JAX 0.11 and later compile a kernel without a GPU as well, but write no PTX to count registers in.
+# JAX 0.11 and later can also compile a kernel without a GPU, but write no PTX with its registers.
 $(CUDA_VENV)/.installed: pyproject.toml $(BIN)/python
 	$(BIN)/python -m venv --clear $(CUDA_VENV)
 	@echo 'Installing CUDA for JAX into $(CUDA_VENV): gigabytes'
 	$(CUDA_VENV)/bin/python -m pip install -qq -e . "jax[cuda13]<0.11"
 	@touch $@
 
-# A stamp for each set of extras, older than pyproject.toml where something may have to be installed.
+# A stamp file per set of extras; if it is older than pyproject.toml, something may have to be installed.
 install = @echo 'Installing $(1) into $(VENV): minutes the first time'; $(BIN)/python -m pip install -qq $(if $(LOCKED),-c requirements-dev.txt) $(1)
 
 $(VENV)/.installed: pyproject.toml $(BIN)/python

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Fetch what a machine may lack for scripts/gpu_check.py, as wheels for Python 3.12 on x86-64 Linux, into wheels/:
+# Download what a machine may lack for scripts/gpu_check.py, as wheels for Python 3.12 on x86-64 Linux, into wheels/:
 #
 #     scripts/gpu_wheels.sh [MORE PACKAGES]
 #
-# Expected to be there: jax with its CUDA plugin, flax, optax, orbax-checkpoint, transformers, peft, torch, and what
-# these require. Fails where the wheels and the files of the repository together exceed 60 MB. PYTHON is the Python
-# that runs pip, 3.11 or later; the wheels are for 3.12 whatever it is.
+# Expected on the machine: jax with its CUDA plugin, flax, optax, orbax-checkpoint, transformers, peft, torch, and their
+# dependencies. Fails if wheels and repository together exceed 60 MB. PYTHON is the Python that runs pip, 3.11 or later;
+# the wheels are always for 3.12.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -160,7 +160,7 @@ class Decoder(nn.Module):
     offload_inputs: bool = False
     """With gradient checkpointing, keep the inputs of layers in host memory."""
     packed: bool = False
-    """Whether rows without a cache may hold more than one segment, or not start with it; False is faster on GPUs."""
+    """False promises one segment per row, from its first position on, if there is no cache; this is faster on GPUs."""
     neftune_noise_alpha: float = 0.0
     """Scale of the noise on embeddings, if there is an rng for it; 0 for none."""
 
