@@ -25,7 +25,7 @@ from lora_jax.errors import Option, UserError
 from lora_jax.hub.bitsandbytes import QuantizationConfig
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.models.attention.query_blocks import Places
-from lora_jax.models.decoder import Layer, Sight, positions_of
+from lora_jax.models.decoder import AttentionContext, Layer, positions_of
 from lora_jax.models.layers import FROZEN, Linear
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import TensorName, name_table
@@ -66,7 +66,7 @@ class _Hidden(NamedTuple):
     """One batch on its way through the layers."""
 
     states: Float[Array, "batch length embed"]
-    sight: Sight
+    context: AttentionContext
     real: Bool[Array, "batch length"]
 
 
@@ -116,8 +116,8 @@ def calibrated_tensors(
                     leaves[entry.path[1:]] = dequantize(kernel, compute)
             params = unflatten_dict(leaves)
             hidden = [
-                _Hidden(_layer(config, params, states, sight, index), sight, real)
-                for states, sight, real in hidden
+                _Hidden(_layer(config, params, states, context, index), context, real)
+                for states, context, real in hidden
             ]
         yield from found.items()
 
@@ -153,15 +153,15 @@ def _embedded(
     slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     on_device = jnp.asarray(segments)
     rotations = angles(config.rope, config.head_dim, positions_of(on_device), compute)
-    sight = Sight(*rotations, Places(on_device, slots), Places(on_device, slots))
-    return _Hidden(jnp.asarray(table[tokens], compute), sight, on_device != 0)
+    context = AttentionContext(*rotations, Places(on_device, slots), Places(on_device, slots))
+    return _Hidden(jnp.asarray(table[tokens], compute), context, on_device != 0)
 
 
 def _all_moments(config: ModelConfig, params: Params, hidden: Sequence[_Hidden], index: Array) -> Moments:
     """Return Σ x xᵀ of a layer's inputs over all tokens except padding."""
     total: Any = None
-    for states, sight, real in hidden:
-        found = _moments(config, params, states, sight, real, index)
+    for states, context, real in hidden:
+        found = _moments(config, params, states, context, real, index)
         total = found if total is None else _sum(total, found)
     return total
 
@@ -173,13 +173,13 @@ def _sum(total: Moments, found: Moments) -> Moments:
 
 @partial(jax.jit, static_argnums=0)
 def _moments(
-    config: ModelConfig, params: Params, states: Array, sight: Sight, real: Array, index: Array
+    config: ModelConfig, params: Params, states: Array, context: AttentionContext, real: Array, index: Array
 ) -> Moments:
     moments: Moments = {}
 
-    def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        name = context.module.name
-        called = isinstance(context.module, Linear) and context.method_name == "__call__"
+    def watch(call: Any, args: Any, kwargs: Any, call_context: Any) -> Any:
+        name = call_context.module.name
+        called = isinstance(call_context.module, Linear) and call_context.method_name == "__call__"
         if called and name not in SAME_INPUT:
             x = jnp.where(real[..., None], args[0], 0).reshape(-1, args[0].shape[-1])
             moments[name] = jax.lax.dot_general(
@@ -188,10 +188,12 @@ def _moments(
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):
-        Layer(config).apply({FROZEN: params}, states, sight, index, None)
+        Layer(config).apply({FROZEN: params}, states, context, index, None)
     return moments
 
 
 @partial(jax.jit, static_argnums=0)
-def _layer(config: ModelConfig, params: Params, states: Array, sight: Sight, index: Array) -> Array:
-    return Layer(config).apply({FROZEN: params}, states, sight, index, None)[0]
+def _layer(
+    config: ModelConfig, params: Params, states: Array, context: AttentionContext, index: Array
+) -> Array:
+    return Layer(config).apply({FROZEN: params}, states, context, index, None)[0]

@@ -67,7 +67,7 @@ class Cache(NamedTuple):
     used: Int[Array, ""]
 
 
-class Sight(NamedTuple):
+class AttentionContext(NamedTuple):
     """Inputs shared by the attention of all layers: rotations, and the places of queries and keys."""
 
     cosine: Array
@@ -88,7 +88,9 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(self.config.rms_norm_eps), RMSNorm(self.config.rms_norm_eps)
 
-    def __call__(self, x: Array, sight: Sight, index: Array | None, cache: Any) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Array, context: AttentionContext, index: Array | None, cache: Any
+    ) -> tuple[Array, Any]:
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.config.head_dim)
         query, key, value = (
@@ -98,11 +100,11 @@ class Attention(nn.Module):
         )
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query = checkpoint_name(rotate(query, sight.cosine, sight.sine), "query")
-        key = checkpoint_name(rotate(key, sight.cosine, sight.sine), "key")
+        query = checkpoint_name(rotate(query, context.cosine, context.sine), "query")
+        key = checkpoint_name(rotate(key, context.cosine, context.sine), "key")
         value = checkpoint_name(value, "value")
         if cache is not None:
-            start = (0, sight.queries.slots[0], 0, 0)
+            start = (0, context.queries.slots[0], 0, 0)
             key = jax.lax.dynamic_update_slice(cache[0], key.astype(cache[0].dtype), start)
             value = jax.lax.dynamic_update_slice(cache[1], value.astype(cache[1].dtype), start)
             cache = (key, value)
@@ -110,8 +112,8 @@ class Attention(nn.Module):
 
         def attention(window: Window) -> Array:
             if cache is None:
-                return attend(query, key, value, sight.queries.segments, window, self.packed)
-            return attend_over(query, key, value, sight.queries, sight.keys, window)
+                return attend(query, key, value, context.queries.segments, window, self.packed)
+            return attend_over(query, key, value, context.queries, context.keys, window)
 
         mixed = of_layer(self.config.sliding_windows, index, key.shape[1], attention)
         mixed = checkpoint_name(mixed.reshape(batch, length, -1), "mixed")
@@ -144,9 +146,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
         self.mlp = MLP(self.config)
 
-    def __call__(self, x: Array, sight: Sight, index: Array | None, cache: Any) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Array, context: AttentionContext, index: Array | None, cache: Any
+    ) -> tuple[Array, Any]:
         x = checkpoint_name(x, "input")
-        mixed, cache = self.self_attn(self.input_layernorm(x), sight, index, cache)
+        mixed, cache = self.self_attn(self.input_layernorm(x), context, index, cache)
         x = checkpoint_name(constrained(x + mixed), "residual")
         return constrained(x + self.mlp(self.post_attention_layernorm(x))), cache
 
@@ -204,14 +208,14 @@ class Decoder(nn.Module):
             key_segments = jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.used))
             layers_cache = (cache.key, cache.value)
         rotations = angles(self.config.rope, self.config.head_dim, positions, self.dtype)
-        sight = Sight(*rotations, Places(segments, slots), Places(key_segments, key_slots))
+        context = AttentionContext(*rotations, Places(segments, slots), Places(key_segments, key_slots))
         layers = jnp.arange(self.config.num_hidden_layers) if self.config.windows_differ else None
         embedded = self.embed_tokens(tokens)
         if self.neftune_noise_alpha and self.has_rng(NOISE):
             lengths = segment_lengths(segments) if self.packed else jnp.sum(segments != 0, 1, keepdims=True)
             key = self.make_rng(NOISE)
             embedded = embedded + embedding_noise(key, embedded, lengths, self.neftune_noise_alpha)
-        x, grown = self.layers(constrained(embedded), sight, layers, layers_cache)
+        x, grown = self.layers(constrained(embedded), context, layers, layers_cache)
         if cache is not None:
             key, value = grown
             cache = Cache(key, value, key_segments, cache.used + tokens.shape[1])

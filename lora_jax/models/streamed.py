@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from lora_jax.models.attention.query_blocks import Places
-from lora_jax.models.decoder import Layer, Sight, positions_of
+from lora_jax.models.decoder import AttentionContext, Layer, positions_of
 from lora_jax.models.layers import SCANNED, RMSNorm
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.names import name_table
@@ -39,7 +39,7 @@ def streamed_logits(
     tokens, segments = jnp.asarray(tokens), jnp.asarray(segments)
     slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     rotations = angles(config.rope, config.head_dim, positions_of(segments), jnp.float32)
-    sight = Sight(*rotations, Places(segments, slots), Places(segments, slots))
+    context = AttentionContext(*rotations, Places(segments, slots), Places(segments, slots))
     table = {entry.name: entry for entry in name_table(config)}
     hidden: Any = None
     embedding = head = jnp.zeros(0)
@@ -51,7 +51,7 @@ def streamed_logits(
             leaves[entry.path] = value
         if layer is not None:
             params = unflatten_dict({path[1:]: leaf for path, leaf in leaves.items() if path[0] == SCANNED})
-            hidden = _layer(config, params, hidden, sight, jnp.asarray(layer))
+            hidden = _layer(config, params, hidden, context, jnp.asarray(layer))
             continue
         if ("embed_tokens", "embedding") in leaves:
             embedding = leaves["embed_tokens", "embedding"]
@@ -65,5 +65,7 @@ def streamed_logits(
 
 
 @partial(jax.jit, static_argnums=0)
-def _layer(config: ModelConfig, params: Params, hidden: Array, sight: Sight, index: Array) -> Array:
-    return Layer(config).apply({"params": params}, hidden, sight, index, None)[0]
+def _layer(
+    config: ModelConfig, params: Params, hidden: Array, context: AttentionContext, index: Array
+) -> Array:
+    return Layer(config).apply({"params": params}, hidden, context, index, None)[0]
