@@ -65,6 +65,15 @@ def test_adapters_follow_their_base_and_fsdp_shards_both_matrices() -> None:
     assert base["x/down_proj"] == P(None, "tensor", "fsdp")
 
 
+def test_the_leaf_of_any_method_is_sharded_on_the_axes_of_its_module() -> None:
+    columns, rows = "layers/self_attn/q_proj/default", "layers/mlp/down_proj/default"
+    assert spec_of(f"{columns}/miss_block", (2, 8, 64), SIZES) == P(None, "fsdp", "tensor")
+    assert spec_of(f"{rows}/miss_block", (2, 8, 64), SIZES) == P(None, None, "fsdp")
+    assert spec_of(f"{columns}/ia3_outputs", (2, 64, 1), SIZES) == P(None, "tensor", None)
+    assert spec_of(f"{rows}/ia3_inputs", (2, 1, 64), SIZES) == P(None, None, "tensor")
+    assert spec_of(f"{columns}/kernel", (2, 64, 64), SIZES) == P(None, "fsdp", "tensor")
+
+
 def test_fsdp_shards_every_adapter_and_names_exceptions() -> None:
     """EasyDeL#255, #234: only A or only B was sharded, so each of 8 devices held 65% of the adapter."""
     eight = mesh(fsdp=8)

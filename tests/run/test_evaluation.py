@@ -282,6 +282,26 @@ def test_the_adapter_of_any_checkpoint_can_be_exported_later(
     assert files[""] == files[f":{max(found)}"] != files[":best"]
 
 
+def test_a_checkpoint_whose_adapter_has_no_name_is_refused(
+    watched: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Earlier versions left the adapter's name out of the paths of what is trained."""
+    earlier = shutil.copytree(watched[1], tmp_path / "earlier")
+    for step in (earlier / "checkpoints").iterdir():
+        file = step / "options" / "metadata"
+        stored = json.loads(file.read_text())
+        del stored["options"]["adapter name"]
+        file.write_text(json.dumps(stored))
+        (step / "checksums.json").unlink()
+    capsys.readouterr()
+    assert main(["export", "--checkpoint", f"{earlier}:3", "--output", str(tmp_path / "adapter")]) == 2
+    assert "was written by an earlier version of lora_jax; export it with" in capsys.readouterr().err
+    assert main([*watched[0], "--output_dir", str(earlier), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "was written by another version of lora_jax ('adapter name'); resume with that version" in error
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_a_missing_checkpoint_is_one_line_with_the_existing_ones(
     watched: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
