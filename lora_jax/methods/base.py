@@ -1,13 +1,14 @@
-"""What a method of PEFT declares: its leaves, where they go, and what they make of a layer. All else follows.
+"""What a method of PEFT declares: its leaves, the modules that get them, and what they make of a layer.
 
     trained/<module>/<adapter>/<leaf>    facts/<module>/<adapter>/<fact>
 
 A *method* is a frozen dataclass in PEFT's words. A *leaf* is one array of an adapted module, declared once: its axes,
-its name in a file, whether it decays. A *site* is an adapted module of one layer with the sizes of those axes. Start,
-files, counts, sharding, optimizer groups, 8-bit blocks and merging follow from leaves and sites, and know no method.
+its name in a file, whether it decays. A *site* is an adapted module of one layer, with the sizes of those axes.
+Initialization, files, counts, sharding, weight decay, 8-bit blocks and merging read leaves and sites, and know no
+method.
 
-Facts are what a layer needs and nobody trains: scales, masks of layers and, as `METHOD`, the method itself, which is
-static. So a model finds in the trees what it is to compute, and needs no option for it.
+Facts are what a layer needs besides: scales, masks of layers and, as `METHOD`, the method itself, which is static to
+JAX. The trees therefore say what the model computes, and it needs no option for that.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from lora_jax.types import PyTree, Tree
 DEFAULT_ADAPTER = "default"
 """Name of an adapter that nobody named, as in PEFT."""
 RANK = "rank"
-"""The axis of a leaf between those of its module: fsdp cuts it where it cuts neither of these."""
+"""The axis of a leaf that fsdp shards if it shards none of the leaf's other axes."""
 METHOD = "method"
 """The fact that is the method itself."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array of a site, and what depends on which it is.
+    """One array of a site.
 
-    `axes` name its dimensions, the layer's left out: "in" and "out" are those of the module, others are sizes of the
-    site; a number is a size itself.
+    `axes` are its dimensions without the layer's: "in" and "out" are the module's, other names are sizes of the site,
+    and a number is a size itself.
     """
 
     name: str
@@ -50,15 +51,15 @@ class Leaf:
     stored: str
     """Name in an adapter file, after the module's."""
     transposed: bool = False
-    """Whether a file has the two axes the other way round, as torch does."""
+    """Whether files store it transposed, as torch does."""
     decays: bool = True
     """Whether weight decay applies to it."""
     zero: bool = False
-    """Whether it starts at zero, so that any other value shows that it was trained."""
+    """Whether it starts at zero, so that any other value shows training."""
     absent: float | None = None
-    """What a mask keeps it at on layers without the site; None where zeros have no gradient there."""
+    """Its value on layers without the site, held by a mask; None if zeros get no gradient there."""
     added: bool = True
-    """Whether its parameters come on top of the base's; a trained bias is one of them."""
+    """Whether it adds parameters to the base's; a trained bias of the base does not."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ class Method:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Adapter(Method):
+class PlainMethod(Method):
     """A method whose fields are all that PEFT has: the options, adapter_config.json and the model card."""
 
     base_model_name_or_path: Hidden = field(default=None, metadata={HIDDEN: True})
@@ -230,7 +231,7 @@ class Adapter(Method):
     task_type: Hidden = field(default="CAUSAL_LM", metadata={HIDDEN: True})
 
 
-HEADER = tuple(option.name for option in fields(Adapter))
+HEADER = tuple(option.name for option in fields(PlainMethod))
 """Keys of adapter_config.json that are no options: the base, its revision, the task."""
 
 

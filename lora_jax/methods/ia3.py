@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from lora_jax.config import expand_targets
 from lora_jax.errors import Option, UserError
-from lora_jax.methods.base import Adapter, Layer, Leaf, Names, Site, Stored
+from lora_jax.methods.base import Layer, Leaf, Names, PlainMethod, Site, Stored
 from lora_jax.modules import Module
 from lora_jax.types import Tree
 
@@ -28,7 +28,7 @@ INPUTS = Leaf("ia3_inputs", (1, "in"), "ia3_l", absent=1.0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Ia3(Adapter):
+class Ia3(PlainMethod):
     """IA3, in the words of PEFT's IA3Config: trains a scale per key, value and MLP channel."""
 
     peft_type = "IA3"

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from lora_jax.errors import Option, UserError
-from lora_jax.methods.base import RANK, Adapter, Layer, Leaf, Names, Site, Stored
+from lora_jax.methods.base import RANK, Layer, Leaf, Names, PlainMethod, Site, Stored
 from lora_jax.modules import Module
 from lora_jax.product import matmul
 from lora_jax.types import Tree
@@ -25,7 +25,7 @@ BLOCK = Leaf("miss_block", (RANK, "out"), "miss_block", zero=True, absent=0.0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Miss(Adapter):
+class Miss(PlainMethod):
     """MiSS, in the words of PEFT's MissConfig: trains one matrix [r, out] per layer."""
 
     peft_type = "MISS"

@@ -31,7 +31,7 @@ LEAVES: dict[str, Leaf] = {leaf.name: leaf for kind in METHODS.values() for leaf
 """Every leaf that may be trained, by its name in a tree."""
 
 Options = TypeVar("Options", bound=RunConfig)
-_HELP = "Method: lora or another one trains an adapter; full trains every parameter and writes a whole checkpoint."
+_HELP = "PEFT method of the adapter; full trains every parameter and writes a whole checkpoint."
 
 
 @cache
