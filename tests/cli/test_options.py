@@ -281,10 +281,10 @@ def test_a_file_after_the_flags_is_refused(tmp_path: Path) -> None:
 def documented(kind: Any) -> list[str]:
     """Return the docstring of every option, from the source of its dataclass."""
     found: list[str] = []
-    tree = ast.parse(inspect.getsource(inspect.getmodule(kind)))  # pyright: ignore[reportArgumentType]
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name in [k.__name__ for k in classes(kind)]:
-            found += [e.value.value for e in node.body if isinstance(e, ast.Expr)][1:]  # pyright: ignore
+    for each in classes(kind):
+        (node,) = ast.parse(inspect.getsource(each)).body
+        assert isinstance(node, ast.ClassDef)
+        found += [e.value.value for e in node.body if isinstance(e, ast.Expr)][1:]  # pyright: ignore
     return found
 
 
