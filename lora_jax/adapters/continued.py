@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_jax.config import LoraOptions
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.methods.lora import Lora
 from lora_jax.methods.matching import make_plan
 from lora_jax.modules import Module
@@ -42,8 +42,8 @@ def continued_config(options: LoraOptions, asked: Lora, stored: Lora, modules: S
             continue
         if make_plan(replace(stored, **{name: new}), modules, strict=False) != plan:
             raise UserError(
-                f"--lora.{name} {_shown(new)}: the adapter of --lora.init_from has {_shown(old)}; "
-                f"leave --lora.{name} out, or start a new adapter without --lora.init_from"
+                f"{Option(f'lora.{name}', new)}: the adapter of {Option('lora.init_from')} has {_shown(old)}; "
+                f"leave {Option(f'lora.{name}')} out, or start a new adapter without {Option('lora.init_from')}"
             )
     dropout = stored.lora_dropout if options.lora_dropout is None else asked.lora_dropout
     base, revision = asked.base_model_name_or_path, asked.revision

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.adapters.notes import Notes
 from lora_jax.adapters.peft import stored_leaves
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError
 from lora_jax.hub.checkpoint import Checkpoint
 from lora_jax.hub.finite_tensors import cast, finite, not_finite, too_large
 from lora_jax.methods.base import Method, Site
@@ -102,7 +102,7 @@ def _converted(
     if finite(converted):
         return converted
     if finite(value):
-        raise too_large(value, dtype, name, "--dtype")
+        raise too_large(value, dtype, name, Option("dtype"))
     stored = None if read is None else read()
     if stored is not None and not finite(stored):
         raise UserError(

@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_jax.config import ALL_LINEAR, LoraOptions, expand_targets, names_or_regex, resolved
-from lora_jax.errors import UserError, listing
+from lora_jax.errors import Option, UserError, listing
 from lora_jax.methods.base import DEFAULT_ADAPTER, Method, Site
 from lora_jax.methods.lora import Lora
 from lora_jax.methods.matching import Plan, compact_targets
@@ -147,7 +147,7 @@ def fold_for_vllm(config: Method, tensors: Mapping[str, np.ndarray], plan: Plan)
     """
     if not isinstance(config, Lora):
         raise UserError(
-            f"--for vllm: vLLM serves LoRA alone, not {config.label}; merge the adapter into its base"
+            f"{Option('for', 'vllm')}: vLLM serves LoRA alone, not {config.label}; merge the adapter into its base"
         )
     unserved = [
         ("modules_to_save", bool(plan.saved)),
@@ -161,7 +161,8 @@ def fold_for_vllm(config: Method, tensors: Mapping[str, np.ndarray], plan: Plan)
     for what, present in unserved:
         if present:
             raise UserError(
-                f"--for vllm: the adapter uses {what}, which vLLM does not support; merge it into the base instead"
+                f"{Option('for', 'vllm')}: the adapter uses {what}, which vLLM does not support; merge it into the "
+                "base instead"
             )
     width = max(target.sizes["rank"] for target in plan.targets)
     folded: Tensors = {}

@@ -16,7 +16,6 @@ from tests.conftest import ROOT
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_]")
 SPEAK_OF_FLAGS = {
-    "adapters/": "to be converted",
     "cli.py": "the command line",
     "commands/": "the command line",
     "options/": "reads the command line",
