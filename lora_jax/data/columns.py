@@ -34,7 +34,7 @@ READ: dict[DataFormat, frozenset[str]] = {
     "text": frozenset(("text",)),
 }
 NONE = "none"
-"""In --data.columns: read our column from none of the file's."""
+"""In the option columns: read our column from none of the file's."""
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages")
@@ -70,7 +70,7 @@ class Columns:
     weight_field: str | None = None
 
     def check(self) -> None:
-        """Raise UserError for an unknown name in --data.columns."""
+        """Raise UserError for an unknown name in the option columns."""
         read = sorted(frozenset().union(*READ.values()))
         for ours, theirs in self.names.items():
             option = _mapped({ours: theirs})

@@ -34,7 +34,7 @@ class Recipe:
 
     @classmethod
     def of(cls, options: DataOptions) -> Recipe:
-        """Return the recipe of data options; raises UserError for unknown names in --data.columns."""
+        """Return the recipe of data options; raises UserError for unknown names in the option columns."""
         recipe = cls(**{name: getattr(options, name) for name in cls.__dataclass_fields__})
         recipe.named.check()
         return recipe

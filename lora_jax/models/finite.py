@@ -17,7 +17,7 @@ from lora_jax.models.quantization import read_weight
 def broken_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: str = "auto") -> str | None:
     """Return which values of a checkpoint are not finite, and the remedy; None if all are finite.
 
-    `dtype`, from --model.dtype, is what they are converted to. Reads all weights, one at a time. A weight that the
+    `dtype`, from the model options, is what they are converted to. Reads all weights, one at a time. A weight that the
     checkpoint lacks comes from an adapter, which was checked when it was read.
     """
     held = set(checkpoint.names)

@@ -1,7 +1,7 @@
 """Find out from the environment about other processes, so that none of them trains alone by mistake.
 
 JAX finds its peers on TPU VMs, under SLURM's srun, under Open MPI 4 and, with the `kubernetes` package, in a Kubernetes
-Job. Every other launcher sets variables with the number of processes. They supply what `--distributed.*` leaves open;
+Job. Every other launcher sets variables with the number of processes. They supply what the options leave open;
 if that is not enough, the run is rejected rather than trained once per process.
 """
 

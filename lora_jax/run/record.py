@@ -143,7 +143,7 @@ def jax_settings() -> Object:
 
 def command_line(asked: RunConfig) -> str:
     """Return the options that differ from their defaults as one shell command line, without those in STARTING."""
-    # Without --lora.init_from, unset options have defaults; with it, the adapter decides them.
+    # Without init_from, unset options have defaults; with it, the adapter decides them.
     default = type(asked)() if asked.lora.init_from else resolved(type(asked)())
     words, defaults = ["lora-jax", "train"], flat_options(default)
     for name, value in flat_options(asked).items():
