@@ -27,7 +27,7 @@ class RunConfig:
     output_dir: str = ""
     """Folder for the adapter, metrics.jsonl, config.yaml and checkpoints."""
     method: Literal["lora", "full"] = "lora"
-    """lora trains an adapter; full trains every parameter and writes a whole checkpoint."""
+    """PEFT method of the adapter; full trains every parameter and writes a whole checkpoint."""
     resume: bool = False
     """Resume from the last checkpoint in output_dir."""
     overwrite: bool = False
