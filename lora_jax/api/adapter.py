@@ -18,6 +18,7 @@ from lora_jax.methods.base import Method
 from lora_jax.methods.matching import Plan
 from lora_jax.pretrained import Pretrained
 from lora_jax.run.results import write_adapter_folder
+from lora_jax.types import Values
 from lora_jax.version import __version__
 
 
@@ -31,6 +32,8 @@ class AboutAdapter:
     card: TrainingFacts = field(default_factory=TrainingFacts)
     chat_template: str | None = None
     """Chat template that it was trained with, where that is not the tokenizer's own."""
+    generation: Values | None = None
+    """The generation settings that its folder has, or else the base's; None if it has no folder."""
 
 
 @dataclass(eq=False, repr=False)

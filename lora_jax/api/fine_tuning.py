@@ -32,6 +32,7 @@ from lora_jax.config import (
 )
 from lora_jax.console import plain_console
 from lora_jax.errors import INTERRUPTED, UserError
+from lora_jax.generate.stops import generation_settings
 from lora_jax.hub.chat_templates import set_chat_template
 from lora_jax.run import stages
 from lora_jax.run.checkpoints import steps_in
@@ -163,6 +164,8 @@ def train(
         if finished:
             stored = open_adapter(folder / ADAPTER, model.config)
             adapter.trained, adapter.facts = adapter_trees(stored, model.params, model.mesh)
+            settings = generation_settings(model.base.folder, folder / ADAPTER)
+            adapter.about = replace(adapter.about, base=model.base, generation=settings)
     if config.data.chat_template is not None:
         adapter.about = replace(adapter.about, chat_template=config.data.chat_template)
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()

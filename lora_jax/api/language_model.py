@@ -34,6 +34,7 @@ from lora_jax.errors import UserError
 from lora_jax.generate.load import Loaded
 from lora_jax.generate.stops import generation_settings
 from lora_jax.hub.resolve import resolve
+from lora_jax.hub.tokenizer import carries_generation
 from lora_jax.methods.matching import make_plan
 from lora_jax.models.decoder import Decoder, positions_of
 from lora_jax.models.layers import variables
@@ -163,7 +164,12 @@ class Model:
         config = replace(
             cast(Any, found.config), base_model_name_or_path=options.path, revision=options.revision
         )
-        return Adapter(trained, facts, AboutAdapter(config=config, plan=found.plan, base=self.base))
+        own = found.folder if carries_generation(found.folder) else None
+        return Adapter(trained, facts, AboutAdapter(
+            config=config, plan=found.plan,
+            base=self.base if own is None else replace(self.base, tokenizer_files=own),
+            generation=generation_settings(self.base.folder, own),
+        ))  # fmt: skip
 
     @overload
     def generate(self, prompts: str, adapter: Adapter | None = None, **settings: Any) -> str: ...
@@ -176,6 +182,8 @@ class Model:
     ) -> str | list[str]:
         """Return what the model writes after each prompt, which is a user's turn where there is a chat template.
 
+        An adapter that was read from a folder brings its own tokenizer and end tokens, if the folder has them.
+
         Args:
             prompts: one prompt, for which one text is returned, or several.
             adapter: what is added to the base; None for the base alone.
@@ -187,13 +195,14 @@ class Model:
         ['After Friday comes Saturday.']
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
+        base, own = (self.base, None) if adapter is None else (adapter.about.base, adapter.about.generation)
         with naming_fields(), jax.set_mesh(self.mesh):
             options = GenerateOptions(model=self.base.options, prompt=tuple(several), **settings)
             check_generation(options)
             loaded = Loaded(
-                base=self.base,
+                base=base,
                 adapter=None,
-                settings=generation_settings(self.base.folder),
+                settings=generation_settings(self.base.folder) if own is None else own,
                 model=self.module,
                 variables=self.variables(adapter),
             )

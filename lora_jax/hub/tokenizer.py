@@ -164,6 +164,11 @@ def carries_tokenizer(folder: Path) -> bool:
     return bool(_found(folder))
 
 
+def carries_generation(folder: Path) -> bool:
+    """Return whether an adapter's folder has a tokenizer or generation settings of its own."""
+    return carries_tokenizer(folder) or (folder / GENERATION_CONFIG_FILE).exists()
+
+
 def chat_template(folder: Path) -> bytes | None:
     """Return a folder's default chat template, from its file or from tokenizer_config.json, or None."""
     path = folder / TEMPLATE_FILE

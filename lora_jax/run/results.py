@@ -19,7 +19,7 @@ from lora_jax.hub.bucket import Place
 from lora_jax.hub.chat_templates import write_chat_template
 from lora_jax.hub.model_card import TrainingFacts, adapter_card, model_card
 from lora_jax.hub.resolve import looks_like_id
-from lora_jax.hub.tokenizer import copy_tokenizer
+from lora_jax.hub.tokenizer import copy_generation_config, copy_tokenizer, generation_config
 from lora_jax.methods.base import Method
 from lora_jax.models.save import save_model, tree_tensors
 from lora_jax.parallel.processes import writes
@@ -59,11 +59,18 @@ def write_adapter_folder(
     facts: TrainingFacts,
     chat_template: str | None = None,
 ) -> None:
-    """Write an adapter folder as PEFT does, with model card and tokenizer; replace what is in the folder."""
+    """Write an adapter folder as PEFT does, with model card and tokenizer; replace what is in the folder.
+
+    The files of an adapter that brought its tokenizer and generation settings (`base.tokenizer_files`) are kept.
+    """
+    own = base.tokenizer_files
     with whole_folder(target, overwrite=True) as aside:
         write_adapter(aside, config, tensors)
-        copy_tokenizer(base.folder, aside)
-        write_stops(aside, base.checkpoint, base.tokenizer, base.config.vocab_size)
+        copy_tokenizer(base.folder, aside, own)
+        if own is not None and generation_config(own):
+            copy_generation_config(own, aside)
+        else:
+            write_stops(aside, base.checkpoint, base.tokenizer, base.config.vocab_size)
         write_chat_template(aside, base.tokenizer, chat_template)
         write_notes(aside, base.notes())
         write_text(aside / "README.md", adapter_card(config, facts))
