@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,24 +91,41 @@ def _is_trained(path: tuple[str, ...]) -> bool:
     return DEFAULT_ADAPTER in path
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, sequence: int = 1) -> Mesh:
-    """Return a mesh over all devices, -1 being what is left.
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    sequence: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """Return a mesh over all devices, or over some of them; -1 takes those that the other axes leave.
+
+    Give it to `load`, which shards the base, and to `batches`. Adapters and the state of `init_state` follow the base.
 
     Args:
         data: devices that hold the same parameters and take different rows.
         fsdp: devices that take different rows and a share of the parameters each.
-        tensor: devices that share out heads and features of each layer.
+        tensor: devices that share out the heads and features of each layer.
         sequence: devices that share out the tokens of a row.
+        devices: the devices; None takes all.
 
-    >>> lj.make_mesh().shape["fsdp"]
-    1
+    >>> mesh = lj.make_mesh(data=1, fsdp=-1)  # on eight devices fsdp is 8
+    >>> model = lj.load("examples/fennel-2m", mesh=mesh)
+    >>> adapter = model.add_adapter(lj.LoraConfig(r=8))
+    trainable params: 108,544 || all params: 1,953,472 || trainable%: 5.5565
+    >>> batches = lj.batches("examples/captain.train.jsonl", model.tokenizer, batch_size=16, mesh=mesh)
+    >>> f"{lj.loss(model, adapter, batches[0]):.3f}"
+    '8.220'
     """
     with naming_fields():
-        return meshes.make_mesh(MeshOptions(data, fsdp, tensor, sequence))
+        return meshes.make_mesh(MeshOptions(data, fsdp, tensor, sequence), devices)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """Return the NamedSharding of each leaf of a tree: parameters, an adapter's arrays, or their optimizer state.
+
+    `jax.device_put` moves a tree there, and `jax.jit(…, out_shardings=…)` makes it there.
 
     >>> state = optax.adamw(1e-3).init(adapter.trained)
     >>> where = lj.shardings(state, model.mesh)
