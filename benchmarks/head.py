@@ -14,6 +14,7 @@ import argparse
 import json
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def compiled_step(vocab: int) -> tuple[Any, tuple[Any, ...], int]:
         file.write_text(json.dumps(CONFIG | {"vocab_size": vocab}))
         model = lj.load(file, random_weights=True)
     model = model.replace(module=model.module.clone(gradient_checkpointing=True))
-    adapter = model.add_adapter(lj.LoraConfig(lora_dropout=0.0))
+    with redirect_stdout(None):  # a line in the middle of the table
+        adapter = model.add_adapter(lj.LoraConfig(lora_dropout=0.0))
     optimizer = lj.make_optimizer(lj.TrainingArguments(lr_scheduler_type="constant"), 100)
     step, state = lj.make_train_step(model, adapter, optimizer), lj.init_state(model, adapter, optimizer)
     compiled = step.lower(state, batch(vocab, 1.0)).compile()

@@ -77,6 +77,7 @@ def our_steps(
     )
     optimizer = lj.make_optimizer(lj.TrainingArguments(lr_scheduler_type="constant"), steps)
     step, state = lj.make_train_step(base, adapter, optimizer), lj.init_state(base, adapter, optimizer)
+    del adapter  # the state has a copy of what is trained
     tokens, chosen = batch(base.config.vocab_size, trained)
     inputs = lj.make_batch(tokens, labels=np.where(chosen, tokens, -100))
     seconds = []

@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 if "--dry-run" in sys.argv:  # the imports below read it
     os.environ["GPU_CHECK_DRY_RUN"] = "1"
 
-from scripts.gpu_sections.shared import ROW, WORKLOADS, options, write_model  # noqa: E402
+from scripts.gpu_sections.shared import ROW, WORKLOADS, write_model  # noqa: E402
 from scripts.gpu_sections.tables import short, tables, training  # noqa: E402
 
 LIMIT = 465
@@ -237,13 +237,12 @@ def planned(dry_run: bool, folder: Path) -> tuple[list[Section], list[Section]]:
         Section("plan", 110 * slow),
     ]
     alone = []
-    for model, work in WORKLOADS.items():
+    for model in WORKLOADS:
         file = write_model(model, folder)
         for method in ("LoRA", "QLoRA"):
-            names = json.dumps({"model": model, "method": method})
-            ours = [names, *options(file, work, method == "QLoRA")]
-            alone.append(Section(f"lora_jax {method} {model}", 50 * slow, ours, "steps"))
-            alone.append(Section(f"PEFT {method} {model}", 50 * slow, [names, str(file)], "peft_steps"))
+            given = [json.dumps({"model": model, "method": method}), str(file)]
+            alone.append(Section(f"lora_jax {method} {model}", 50 * slow, given, "steps"))
+            alone.append(Section(f"PEFT {method} {model}", 50 * slow, given, "peft_steps"))
     alone.insert(-4, Section("kernel_times", 80 * slow))  # before the last model
     return together, alone
 
