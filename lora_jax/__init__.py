@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora_jax.api.fine_tuning import TrainResult, merge, train
     from lora_jax.api.functional import join, loss, make_mesh, partition, shardings, trainable_mask
     from lora_jax.api.language_model import Model, load
-    from lora_jax.api.settings import DataConfig, LoraConfig, TrainingArguments
+    from lora_jax.api.settings import DataConfig, IA3Config, LoraConfig, MissConfig, TrainingArguments
     from lora_jax.api.stepping import TrainStep, init_state, make_optimizer, make_train_step
     from lora_jax.data.batches import Batch
     from lora_jax.errors import UserError
@@ -35,7 +35,9 @@ __all__ = [
     "Batch",
     "Batches",
     "DataConfig",
+    "IA3Config",
     "LoraConfig",
+    "MissConfig",
     "Model",
     "StepMetrics",
     "TrainResult",
@@ -67,7 +69,7 @@ _HOMES = {
     "api.fine_tuning": ("TrainResult", "merge", "train"),
     "api.functional": ("join", "loss", "make_mesh", "partition", "shardings", "trainable_mask"),
     "api.language_model": ("Model", "load"),
-    "api.settings": ("DataConfig", "LoraConfig", "TrainingArguments"),
+    "api.settings": ("DataConfig", "IA3Config", "LoraConfig", "MissConfig", "TrainingArguments"),
     "api.stepping": ("TrainStep", "init_state", "make_optimizer", "make_train_step"),
     "data.batches": ("Batch",),
     "errors": ("UserError",),

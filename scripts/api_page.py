@@ -16,7 +16,7 @@ import lora_jax as lj
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 GROUPS = {
-    "Models and adapters": ("load", "Model", "LoraConfig", "Adapter"),
+    "Models and adapters": ("load", "Model", "LoraConfig", "IA3Config", "MissConfig", "Adapter"),
     "Training and merging": ("train", "TrainingArguments", "DataConfig", "TrainResult", "merge"),
     "A loop of your own": (
         "loss", "batches", "Batches", "Batch", "tokenize", "make_batch", "make_optimizer", "init_state", "TrainState",

@@ -14,18 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lora_jax.adapters.continued import resolved_options
 from lora_jax.adapters.read import adapter_trees, open_adapter
 from lora_jax.api.adapter import Adapter
 from lora_jax.api.language_model import Model
 from lora_jax.api.plain_errors import naming_fields
 from lora_jax.api.row_files import Rows, files_of
-from lora_jax.api.settings import DataConfig, TrainingArguments, plain
+from lora_jax.api.settings import DataConfig, TrainingArguments, method_options, plain
 from lora_jax.commands import merge as merging
 from lora_jax.config import (
     DataOptions,
     DistributedOptions,
-    LoraOptions,
     MeshOptions,
     RunConfig,
     TrainOptions,
@@ -229,9 +227,9 @@ def _config(
         if others:
             raise UserError("eval_rows: several paths need names; give a dict of name to path")
         chosen["eval_path"] = path
-    config = RunConfig(
+    config = method_options(
+        adapter.config,
         model=model.base.options,
-        lora=resolved_options(LoraOptions(), adapter.config),
         data=replace(plain(data, DataOptions), **chosen),
         train=plain(args, TrainOptions),
         mesh=MeshOptions(**model.mesh.shape),

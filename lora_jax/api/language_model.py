@@ -14,16 +14,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from lora_jax.adapters.init import start_adapter
-from lora_jax.adapters.peft import adapter_config
 from lora_jax.adapters.read import adapter_trees, note_of_base, open_adapter
 from lora_jax.api.adapter import AboutAdapter, Adapter
 from lora_jax.api.plain_errors import naming_fields
-from lora_jax.api.settings import LoraConfig, plain
+from lora_jax.api.settings import IA3Config, LoraConfig, MissConfig, method_options
 from lora_jax.commands.generate import GenerateOptions, check_generation, completions
 from lora_jax.config import (
     DataOptions,
     Dtype,
-    LoraOptions,
     MeshOptions,
     ModelOptions,
     RunConfig,
@@ -44,6 +42,7 @@ from lora_jax.models.random_weights import random_params
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.pretrained import Pretrained, open_config, open_pretrained
 from lora_jax.run.setup import check_resized, run_keys
+from lora_jax.training.adapted import asked_method
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -119,7 +118,9 @@ class Model:
         positions = positions_of(segments) if positions is None else jnp.asarray(positions, jnp.int32)
         return _logits(self, adapter, tokens, segments, positions, key)
 
-    def add_adapter(self, config: LoraConfig | None = None, key: Array | None = None) -> Adapter:
+    def add_adapter(
+        self, config: LoraConfig | IA3Config | MissConfig | None = None, key: Array | None = None
+    ) -> Adapter:
         """Return a new adapter, and print how many parameters it trains, as PEFT does; the model stays as it is.
 
         Without a key it starts as a run of the command line with the default seed does.
@@ -129,9 +130,9 @@ class Model:
         """
         config = LoraConfig() if config is None else config
         with naming_fields():
-            options: LoraOptions = plain(config, LoraOptions)
-            check(_stand_in(options))
-            wanted = adapter_config(options, self.base.options.path, self.base.options.revision)
+            options = self._stand_in(config)
+            check(options)
+            wanted = asked_method(options)
             plan = make_plan(wanted, modules(self.config))
             check_resized(self.base, plan)
             self.base.check_adapted(plan)
@@ -141,6 +142,12 @@ class Model:
         adapter = Adapter(trained, facts, AboutAdapter(config=wanted, plan=plan, base=self.base))
         adapter.print_trainable_parameters()
         return adapter
+
+    def _stand_in(self, config: Any) -> RunConfig:
+        """Return a run's options that are right except, perhaps, those of the adapter."""
+        return method_options(
+            config, model=self.base.options, data=DataOptions(path=("unused",)), output_dir="unused"
+        )
 
     def load_adapter(self, folder: str | Path) -> Adapter:
         """Return an adapter from a folder or the Hub, as PEFT or lora_jax wrote it.
@@ -284,12 +291,6 @@ def _logits(
         rngs = None if key is None else {"dropout": key}
         hidden, _ = module.apply(collections, tokens, positions, segments, rngs=rngs)
         return module.apply(collections, hidden, method="logits", rngs=rngs)
-
-
-def _stand_in(lora: LoraOptions) -> RunConfig:
-    """Return a run's options that are right but for, perhaps, those of the adapter."""
-    named = "unused"
-    return RunConfig(ModelOptions(path=named), lora, DataOptions(path=(named,)), output_dir=named)
 
 
 def _flatten(model: Model) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

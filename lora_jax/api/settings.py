@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, no_type_check
 
-from lora_jax.config import DEFAULT, DataOptions, LoraOptions, TrainOptions
+from lora_jax.adapters.continued import resolved_options
+from lora_jax.config import DEFAULT, DataOptions, LoraOptions, RunConfig, TrainOptions
 from lora_jax.errors import UserError
+from lora_jax.methods.ia3 import Ia3
+from lora_jax.methods.lora import Lora
+from lora_jax.methods.miss import Miss
+from lora_jax.methods.table import METHODS, TRAIN_OPTIONS
 
 
 class _Lenient:
@@ -46,6 +51,26 @@ class LoraConfig(_Lenient, LoraOptions):
             raise UserError("init_from: is for the command line; load the adapter with model.load_adapter")
 
 
+@no_type_check
+@dataclass(frozen=True, eq=False, kw_only=True)
+class IA3Config(_Lenient, Ia3):
+    """Which outputs and inputs IA3 scales, in the words of PEFT's IA3Config.
+
+    >>> adapter = model.add_adapter(lj.IA3Config(), key=jax.random.key(0))
+    trainable params: 2,304 || all params: 1,847,232 || trainable%: 0.1247
+    """
+
+
+@no_type_check
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MissConfig(_Lenient, Miss):
+    """Where MiSS adds its matrices, in the words of PEFT's MissConfig.
+
+    >>> lj.MissConfig(r=16, target_modules=["q_proj", "v_proj"]).target_modules
+    ('q_proj', 'v_proj')
+    """
+
+
 @no_type_check  # at run time: `_Lenient` makes tuples of what is not one
 @dataclass(frozen=True)
 class TrainingArguments(_Lenient, TrainOptions):
@@ -67,6 +92,20 @@ class DataConfig(_Lenient, DataOptions):
     >>> lj.DataConfig(max_length=512, packing="bfd").truncation_mode
     'keep_start'
     """
+
+
+def method_options(config: Any, **sections: Any) -> RunConfig:
+    """Return a run's options with the method of an adapter config, and the other sections as given."""
+    if isinstance(config, LoraOptions):
+        return TRAIN_OPTIONS(lora=plain(config, LoraOptions), **sections)
+    if isinstance(config, Lora):
+        return TRAIN_OPTIONS(lora=resolved_options(LoraOptions(), config), **sections)
+    for word, kind in METHODS.items():
+        if isinstance(config, kind):
+            return TRAIN_OPTIONS(**{"method": word, word: plain(config, kind)}, **sections)
+    raise UserError(
+        f"config: {type(config).__name__} is not an adapter config; give one such as lj.LoraConfig()"
+    )
 
 
 def plain(options: Any, kind: type) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from lora_jax.errors import UserError, listing
+from lora_jax.quant.codebooks import QuantType
 from lora_jax.types import Object, Values
 
 Bits = Literal[4, 8]
@@ -83,7 +84,7 @@ class Packed4bit:
     quant_map: np.ndarray
     shape: tuple[int, int]
     dtype: np.dtype
-    quant_type: str
+    quant_type: QuantType
     blocksize: int
     nested: Nested | None
 

@@ -21,6 +21,7 @@ def batches(model: lj.Model, rows: Path) -> lj.Batches:
     return lj.batches(rows, model.tokenizer, DATA, batch_size=4)
 
 
+@pytest.mark.slow
 def test_the_step_does_what_a_loop_by_hand_does(model: lj.Model, batches: lj.Batches) -> None:
     adapter = model.add_adapter(LORA)
     optimizer = lj.make_optimizer(lj.TrainingArguments(learning_rate=1e-2), steps=len(batches))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax.api.settings import method_options
 from tests.runs import ROWS, run, timeless, train_arguments, tree
 
 ARGS = {
@@ -40,6 +41,30 @@ def test_losses_and_files_are_those_of_the_command_line(
     assert written["adapter_model.safetensors"] == expected["adapter_model.safetensors"]
     assert written["adapter_config.json"] == expected["adapter_config.json"]
     assert result.checkpoints == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("word", "config"), [("ia3", lj.IA3Config()), ("miss", lj.MissConfig(r=2))], ids=["ia3", "miss"]
+)
+def test_other_methods_train_as_on_the_command_line(
+    word: str, config: object, model: lj.Model, folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    rank = ("--miss.r", "2") if word == "miss" else ()
+    given = train_arguments(folder, rows, tmp_path / "cli", "--method", word, *rank)
+    place = given.index("--lora.r")
+    run(*given[:place], *given[place + 2 :])
+    args = lj.TrainingArguments(output_dir=str(tmp_path / "api"), **ARGS)
+    adapter = model.add_adapter(config)
+    result = lj.train(model, adapter, rows, args, data=DATA, quiet=True)
+    assert timeless(tmp_path / "api") == timeless(tmp_path / "cli")
+    expected = tree(tmp_path / "cli" / "adapter")["adapter_model.safetensors"]
+    assert tree(result.adapter_folder)["adapter_model.safetensors"] == expected
+
+
+def test_what_is_no_adapter_config_is_one_clear_error() -> None:
+    with pytest.raises(lj.UserError, match="config: dict is not an adapter config; give one such as"):
+        method_options({"r": 8})
 
 
 @pytest.mark.slow
