@@ -107,6 +107,8 @@ def field_helps(kind: type) -> dict[str, str]:
     for one, below in zip(tree.body, tree.body[1:], strict=False):
         is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
         if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and is_text:
+            if ast.unparse(one.annotation).startswith("ClassVar"):
+                continue
             found[one.target.id] = " ".join(str(below.value.value).split())
     return found
 

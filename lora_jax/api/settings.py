@@ -57,7 +57,7 @@ class IA3Config(_Lenient, Ia3):
     """Which outputs and inputs IA3 scales, in the words of PEFT's IA3Config.
 
     >>> adapter = model.add_adapter(lj.IA3Config(), key=jax.random.key(0))
-    trainable params: 2,304 || all params: 1,847,232 || trainable%: 0.1247
+    trainable params: 2,560 || all params: 1,847,488 || trainable%: 0.1386
     """
 
 
