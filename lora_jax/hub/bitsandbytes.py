@@ -15,7 +15,6 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from lora_jax.errors import UserError, listing
-from lora_jax.quant.codebooks import QuantType
 from lora_jax.types import Object, Values
 
 Bits = Literal[4, 8]
@@ -84,7 +83,7 @@ class Packed4bit:
     quant_map: np.ndarray
     shape: tuple[int, int]
     dtype: np.dtype
-    quant_type: QuantType
+    quant_type: str
     blocksize: int
     nested: Nested | None
 

@@ -5,13 +5,15 @@ along `in` is 64 bytes: 32 from the first block of 64, then 32 from the second. 
 group; each holds code r of the first block and code r of the second.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
 from lora_jax.hub.bitsandbytes import Nested, Packed4bit, Packed8bit
-from lora_jax.quant.codebooks import interned, zero_code
+from lora_jax.quant.codebooks import QuantType, interned, zero_code
 from lora_jax.quant.leaf import (
     BLOCK,
     NESTED_BLOCK,
@@ -58,7 +60,7 @@ def kernel_of(packed: Packed4bit) -> QuantizedKernel:
         nested_offset=None if nested is None else jnp.asarray(nested.offset),
         sizes=(rows, out),
         dtype=packed.dtype,
-        quant_type=packed.quant_type,
+        quant_type=cast(QuantType, packed.quant_type),  # checked where it was read
         table=table,
         blocksize=packed.blocksize,
         nested_table=None if nested is None else interned(nested.quant_map),
