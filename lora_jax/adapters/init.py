@@ -108,7 +108,10 @@ def _started(
         name: np.max([site.shape(leaf) for site in sites.values() if leaf in site.leaves], axis=0)
         for name, leaf in leaves.items()
     }
-    stacks = {name: jnp.full((layers, *shape), leaves[name].absent or 0.0) for name, shape in shapes.items()}
+    stacks = {
+        name: jnp.full((layers, *shape), leaves[name].absent or 0.0, jnp.float32)
+        for name, shape in shapes.items()
+    }
     alike: dict[Any, list[int]] = {}  # a program for each size, not for each layer
     for layer, site in sites.items():
         if layer is not None:

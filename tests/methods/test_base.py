@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import pytest
 from lora_jax.adapters.init import init_adapter
 from lora_jax.methods.base import Layer
 from lora_jax.methods.ia3 import Ia3
+from lora_jax.methods.lora import Lora
 from lora_jax.methods.matching import make_plan
+from lora_jax.methods.table import METHODS
+from lora_jax.models.families import read_config
 from lora_jax.models.names import modules
 from lora_jax.product import matmul
-from tests.tiny import CONFIGS, adapted_logits, open_base, text, write_checkpoint
+from tests.tiny import CONFIGS, LAYERS, adapted_logits, lora, open_base, text, write_checkpoint
 
 
 class Spelled(Ia3):
@@ -40,3 +44,14 @@ def test_the_weight_of_a_layer_is_what_its_base_multiplies_with(
     )
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert not np.array_equal(found, np.zeros_like(found))
+
+
+@pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
+def test_leaves_start_in_strong_float32(kind: type[Any]) -> None:
+    """A weakly typed start would compile the step twice: the step's results are not weak."""
+    config = read_config(CONFIGS["llama"], "test")
+    method = replace(lora() if kind is Lora else kind(), target_modules=("q_proj", "v_proj", "down_proj"))
+    trained, _ = init_adapter(jax.random.key(0), make_plan(method, modules(config)), {}, LAYERS)
+    leaves = jax.tree.leaves(trained)
+    assert leaves
+    assert [leaf.dtype for leaf in leaves if leaf.weak_type or leaf.dtype != np.float32] == []
