@@ -127,6 +127,7 @@ def unequal(bases: dict[str, Base]) -> tuple[Any, Any]:
     return trainable, jax.jit(partial(gradients, base, adapter))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw", "sgd", "lion", "adafactor"])
 def test_padding_gets_no_gradient_and_stays_zero_under_each_optimiser(
     unequal: tuple[Any, Any], optim: Any

@@ -74,7 +74,7 @@ def test_the_notebook_runs_from_top_to_bottom(examples: Path, monkeypatch: pytes
     assert again == kept
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_training_loop_by_hand_runs(examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train_loop.py"])
     left = runpy.run_path(str(ROOT / "examples" / "train_loop.py"))

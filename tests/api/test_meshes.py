@@ -3,6 +3,7 @@
 import pytest
 
 from tests.apart import on_eight_devices
+from tests.rarely import rarely
 
 CODE = """
 import tempfile
@@ -53,6 +54,6 @@ for left, right in zip(*map(jax.tree.leaves, (again.trained, after.trained)), st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"load_in_4bit": True}], ids=["lora", "4-bit"])
+@pytest.mark.parametrize("options", [{}, *rarely([{"load_in_4bit": True}])], ids=["lora", "4-bit"])
 def test_losses_on_meshes_are_those_of_one_device(options: dict[str, bool]) -> None:
     on_eight_devices(CODE.replace("**OPTIONS", f"**{options}"))

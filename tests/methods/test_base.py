@@ -29,6 +29,7 @@ class Spelled(Ia3):
         return matmul(x, layer.weight())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"), [("llama-tied", {}), ("llama", {"load_in_4bit": True})], ids=["tied head", "4 bits"]
 )

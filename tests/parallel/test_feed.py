@@ -55,7 +55,7 @@ def check_on_eight_devices() -> None:
     np.testing.assert_allclose(losses(base, (2, 2, 1, 2), 8), packed, rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_packed_rows_have_the_same_loss_on_eight_devices() -> None:
     """Pain 11, 13: the loss does not depend on the number of devices, and documents stay separate."""
     on_eight_devices("from tests.parallel.test_feed import check_on_eight_devices as check; check()")

@@ -28,6 +28,7 @@ from lora_jax.parallel.mesh import POSITIONS, ROWS, make_mesh
 from lora_jax.run.setup import prepare
 from lora_jax.training.step import init_state, make_train_step, sharded_state
 from tests.apart import on_eight_devices
+from tests.rarely import rarely
 from tests.runs import train_arguments, write_rows
 from tests.tiny import CONFIGS, Base, adapted, lora, open_base, write_checkpoint
 
@@ -134,13 +135,13 @@ def check_start_on_eight_devices() -> None:
         assert leaf.addressable_shards[0].data.shape == (2, 512 // 8, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_initial_state_is_sharded_on_every_device() -> None:
     on_eight_devices("from tests.parallel.test_meshes import check_start_on_eight_devices as check; check()")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", ["16", "4, [(2, 2, 2, 1)]"])
+@pytest.mark.parametrize("arguments", ["4, [(2, 2, 2, 1)]", *rarely(["16"])])
 def test_five_steps_on_a_mesh_match_one_device(arguments: str) -> None:
     on_eight_devices(
         f"from tests.parallel.test_meshes import check_on_eight_devices as check; check({arguments})"

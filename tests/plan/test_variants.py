@@ -38,7 +38,7 @@ def test_methods_differ_in_what_is_held(config_file: Path) -> None:
     assert full.optimizer >= 2 * full.adapter  # AdamW's moments, in float32 as the parameters
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_cached_results_use_the_current_memory_limit(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
