@@ -18,6 +18,7 @@ from lora_jax.data.steps import Shaping, step_batch
 from lora_jax.data.tokens import Tokens
 from lora_jax.hub.adapter_files import read_adapter
 from lora_jax.methods.matching import make_plan
+from lora_jax.methods.table import LEAVES
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.names import modules
 from lora_jax.training.optim import DECAYED, make_optimizer
@@ -157,5 +158,6 @@ def test_losses_and_adapter_are_those_of_peft_from_its_other_inits(tmp_path: Pat
     compare(tmp_path, "plain", accumulation=1, init_lora_weights=init)
 
 
-def test_decayed_leaves_are_the_matrices() -> None:
-    assert frozenset({"lora_A", "lora_B", "kernel", "embedding", "token_rows"}) == DECAYED
+def test_all_leaves_but_norms_and_biases_decay() -> None:
+    """So transformers' Trainer decays them, IA3's scales included."""
+    assert {"weight", "bias"} == LEAVES.keys() - DECAYED
