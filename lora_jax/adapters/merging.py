@@ -73,22 +73,19 @@ def merged_tensors(
         stored = base.dtype(source)
         target_dtype = stored if dtype == "auto" else jnp.dtype(dtype)
         whole = tensors.get(entry.name, tensors.get(biases.get(entry.name, "")))
-        if whole is not None and entry.name in biased:
-            whole = plan.method.merged_bias(
-                biased[entry.name], stored_leaves(biased[entry.name], tensors), whole
-            )
-        if whole is not None:
-            yield entry.name, _converted(whole, target_dtype, entry.name, base, None)
-            continue
         held = quantization if source in quantized else None
-        read = partial(read_weight, base, source, held, notes.dtype, notes.decoded)
-        value = resized(read(), entry.shape[0])
+        read = (
+            None
+            if whole is not None
+            else partial(read_weight, base, source, held, notes.dtype, notes.decoded)
+        )
+        value = whole if read is None else resized(read(), entry.shape[0])
         with np.errstate(over="ignore", invalid="ignore"):  # `_converted` names what is not finite then
-            if (site := adapted.get(entry.name)) is not None:
-                value = value.astype(np.float32) + update(plan.method, site, tensors, value)
-            elif (site := biased.get(entry.name)) is not None:
+            if (site := biased.get(entry.name)) is not None:
                 value = plan.method.merged_bias(site, stored_leaves(site, tensors), value)
-        if plan.token_indices and source == EMBEDDING_NAME:
+            elif read is not None and (site := adapted.get(entry.name)) is not None:
+                value = value.astype(np.float32) + update(plan.method, site, tensors, value)
+        if read is not None and plan.token_indices and source == EMBEDDING_NAME:
             value = value.astype(np.float32)
             value[list(plan.token_indices)] = tensors[TOKEN_ROWS_NAME]
         yield entry.name, _converted(value, target_dtype, entry.name, base, read)
