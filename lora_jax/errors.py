@@ -73,7 +73,7 @@ class Option:
     def __str__(self) -> str:
         if _as_flags:
             alone = self.bare or self.value is None
-            return f"--{self.name}" if alone else f"--{self.name} {_words(self.value)}"
+            return f"--{self.name}" if alone else f"--{self.name} {words(self.value)}"
         field = self.name.split(".", 1)[-1]
         return field if self.value is None else f"{field}={_literal(self.value)}"
 
@@ -88,8 +88,8 @@ def switch(name: str) -> Option:
     return Option(name, True, bare=True)
 
 
-def _words(value: object) -> str:
-    """Return a value as the words that follow its flag."""
+def words(value: object) -> str:
+    """Return a value as the words that follow its flag on the command line."""
     if isinstance(value, Mapping):
         return " ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, list | tuple):

@@ -25,7 +25,7 @@ import tyro
 from jaxtyping import Array
 
 from lora_jax.config import HIDDEN, expand_targets
-from lora_jax.errors import UserError
+from lora_jax.errors import Option, UserError, words
 from lora_jax.modules import Module
 from lora_jax.product import drop
 from lora_jax.types import PyTree, Tree
@@ -101,9 +101,12 @@ class Layer:
         """Return the layer's output, its bias included."""
         return self.apply(x)
 
-    def adapted(self, method: Method, own: Tree) -> Layer:
-        """Return the layer with one more adapter; the weight stays the base's."""
-        return replace(self, apply=lambda x: method.linear(own, x, self))
+    def adapted(self, compute: Callable[[Array, Layer], Array]) -> Layer:
+        """Return the layer with one more adapter, whose `compute` takes an input and this layer.
+
+        The weight stays the base's.
+        """
+        return replace(self, apply=lambda x: compute(x, self))
 
     def dropped(self, x: Array, rate: float) -> Array:
         """Return an input with dropout in training, and as it is otherwise."""
@@ -168,7 +171,7 @@ class Method:
         """Return the model card's rows on the method's own options."""
         shared = {"target_modules", "exclude_modules", "modules_to_save", "bias", "trainable_token_indices"}
         own = (option.name for option in options(self) if option.name not in shared)
-        return [(name, shown(getattr(self, name))) for name in own]
+        return [(name, words(getattr(self, name))) for name in own]
 
     @classmethod
     def owner(cls, name: str) -> tuple[str, str] | None:
@@ -201,6 +204,14 @@ class Method:
     def update(self, site: Site, own: Stored, weight: np.ndarray) -> np.ndarray:
         """Return what merging adds to a weight, both float32 in torch's layout; raises UserError where it cannot."""
         raise UserError(f"peft_type {self.peft_type}: cannot be merged; use it as an adapter")
+
+    def check_linear(self, module: Module, does: str) -> None:
+        """Raise UserError for a module that is not a linear layer; `does` is what the method does to those."""
+        if module.kind != "linear":
+            raise UserError(
+                f"target_modules: {module.name} is no linear layer, and {self.label} {does} these alone; leave it out, "
+                f"or train it in full with {Option(f'{self.peft_type.lower()}.modules_to_save')}"
+            )
 
     def merged_bias(self, site: Site, own: Stored, bias: np.ndarray) -> np.ndarray:
         """Return what becomes of a layer's bias on merging."""
@@ -249,13 +260,6 @@ def named(method: Method) -> Method:
         cast(Any, method),
         **{name: expand_targets(value) for name, value in found.items() if isinstance(value, tuple)},
     )
-
-
-def shown(value: object) -> str:
-    """Return a value of an option as it is typed."""
-    if isinstance(value, Mapping):
-        return " ".join(f"{name} {item}" for name, item in value.items())
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def own_leaves(trained: Tree, facts: Tree) -> dict[str, Any]:

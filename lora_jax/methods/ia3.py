@@ -60,11 +60,7 @@ class Ia3(PlainMethod):
 
     def site(self, module: Module) -> Site:
         """Return the scales of a linear layer's inputs or outputs; raises UserError for other modules."""
-        if module.kind != "linear":
-            raise UserError(
-                f"target_modules: {module.name} is no linear layer, and IA3 scales these alone; leave it out, or train "
-                f"it in full with {Option('ia3.modules_to_save')}"
-            )
+        self.check_linear(module, "scales")
         given = self.feedforward_modules
         if isinstance(given, str):
             inputs = bool(re.fullmatch(given, module.name))

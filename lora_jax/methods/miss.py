@@ -66,11 +66,7 @@ class Miss(PlainMethod):
 
     def site(self, module: Module) -> Site:
         """Return the matrix of a linear layer; raises UserError for other modules."""
-        if module.kind != "linear":
-            raise UserError(
-                f"target_modules: {module.name} is no linear layer, and MiSS adapts these alone; leave it out, or "
-                f"train it in full with {Option('miss.modules_to_save')}"
-            )
+        self.check_linear(module, "adapts")
         return Site(module, self.leaves, {RANK: self.r})
 
     def init(self, key: Array, site: Site, weight: Callable[[], Array]) -> dict[str, Array]:

@@ -11,7 +11,7 @@ A quantized kernel of scanned layers is not scanned: the whole stack stands in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lora_jax.methods.base import METHOD, Layer, own_leaves
+from lora_jax.methods.base import METHOD, Layer, Method, own_leaves
 from lora_jax.parallel.mesh import PARAMETERS, SAME, constrained
 from lora_jax.product import matmul, product
 from lora_jax.quant.dequantize import dequantize
@@ -70,6 +70,12 @@ class Leaves(nn.Module):
             if isinstance(leaves, Mapping)
         ]
 
+    def methods(self) -> Iterator[tuple[Method, Object]]:
+        """Yield the method of each adapter that has one here, with the adapter's leaves and facts."""
+        for own in self.adapters():
+            if METHOD in own:
+                yield own[METHOD], own
+
     def layer(self, apply: Callable[[Array], Array], weight: Callable[[], Array]) -> Layer:
         """Return this layer as the methods of its adapters find it."""
         dropping = self.has_rng("dropout")
@@ -84,9 +90,8 @@ class Linear(Leaves):
     ) -> Float[Array, "*batch out"]:
         """Apply the layer; `tied_table` [out, in] stands in where the module has no kernel of its own."""
         layer = self.layer(partial(self._base, tied_table), partial(self._weight, tied_table))
-        for own in self.adapters():
-            if (method := own.get(METHOD)) is not None:
-                layer = layer.adapted(method, own)
+        for method, own in self.methods():
+            layer = layer.adapted(partial(method.linear, own))
         return layer(x)
 
     def _base(self, tied_table: Array | None, x: Array) -> Array:
@@ -126,10 +131,9 @@ class Embedding(Leaves):
             matches = tokens[..., None] == indices
             x = jnp.where(matches.any(-1, keepdims=True), rows.astype(self.dtype)[matches.argmax(-1)], x)
         layer = self.layer(lambda _: x, lambda: self.leaf("embedding"))
-        for own in self.adapters():
-            if (method := own.get(METHOD)) is not None:
-                x = method.lookup(own, tokens, layer)
-        return x
+        for method, own in self.methods():
+            layer = layer.adapted(partial(method.lookup, own))
+        return layer(tokens)
 
     def tied_table(self) -> Float[Array, "vocab embed"]:
         """Return the table that a tied head multiplies with.
